@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo test lint types proto bench clean
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv with everything pinned in constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[runner,eval,dev]'
+	touch $(STAMP)
+
+demo: setup ## watch a frozen MoE get better on text it was not trained for (writes demo-results/)
+	$(BIN)/model-runner demo --out demo-results --seed 0
+
+test: setup ## every test that runs here
+	$(BIN)/pytest
+
+lint: setup ## ruff, import contracts, protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+types: setup ## strict mypy
+	$(BIN)/mypy
+
+proto: setup ## regenerate the Python code of the protos
+	$(BIN)/python protos/generate.py
+
+bench: setup ## Route latency next to FAISS (a table, and benchmarks/results/route.json)
+	$(BIN)/python -m benchmarks.route --json benchmarks/results/route.json
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) demo-results build dist .mypy_cache .ruff_cache .pytest_cache

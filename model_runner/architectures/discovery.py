@@ -1,0 +1,141 @@
+"""Find a model's routers.
+
+In transformers v5 a MoE block has a child `gate` or `router` beside its child `experts`. Widths
+come from attributes and weight shapes, never from weight values: under offloading the weights
+are on the meta device.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from model_runner.architectures.dbrx import DbrxFamily
+from model_runner.architectures.decoder import decoder_of
+from model_runner.architectures.generic import GenericFamily
+from model_runner.architectures.jetmoe import JetMoeFamily
+from model_runner.architectures.llama4 import Llama4Family
+from model_runner.architectures.longcat_flash import LongcatFlashFamily
+from model_runner.architectures.site import Family, RouterSite
+from model_runner.errors import UnsupportedModel
+
+_ROUTER_NAMES = ("gate", "router")
+_TOP_K_NAMES = (
+    "top_k",
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+)
+_BLOCKS_WITHOUT_EXPERTS_CHILD = frozenset({"JetMoeMoE"})
+_CHANGED_LOGITS = frozenset({"Gemma4TextRouter", "LagunaTopKRouter", "InklingTopkRouter"})
+_UNSERVED_BLOCKS = {
+    "DogeCDMoE": "doge computes its routing inside DogeCDMoE.forward; no router module to hook",
+    "SwitchTransformersSparseMLP": "an encoder-decoder with a one-hot dispatch mask",
+    "NllbMoeSparseMLP": "an encoder-decoder with a capacity-limited dispatch mask",
+}
+
+
+def find_router_sites(model: nn.Module) -> tuple[RouterSite, ...]:
+    """The routers of the text decoder's MoE layers, in module order, which is execution order.
+
+    Raises:
+        UnsupportedModel: none was found; says why where the family is known.
+
+    """
+    in_decoder = set(decoder_of(model).modules())
+    sites: list[RouterSite] = []
+    for block_name, block in model.named_modules():
+        for leaf, router in _routers_in(block):
+            if router in in_decoder:
+                name = f"{block_name}.{leaf}" if block_name else leaf
+                sites.append(_site(len(sites), name, router, block))
+    if not sites:
+        raise UnsupportedModel(_why_unserved(model))
+    return tuple(sites)
+
+
+def _routers_in(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    has_experts = isinstance(getattr(block, "experts", None), nn.Module)
+    if has_experts or type(block).__name__ in _BLOCKS_WITHOUT_EXPERTS_CHILD:
+        for leaf in _ROUTER_NAMES:
+            router = getattr(block, leaf, None)
+            if isinstance(router, nn.Module):
+                yield leaf, router
+
+
+def _site(layer: int, name: str, router: nn.Module, block: nn.Module) -> RouterSite:
+    experts = getattr(block, "experts", None)
+    hidden_size, num_logits = _widths(router)
+    top_k = _top_k(router, block)
+    return RouterSite(
+        layer=layer,
+        name=name,
+        router=router,
+        experts=experts,
+        num_experts=_num_experts(router, experts, num_logits),
+        num_logits=num_logits,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        family=_family(router, block, top_k),
+    )
+
+
+def _family(router: nn.Module, block: nn.Module, top_k: int) -> Family:
+    names = {cls.__name__ for cls in type(router).__mro__}
+    if "DbrxRouter" in names:
+        return DbrxFamily(block=block)
+    if "Llama4Router" in names:
+        return Llama4Family(top_k=top_k)
+    if "JetMoeTopKGating" in names:
+        return JetMoeFamily()
+    if "LongcatFlashTopkRouter" in names:
+        return LongcatFlashFamily()
+    return GenericFamily(returns_raw_logits=names.isdisjoint(_CHANGED_LOGITS))
+
+
+def _widths(router: nn.Module) -> tuple[int, int]:
+    """(d, num_logits): the router's own weight, or its first and last linear layer."""
+    weight = getattr(router, "weight", None)
+    if weight is not None and weight.dim() == 2:
+        return int(weight.shape[1]), int(weight.shape[0])
+    linears = [module for module in router.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise UnsupportedModel(f"{type(router).__name__} has no linear map to read its widths from")
+    return linears[0].in_features, linears[-1].out_features
+
+
+def _num_experts(router: nn.Module, experts: Any, num_logits: int) -> int:
+    # Longcat's experts say how many there are with the zero-computation ones. Elsewhere the
+    # router knows better: under expert parallelism `experts.num_experts` is one rank's share.
+    for owner, name in (
+        (experts, "total_experts"),
+        (router, "num_experts"),
+        (experts, "num_experts"),
+    ):
+        count = getattr(owner, name, None)
+        if isinstance(count, int):
+            return count
+    return num_logits
+
+
+def _top_k(router: nn.Module, block: nn.Module) -> int:
+    for owner in (router, block, getattr(router, "config", None), getattr(block, "config", None)):
+        for name in _TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    raise UnsupportedModel(f"{type(router).__name__} does not say how many experts a token uses")
+
+
+def _why_unserved(model: nn.Module) -> str:
+    class_name = type(model).__name__
+    for block in model.modules():
+        reason = _UNSERVED_BLOCKS.get(type(block).__name__)
+        if reason:
+            return f"{class_name} is not served: {reason}."
+    return (
+        f"{class_name} has no MoE layer: looked for a module `gate` or `router` beside a module "
+        "`experts`. Load a Mixture-of-Experts causal LM with transformers 5."
+    )

@@ -1,0 +1,5 @@
+"""Console script `model-runner`."""
+
+from model_runner.cli.app import main
+
+__all__ = ["main"]

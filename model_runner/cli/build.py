@@ -1,0 +1,142 @@
+"""`model-runner build` and `calibrate`: from options to calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+from knnmoe.v1 import memory_admin_pb2 as pb
+
+from model_runner.errors import BadInput
+from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
+from model_runner.memory_builder.recipes import Norm, Recipe
+from model_runner.memory_client import MemoryClient
+from model_runner.models import LoadedModel, load_model
+from model_runner.presets import PRESETS, Preset
+from model_runner.progress import Progress
+from model_runner.router_inputs import collect_router_inputs
+from model_runner.texts import read_windows
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Options of `model-runner build`, as given."""
+
+    reference: Path
+    memory: str
+    model: str
+    target: str
+    preset: str
+    window: int
+    max_windows: int | None
+    batch_size: int
+    step_size: float | None
+    norm: str | None
+    steps: int
+    scope: str
+    own_token: bool
+    straight_through: bool
+    calibrate_on: Path | None
+    lambda0: float | None
+    gain: bool
+    optimize: bool
+    device: str
+    dtype: str
+
+
+def run_build(options: BuildOptions, progress: Progress) -> None:
+    """Creates the memory (or finds it), fills, calibrates and indexes it."""
+    preset = PRESETS[options.preset]
+    recipe = _recipe(preset, options)
+    with MemoryClient(options.target) as client:
+        client.find(
+            options.memory
+        )  # a sidecar that is not there is noticed before the model is loaded
+        loaded = load_model(options.model, device=options.device, dtype=options.dtype)
+        windows = read_windows(options.reference, loaded.tokenizer, options.window)
+        client.find_or_create(
+            options.memory, loaded.fingerprint, preset.settings(loaded.fingerprint.num_layers)
+        )
+        builder = MemoryBuilder(
+            loaded.model,
+            loaded.fingerprint,
+            client,
+            _gradient(options),
+            batch_size=options.batch_size,
+        )
+        report = builder.build(
+            windows[: options.max_windows],
+            [Target(options.memory, recipe, measure_gain=options.gain)],
+            progress,
+        )
+        progress.say(
+            f"{options.memory}: {report.entries_per_layer} entries per layer from {report.windows} windows "
+            f"({report.windows_skipped} were there) in {report.elapsed_s:.0f} s"
+        )
+        _finish(client, loaded, options, preset, progress)
+
+
+def _finish(
+    client: MemoryClient,
+    loaded: LoadedModel,
+    options: BuildOptions,
+    preset: Preset,
+    progress: Progress,
+) -> None:
+    if options.optimize:
+        progress.say("indexing")
+        client.optimize(options.memory)
+    inputs = None
+    if options.calibrate_on is not None:
+        windows = read_windows(options.calibrate_on, loaded.tokenizer, options.window)
+        inputs = collect_router_inputs(loaded.model, windows, batch_size=options.batch_size)
+    lambda0 = preset.lambda0 if options.lambda0 is None else options.lambda0
+    response = client.calibrate(options.memory, lambda0, inputs)
+    gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
+    progress.say(f"calibrated, gamma per layer: {gammas}")
+
+
+def _recipe(preset: Preset, options: BuildOptions) -> Recipe:
+    recipe = preset.recipe
+    if options.norm is not None:
+        try:
+            recipe = replace(recipe, norm=Norm(options.norm))
+        except ValueError:
+            raise BadInput(f"--norm: got {options.norm!r}, expected {', '.join(Norm)}") from None
+    if options.step_size is not None:
+        recipe = replace(recipe, step_size=options.step_size)
+    return recipe
+
+
+def _gradient(options: BuildOptions) -> GradientSettings:
+    return GradientSettings(
+        steps=options.steps,
+        scope=cast("Literal['leaf', 'live']", options.scope),
+        straight_through=options.straight_through,
+        own_token=options.own_token,
+    )
+
+
+def run_calibrate(
+    memory: str,
+    text: Path | None,
+    model: str,
+    target: str,
+    lambda0: float,
+    quantile: float,
+    window: int,
+    batch_size: int,
+    dry_run: bool,
+    device: str,
+    dtype: str,
+) -> pb.CalibrateResponse:
+    """Calibrates on the router inputs of a text, or (None) inside the memory."""
+    with MemoryClient(target) as client:
+        client.describe(memory)
+        inputs = None
+        if text is not None:
+            loaded = load_model(model, device=device, dtype=dtype)
+            windows = read_windows(text, loaded.tokenizer, window)
+            inputs = collect_router_inputs(loaded.model, windows, batch_size=batch_size)
+        return client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)

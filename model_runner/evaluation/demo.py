@@ -1,0 +1,264 @@
+"""The demo: a frozen model gets better on text that it was not trained for, through a real sidecar.
+
+Reference, settings and test windows are drawn with one seed; every setting was chosen on the dev split.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from knnmoe.v1.types_pb2 import MemorySettings
+
+from model_runner.evaluation.nll import Scores, bootstrap_interval, difference, score
+from model_runner.evaluation.oracle import oracle_scores
+from model_runner.evaluation.plots import plot_deltas, plot_lambdas
+from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
+from model_runner.memory_builder.recipes import CONTROLS, PAPER
+from model_runner.memory_client import MemoryClient
+from model_runner.models import LoadedModel
+from model_runner.presets import PRESETS
+from model_runner.progress import Progress
+from model_runner.router_client import OnError, RouterClient
+from model_runner.router_inputs import collect_router_inputs
+from model_runner.routing_policy import RetrievalPolicy
+from model_runner.sidecar import running_sidecar
+from model_runner.small_moe import data_file
+from model_runner.texts import Window, read_windows
+
+SCHEMA = 1
+# The oracle's best step is larger than a memory's: nothing is averaged or mistaken for a neighbour's.
+ORACLE_STEP_SIZE = 30.0
+LOOKUP_TIMEOUT_S = 60.0
+# Arm of results.json -> preset of its memory.
+METHODS = {"knn_moe": "paper", "knn_moe_recommended": "recommended"}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Sizes of the demo: windows of `length` tokens."""
+
+    seed: int = 0
+    length: int = 128
+    reference_windows: int = 300
+    dev_windows: int = 48
+    shifted_test_windows: int = 128
+    general_test_windows: int = 128
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Windows of each split."""
+
+    reference: list[Window]
+    dev: list[Window]
+    shifted: list[Window]
+    in_domain: list[Window]
+
+    def of(self, domain: str) -> list[Window]:
+        """Test windows of a domain."""
+        return self.shifted if domain == "shifted" else self.in_domain
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds by step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Adds the time of the block."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+class Demo:
+    """One run; `run` writes results.json and the plots into `out` and returns the results."""
+
+    def __init__(
+        self, loaded: LoadedModel, settings: DemoSettings, out: Path, progress: Progress
+    ) -> None:
+        self._loaded, self._settings, self._out = loaded, settings, out
+        self._progress = progress
+        self._timings = Timings()
+        self._arms: list[dict[str, Any]] = []
+        self._baselines: dict[str, Scores] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Raises RunnerError when the sidecar fails: the demo never mixes scores."""
+        started = time.monotonic()
+        texts = draw_texts(self._loaded.tokenizer, self._settings)
+        data = self._out / "sidecar"
+        if data.exists():
+            shutil.rmtree(data)
+        self._out.mkdir(parents=True, exist_ok=True)
+        with running_sidecar(data, self._out / "sidecar.log") as target:
+            report = self._build(target, texts)
+            self._evaluate(target, texts)
+        self._timings.seconds["total"] = time.monotonic() - started
+        results = self._results(report)
+        (self._out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        plot_deltas(self._arms, self._out / "delta_nll.png")
+        plot_lambdas(self._arms, self._out / "lambda.png")
+        return results
+
+    def _build(self, target: str, texts: Texts) -> BuildReport:
+        layers = self._loaded.fingerprint.num_layers
+        targets = [Target(arm, PRESETS[name].recipe) for arm, name in METHODS.items()]
+        targets += [
+            Target(arm, replace(recipe, seed=self._settings.seed), measure_gain=False)
+            for arm, recipe in CONTROLS.items()
+        ]
+        with MemoryClient(target) as client:
+            for item in targets:
+                preset = PRESETS[METHODS.get(item.memory, "paper")]
+                client.find_or_create(
+                    item.memory, self._loaded.fingerprint, preset.settings(layers)
+                )
+            builder = MemoryBuilder(
+                self._loaded.model,
+                self._loaded.fingerprint,
+                client,
+                batch_size=self._settings.batch_size,
+            )
+            with self._timings.step("build"):
+                report = builder.build(texts.reference, targets, self._progress)
+            with self._timings.step("calibrate"):
+                self._calibrate(client, texts)
+        return report
+
+    def _calibrate(self, client: MemoryClient, texts: Texts) -> None:
+        """Gamma from distances of dev inputs; the controls have the keys of knn_moe, so also its gamma."""
+        inputs = collect_router_inputs(self._loaded.model, texts.dev)
+        for arm, name in METHODS.items():
+            client.calibrate(arm, PRESETS[name].lambda0, inputs)
+        gamma = client.describe("knn_moe").settings.gamma
+        for arm in CONTROLS:
+            client.update_settings(arm, MemorySettings(gamma=gamma))
+
+    def _evaluate(self, target: str, texts: Texts) -> None:
+        for domain in ("shifted", "in_domain"):
+            with self._timings.step("zero_shot"):
+                self._baselines[domain] = self._score(None, texts, domain, "zero_shot")
+            self._add("zero_shot", domain, self._baselines[domain], None)
+        for arm in METHODS:
+            for domain in ("shifted", "in_domain"):
+                self._evaluate_memory(target, texts, arm, domain)
+        for arm in CONTROLS:
+            self._evaluate_memory(target, texts, arm, "shifted")
+        with self._timings.step("oracle"):
+            recipe = replace(PAPER, step_size=ORACLE_STEP_SIZE)
+            oracle = oracle_scores(
+                self._loaded.model,
+                texts.shifted,
+                recipe,
+                self._progress,
+                batch_size=self._settings.batch_size,
+            )
+        self._add("oracle", "shifted", oracle, [1.0] * self._loaded.fingerprint.num_layers)
+
+    def _evaluate_memory(self, target: str, texts: Texts, arm: str, domain: str) -> None:
+        with (
+            self._timings.step(arm),
+            RouterClient(
+                target,
+                arm,
+                self._loaded.fingerprint,
+                timeout_s=LOOKUP_TIMEOUT_S,
+                on_error=OnError.RAISE,
+            ) as client,
+        ):
+            policy = RetrievalPolicy(client)
+            scores = self._score(policy, texts, domain, arm)
+        lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
+        self._add(arm, domain, scores, lambdas)
+
+    def _score(self, policy: RetrievalPolicy | None, texts: Texts, domain: str, arm: str) -> Scores:
+        return score(
+            self._loaded.model,
+            texts.of(domain),
+            policy,
+            self._progress,
+            what=f"{arm} on {domain}",
+            batch_size=self._settings.batch_size,
+        )
+
+    def _add(self, name: str, domain: str, scores: Scores, lambdas: list[float] | None) -> None:
+        baseline = self._baselines[domain]
+        change = difference(scores, baseline)
+        low, high = bootstrap_interval(scores, baseline, seed=self._settings.seed)
+        self._arms.append(
+            {
+                "name": name,
+                "domain": domain,
+                "nll": scores.nll,
+                "perplexity": scores.perplexity,
+                "delta": change.delta,
+                "se": change.se,
+                "bootstrap_95": [low, high],
+                "windows": change.windows,
+                "lambda_mean": lambdas or [0.0] * self._loaded.fingerprint.num_layers,
+            }
+        )
+
+    def _results(self, report: BuildReport) -> dict[str, Any]:
+        model = Path(self._loaded.name)
+        return {
+            "schema": SCHEMA,
+            "model": {
+                "name": model.name if model.exists() else self._loaded.name,
+                **asdict(self._loaded.fingerprint),
+                "digest": self._loaded.fingerprint.digest(),
+            },
+            "reference": {
+                "source": data_file("shifted", "reference").name,
+                "windows": report.windows,
+                "entries_per_layer": report.entries_per_layer,
+            },
+            "settings": asdict(self._settings),
+            "arms": self._arms,
+            "timings": {name: round(s, 2) for name, s in self._timings.seconds.items()},
+        }
+
+
+def draw_texts(tokenizer: Any, settings: DemoSettings) -> Texts:
+    """Windows of the shipped splits, drawn without replacement by the seed."""
+
+    def draw(domain: Any, split: Any, count: int) -> list[Window]:
+        windows = read_windows(data_file(domain, split), tokenizer, settings.length)
+        full = [w for w in windows if len(w.token_ids) == settings.length]
+        return random.Random(f"{settings.seed}/{domain}/{split}").sample(
+            full, min(count, len(full))
+        )
+
+    return Texts(
+        draw("shifted", "reference", settings.reference_windows),
+        draw("shifted", "dev", settings.dev_windows),
+        draw("shifted", "test", settings.shifted_test_windows),
+        draw("general", "test", settings.general_test_windows),
+    )
+
+
+def table_rows(results: dict[str, Any]) -> Sequence[tuple[str, ...]]:
+    """Arm, domain, NLL, perplexity, change, mean lambda: one row per arm, as text."""
+    return [
+        (
+            arm["name"],
+            arm["domain"],
+            f"{arm['nll']:.4f}",
+            f"{arm['perplexity']:.2f}",
+            "" if arm["name"] == "zero_shot" else f"{arm['delta']:+.4f} ± {arm['se']:.4f}",
+            " ".join(f"{value:.2f}" for value in arm["lambda_mean"]),
+        )
+        for arm in results["arms"]
+    ]

@@ -1,0 +1,140 @@
+"""Negative log-likelihood of texts, and paired differences of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from model_runner.batches import make_batch, token_nll
+from model_runner.errors import BadInput
+from model_runner.progress import Progress
+from model_runner.router_hooks import Policy, RouterHooks
+from model_runner.routing_policy import RetrievalPolicy
+from model_runner.texts import ExampleRef, Window, batched
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Loss of W windows.
+
+    Attributes:
+        nll_sums: [W] nats over the window's targets.
+        targets: [W] tokens whose loss counts.
+        examples: the example of each window; windows of one example are not independent.
+
+    """
+
+    nll_sums: F64
+    targets: F64
+    examples: tuple[ExampleRef, ...]
+
+    @property
+    def nll(self) -> float:
+        """Nats per token."""
+        return float(self.nll_sums.sum() / self.targets.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Change of NLL per token in nats (negative is better), with the standard error of paired differences."""
+
+    delta: float
+    se: float
+    windows: int
+
+
+def score(
+    model: nn.Module,
+    windows: Sequence[Window],
+    policy: Policy | None,
+    progress: Progress,
+    *,
+    what: str,
+    batch_size: int = 16,
+    leave_one_out: bool = False,
+) -> Scores:
+    """Scores windows with the model's own router (policy None) or a policy's.
+
+    leave_one_out: a RetrievalPolicy never reads an entry of the window's own example (for scores on reference text).
+    """
+    device = next(model.parameters()).device
+    groups = list(batched(windows, batch_size))
+    sums, order = [], [w for group in groups for w in group]
+    for group in progress.track(groups, what, unit="batches"):
+        batch = make_batch(group, device)
+        if leave_one_out:
+            _exclude_own(policy, group)
+        with torch.no_grad():
+            if policy is None:
+                logits = _logits(model, batch.input_ids, batch.attention_mask)
+            else:
+                with RouterHooks(model, policy) as hooks:
+                    logits = _logits(model, batch.input_ids, batch.attention_mask)
+                    hooks.assert_complete()
+        sums.append(token_nll(logits, batch).double().sum(dim=1).cpu().numpy())
+    return Scores(
+        np.concatenate(sums),
+        np.array([w.targets for w in order], dtype=np.float64),
+        tuple(w.ref for w in order),
+    )
+
+
+def _logits(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def _exclude_own(policy: Policy | None, group: Sequence[Window]) -> None:
+    if not isinstance(policy, RetrievalPolicy):
+        raise BadInput("leave_one_out needs a RetrievalPolicy: only it reads a memory")
+    policy.exclude = [w.ref for w in group]
+
+
+def difference(scores: Scores, baseline: Scores) -> Difference:
+    """Paired change of NLL; the standard error is that of a ratio, clustered by example.
+
+    Both must be scores of the same windows in the same order.
+    """
+    if scores.examples != baseline.examples or (scores.targets != baseline.targets).any():
+        raise BadInput("paired differences need scores of the same windows")
+    changes = scores.nll_sums - baseline.nll_sums
+    total = scores.targets.sum()
+    delta = float(changes.sum() / total)
+    residuals = _by_example(changes - delta * scores.targets, scores.examples)
+    clusters = len(residuals)
+    se = math.nan
+    if clusters > 1:
+        se = float(np.sqrt((residuals**2).sum() * clusters / (clusters - 1)) / total)
+    return Difference(delta, se, len(changes))
+
+
+def bootstrap_interval(
+    scores: Scores, baseline: Scores, *, seed: int, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the change of NLL per token, by resampling examples."""
+    rng = np.random.default_rng(seed)
+    changes = _by_example(scores.nll_sums - baseline.nll_sums, scores.examples)
+    targets = _by_example(scores.targets, scores.examples)
+    picks = rng.integers(0, len(changes), size=(draws, len(changes)))
+    deltas = changes[picks].sum(axis=1) / targets[picks].sum(axis=1)
+    low, high = np.quantile(deltas, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _by_example(values: F64, examples: Sequence[ExampleRef]) -> F64:
+    """Sums over the windows of each example."""
+    number = {ref: i for i, ref in enumerate(dict.fromkeys(examples))}
+    return np.bincount([number[ref] for ref in examples], weights=values).astype(np.float64)

@@ -1,0 +1,1 @@
+"""Turn reference texts into routing memories: gradients, assignments, upload."""

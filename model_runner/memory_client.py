@@ -1,0 +1,168 @@
+"""The runner's client of a sidecar's admin plane: make, fill, count and calibrate a memory. Fails closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from knnmoe import tensors
+from knnmoe.channels import open_channel
+from knnmoe.v1 import memory_admin_pb2 as pb
+from knnmoe.v1 import routing_pb2
+from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
+from knnmoe.v1.types_pb2 import MemorySettings
+from torch import Tensor
+
+from model_runner.duplex_stream import DuplexStream
+from model_runner.errors import BadInput, ModelMismatch, RoutingRefused
+from model_runner.fingerprint import ModelFingerprint
+from model_runner.rpc_errors import MEMORY_NOT_FOUND, runner_error
+from model_runner.wire import encode_fingerprint, encode_floats
+
+Reply = TypeVar("Reply")
+
+ADMIN_TIMEOUT_S = 10.0
+# Calibration and indexing read every key.
+LONG_TIMEOUT_S = 600.0
+# Upsert requests sent ahead of their acknowledgements.
+UPSERTS_AHEAD = 4
+
+
+class MemoryClient:
+    """Admin calls on one sidecar. Every failure raises; see errors.py."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._channel = open_channel(target)
+        self._stub = MemoryAdminServiceStub(self._channel)
+
+    def __enter__(self) -> MemoryClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def find(self, name: str) -> routing_pb2.MemoryDescription | None:
+        """A memory, or None when there is none of that name."""
+        try:
+            return self.describe(name)
+        except RoutingRefused as refused:
+            if refused.reason == MEMORY_NOT_FOUND:
+                return None
+            raise
+
+    def describe(self, name: str) -> routing_pb2.MemoryDescription:
+        """A memory; raises RoutingRefused when there is none of that name."""
+        return self._call(self._stub.DescribeMemory, pb.DescribeMemoryRequest(memory=name)).memory
+
+    def find_or_create(
+        self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings
+    ) -> routing_pb2.MemoryDescription:
+        """The memory of that name; made when it is not there.
+
+        Raises ModelMismatch or BadInput when it is there for another model or of another kind.
+        """
+        found = self.find(name)
+        if found is None:
+            request = pb.CreateMemoryRequest(
+                name=name, fingerprint=encode_fingerprint(fingerprint), settings=settings
+            )
+            return self._call(self._stub.CreateMemory, request).memory
+        if found.model_digest != fingerprint.digest():
+            raise ModelMismatch(f"memory {name!r} was made for another model ({found.fingerprint})")
+        if settings.HasField("kind") and found.settings.kind != settings.kind:
+            raise BadInput(f"memory {name!r} holds another kind of values; choose another name")
+        return found
+
+    def delete(self, name: str) -> int:
+        """Removes a memory; returns the entries that it held."""
+        request = pb.DeleteMemoryRequest(memory=name)
+        return int(self._call(self._stub.DeleteMemory, request, LONG_TIMEOUT_S).entries)
+
+    def update_settings(self, name: str, settings: MemorySettings) -> routing_pb2.MemoryDescription:
+        """Changes how a memory is read."""
+        request = pb.UpdateSettingsRequest(memory=name, settings=settings)
+        return self._call(self._stub.UpdateSettings, request).memory
+
+    def count(
+        self, name: str, layer: int | None = None, ids: np.ndarray[Any, Any] | None = None
+    ) -> int:
+        """Entries of a memory or of one layer; with ids (u64 [n]), how many of these are there."""
+        request = pb.CountRequest(memory=name, layer=layer)
+        if ids is not None:
+            request.ids.CopyFrom(tensors.to_tensor(ids))
+        return int(self._call(self._stub.Count, request).total)
+
+    def calibrate(
+        self,
+        name: str,
+        lambda0: float,
+        inputs: Mapping[int, Tensor] | None = None,
+        *,
+        quantile: float = 0.5,
+        dry_run: bool = False,
+    ) -> pb.CalibrateResponse:
+        """Sets gamma per layer from router inputs [n, d] by layer, or (None) leave-one-example-out in the memory."""
+        given = [
+            pb.LayerInputs(layer=layer, router_inputs=encode_floats(rows))
+            for layer, rows in (inputs or {}).items()
+        ]
+        request = pb.CalibrateRequest(
+            memory=name, lambda0=lambda0, quantile=quantile, inputs=given, dry_run=dry_run
+        )
+        return self._call(self._stub.Calibrate, request, LONG_TIMEOUT_S)
+
+    def optimize(self, name: str, quantization: str = "none") -> None:
+        """Builds the index of every layer; returns when it is done."""
+        request = pb.OptimizeRequest(memory=name, quantization=quantization)
+        try:
+            for _ in self._stub.Optimize(request, timeout=LONG_TIMEOUT_S):
+                pass
+        except grpc.RpcError as error:
+            raise runner_error(error, self.target) from error
+
+    def upserter(self, timeout_s: float = ADMIN_TIMEOUT_S) -> Upserter:
+        """A stream of upserts; close it."""
+        return Upserter(self._stub, self.target, timeout_s)
+
+    def _call(
+        self, method: Callable[..., Reply], request: object, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> Reply:
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise runner_error(error, self.target) from error
+
+
+class Upserter:
+    """Sends upserts ahead of their acknowledgements; `finish` waits for the rest."""
+
+    def __init__(self, stub: MemoryAdminServiceStub, target: str, timeout_s: float) -> None:
+        self._stream: DuplexStream[pb.UpsertRequest, pb.UpsertResponse]
+        self._stream = DuplexStream(stub.Upsert, target)
+        self._timeout_s = timeout_s
+        self._unacknowledged = 0
+
+    def __enter__(self) -> Upserter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def send(self, request: pb.UpsertRequest) -> None:
+        """Raises RoutingUnavailable, RoutingRefused or ModelMismatch, also for an earlier request."""
+        self._stream.send(request)
+        self._unacknowledged += 1
+        while self._unacknowledged > UPSERTS_AHEAD:
+            self._acknowledge()
+
+    def finish(self) -> None:
+        """Returns when every request is acknowledged; raises as send()."""
+        while self._unacknowledged:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        self._stream.receive(self._timeout_s)
+        self._unacknowledged -= 1

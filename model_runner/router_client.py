@@ -1,0 +1,179 @@
+"""The runner's client of a routing sidecar: describe, route, and what to do when the sidecar fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from enum import StrEnum
+
+import grpc
+from knnmoe.channels import open_channel
+from knnmoe.v1 import routing_pb2 as pb
+from knnmoe.v1 import types_pb2
+from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
+from torch import Tensor
+
+from model_runner.architectures import Assignment
+from model_runner.circuit_breaker import CircuitBreaker
+from model_runner.duplex_stream import DuplexStream
+from model_runner.errors import RoutingUnavailable, RunnerError
+from model_runner.fingerprint import ModelFingerprint
+from model_runner.rpc_errors import runner_error
+from model_runner.texts import ExampleRef
+from model_runner.wire import encode_assignment, encode_fingerprint, encode_floats
+
+log = logging.getLogger(__name__)
+
+WARN_EVERY_S = 30.0
+# A connection may take longer than a look-up; text that is being generated waits less long than a score.
+CONNECT_TIMEOUT_S = {"fall_back": 0.5, "raise": 10.0}
+
+
+class OnError(StrEnum):
+    """What a look-up that fails does."""
+
+    FALL_BACK = "fall_back"  # the model's own router stands; counted, warned about once in a while
+    RAISE = "raise"  # evaluation and building: scores never mix silently
+
+
+class RouterClient:
+    """Looks router inputs up in one memory of one sidecar. Not for several threads at once.
+
+    timeout_s bounds every look-up, the connection's first one excepted.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        memory: str,
+        fingerprint: ModelFingerprint,
+        *,
+        timeout_s: float = 0.05,
+        on_error: OnError = OnError.FALL_BACK,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
+        self.target, self.memory = target, memory
+        self.on_error, self.timeout_s = on_error, timeout_s
+        # Look-ups that fell back, by reason.
+        self.fallbacks: Counter[str] = Counter()
+        self._fingerprint = fingerprint
+        self._digest = fingerprint.digest()
+        self._channel = open_channel(target)
+        self._connect_timeout_s = CONNECT_TIMEOUT_S[on_error.value]
+        self._breaker = breaker or CircuitBreaker()
+        self._stream: DuplexStream[pb.RouteRequest, pb.RouteResponse] | None = None
+        self._description: pb.MemoryDescription | None = None
+        self._warned_s = float("-inf")
+        self._sent = 0
+        self._closing = threading.Lock()
+
+    def __enter__(self) -> RouterClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe(self) -> pb.MemoryDescription:
+        """The memory, as it was when first asked for.
+
+        Raises ModelMismatch when it was made for another model, RoutingRefused (no such memory), RoutingUnavailable.
+        """
+        if self._description is None:
+            request = pb.DescribeRequest(
+                memory=self.memory, fingerprint=encode_fingerprint(self._fingerprint)
+            )
+            try:
+                stub = RoutingServiceStub(self._channel)
+                self._description = stub.Describe(request, timeout=self._connect_timeout_s).memory
+            except grpc.RpcError as error:
+                raise runner_error(error, self.target) from error
+        return self._description
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the memory blends router logits rather than assignments. Raises as describe()."""
+        return self.describe().settings.kind == types_pb2.MEMORY_KIND_LOGIT_DELTA
+
+    def route(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        *,
+        exclude: Sequence[ExampleRef] = (),
+        with_neighbours: bool = False,
+    ) -> pb.RouteResponse | None:
+        """Looks up T tokens: router_input [T, d], logits [T, N], own assignment [T, k].
+
+        None when the sidecar failed and on_error is FALL_BACK. A refusal (wrong model, bad request) always raises.
+        """
+        if self.on_error is OnError.RAISE:
+            return self._exchange(layer, router_input, router_logits, own, exclude, with_neighbours)
+        if not self._breaker.allows():
+            self._fell_back("breaker_open", None)
+            return None
+        try:
+            response = self._exchange(
+                layer, router_input, router_logits, own, exclude, with_neighbours
+            )
+        except RoutingUnavailable as error:
+            self._breaker.failed()
+            self._fell_back("unavailable", error)
+            return None
+        self._breaker.succeeded()
+        return response
+
+    def close(self) -> None:
+        """Ends the stream and the connection. Closing twice is allowed."""
+        with self._closing:
+            if self._stream is not None:
+                self._stream.close()
+                self._stream = None
+            self._channel.close()
+
+    def _exchange(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        exclude: Sequence[ExampleRef],
+        with_neighbours: bool,
+    ) -> pb.RouteResponse:
+        self._sent += 1
+        request = pb.RouteRequest(
+            memory=self.memory,
+            layer=layer,
+            model_digest=self._digest,
+            router_inputs=encode_floats(router_input),
+            with_neighbours=with_neighbours,
+            exclude=[pb.ExampleRef(source=e.source, example=e.example) for e in exclude],
+            request_id=self._sent,
+        )
+        if self.wants_logits:
+            request.router_logits.CopyFrom(encode_floats(router_logits))
+        else:
+            request.assignment.CopyFrom(encode_assignment(own))
+        return self._over_stream(request)
+
+    def _over_stream(self, request: pb.RouteRequest) -> pb.RouteResponse:
+        timeout_s = self.timeout_s
+        if self._stream is None:
+            self._stream = DuplexStream(RoutingServiceStub(self._channel).RouteStream, self.target)
+            timeout_s = max(timeout_s, self._connect_timeout_s)
+        try:
+            return self._stream.exchange(request, timeout_s)
+        except RunnerError:
+            self._stream = None  # it closed itself
+            raise
+
+    def _fell_back(self, reason: str, error: RoutingUnavailable | None) -> None:
+        self.fallbacks[reason] += 1
+        now_s = time.monotonic()
+        if error is not None and now_s - self._warned_s >= WARN_EVERY_S:
+            self._warned_s = now_s
+            log.warning("routing memory unavailable, the model's own router stands: %s", error)

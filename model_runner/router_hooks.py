@@ -1,0 +1,280 @@
+"""Let a policy see, and replace, what every MoE layer's router decides.
+
+Way through: a router runs -> its output is read -> the policy gets a `RouterCall` -> its reply
+is fitted to the family and put in the output's place. Nothing is patched, and after the context
+the model is as it was. What a policy does (a lookup over the network, a blend) is not known here.
+
+The hooks are opaque Python: torch.compile breaks the graph at each of them, and does not see
+hooks that were installed after it compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from model_runner.architectures.decoder import BatchWatch, decoder_of
+from model_runner.architectures.discovery import find_router_sites
+from model_runner.architectures.site import (
+    Assignment,
+    RouterArgs,
+    RouterKwargs,
+    RouterOutput,
+    RouterSite,
+)
+from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
+from model_runner.logit_tap import LogitTap
+
+__all__ = ["Assignment", "Logits", "Policy", "RouterCall", "RouterHooks", "verify_hooks"]
+
+# Kept beside the models, not on them: a marker on a module would be copied with it.
+_hooked_routers: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCall:
+    """What one router saw and decided in one forward pass over T = B*S tokens.
+
+    Attributes:
+        site: the router.
+        router_input: `[T, d]` in the model's dtype, row-major over (B, S).
+        router_logits: `[T, num_logits]`, the output of the router's last linear map, before
+            softmax, bias or capping. Some families return it cast to fp32.
+        weights: `[T, k]` the model's own, in the family's scale and dtype.
+        experts: `[T, k]` int64, the model's own.
+        batch_shape: (B, S) of this forward pass; None if the decoder was not seen.
+        valid: `[T]` bool, False on padding; None = all valid, or no 2-D attention mask given.
+
+    """
+
+    site: RouterSite
+    router_input: Tensor
+    router_logits: Tensor
+    weights: Tensor
+    experts: Tensor
+    batch_shape: tuple[int, int] | None
+    valid: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """A policy's reply in logit space.
+
+    Attributes:
+        router_logits: `[T, num_logits]`; the family's own code turns them into the assignment.
+
+    """
+
+    router_logits: Tensor
+
+
+Policy = Callable[[RouterCall], Assignment | Logits | None]
+"""None leaves the model's own router standing, bit for bit."""
+
+
+class RouterHooks:
+    """Context manager: within it, `policy` is asked at every MoE layer of `model`.
+
+        with RouterHooks(model, policy) as hooks:
+            model(**batch)
+            hooks.assert_complete()
+
+    Replies are cast to the model's own dtypes and devices. Rows of a reply that belong to padding
+    are applied like any other: they change nothing that a valid token can see.
+
+    Args:
+        model: a Mixture-of-Experts causal LM; its weights are never read or written.
+        policy: see `Policy`; its exceptions leave `model(...)` unchanged.
+
+    Attributes:
+        sites: the routers, one per MoE layer.
+        hits: calls of each layer's router since the context was entered.
+
+    Raises:
+        UnsupportedModel: the model has no routers that can be hooked.
+        HooksInUse: this model is already hooked.
+        BadInput: a reply has the wrong type, shape, or an expert id out of range.
+
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
+        self.sites = find_router_sites(model)
+        self.hits = [0] * len(self.sites)
+        self._model = model
+        self._policy = policy
+        self._checked_hits = list(self.hits)
+        self._raw_logits: dict[int, Tensor] = {}
+        self._batch = BatchWatch()
+        self._undo: ExitStack | None = None
+
+    def __enter__(self) -> RouterHooks:
+        routers = [site.router for site in self.sites]
+        if any(router in _hooked_routers for router in routers):
+            raise HooksInUse(
+                f"{type(self._model).__name__} is already hooked; leave the other RouterHooks first"
+            )
+        self.hits[:] = self._checked_hits[:] = [0] * len(self.sites)
+        with ExitStack() as undo:
+            _hooked_routers.update(routers)
+            undo.callback(_hooked_routers.difference_update, routers)
+            undo.enter_context(self._batch.watching(self._model))
+            undo.enter_context(LogitTap(self._model, self._keep_logits, self._sites_to_tap()))
+            for site in self.sites:
+                for handle in site.family.attach(site, self._on_output(site)):
+                    undo.callback(handle.remove)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+        self._raw_logits.clear()
+
+    def assert_complete(self) -> None:
+        """Every MoE layer was hooked since the context was entered, or since the last check.
+
+        Raises:
+            HookBypassed: names the layers whose router was not called.
+
+        """
+        missed = [
+            site.name
+            for site in self.sites
+            if self.hits[site.layer] == self._checked_hits[site.layer]
+        ]
+        self._checked_hits[:] = self.hits
+        if missed:
+            raise HookBypassed(missed)
+
+    def _sites_to_tap(self) -> list[RouterSite]:
+        return [site for site in self.sites if not site.family.returns_raw_logits]
+
+    def _keep_logits(self, site: RouterSite, logits: Tensor) -> Tensor:
+        self._raw_logits[site.layer] = logits
+        return logits
+
+    def _on_output(self, site: RouterSite) -> Callable[[RouterArgs, RouterKwargs, Any], Any]:
+        def on_output(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> Any:
+            self.hits[site.layer] += 1
+            own = site.family.read(output)
+            reply = self._policy(self._call(site, own, site.router_input(args, kwargs)))
+            if reply is None:
+                return None
+            if isinstance(reply, Logits):
+                return site.family.reassign(site, reply.router_logits, args, kwargs)
+            return site.family.write(output, _fitted(reply, own, site))
+
+        return on_output
+
+    def _call(self, site: RouterSite, own: RouterOutput, router_input: Tensor) -> RouterCall:
+        batch_shape, valid = self._batch.batch_shape, self._batch.valid
+        tokens = router_input.shape[0]
+        if batch_shape is not None and batch_shape[0] * batch_shape[1] != tokens:
+            batch_shape = valid = None
+        return RouterCall(
+            site=site,
+            router_input=router_input,
+            router_logits=self._raw_logits.pop(site.layer, own.router_logits),
+            weights=own.weights,
+            experts=own.experts,
+            batch_shape=batch_shape,
+            valid=valid,
+        )
+
+
+def _fitted(reply: Assignment, own: RouterOutput, site: RouterSite) -> Assignment:
+    """The reply in the model's dtypes, on its device."""
+    if not isinstance(reply, Assignment):
+        raise BadInput(f"a policy replies Assignment, Logits or None, not {type(reply).__name__}")
+    experts, weights = reply.experts, reply.weights
+    tokens = own.experts.shape[0]
+    if experts.dim() != 2 or experts.shape[0] != tokens or experts.shape != weights.shape:
+        raise BadInput(
+            f"{site.name}: an assignment for {tokens} tokens has weights and experts "
+            f"[{tokens}, k], got {list(weights.shape)} and {list(experts.shape)}"
+        )
+    # On a GPU looking at the values would wait for it; replies of a sidecar arrive on the CPU.
+    if experts.device.type == "cpu" and experts.numel():
+        lowest, highest = (int(bound) for bound in experts.aminmax())
+        if lowest < 0 or highest >= site.num_experts:
+            raise BadInput(
+                f"{site.name}: expert ids must lie in 0..{site.num_experts - 1}, "
+                f"got {lowest}..{highest}"
+            )
+    return Assignment(weights.to(own.weights), experts.to(own.experts))
+
+
+def verify_hooks(model: nn.Module) -> None:
+    """Runs 1 x 4 tokens with and without an identity policy: the hooks must see all, change none.
+
+    Call it once after loading. It catches kernels that go around the router, routers that return
+    something else than their logits, and layers that run in another order than they are numbered.
+
+    Raises:
+        UnsupportedModel: no routers; or the identity policy changes the model's output.
+        HookBypassed: some router was not called.
+        BadInput: the model is in training mode, where its output is not a function of its input.
+
+    """
+    if model.training:
+        raise BadInput("verify_hooks needs the model in eval mode: call model.eval() first")
+    order: list[int] = []
+
+    def identity(call: RouterCall) -> Assignment:
+        order.append(call.site.layer)
+        return Assignment(call.weights, call.experts)
+
+    plain = _dummy_logits(model)
+    with RouterHooks(model, identity) as hooks:
+        hooked = _dummy_logits(model)
+        hooks.assert_complete()
+    if order != sorted(order) or len(order) != len(hooks.sites):
+        raise UnsupportedModel(f"{type(model).__name__} runs its MoE layers in the order {order}")
+    if not torch.equal(plain, hooked):
+        raise UnsupportedModel(
+            f"giving {type(model).__name__} its own assignments back changes its output by "
+            f"{(plain - hooked).abs().max().item():.1e}: its router's output is not understood"
+        )
+    _verify_raw_logits(model, hooks.sites)
+
+
+def _verify_raw_logits(model: nn.Module, sites: tuple[RouterSite, ...]) -> None:
+    tapped: dict[int, Tensor] = {}
+
+    def keep(site: RouterSite, logits: Tensor) -> Tensor:
+        return tapped.setdefault(site.layer, logits)
+
+    def compare(call: RouterCall) -> None:
+        raw = tapped[call.site.layer]
+        if not torch.equal(call.router_logits.to(raw.dtype), raw):
+            raise UnsupportedModel(
+                f"{call.site.name} returns something else than its raw logits; add "
+                f"{type(call.site.router).__name__} to architectures/discovery.py, _CHANGED_LOGITS"
+            )
+
+    with LogitTap(model, keep, sites), RouterHooks(model, compare):
+        _dummy_logits(model)
+
+
+@torch.no_grad()
+def _dummy_logits(model: nn.Module) -> Tensor:
+    embeddings = getattr(decoder_of(model), "get_input_embeddings", lambda: None)()
+    device = embeddings.weight.device if embeddings is not None else torch.device("cpu")
+    device = torch.device("cpu") if device.type == "meta" else device
+    input_ids = torch.arange(4, device=device).unsqueeze(0)
+    output = model(input_ids=input_ids, use_cache=False)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits

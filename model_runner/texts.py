@@ -1,0 +1,176 @@
+"""Texts from files, cut into windows of tokens: reference, dev and test data in one form.
+
+Formats, by suffix: .jsonl and .parquet with rows of `text`, or of `prompt` and `answer` (the loss counts on the answer
+only), each with an optional `id`; anything else is plain text, whose paragraphs are grouped into examples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_runner.errors import BadInput
+
+# Plain text has no examples of its own: paragraphs are grouped up to about this size.
+PLAIN_TEXT_EXAMPLE_CHARACTERS = 4000
+# A text's last window is left out below this share of a full one.
+SHORTEST_WINDOW_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRef:
+    """An example (document, prompt) within a source."""
+
+    source: str
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document, or one prompt with its answer."""
+
+    ref: ExampleRef
+    text: str
+    # Set: the loss counts on it only, and `text` is the prompt before it.
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens that a model reads in one go.
+
+    Attributes:
+        token_ids: n of them.
+        first_target: index of the first token whose loss counts, 1 or more.
+        offset: position of token 0 within the example.
+
+    """
+
+    ref: ExampleRef
+    token_ids: tuple[int, ...]
+    first_target: int
+    offset: int
+
+    @property
+    def targets(self) -> int:
+        """Tokens whose loss counts."""
+        return len(self.token_ids) - self.first_target
+
+
+def read_examples(path: Path) -> Iterator[Example]:
+    """Examples of a file, in order; the source's name is the file's. Raises BadInput naming file, row and field."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    if path.suffix in (".jsonl", ".ndjson"):
+        return _rows_to_examples(path, _json_rows(path))
+    if path.suffix == ".parquet":
+        return _rows_to_examples(path, _parquet_rows(path))
+    return _plain_examples(path)
+
+
+def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> list[Window]:
+    """Windows of up to `length` tokens, in order; they never cross examples. Raises BadInput when none results."""
+    if length < 2:
+        raise BadInput(f"window length: got {length}, expected 2 or more tokens")
+    windows = [w for example in examples for w in _windows_of(example, tokenizer, length)]
+    if not windows:
+        raise BadInput(f"no example is long enough for a window (length {length} tokens)")
+    return windows
+
+
+def read_windows(path: Path, tokenizer: Any, length: int) -> list[Window]:
+    """read_examples, then cut_windows; errors name the file."""
+    try:
+        return cut_windows(read_examples(path), tokenizer, length)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error})") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def _windows_of(example: Example, tokenizer: Any, length: int) -> Iterator[Window]:
+    if example.answer is not None:
+        yield from _answer_window(example, example.answer, tokenizer, length)
+        return
+    ids = tokenizer(example.text)["input_ids"]
+    shortest = max(2, int(length * SHORTEST_WINDOW_SHARE))
+    for offset in range(0, len(ids), length):
+        part = tuple(ids[offset : offset + length])
+        if len(part) >= shortest:
+            yield Window(example.ref, part, 1, offset)
+
+
+def _answer_window(example: Example, answer: str, tokenizer: Any, length: int) -> Iterator[Window]:
+    """Prompt and answer; the prompt's beginning is cut off when both do not fit."""
+    prompt = tokenizer(example.text)["input_ids"]
+    tail = tokenizer(answer, add_special_tokens=False)["input_ids"][: length - 1]
+    cut = max(0, len(prompt) + len(tail) - length)
+    ids = (*prompt[cut:], *tail)
+    first_target = max(1, len(prompt) - cut)
+    if len(ids) > first_target:
+        yield Window(example.ref, ids, first_target, cut)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}: line {number} is not JSON ({error})") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise BadInput(f"{path}: not a Parquet file ({error})") from error
+    yield from enumerate(rows, 1)
+
+
+def _rows_to_examples(path: Path, rows: Iterable[tuple[int, Any]]) -> Iterator[Example]:
+    for number, row in rows:
+        where = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise BadInput(f"{where}: expected an object with `text`, or `prompt` and `answer`")
+        ref = ExampleRef(path.name, str(row.get("id", number)))
+        if "text" in row:
+            yield Example(ref, _text_of(row, "text", where))
+        elif "prompt" in row and "answer" in row:
+            yield Example(ref, _text_of(row, "prompt", where), _text_of(row, "answer", where))
+        else:
+            raise BadInput(f"{where}: has {sorted(row)}, expected `text`, or `prompt` and `answer`")
+
+
+def _text_of(row: dict[str, Any], field: str, where: str) -> str:
+    value = row[field]
+    if not isinstance(value, str):
+        raise BadInput(f"{where}: `{field}` is {type(value).__name__}, expected a string")
+    return value
+
+
+def _plain_examples(path: Path) -> Iterator[Example]:
+    number, group, size = 0, list[str](), 0
+    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+        group.append(paragraph)
+        size += len(paragraph)
+        if size >= PLAIN_TEXT_EXAMPLE_CHARACTERS:
+            yield Example(ExampleRef(path.name, str(number)), "\n\n".join(group))
+            number, group, size = number + 1, [], 0
+    if "".join(group).strip():
+        yield Example(ExampleRef(path.name, str(number)), "\n\n".join(group))
+
+
+def batched(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
+    """Batches of windows of similar length: longest first, so that memory runs out at once or never."""
+    ordered = sorted(windows, key=lambda w: -len(w.token_ids))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

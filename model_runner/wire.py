@@ -1,0 +1,59 @@
+"""Torch tensors on the wire. bf16 travels as it is; everything else goes through `knnmoe.tensors`."""
+
+from __future__ import annotations
+
+import torch
+from knnmoe import tensors
+from knnmoe.v1 import types_pb2
+from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, SparseAssignment
+from knnmoe.v1.types_pb2 import Tensor as WireTensor
+from torch import Tensor
+
+from model_runner.architectures import Assignment
+from model_runner.fingerprint import ModelFingerprint
+
+_FLOATS = {torch.float32: DTYPE_F32, torch.float16: DTYPE_F16, torch.bfloat16: DTYPE_BF16}
+
+
+def encode_floats(tensor: Tensor) -> WireTensor:
+    """A float tensor in its own dtype (f64 as f32), copied to the host once."""
+    if tensor.dtype not in _FLOATS:
+        tensor = tensor.float()
+    host = tensor.detach().cpu().contiguous()
+    return WireTensor(
+        dtype=_FLOATS[host.dtype], shape=host.shape, data=host.view(torch.uint8).numpy().tobytes()
+    )
+
+
+def decode_floats(message: WireTensor) -> Tensor:
+    """A float tensor on the host, in the dtype of the message. Raises TensorError on a malformed one."""
+    if message.dtype != DTYPE_BF16:
+        return torch.tensor(tensors.to_array(message))
+    bits = torch.frombuffer(bytearray(message.data), dtype=torch.bfloat16)
+    return bits.reshape(tuple(message.shape))
+
+
+def encode_assignment(assignment: Assignment) -> SparseAssignment:
+    """Experts as i32, weights in their own dtype."""
+    experts = assignment.experts.detach().to("cpu", torch.int32).contiguous().numpy()
+    return SparseAssignment(
+        experts=tensors.to_tensor(experts), weights=encode_floats(assignment.weights)
+    )
+
+
+def decode_assignment(message: SparseAssignment) -> Assignment:
+    """Experts as int64, weights in the dtype of the message."""
+    experts = torch.tensor(tensors.to_array(message.experts)).long()
+    return Assignment(decode_floats(message.weights), experts)
+
+
+def encode_fingerprint(fingerprint: ModelFingerprint) -> types_pb2.ModelFingerprint:
+    """Field by field."""
+    return types_pb2.ModelFingerprint(
+        architecture=fingerprint.architecture,
+        num_layers=fingerprint.num_layers,
+        hidden_size=fingerprint.hidden_size,
+        num_experts=fingerprint.num_experts,
+        top_k=fingerprint.top_k,
+        router_hash=fingerprint.router_hash,
+    )

@@ -1,0 +1,98 @@
+"""Packed tensors on the wire, as NumPy arrays.
+
+Decoding is a view over the message's bytes (bf16 excepted: NumPy has no bf16, so it is widened to f32); encoding
+copies once, into the message.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnmoe.v1.types_pb2 import (
+    DTYPE_BF16,
+    DTYPE_F16,
+    DTYPE_F32,
+    DTYPE_I32,
+    DTYPE_U8,
+    DTYPE_U64,
+    Dtype,
+    Tensor,
+)
+
+Array = NDArray[Any]
+
+_NUMPY_OF: dict[Dtype, np.dtype[Any]] = {
+    DTYPE_F32: np.dtype("<f4"),
+    DTYPE_F16: np.dtype("<f2"),
+    DTYPE_BF16: np.dtype("<u2"),
+    DTYPE_I32: np.dtype("<i4"),
+    DTYPE_U64: np.dtype("<u8"),
+    DTYPE_U8: np.dtype("u1"),
+}
+_WIRE_OF = {dtype: wire for wire, dtype in _NUMPY_OF.items() if wire != DTYPE_BF16}
+FLOATS = frozenset({DTYPE_F32, DTYPE_F16, DTYPE_BF16})
+MAX_DIMENSIONS = 4
+
+
+class TensorError(ValueError):
+    """A packed tensor contradicts itself."""
+
+
+def dtype_name(wire: int) -> str:
+    """Short name of a wire dtype, for messages: `f32`, or `unknown(9)`."""
+    if wire not in Dtype.values():
+        return f"unknown({wire})"
+    return Dtype.Name(wire).removeprefix("DTYPE_").lower()
+
+
+def to_tensor(array: Array, *, bf16: bool = False) -> Tensor:
+    """Packs an array (f32, f16, i32, u64 or u8; `bf16` rounds f32 to bf16). Raises TensorError on other dtypes."""
+    if bf16:
+        bits = _round_to_bf16(np.asarray(array, dtype=np.float32))
+        return Tensor(dtype=DTYPE_BF16, shape=array.shape, data=bits.tobytes())
+    wire = _WIRE_OF.get(array.dtype.newbyteorder("<"))
+    if wire is None:
+        raise TensorError(f"no wire dtype for {array.dtype}")
+    little = array.astype(_NUMPY_OF[wire], copy=False)
+    return Tensor(dtype=wire, shape=array.shape, data=little.tobytes())
+
+
+def to_array(tensor: Tensor) -> Array:
+    """The array of a tensor: a read-only view (bf16: a new f32 array).
+
+    Raises TensorError when the dtype is unknown, the shape has more than 4 dimensions, or the byte count is not
+    prod(shape) * itemsize.
+    """
+    dtype = _NUMPY_OF.get(tensor.dtype)
+    if dtype is None:
+        raise TensorError(
+            f"dtype {dtype_name(tensor.dtype)}, expected one of f32, f16, bf16, i32, u64, u8"
+        )
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise TensorError(f"{len(tensor.shape)} dimensions, expected at most {MAX_DIMENSIONS}")
+    shape = tuple(tensor.shape)
+    expected = prod(shape) * dtype.itemsize
+    if len(tensor.data) != expected:
+        raise TensorError(
+            f"{len(tensor.data)} bytes, expected {expected} for shape {list(shape)} of {dtype_name(tensor.dtype)}"
+        )
+    try:
+        array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    except ValueError as error:  # no elements, yet dimensions beyond what NumPy can address
+        raise TensorError(f"shape {list(shape)}, expected smaller dimensions") from error
+    return _widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
+
+
+def _widen_bf16(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round_to_bf16(array: Array) -> Array:
+    """Round to nearest even, as torch does; NaN stays NaN."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)

@@ -1,0 +1,1 @@
+"""Generated code of protos/knnmoe/v1; see protos/generate.py."""

@@ -1,0 +1,267 @@
+from knnmoe.v1 import routing_pb2 as _routing_pb2
+from knnmoe.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_PROCESS: _ClassVar[Durability]
+    DURABILITY_FSYNC: _ClassVar[Durability]
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_PROCESS: Durability
+DURABILITY_FSYNC: Durability
+
+class CreateMemoryRequest(_message.Message):
+    __slots__ = ("name", "fingerprint", "settings")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    fingerprint: _types_pb2.ModelFingerprint
+    settings: _types_pb2.MemorySettings
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.ModelFingerprint, _Mapping]] = ..., settings: _Optional[_Union[_types_pb2.MemorySettings, _Mapping]] = ...) -> None: ...
+
+class CreateMemoryResponse(_message.Message):
+    __slots__ = ("memory",)
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    memory: _routing_pb2.MemoryDescription
+    def __init__(self, memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
+
+class ListMemoriesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListMemoriesResponse(_message.Message):
+    __slots__ = ("memories",)
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    memories: _containers.RepeatedCompositeFieldContainer[_routing_pb2.MemoryDescription]
+    def __init__(self, memories: _Optional[_Iterable[_Union[_routing_pb2.MemoryDescription, _Mapping]]] = ...) -> None: ...
+
+class DescribeMemoryRequest(_message.Message):
+    __slots__ = ("memory",)
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    def __init__(self, memory: _Optional[str] = ...) -> None: ...
+
+class DescribeMemoryResponse(_message.Message):
+    __slots__ = ("memory",)
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    memory: _routing_pb2.MemoryDescription
+    def __init__(self, memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
+
+class DeleteMemoryRequest(_message.Message):
+    __slots__ = ("memory",)
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    def __init__(self, memory: _Optional[str] = ...) -> None: ...
+
+class DeleteMemoryResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: int
+    def __init__(self, entries: _Optional[int] = ...) -> None: ...
+
+class UpdateSettingsRequest(_message.Message):
+    __slots__ = ("memory", "settings")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    settings: _types_pb2.MemorySettings
+    def __init__(self, memory: _Optional[str] = ..., settings: _Optional[_Union[_types_pb2.MemorySettings, _Mapping]] = ...) -> None: ...
+
+class UpdateSettingsResponse(_message.Message):
+    __slots__ = ("memory",)
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    memory: _routing_pb2.MemoryDescription
+    def __init__(self, memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
+
+class Entries(_message.Message):
+    __slots__ = ("ids", "keys", "assignments", "logit_deltas", "provenance")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_DELTAS_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    ids: _types_pb2.Tensor
+    keys: _types_pb2.Tensor
+    assignments: _types_pb2.SparseAssignment
+    logit_deltas: _types_pb2.Tensor
+    provenance: _containers.RepeatedCompositeFieldContainer[_types_pb2.Provenance]
+    def __init__(self, ids: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignments: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., logit_deltas: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., provenance: _Optional[_Iterable[_Union[_types_pb2.Provenance, _Mapping]]] = ...) -> None: ...
+
+class UpsertRequest(_message.Message):
+    __slots__ = ("memory", "layer", "entries", "durability", "request_id", "model_digest")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layer: int
+    entries: Entries
+    durability: Durability
+    request_id: int
+    model_digest: str
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., entries: _Optional[_Union[Entries, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., request_id: _Optional[int] = ..., model_digest: _Optional[str] = ...) -> None: ...
+
+class UpsertResponse(_message.Message):
+    __slots__ = ("request_id", "upserted")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    UPSERTED_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    upserted: int
+    def __init__(self, request_id: _Optional[int] = ..., upserted: _Optional[int] = ...) -> None: ...
+
+class CountRequest(_message.Message):
+    __slots__ = ("memory", "layer", "ids")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layer: int
+    ids: _types_pb2.Tensor
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., ids: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class CountResponse(_message.Message):
+    __slots__ = ("layers", "total")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[_routing_pb2.LayerDescription]
+    total: int
+    def __init__(self, layers: _Optional[_Iterable[_Union[_routing_pb2.LayerDescription, _Mapping]]] = ..., total: _Optional[int] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("memory", "layer", "batch_size", "without_keys")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_KEYS_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layer: int
+    batch_size: int
+    without_keys: bool
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., batch_size: _Optional[int] = ..., without_keys: _Optional[bool] = ...) -> None: ...
+
+class ExportResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: Entries
+    def __init__(self, entries: _Optional[_Union[Entries, _Mapping]] = ...) -> None: ...
+
+class CalibrateRequest(_message.Message):
+    __slots__ = ("memory", "lambda0", "quantile", "inputs", "sample", "dry_run")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA0_FIELD_NUMBER: _ClassVar[int]
+    QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    lambda0: float
+    quantile: float
+    inputs: _containers.RepeatedCompositeFieldContainer[LayerInputs]
+    sample: int
+    dry_run: bool
+    def __init__(self, memory: _Optional[str] = ..., lambda0: _Optional[float] = ..., quantile: _Optional[float] = ..., inputs: _Optional[_Iterable[_Union[LayerInputs, _Mapping]]] = ..., sample: _Optional[int] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class LayerInputs(_message.Message):
+    __slots__ = ("layer", "router_inputs")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    router_inputs: _types_pb2.Tensor
+    def __init__(self, layer: _Optional[int] = ..., router_inputs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class CalibrateResponse(_message.Message):
+    __slots__ = ("layers", "memory")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerCalibration]
+    memory: _routing_pb2.MemoryDescription
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerCalibration, _Mapping]]] = ..., memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
+
+class LayerCalibration(_message.Message):
+    __slots__ = ("layer", "squared_distance", "gamma", "queries")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    squared_distance: float
+    gamma: float
+    queries: int
+    def __init__(self, layer: _Optional[int] = ..., squared_distance: _Optional[float] = ..., gamma: _Optional[float] = ..., queries: _Optional[int] = ...) -> None: ...
+
+class OptimizeRequest(_message.Message):
+    __slots__ = ("memory", "layers", "quantization")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    quantization: str
+    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., quantization: _Optional[str] = ...) -> None: ...
+
+class OptimizeResponse(_message.Message):
+    __slots__ = ("layer", "elapsed_s")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    layer: _routing_pb2.LayerDescription
+    elapsed_s: float
+    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ("memory",)
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    def __init__(self, memory: _Optional[str] = ...) -> None: ...
+
+class StatsResponse(_message.Message):
+    __slots__ = ("memories", "uptime_s", "resident_bytes", "service_version", "in_flight")
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    memories: _containers.RepeatedCompositeFieldContainer[MemoryStats]
+    uptime_s: int
+    resident_bytes: int
+    service_version: str
+    in_flight: int
+    def __init__(self, memories: _Optional[_Iterable[_Union[MemoryStats, _Mapping]]] = ..., uptime_s: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., service_version: _Optional[str] = ..., in_flight: _Optional[int] = ...) -> None: ...
+
+class MemoryStats(_message.Message):
+    __slots__ = ("memory", "layers")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerStats]
+    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ...) -> None: ...
+
+class LayerStats(_message.Message):
+    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_ABSTAINED_FIELD_NUMBER: _ClassVar[int]
+    MEAN_LAMBDA_FIELD_NUMBER: _ClassVar[int]
+    MEAN_SEARCH_MS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    entries: int
+    disk_bytes: int
+    route_requests: int
+    tokens: int
+    tokens_abstained: int
+    mean_lambda: float
+    mean_search_ms: float
+    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Where the entries of a layer live: NumPy (the oracle), Qdrant Edge (embedded), a Qdrant server."""

@@ -1,0 +1,123 @@
+"""What the service needs of a storage engine. Every backend passes tests/congruence against the NumPy one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+
+
+class Metric(StrEnum):
+    """Distance between keys."""
+
+    EUCLID = "euclid"  # reported squared
+    COSINE = "cosine"  # reported as 1 - cosine; keys are stored normalised
+
+
+class Quantization(StrEnum):
+    """How the search keys are compressed. Distances always come from the stored keys."""
+
+    NONE = "none"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionSpec:
+    """What a collection holds."""
+
+    dimension: int
+    metric: Metric
+    value_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How an indexed collection is searched; an unindexed one is searched exactly."""
+
+    hnsw_ef: int = 64
+    oversampling: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """State of a collection: exact number of entries, those an index covers, the search keys' compression."""
+
+    entries: int
+    indexed_entries: int
+    quantization: Quantization
+    disk_bytes: int
+
+
+class Collection(Protocol):
+    """The entries of one layer. Safe to call from several threads.
+
+    Callers pass validated arrays: finite f32, right widths, ids below 2^63. Every engine failure surfaces as a
+    StorageError.
+    """
+
+    def search(
+        self,
+        queries: F32,
+        k: int,
+        options: SearchOptions,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Neighbours:
+        """The k nearest entries of each query [T, d]. `exclude`: none, one for all tokens, or one per token.
+
+        Entries at the same distance come in any order. Raises InvalidField on a zero vector under cosine.
+        """
+        ...
+
+    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
+        """Writes entries, replacing those with the same id. On return they survive SIGKILL (fsync: loss of power).
+
+        Raises InvalidField on a zero vector under cosine, DiskFull when too little disk is free.
+        """
+        ...
+
+    def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
+        """Up to `limit` entries with ids above `after`, in the order of ids."""
+        ...
+
+    def provenance(self, ids: U64) -> dict[int, Provenance]:
+        """Where the entries of these ids came from; ids that are not there are left out."""
+        ...
+
+    def info(self) -> CollectionInfo:
+        """Exact state, without a search."""
+        ...
+
+    def optimize(self, quantization: Quantization) -> None:
+        """Builds the HNSW index and quantized keys of all entries; searches go on meanwhile."""
+        ...
+
+    def flush(self) -> None:
+        """Makes every acknowledged write survive loss of power."""
+        ...
+
+    def close(self) -> None:
+        """Flushes and releases the files. Closing twice is allowed."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes and finds collections. `name` is a relative path of safe characters, e.g. `bible/layer-003`."""
+
+    def create(self, name: str, spec: CollectionSpec) -> Collection:
+        """A new, empty collection. Raises StorageError when one is there."""
+        ...
+
+    def open(self, name: str, spec: CollectionSpec) -> Collection:
+        """An existing collection. Raises CorruptMemory when it is missing or does not match `spec`."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Removes a collection and its files; it must be closed. No error when it is not there."""
+        ...
+
+    def close(self) -> None:
+        """Closes every collection and gives the storage back. Closing twice is allowed."""
+        ...

@@ -1,0 +1,117 @@
+"""Where a collection lies on disk.
+
+    DATA/<name>/CURRENT              which generation counts, and what it holds (JSON, replaced atomically)
+    DATA/<name>/gen-000000/shard/    the engine's files
+    DATA/<name>/gen-000000/values.npz  the value table, there only while the shard has exactly these entries
+
+A generation that CURRENT does not name is what a crash left behind.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from router_service.backends.base import CollectionSpec, Metric, Quantization
+from router_service.backends.boundary import storage_call
+from router_service.backends.disk import fsync_path, remove_durably, remove_tree, write_atomically
+from router_service.errors import CorruptMemory
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """The content of CURRENT."""
+
+    generation: int
+    spec: CollectionSpec
+    quantization: Quantization
+
+    def next(self, quantization: Quantization) -> Pointer:
+        """The generation after this one."""
+        return replace(self, generation=self.generation + 1, quantization=quantization)
+
+    def to_json(self) -> bytes:
+        """UTF-8 JSON with the format version."""
+        content = {
+            "format": _FORMAT,
+            "generation": self.generation,
+            "dimension": self.spec.dimension,
+            "metric": self.spec.metric.value,
+            "value_width": self.spec.value_width,
+            "quantization": self.quantization.value,
+        }
+        return json.dumps(content, indent=1).encode()
+
+    @staticmethod
+    def from_json(text: bytes) -> Pointer:
+        """Raises ValueError, TypeError or KeyError when `text` is not what to_json writes."""
+        content = json.loads(text)
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']}, expected {_FORMAT}")
+        spec = CollectionSpec(
+            int(content["dimension"]), Metric(content["metric"]), int(content["value_width"])
+        )
+        return Pointer(int(content["generation"]), spec, Quantization(content["quantization"]))
+
+
+class CollectionFiles:
+    """The directory of one collection under a data directory."""
+
+    def __init__(self, data_dir: Path, name: str) -> None:
+        self.directory = data_dir / name
+        self._data_dir = data_dir
+        self._current = self.directory / "CURRENT"
+
+    def exists(self) -> bool:
+        """Whether there is a collection; leftovers without CURRENT do not count."""
+        return self._current.is_file()
+
+    def generation(self, number: int) -> Path:
+        """The directory of a generation."""
+        return self.directory / f"gen-{number:06d}"
+
+    def shard(self, number: int) -> Path:
+        """The engine's directory of a generation."""
+        return self.generation(number) / "shard"
+
+    def values(self, number: int) -> Path:
+        """The saved value table of a generation."""
+        return self.generation(number) / "values.npz"
+
+    def read(self) -> Pointer:
+        """Raises CorruptMemory when CURRENT is missing or cannot be understood."""
+        with storage_call(f"read {self._current}", opening=True):
+            return Pointer.from_json(self._current.read_bytes())
+
+    def write(self, pointer: Pointer) -> None:
+        """Makes a generation the one that counts, atomically and durably."""
+        fsync_path(self.shard(pointer.generation), self._data_dir)
+        write_atomically(self._current, lambda file: file.write(pointer.to_json()))
+
+    def require_spec(self, spec: CollectionSpec) -> Pointer:
+        """The pointer; raises CorruptMemory when the collection holds something else than `spec`."""
+        pointer = self.read()
+        if pointer.spec != spec:
+            raise CorruptMemory(f"{self.directory} holds {pointer.spec}, expected {spec}")
+        return pointer
+
+    def remove_leftovers(self, current: int | None) -> None:
+        """Removes every generation but `current`, and half-written files."""
+        for path in self.directory.glob("gen-*"):
+            if current is None or path != self.generation(current):
+                remove_tree(path)
+        for path in self.directory.glob("*.partial"):
+            remove_durably(path)
+
+    def remove(self) -> None:
+        """Removes the collection; CURRENT goes first, so that a crash leaves only leftovers."""
+        if not self.directory.is_dir():
+            return
+        remove_durably(self._current)
+        self.remove_leftovers(None)
+        with storage_call(f"remove {self.directory}"):
+            if not any(self.directory.iterdir()):  # collections may lie below
+                self.directory.rmdir()

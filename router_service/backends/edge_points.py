@@ -1,0 +1,83 @@
+"""Entries as the engine stores them: flat payloads, value rows as base64 of little-endian f32 bytes."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from router_service.arrays import F32, Entries, Provenance
+from router_service.errors import CorruptMemory
+
+Payload = dict[str, Any]
+
+VALUE = "value"
+# The generation of files that an entry was written in: those of the current one are not indexed yet.
+GENERATION = "generation"
+
+_ATTRIBUTE_OF_FIELD = {
+    "source": "source",
+    "example": "example",
+    "position": "position",
+    "token": "token",
+    "gain": "gain",
+    "created": "created_unix_ms",
+}
+_DEFAULTS = Provenance()
+
+
+class Record(NamedTuple):
+    """An entry as the engine reads it."""
+
+    id: int
+    payload: Payload
+    key: list[float] | None
+
+
+def payloads_of(entries: Entries, generation: int) -> list[Payload]:
+    """One payload per entry; provenance fields that have their default value are left out."""
+    rows = entries.values.astype("<f4", order="C")
+    return [
+        {VALUE: b64encode(row).decode("ascii"), GENERATION: generation, **_fields(provenance)}
+        for row, provenance in zip(rows, entries.provenance, strict=True)
+    ]
+
+
+def provenance_of(payload: Payload) -> Provenance:
+    """The provenance that payloads_of stored."""
+    stored = _ATTRIBUTE_OF_FIELD.items()
+    return Provenance(**{name: payload[field] for field, name in stored if field in payload})
+
+
+def value_rows(payloads: Iterable[Payload], value_width: int) -> F32:
+    """Value rows [n, W] of payloads. Raises CorruptMemory when one is missing or of another width."""
+    try:
+        rows = [b64decode(payload[VALUE], validate=True) for payload in payloads]
+    except (KeyError, TypeError, binascii.Error) as error:
+        raise CorruptMemory(f"an entry has no readable value: {error!r}") from error
+    wrong = [len(row) for row in rows if len(row) != 4 * value_width]
+    if wrong:
+        raise CorruptMemory(f"an entry has a value of {wrong[0]} bytes, expected {4 * value_width}")
+    return np.frombuffer(b"".join(rows), "<f4").reshape(-1, value_width).astype(np.float32)
+
+
+def entries_of(records: Sequence[Record], dimension: int, value_width: int) -> Entries:
+    """Entries of records; `dimension` 0 when their keys were not read."""
+    keys = [record.key for record in records] if dimension else []
+    return Entries(
+        np.fromiter((record.id for record in records), np.uint64, len(records)),
+        np.array(keys, np.float32).reshape(len(records), dimension),
+        value_rows((record.payload for record in records), value_width),
+        [provenance_of(record.payload) for record in records],
+    )
+
+
+def _fields(provenance: Provenance) -> Payload:
+    return {
+        field: value
+        for field, name in _ATTRIBUTE_OF_FIELD.items()
+        if (value := getattr(provenance, name)) != getattr(_DEFAULTS, name)
+    }

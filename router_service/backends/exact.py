@@ -1,0 +1,202 @@
+"""Brute force in RAM with NumPy: the oracle that every other backend is compared with, and a backend for tests.
+
+Distances are summed over float64 differences, never through the expanded form |q|^2 - 2qk + |k|^2, which cancels when
+a query is close to a long key. Nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+from router_service.backends.base import (
+    CollectionInfo,
+    CollectionSpec,
+    Metric,
+    Quantization,
+    SearchOptions,
+)
+from router_service.backends.common import as_stored, empty_neighbours, per_query, require_name
+from router_service.errors import CorruptMemory, StorageError
+
+# float64 differences held at once: 32 MiB
+_BLOCK_ELEMENTS = 1 << 22
+
+
+class ExactCollection:
+    """A Collection in RAM. Ties in distance go to the smaller id."""
+
+    def __init__(self, spec: CollectionSpec) -> None:
+        self._spec = spec
+        self._entries = _no_entries(spec)
+        self._quantization = Quantization.NONE
+        self._closed = False
+        self._write_lock = threading.Lock()
+
+    @property
+    def spec(self) -> CollectionSpec:
+        """What the collection holds."""
+        return self._spec
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called after the last open."""
+        return self._closed
+
+    def reopen(self) -> None:
+        """Lets the collection be used again after close()."""
+        self._closed = False
+
+    def search(
+        self,
+        queries: F32,
+        k: int,
+        options: SearchOptions,  # exact whatever the options
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Neighbours:
+        """See Collection.search."""
+        entries = self._open_entries()
+        stored = as_stored(queries, self._spec.metric, "queries")
+        excluded = per_query(exclude, len(queries))
+        found = empty_neighbours(len(queries), k, self._spec.value_width)
+        rows = max(1, _BLOCK_ELEMENTS // max(1, len(entries) * self._spec.dimension))
+        for start in range(0, len(queries), rows):
+            distances = _distances(stored[start : start + rows], entries.keys, self._spec.metric)
+            for query, row in enumerate(distances, start):
+                allowed = _allowed(entries, excluded[query])
+                order = allowed[np.argsort(row[allowed], kind="stable")[:k]]
+                found.ids[query, : len(order)] = entries.ids[order]
+                found.distances[query, : len(order)] = row[order]
+                found.values[query, : len(order)] = entries.values[order]
+        return found
+
+    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # nothing to sync
+        """See Collection.upsert."""
+        keys = as_stored(entries.keys, self._spec.metric, "keys")
+        with self._write_lock:
+            old = self._open_entries()
+            ids = np.concatenate([old.ids, entries.ids])
+            _, last = np.unique(ids[::-1], return_index=True)
+            kept = len(ids) - 1 - last
+            provenance = [*old.provenance, *entries.provenance]
+            self._entries = Entries(
+                ids[kept],
+                np.concatenate([old.keys, keys])[kept],
+                np.concatenate([old.values, entries.values])[kept],
+                [provenance[row] for row in kept],
+            )
+
+    def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
+        """See Collection.scroll."""
+        entries = self._open_entries()
+        start = 0 if after is None else int(np.searchsorted(entries.ids, np.uint64(after), "right"))
+        page = entries.slice(start, start + limit)
+        keys = page.keys.copy() if with_keys else np.empty((len(page), 0), np.float32)
+        return Entries(page.ids.copy(), keys, page.values.copy(), page.provenance)
+
+    def provenance(self, ids: U64) -> dict[int, Provenance]:
+        """See Collection.provenance."""
+        entries = self._open_entries()
+        _, rows, _ = np.intersect1d(entries.ids, ids, assume_unique=False, return_indices=True)
+        return {int(entries.ids[row]): entries.provenance[row] for row in rows}
+
+    def info(self) -> CollectionInfo:
+        """See Collection.info; no index is ever built, since every search is exact."""
+        return CollectionInfo(len(self._open_entries()), 0, self._quantization, 0)
+
+    def optimize(self, quantization: Quantization) -> None:
+        """Only remembers the quantization; search keys stay f32."""
+        self._open_entries()
+        self._quantization = quantization
+
+    def flush(self) -> None:
+        """Nothing to do: there are no files."""
+        self._open_entries()
+
+    def close(self) -> None:
+        """See Collection.close; the backend keeps the entries until drop()."""
+        self._closed = True
+
+    def _open_entries(self) -> Entries:
+        if self._closed:
+            raise StorageError("the collection is closed")
+        return self._entries
+
+
+class ExactBackend:
+    """A Backend in RAM: collections last as long as the object."""
+
+    def __init__(self) -> None:
+        self._collections: dict[str, ExactCollection] = {}
+
+    def create(self, name: str, spec: CollectionSpec) -> ExactCollection:
+        """See Backend.create."""
+        require_name(name)
+        if name in self._collections:
+            raise StorageError(f"collection {name!r} already exists")
+        self._collections[name] = ExactCollection(spec)
+        return self._collections[name]
+
+    def open(self, name: str, spec: CollectionSpec) -> ExactCollection:
+        """See Backend.open."""
+        require_name(name)
+        collection = self._collections.get(name)
+        if collection is None:
+            raise CorruptMemory(f"collection {name!r} is missing")
+        if collection.spec != spec:
+            raise CorruptMemory(f"collection {name!r} holds {collection.spec}, expected {spec}")
+        if not collection.closed:
+            raise StorageError(f"collection {name!r} is already open")
+        collection.reopen()
+        return collection
+
+    def drop(self, name: str) -> None:
+        """See Backend.drop."""
+        require_name(name)
+        if name in self._collections and not self._collections[name].closed:
+            raise StorageError(f"collection {name!r} is open; close it before dropping it")
+        self._collections.pop(name, None)
+
+    def close(self) -> None:
+        """See Backend.close."""
+        for collection in self._collections.values():
+            collection.close()
+
+
+def _distances(queries: F32, keys: F32, metric: Metric) -> NDArray[np.float64]:
+    """Squared Euclidean or 1 - cosine distances [t, n] of queries [t, d] to stored keys [n, d]."""
+    wide = queries.astype(np.float64)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, wide.size))
+    blocks = [keys[start : start + rows].astype(np.float64) for start in range(0, len(keys), rows)]
+    if metric is Metric.COSINE:
+        parts = [np.clip(1.0 - wide @ block.T, 0.0, 2.0) for block in blocks]
+    else:
+        parts = [_squared_distances(wide, block) for block in blocks]
+    return np.concatenate(parts, axis=1) if parts else np.empty((len(queries), 0))
+
+
+def _squared_distances(
+    queries: NDArray[np.float64], keys: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    difference = queries[:, None, :] - keys[None, :, :]
+    return np.asarray(np.einsum("tnd,tnd->tn", difference, difference))
+
+
+def _allowed(entries: Entries, excluded: ExampleRef | None) -> NDArray[np.intp]:
+    """Rows that a query may see, in the order of ids."""
+    if excluded is None:
+        return np.arange(len(entries))
+    same = (ExampleRef(p.source, p.example) == excluded for p in entries.provenance)
+    return np.flatnonzero(~np.fromiter(same, np.bool_, len(entries)))
+
+
+def _no_entries(spec: CollectionSpec) -> Entries:
+    keys, values = (
+        np.empty((0, spec.dimension), np.float32),
+        np.empty((0, spec.value_width), np.float32),
+    )
+    return Entries(np.empty(0, np.uint64), keys, values, ())

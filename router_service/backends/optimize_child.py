@@ -1,0 +1,45 @@
+"""The process that optimizes a copy of a shard: the engine would freeze every thread of the service for seconds.
+
+Run as `python -m router_service.backends.optimize_child DIRECTORY DIMENSION METRIC QUANTIZATION`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from router_service.backends.base import CollectionSpec, Metric, Quantization
+from router_service.backends.boundary import storage_call
+from router_service.backends.disk import fsync_tree
+from router_service.backends.edge_engine import EngineShard, forget_configuration
+
+_PR_SET_PDEATHSIG = 1
+_NICENESS = 10
+
+
+def main(directory: str, dimension: str, metric: str, quantization: str) -> None:
+    """Indexes the shard in `directory`, which no other process has open, and makes the result durable."""
+    _die_with_parent()
+    os.nice(_NICENESS)  # searches come first
+    spec = CollectionSpec(int(dimension), Metric(metric), value_width=0)
+    path = Path(directory)
+    forget_configuration(path)
+    shard = EngineShard.load(path, spec, Quantization(quantization), search_threads=1)
+    shard.optimize()
+    shard.flush()
+    shard.close()
+    with storage_call(f"sync {path}"):
+        fsync_tree(path)
+
+
+def _die_with_parent() -> None:
+    """A service that is killed must not leave a child that writes where its successor works (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,107 @@
+"""What `router-admin` prints: one JSON document, or tables for people. Progress and remarks go to stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+# Wide enough that a table is not cut when stdout is a file or a pipe.
+PIPE_WIDTH = 160
+
+
+class Output:
+    """Where results go. With `as_json`, stdout gets exactly one JSON document."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
+        """Prints the document, or lets `render` show it."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            sys.stdout.flush()
+        else:
+            render(_console())
+
+    def remark(self, text: str) -> None:
+        """A line for people, on stderr."""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+    @contextmanager
+    def progress(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """A bar on stderr when that is a terminal; yields the function that advances it."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
+
+
+def _console() -> Console:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> Table:
+    """A plain table; numbers to the right."""
+    made = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    for number, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_cell(value)) for value in row))  # Text: no markup
+    return made
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value) or "all"
+    return str(value)
+
+
+def plain(message: Any) -> dict[str, Any]:
+    """A protobuf message as JSON values: every field, integers as numbers, enums as `rbf` or `logit_delta`."""
+    return {
+        field.name: _plain_field(field, getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+        if not field.has_presence or message.HasField(field.name)
+    }
+
+
+def _plain_field(field: Any, value: Any) -> Any:
+    if field.is_repeated:
+        return [_plain_value(field, item) for item in value]
+    return _plain_value(field, value)
+
+
+def _plain_value(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return plain(value)
+    if field.enum_type is not None:
+        return _enum_name(field.enum_type, value)
+    return value
+
+
+def _enum_name(enum: Any, number: int) -> str:
+    """`rbf` of Similarity.SIMILARITY_RBF."""
+    if number not in enum.values_by_number:
+        return str(number)
+    prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"
+    return enum.values_by_number[number].name.removeprefix(prefix).lower()

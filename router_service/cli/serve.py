@@ -1,0 +1,103 @@
+"""`router-service`: runs the routing sidecar."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from router_service import __version__
+from router_service.errors import InvalidRequest, RoutingServiceError
+from router_service.rpc.server import RoutingServer
+from router_service.settings import BackendName, ServiceSettings
+
+app = typer.Typer(
+    help="The kNN-MoE routing sidecar.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+
+
+def _help(name: str) -> str:
+    return ServiceSettings.model_fields[name].description or ""
+
+
+@app.callback()
+def _root() -> None:
+    """Every flag of a command is also an environment variable: --max-in-flight is ROUTER_SERVICE_MAX_IN_FLIGHT."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    data: Annotated[Path | None, typer.Option(help=_help("data"), show_default=False)] = None,
+    listen: Annotated[str | None, typer.Option(help=_help("listen"))] = None,
+    backend: Annotated[BackendName | None, typer.Option(help=_help("backend"))] = None,
+    max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
+    max_message_bytes: Annotated[int | None, typer.Option(help=_help("max_message_bytes"))] = None,
+    flush_interval_s: Annotated[float | None, typer.Option(help=_help("flush_interval_s"))] = None,
+    drain_s: Annotated[float | None, typer.Option(help=_help("drain_s"))] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
+    log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
+) -> None:
+    """Serve the memories of a directory until SIGTERM or Ctrl-C.
+
+    Prints one line with the address on stdout when it is ready; logs go to stderr.
+    """
+    flags = {name: value for name, value in locals().items() if value is not None}
+    settings = _settings(flags)
+    _configure_logging(settings.log_level)
+    try:
+        server = RoutingServer(settings)
+        _run(server)
+    except RoutingServiceError as error:
+        typer.echo(f"router-service: {error}", err=True)
+        code = EXIT_BAD_INPUT if isinstance(error, InvalidRequest) else EXIT_FAILED
+        raise typer.Exit(code) from error
+
+
+def _settings(flags: dict[str, Any]) -> ServiceSettings:
+    try:
+        return ServiceSettings(**flags)
+    except ValidationError as error:
+        for problem in error.errors():
+            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            typer.echo(f"router-service: {flag}: {problem['msg']}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from error
+
+
+def _configure_logging(level: str) -> None:
+    numeric = logging.getLevelNamesMapping().get(level.upper())
+    if numeric is None:
+        typer.echo(
+            f"router-service: --log-level: got {level!r}, expected DEBUG, INFO, WARNING or ERROR",
+            err=True,
+        )
+        raise typer.Exit(EXIT_BAD_INPUT)
+    logging.basicConfig(level=numeric, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _run(server: RoutingServer) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.request_stop())
+    try:
+        server.start()
+        typer.echo(f"listening on {server.address}")
+        server.wait()
+    finally:
+        server.stop()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

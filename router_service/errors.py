@@ -1,0 +1,148 @@
+"""The exception tree of the service. `rpc/status.py` maps each to one gRPC status and one ErrorReason.
+
+RoutingServiceError
+├── InvalidRequest            a caller's mistake; names the field, the value and what was expected
+│   ├── InvalidField
+│   ├── InvalidTensor
+│   ├── WidthMismatch         a tensor made for another model
+│   └── NotFinite
+├── MemoryNotFound
+├── MemoryExists
+├── LayerNotFound
+├── ModelMismatch
+├── KindMismatch
+├── Overloaded
+├── DeadlineTooShort
+├── Busy                      a maintenance job holds the layer
+├── ShuttingDown
+└── StorageError              the engine or the file system failed
+    ├── DiskFull
+    ├── DirectoryInUse
+    └── CorruptMemory
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Busy",
+    "CorruptMemory",
+    "DeadlineTooShort",
+    "DirectoryInUse",
+    "DiskFull",
+    "InvalidField",
+    "InvalidRequest",
+    "InvalidTensor",
+    "KindMismatch",
+    "LayerNotFound",
+    "MemoryExists",
+    "MemoryNotFound",
+    "ModelMismatch",
+    "NotFinite",
+    "Overloaded",
+    "RoutingServiceError",
+    "ShuttingDown",
+    "StorageError",
+    "WidthMismatch",
+    "shorten",
+]
+
+_MAX_NAMES = 20
+
+
+class RoutingServiceError(Exception):
+    """Base of every error that the service raises on purpose."""
+
+
+class InvalidRequest(RoutingServiceError):
+    """A field of a request cannot be used."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        self.field, self.value, self.expected = field, shorten(value), expected
+        super().__init__(f"{field}: got {self.value}, expected {expected}")
+
+
+class InvalidField(InvalidRequest):
+    """A scalar, name or list that is missing, malformed or out of range."""
+
+
+class InvalidTensor(InvalidRequest):
+    """A tensor whose bytes, shape or dtype disagree with each other or with the request."""
+
+
+class WidthMismatch(InvalidRequest):
+    """A tensor whose width is not that of the memory's model."""
+
+
+class NotFinite(InvalidRequest):
+    """NaN, infinity, or a value whose square overflows f32."""
+
+
+class MemoryNotFound(RoutingServiceError):
+    """No memory of that name."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        have = ", ".join(known[:_MAX_NAMES]) or "none; create one with router-admin memory create"
+        more = f" and {len(known) - _MAX_NAMES} more" if len(known) > _MAX_NAMES else ""
+        super().__init__(f"memory {shorten(name)} not found; this service has: {have}{more}")
+
+
+class MemoryExists(RoutingServiceError):
+    """A memory of that name is already there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"memory {name!r} already exists; delete it first or choose another name")
+
+
+class LayerNotFound(RoutingServiceError):
+    """The memory has no such MoE layer."""
+
+    def __init__(self, layer: int, layers: int) -> None:
+        super().__init__(
+            f"layer: got {layer}, expected 0 to {layers - 1} (MoE layers are counted from 0)"
+        )
+
+
+class ModelMismatch(RoutingServiceError):
+    """The client's model is not the one that the memory was made for."""
+
+
+class KindMismatch(RoutingServiceError):
+    """Assignments where logits are needed, or the other way round."""
+
+
+class Overloaded(RoutingServiceError):
+    """Too many calls in flight."""
+
+
+class DeadlineTooShort(RoutingServiceError):
+    """The caller's deadline has passed or leaves no time to search."""
+
+
+class Busy(RoutingServiceError):
+    """Another maintenance job holds the layer."""
+
+
+class ShuttingDown(RoutingServiceError):
+    """The service is draining."""
+
+
+class StorageError(RoutingServiceError):
+    """The storage engine or the file system failed."""
+
+
+class DiskFull(StorageError):
+    """Too little free disk to accept a write."""
+
+
+class DirectoryInUse(StorageError):
+    """Another process has the data directory or a collection open."""
+
+
+class CorruptMemory(StorageError):
+    """The files of a memory disagree with its manifest."""
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """A value in ASCII, cut to fit: messages travel as HTTP/2 metadata, which holds 8 KiB."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

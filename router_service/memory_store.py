@@ -1,0 +1,231 @@
+"""Every memory of a service: makes, finds and removes them, on disk or (with no directory) in RAM."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from router_service import identity, memory_settings
+from router_service.backends.base import Backend, CollectionSpec
+from router_service.backends.boundary import storage_call
+from router_service.backends.disk import fsync_directory, remove_tree
+from router_service.errors import (
+    CorruptMemory,
+    InvalidField,
+    MemoryExists,
+    MemoryNotFound,
+    StorageError,
+)
+from router_service.identity import ModelFingerprint
+from router_service.layer_memory import LayerMemory
+from router_service.manifest import (
+    begin_creation,
+    finish_creation,
+    is_unfinished,
+    read_manifest,
+    write_manifest,
+)
+from router_service.memory_settings import MemorySettings
+from router_service.routing_memory import MemoryRecord, RoutingMemory
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# A deleted memory's directory until its files are gone.
+_DOOMED = ".deleted"
+
+
+class MemoryStore:
+    """Memories by name. Safe to call from several threads."""
+
+    def __init__(self, backend: Backend, directory: Path | None) -> None:
+        self._backend = backend
+        self._directory = directory
+        self._memories: dict[str, RoutingMemory] = {}
+        # Memories that could not be opened, with the reason: named in errors, never deleted.
+        self.broken: dict[str, str] = {}
+        self._lock = threading.RLock()
+
+    def open_all(self) -> None:
+        """Opens what the directory holds; one that is corrupt is set aside with its reason, the others serve."""
+        if self._directory is None:
+            return
+        with storage_call(f"open {self._directory}"):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            paths = sorted(p for p in self._directory.iterdir() if p.is_dir())
+        for path in paths:
+            if path.name.endswith(_DOOMED) or is_unfinished(path):
+                log.warning("removing %s: its deletion or creation never ended", path)
+                remove_tree(path)
+            else:
+                self._open_one(path)
+
+    def names(self) -> list[str]:
+        """Names of the memories that serve, sorted."""
+        return sorted(self._memories)
+
+    def memories(self) -> list[RoutingMemory]:
+        """The memories that serve, by name."""
+        return [memory for _, memory in sorted(self._memories.items())]
+
+    def get(self, name: str) -> RoutingMemory:
+        """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""
+        memory = self._memories.get(name)
+        if memory is None:
+            if name in self.broken:
+                raise CorruptMemory(f"memory {name!r} was set aside at start: {self.broken[name]}")
+            raise MemoryNotFound(name, self.names())
+        return memory
+
+    def create(
+        self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings
+    ) -> RoutingMemory:
+        """An empty memory. Raises InvalidField, MemoryExists or StorageError; then nothing is left behind."""
+        _check_name(name)
+        identity.validate(fingerprint)
+        memory_settings.validate(settings, fingerprint.num_layers)
+        with self._lock:
+            if name in self._memories:
+                raise MemoryExists(name)
+            if name in self.broken:
+                self.get(name)
+            record = MemoryRecord(name, fingerprint, settings, time.time_ns() // 1_000_000)
+            self._memories[name] = memory = self._build(record)
+        return memory
+
+    def delete(self, name: str) -> int:
+        """Removes a memory and its files; returns the entries it held."""
+        with self._lock:
+            memory = self.get(name)
+            entries = sum(layer.info().entries for layer in memory.layers)
+            del self._memories[name]
+            self._discard(memory)
+        return entries
+
+    def change_settings(self, name: str, changes: dict[str, Any]) -> RoutingMemory:
+        """Stores changed settings, then reads by them. Raises InvalidField; then nothing changes."""
+        with self._lock:
+            memory = self.get(name)
+            settings = memory_settings.changed(memory.record.settings, changes)
+            memory_settings.validate(settings, memory.record.fingerprint.num_layers)
+            record = replace(memory.record, settings=settings)
+            if self._directory is not None:
+                write_manifest(self._directory / name, record)
+            memory.change_settings(record)
+        return memory
+
+    def flush(self) -> None:
+        """Makes every acknowledged write survive loss of power. Raises StorageError."""
+        for memory in self.memories():
+            for layer in memory.layers:
+                with self._lock:  # not while it is being deleted
+                    if self._memories.get(memory.record.name) is memory:
+                        layer.collection.flush()
+
+    def close(self) -> None:
+        """Flushes and closes every collection. Raises the first StorageError after it has tried them all."""
+        with self._lock:
+            layers = [layer for memory in self._memories.values() for layer in memory.layers]
+            self._memories.clear()
+            failures = _close_all(layers)
+        if failures:
+            raise failures[0]
+
+    def _build(self, record: MemoryRecord) -> RoutingMemory:
+        """Collections first, the manifest last."""
+        layers: list[LayerMemory] = []
+        directory = self._directory / record.name if self._directory is not None else None
+        if directory is not None:
+            begin_creation(directory)
+        try:
+            for number in range(record.fingerprint.num_layers):
+                name = _collection_name(record.name, number)
+                layers.append(_layer(record, number, self._backend.create(name, _spec(record))))
+            if directory is not None:
+                finish_creation(directory, record)
+        except BaseException:
+            self._remove(record.name, layers)
+            raise
+        return RoutingMemory(record, layers)
+
+    def _open_one(self, path: Path) -> None:
+        opened: list[LayerMemory] = []
+        try:
+            record = read_manifest(path)
+            for number in range(record.fingerprint.num_layers):
+                name = _collection_name(record.name, number)
+                opened.append(_layer(record, number, self._backend.open(name, _spec(record))))
+        except StorageError as error:
+            _close_all(opened)
+            if not isinstance(error, CorruptMemory):
+                raise
+            self.broken[path.name] = str(error)
+            log.error("memory %s is set aside: %s", path.name, error)
+            return
+        self._memories[record.name] = RoutingMemory(record, opened)
+
+    def _discard(self, memory: RoutingMemory) -> None:
+        name = memory.record.name
+        if self._directory is None:
+            self._remove(name, memory.layers)
+            return
+        _close_all(memory.layers)
+        # The rename is the moment of deletion; what follows is repeated at the next start after a crash.
+        doomed = self._directory / f"{name}{_DOOMED}"
+        with storage_call(f"delete {self._directory / name}"):
+            (self._directory / name).rename(doomed)
+            fsync_directory(self._directory)
+        self._drop(name, memory.layers)
+        remove_tree(doomed)
+
+    def _remove(self, name: str, layers: Sequence[LayerMemory]) -> None:
+        """Drops the collections that were made, then what else is in the memory's directory."""
+        _close_all(layers)
+        self._drop(name, layers)
+        if self._directory is not None:
+            remove_tree(self._directory / name)
+
+    def _drop(self, name: str, layers: Sequence[LayerMemory]) -> None:
+        for layer in layers:
+            self._backend.drop(_collection_name(name, layer.layer))
+
+
+def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
+    """Closes every layer's collection; those that fail do not keep the others open."""
+    failures = []
+    for layer in layers:
+        try:
+            layer.collection.close()
+        except StorageError as error:
+            log.exception("closing layer %d failed", layer.layer)
+            failures.append(error)
+    return failures
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name) or name.endswith(_DOOMED):
+        raise InvalidField(
+            "name",
+            name,
+            "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
+        )
+
+
+def _collection_name(name: str, layer: int) -> str:
+    return f"{name}/layer-{layer:03d}"
+
+
+def _spec(record: MemoryRecord) -> CollectionSpec:
+    return CollectionSpec(
+        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
+    )
+
+
+def _layer(record: MemoryRecord, number: int, collection: Any) -> LayerMemory:
+    return LayerMemory(number, collection, record.fingerprint.num_experts, record.fingerprint.top_k)

@@ -1,0 +1,293 @@
+"""Messages to domain objects and back. Checks what a message says about itself; the memory checks the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from knnmoe import tensors
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import routing_pb2 as routing_pb
+from knnmoe.v1 import types_pb2 as types_pb
+
+from router_service import __version__
+from router_service.arrays import F32, U64, AnyArray, Assignment, Entries, ExampleRef, Provenance
+from router_service.errors import InvalidField, InvalidTensor
+from router_service.identity import ModelFingerprint
+from router_service.layer_memory import RouteAnswer, RouteQuery
+from router_service.memory_settings import Kind, MemorySettings, Similarity, Support, preset
+from router_service.routing_memory import RoutingMemory
+
+_KINDS = {
+    types_pb.MEMORY_KIND_ASSIGNMENT: Kind.ASSIGNMENT,
+    types_pb.MEMORY_KIND_LOGIT_DELTA: Kind.LOGIT_DELTA,
+}
+_SIMILARITIES = {
+    types_pb.SIMILARITY_RBF: Similarity.RBF,
+    types_pb.SIMILARITY_COSINE: Similarity.COSINE,
+}
+_SUPPORTS = {types_pb.SUPPORT_UNION: Support.UNION, types_pb.SUPPORT_TOP_K: Support.TOP_K}
+_ENUMS: dict[str, dict[Any, Any]] = {
+    "kind": _KINDS,
+    "similarity": _SIMILARITIES,
+    "support": _SUPPORTS,
+}
+_LISTS = ("gamma", "step_size", "layers")
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+def decode_tensor(field: str, tensor: types_pb.Tensor, dtypes: Iterable[int]) -> AnyArray:
+    """The array of a tensor. Raises InvalidTensor when it contradicts itself or has none of `dtypes`."""
+    allowed = ", ".join(tensors.dtype_name(d) for d in sorted(dtypes))
+    if tensor.dtype not in set(dtypes):
+        raise InvalidTensor(field, f"dtype {tensors.dtype_name(tensor.dtype)}", f"dtype {allowed}")
+    try:
+        return tensors.to_array(tensor)
+    except tensors.TensorError as error:
+        got, _, wanted = str(error).partition(", expected ")
+        raise InvalidTensor(field, got, wanted) from error
+
+
+def decode_floats(field: str, tensor: types_pb.Tensor) -> F32:
+    """A float tensor as f32 (a view when it is f32 on the wire)."""
+    return decode_tensor(field, tensor, tensors.FLOATS).astype(np.float32, copy=False)
+
+
+def decode_ids(field: str, tensor: types_pb.Tensor) -> U64:
+    """Entry ids u64 [n]."""
+    ids = decode_tensor(field, tensor, [types_pb.DTYPE_U64])
+    if ids.ndim != 1:
+        raise InvalidTensor(field, f"shape {list(ids.shape)}", "shape [n]")
+    return ids
+
+
+def decode_assignment(field: str, message: types_pb.SparseAssignment) -> Assignment:
+    """Experts i32 [T, k] and weights [T, k]; raises InvalidTensor when they are no matrices or the shapes differ."""
+    experts = decode_tensor(f"{field}.experts", message.experts, [types_pb.DTYPE_I32])
+    weights = decode_floats(f"{field}.weights", message.weights)
+    _require_dimensions(f"{field}.experts", experts, 2)
+    if experts.shape != weights.shape:
+        raise InvalidTensor(
+            f"{field}.weights",
+            f"shape {list(weights.shape)}",
+            f"shape {list(experts.shape)} (as experts)",
+        )
+    return Assignment(experts, weights)
+
+
+def _require_dimensions(field: str, array: AnyArray, dimensions: int) -> None:
+    if array.ndim != dimensions:
+        raise InvalidTensor(field, f"shape {list(array.shape)}", f"{dimensions} dimension(s)")
+
+
+def decode_query(request: routing_pb.RouteRequest) -> RouteQuery:
+    """What a RouteRequest asks."""
+    own: Assignment | F32
+    if request.WhichOneof("own") == "assignment":
+        own = decode_assignment("assignment", request.assignment)
+    elif request.WhichOneof("own") == "router_logits":
+        own = decode_floats("router_logits", request.router_logits)
+    else:
+        raise InvalidField(
+            "own", "nothing", "assignment or router_logits, as the memory's kind needs"
+        )
+    return RouteQuery(
+        decode_floats("router_inputs", request.router_inputs),
+        own,
+        request.neighbours if request.HasField("neighbours") else None,
+        [ExampleRef(e.source, e.example) for e in request.exclude],
+    )
+
+
+def encode_answer(
+    request: routing_pb.RouteRequest, answer: RouteAnswer, version: int
+) -> routing_pb.RouteResponse:
+    """The response to a RouteRequest; logits and weights in the dtype of the request."""
+    response = routing_pb.RouteResponse(
+        request_id=request.request_id,
+        lambdas=tensors.to_tensor(answer.lambdas),
+        abstained=tensors.to_tensor(answer.abstained),
+        times=routing_pb.StageTimes(search_ns=answer.search_ns, blend_ns=answer.blend_ns),
+        memory_version=version,
+    )
+    if isinstance(answer.blended, Assignment):
+        response.assignment.experts.CopyFrom(tensors.to_tensor(answer.blended.experts))
+        response.assignment.weights.CopyFrom(
+            _in_dtype(answer.blended.weights, request.assignment.weights.dtype)
+        )
+    elif answer.blended is not None:
+        response.router_logits.CopyFrom(_in_dtype(answer.blended, request.router_logits.dtype))
+    return response
+
+
+def encode_neighbours(
+    answer: RouteAnswer, provenance: dict[int, Provenance]
+) -> routing_pb.Neighbours:
+    """The neighbours of an answer."""
+    return routing_pb.Neighbours(
+        ids=tensors.to_tensor(answer.neighbours.ids),
+        squared_distances=tensors.to_tensor(answer.neighbours.distances),
+        similarities=tensors.to_tensor(answer.similarities),
+        provenance={entry: encode_provenance(p) for entry, p in provenance.items()},
+    )
+
+
+def _in_dtype(array: F32, dtype: int) -> types_pb.Tensor:
+    if (
+        dtype == types_pb.DTYPE_F16
+    ):  # logits beyond f16 saturate: an infinity would poison a softmax
+        return tensors.to_tensor(np.clip(array, -_F16_MAX, _F16_MAX).astype(np.float16))
+    return tensors.to_tensor(array, bf16=dtype == types_pb.DTYPE_BF16)
+
+
+def decode_entries(message: admin_pb.Entries, kind: Kind) -> Entries:
+    """Entries with their values as rows: logit deltas, or experts followed by weights."""
+    ids = decode_ids("entries.ids", message.ids)
+    keys = decode_floats("entries.keys", message.keys)
+    values = _decode_values(message, kind)
+    origins: Sequence[Provenance] = [decode_provenance(p) for p in message.provenance]
+    return Entries(ids, keys, values, origins or [Provenance()] * len(ids))
+
+
+def _decode_values(message: admin_pb.Entries, kind: Kind) -> F32:
+    wanted = "assignments" if kind is Kind.ASSIGNMENT else "logit_deltas"
+    got = message.WhichOneof("values")
+    if got != wanted:
+        raise InvalidField(
+            "entries.values", got or "nothing", f"{wanted} (the memory holds {kind}s)"
+        )
+    if kind is Kind.LOGIT_DELTA:
+        return decode_floats("entries.logit_deltas", message.logit_deltas)
+    assignment = decode_assignment("entries.assignments", message.assignments)
+    return np.concatenate([assignment.experts.astype(np.float32), assignment.weights], axis=-1)
+
+
+def encode_entries(entries: Entries, kind: Kind) -> admin_pb.Entries:
+    """Inverse of decode_entries."""
+    message = admin_pb.Entries(
+        ids=tensors.to_tensor(entries.ids),
+        keys=tensors.to_tensor(entries.keys),
+        provenance=[encode_provenance(p) for p in entries.provenance],
+    )
+    if kind is Kind.LOGIT_DELTA:
+        message.logit_deltas.CopyFrom(tensors.to_tensor(entries.values))
+    else:
+        half = entries.values.shape[1] // 2
+        message.assignments.experts.CopyFrom(
+            tensors.to_tensor(entries.values[:, :half].astype(np.int32))
+        )
+        message.assignments.weights.CopyFrom(tensors.to_tensor(entries.values[:, half:]))
+    return message
+
+
+def decode_provenance(message: types_pb.Provenance) -> Provenance:
+    """Field by field."""
+    return Provenance(
+        message.source,
+        message.example,
+        message.position,
+        message.token,
+        message.gain,
+        message.created_unix_ms,
+    )
+
+
+def encode_provenance(origin: Provenance) -> types_pb.Provenance:
+    """Field by field."""
+    return types_pb.Provenance(
+        source=origin.source,
+        example=origin.example,
+        position=origin.position,
+        token=origin.token,
+        gain=origin.gain,
+        created_unix_ms=origin.created_unix_ms,
+    )
+
+
+def decode_fingerprint(message: types_pb.ModelFingerprint) -> ModelFingerprint:
+    """Field by field."""
+    return ModelFingerprint(
+        message.architecture,
+        message.num_layers,
+        message.hidden_size,
+        message.num_experts,
+        message.top_k,
+        message.router_hash,
+    )
+
+
+def encode_fingerprint(fingerprint: ModelFingerprint) -> types_pb.ModelFingerprint:
+    """Field by field."""
+    return types_pb.ModelFingerprint(
+        architecture=fingerprint.architecture,
+        num_layers=fingerprint.num_layers,
+        hidden_size=fingerprint.hidden_size,
+        num_experts=fingerprint.num_experts,
+        top_k=fingerprint.top_k,
+        router_hash=fingerprint.router_hash,
+    )
+
+
+def decode_changes(message: types_pb.MemorySettings) -> dict[str, Any]:
+    """The settings that a message sets. Raises InvalidField on an enum number that means nothing."""
+    changes: dict[str, Any] = {
+        name: tuple(getattr(message, name)) for name in _LISTS if len(getattr(message, name))
+    }
+    for descriptor, value in message.ListFields():
+        name = descriptor.name
+        if name in _ENUMS:
+            if value not in _ENUMS[name]:
+                raise InvalidField(
+                    f"settings.{name}", value, "one of " + ", ".join(_ENUMS[name].values())
+                )
+            changes[name] = _ENUMS[name][value]
+        elif name not in _LISTS:
+            changes[name] = value
+    return changes
+
+
+def decode_settings(message: types_pb.MemorySettings) -> MemorySettings:
+    """The preset's settings with what the message sets."""
+    base = preset(message.preset or "recommended")
+    changes = decode_changes(message) | {"preset": base.preset}
+    return MemorySettings(**{**base.fields(), **changes})
+
+
+def encode_settings(settings: MemorySettings) -> types_pb.MemorySettings:
+    """Every field set."""
+    wire = {name: {v: k for k, v in table.items()} for name, table in _ENUMS.items()}
+    values: dict[str, Any] = {
+        name: wire[name][v] if name in wire else v for name, v in settings.fields().items()
+    }
+    return types_pb.MemorySettings(**values)
+
+
+def encode_memory(memory: RoutingMemory) -> routing_pb.MemoryDescription:
+    """Identity, settings and counts of a memory."""
+    record = memory.record
+    return routing_pb.MemoryDescription(
+        name=record.name,
+        fingerprint=encode_fingerprint(record.fingerprint),
+        model_digest=record.fingerprint.digest(),
+        settings=encode_settings(record.settings),
+        layers=[encode_layer(memory, number) for number in range(len(memory.layers))],
+        created_unix_ms=record.created_unix_ms,
+        version=memory.version,
+    )
+
+
+def encode_layer(memory: RoutingMemory, number: int) -> routing_pb.LayerDescription:
+    """Counts of one layer."""
+    info = memory.layer(number).info()
+    return routing_pb.LayerDescription(
+        layer=number,
+        entries=info.entries,
+        indexed_entries=info.indexed_entries,
+        quantization=info.quantization.value,
+    )
+
+
+def encode_described(memory: RoutingMemory) -> routing_pb.DescribeResponse:
+    """A memory and the version of the service."""
+    return routing_pb.DescribeResponse(memory=encode_memory(memory), service_version=__version__)

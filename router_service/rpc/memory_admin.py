@@ -1,0 +1,245 @@
+"""The admin plane's handlers."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+from knnmoe.v1 import memory_admin_pb2 as pb
+from knnmoe.v1 import memory_admin_pb2_grpc
+
+from router_service import __version__, checks
+from router_service.backends.base import Quantization
+from router_service.errors import InvalidField
+from router_service.memory_store import MemoryStore
+from router_service.routing_memory import LayerCalibration, RoutingMemory
+from router_service.rpc import codec
+from router_service.rpc.interceptors import Permits
+
+DEFAULT_EXPORT_BATCH = 512
+DEFAULT_SAMPLE = 1000
+MAX_SAMPLE = 100_000
+# Bytes of one Export message stay well under the message limit.
+EXPORT_BYTES = 4 * 1024 * 1024
+
+
+class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
+    """Create, list, describe, delete, fill, count, export, calibrate, optimize."""
+
+    def __init__(self, store: MemoryStore, permits: Permits) -> None:
+        self._store, self._permits = store, permits
+        self._started = time.monotonic()
+
+    def CreateMemory(  # noqa: N802
+        self, request: pb.CreateMemoryRequest, context: grpc.ServicerContext
+    ) -> pb.CreateMemoryResponse:
+        """An empty memory for one model."""
+        memory = self._store.create(
+            request.name,
+            codec.decode_fingerprint(request.fingerprint),
+            codec.decode_settings(request.settings),
+        )
+        return pb.CreateMemoryResponse(memory=codec.encode_memory(memory))
+
+    def ListMemories(  # noqa: N802
+        self, request: pb.ListMemoriesRequest, context: grpc.ServicerContext
+    ) -> pb.ListMemoriesResponse:
+        """Every memory that serves."""
+        memories = [codec.encode_memory(memory) for memory in self._store.memories()]
+        return pb.ListMemoriesResponse(memories=memories)
+
+    def DescribeMemory(  # noqa: N802
+        self, request: pb.DescribeMemoryRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeMemoryResponse:
+        """One memory."""
+        memory = self._store.get(request.memory)
+        return pb.DescribeMemoryResponse(memory=codec.encode_memory(memory))
+
+    def DeleteMemory(  # noqa: N802
+        self, request: pb.DeleteMemoryRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteMemoryResponse:
+        """Removes a memory and its files."""
+        return pb.DeleteMemoryResponse(entries=self._store.delete(request.memory))
+
+    def UpdateSettings(  # noqa: N802
+        self, request: pb.UpdateSettingsRequest, context: grpc.ServicerContext
+    ) -> pb.UpdateSettingsResponse:
+        """Changes how a memory is read."""
+        changes = codec.decode_changes(request.settings)
+        memory = self._store.change_settings(request.memory, changes)
+        return pb.UpdateSettingsResponse(memory=codec.encode_memory(memory))
+
+    def Upsert(  # noqa: N802
+        self, request_iterator: Iterator[pb.UpsertRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.UpsertResponse]:
+        """Writes and acknowledges one request after the other."""
+        for request in request_iterator:
+            memory = self._store.get(request.memory)
+            entries = codec.decode_entries(request.entries, memory.record.settings.kind)
+            fsync = _fsync(request.durability)
+            memory.upsert(request.layer, request.model_digest, entries, fsync=fsync)
+            yield pb.UpsertResponse(request_id=request.request_id, upserted=len(entries))
+
+    def Count(self, request: pb.CountRequest, context: grpc.ServicerContext) -> pb.CountResponse:  # noqa: N802
+        """Exact counts."""
+        memory = self._store.get(request.memory)
+        numbers = [request.layer] if request.HasField("layer") else range(len(memory.layers))
+        layers = [codec.encode_layer(memory, number) for number in numbers]
+        if request.HasField("ids"):
+            ids = codec.decode_ids("ids", request.ids)
+            checks.require_ids("ids", ids)
+            for layer in layers:
+                layer.entries = memory.layer(layer.layer).count_of(ids)
+        return pb.CountResponse(layers=layers, total=sum(layer.entries for layer in layers))
+
+    def Export(  # noqa: N802
+        self, request: pb.ExportRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ExportResponse]:
+        """A layer's entries in the order of ids."""
+        memory = self._store.get(request.memory)
+        layer = memory.layer(request.layer)
+        after, limit = None, _export_batch(memory, request.batch_size)
+        while len(
+            entries := layer.collection.scroll(after, limit, with_keys=not request.without_keys)
+        ):
+            yield pb.ExportResponse(
+                entries=codec.encode_entries(entries, memory.record.settings.kind)
+            )
+            after = int(entries.ids[-1])
+
+    def Calibrate(  # noqa: N802
+        self, request: pb.CalibrateRequest, context: grpc.ServicerContext
+    ) -> pb.CalibrateResponse:
+        """Gamma per layer from distances to the nearest key."""
+        memory = self._store.get(request.memory)
+        checks.require_fraction("lambda0", request.lambda0)
+        if request.quantile:
+            checks.require_fraction("quantile", request.quantile)
+        results = _calibrate(memory, request)
+        if not request.dry_run:
+            gamma = _gamma_with(memory, results)
+            memory = self._store.change_settings(request.memory, {"gamma": gamma})
+        return pb.CalibrateResponse(
+            layers=[
+                pb.LayerCalibration(
+                    layer=r.layer,
+                    squared_distance=r.squared_distance,
+                    gamma=r.gamma,
+                    queries=r.queries,
+                )
+                for r in results
+            ],
+            memory=codec.encode_memory(memory),
+        )
+
+    def Optimize(  # noqa: N802
+        self, request: pb.OptimizeRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.OptimizeResponse]:
+        """Indexes layer after layer."""
+        memory = self._store.get(request.memory)
+        quantization = _quantization(request.quantization)
+        numbers = list(request.layers) or range(len(memory.layers))
+        layers = [memory.layer(number) for number in numbers]
+        for layer in layers:
+            started = time.monotonic()
+            layer.optimize(quantization)
+            yield pb.OptimizeResponse(
+                layer=codec.encode_layer(memory, layer.layer), elapsed_s=time.monotonic() - started
+            )
+
+    def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
+        """What the service holds and did since it started."""
+        asked = [self._store.get(request.memory)] if request.memory else self._store.memories()
+        return pb.StatsResponse(
+            memories=[_memory_stats(memory) for memory in asked],
+            uptime_s=int(time.monotonic() - self._started),
+            resident_bytes=_resident_bytes(),
+            service_version=__version__,
+            in_flight=self._permits.in_flight,
+        )
+
+
+def _fsync(durability: int) -> bool:
+    """Whether to flush before the acknowledgement; a durability that this version does not know is refused."""
+    if durability not in pb.Durability.values():
+        raise InvalidField("durability", durability, ", ".join(pb.Durability.keys()[1:]))
+    return durability == pb.DURABILITY_FSYNC
+
+
+def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[LayerCalibration]:
+    quantile, sample = request.quantile or 0.5, request.sample or DEFAULT_SAMPLE
+    if sample > MAX_SAMPLE:
+        raise InvalidField("sample", sample, f"0 to {MAX_SAMPLE}")
+    if not request.inputs:
+        return [
+            memory.calibrate(number, request.lambda0, quantile, None, sample)
+            for number in _layers_to_calibrate(memory)
+        ]
+    return [
+        memory.calibrate(
+            item.layer,
+            request.lambda0,
+            quantile,
+            codec.decode_floats("inputs.router_inputs", item.router_inputs),
+            sample,
+        )
+        for item in request.inputs
+    ]
+
+
+def _layers_to_calibrate(memory: RoutingMemory) -> list[int]:
+    """The layers that are read and hold entries. Raises InvalidField when there are none."""
+    numbers = [
+        layer.layer
+        for layer in memory.layers
+        if memory.record.settings.speaks_for(layer.layer) and layer.info().entries
+    ]
+    if not numbers:
+        raise InvalidField("memory", "no entries", "a memory with entries; upsert first")
+    return numbers
+
+
+def _gamma_with(memory: RoutingMemory, results: list[LayerCalibration]) -> tuple[float, ...]:
+    """One gamma per layer: the measured ones, the stored ones elsewhere."""
+    gamma = [memory.record.settings.gamma_of(number) for number in range(len(memory.layers))]
+    for result in results:
+        gamma[result.layer] = result.gamma
+    return tuple(gamma)
+
+
+def _quantization(name: str) -> Quantization:
+    try:
+        return Quantization(name or "none")
+    except ValueError:
+        raise InvalidField("quantization", name, "one of " + ", ".join(Quantization)) from None
+
+
+def _export_batch(memory: RoutingMemory, asked: int) -> int:
+    width = memory.record.fingerprint.hidden_size + memory.record.value_width
+    most = max(1, EXPORT_BYTES // (4 * width))
+    return min(asked or DEFAULT_EXPORT_BATCH, most)
+
+
+def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
+    stats = pb.MemoryStats(memory=memory.record.name)
+    for layer in memory.layers:
+        info, counters = layer.info(), layer.counters.read()
+        stats.layers.add(
+            layer=layer.layer,
+            entries=info.entries,
+            disk_bytes=info.disk_bytes,
+            route_requests=counters.requests,
+            tokens=counters.tokens,
+            tokens_abstained=counters.abstained,
+            mean_lambda=counters.lambda_sum / max(1, counters.tokens),
+            mean_search_ms=counters.search_ns / 1e6 / max(1, counters.requests),
+        )
+    return stats
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

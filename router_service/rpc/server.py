@@ -1,0 +1,178 @@
+"""Puts the service together and runs it until a signal: the composition root."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import socket
+import threading
+from concurrent import futures
+from contextlib import closing
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from knnmoe.channels import message_size_options
+from knnmoe.v1 import memory_admin_pb2_grpc, routing_pb2_grpc
+
+from router_service.backends.base import Backend
+from router_service.errors import InvalidField, StorageError
+from router_service.memory_store import MemoryStore
+from router_service.rpc.interceptors import Guard, Permits
+from router_service.rpc.memory_admin import MemoryAdminService
+from router_service.rpc.routing import RoutingService
+from router_service.settings import BackendName, ServiceSettings
+
+log = logging.getLogger(__name__)
+
+# Threads beside the permitted calls: health checks, and calls that are being refused.
+SPARE_THREADS = 8
+_SERVICES = ("", "knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
+
+
+class RoutingServer:
+    """A running service. `start` opens the memories and the address; `stop` drains, flushes and closes."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        _check_address(settings)
+        self._permits = Permits(settings.max_in_flight)
+        self._backend = _backend(settings)
+        self._store = MemoryStore(self._backend, _memories_dir(settings))
+        self._health = health.HealthServicer()
+        self._grpc = self._make_server()
+        self._stopping = threading.Event()
+        self._flusher = threading.Thread(target=self._flush_often, name="flush", daemon=True)
+        self.address = settings.listen
+
+    def start(self) -> None:
+        """Raises StorageError when the data cannot be opened or the address is taken."""
+        self._store.open_all()
+        self.address = self._bind()
+        self._grpc.start()
+        self._flusher.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        names = ", ".join(self._store.names()) or "none yet"
+        log.info("serving on %s; memories: %s", self.address, names)
+
+    def wait(self) -> None:
+        """Blocks until stop() has been asked for."""
+        self._stopping.wait()
+
+    def request_stop(self) -> None:
+        """Makes wait() return; safe in a signal handler."""
+        self._stopping.set()
+
+    def stop(self) -> None:
+        """Refuses new calls, lets those in flight finish, flushes, closes."""
+        self._stopping.set()
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._permits.close()
+        self._grpc.stop(self.settings.drain_s).wait()
+        if self._flusher.is_alive():
+            self._flusher.join()
+        with closing(self._backend):
+            self._store.close()
+        log.info("stopped")
+
+    def _make_server(self) -> grpc.Server:
+        threads = self.settings.max_in_flight + SPARE_THREADS
+        server = grpc.server(
+            futures.ThreadPoolExecutor(threads, thread_name_prefix="rpc"),
+            interceptors=[Guard(self._permits)],
+            options=[
+                *message_size_options(self.settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingService(self._store), server)
+        admin = MemoryAdminService(self._store, self._permits)
+        memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
+
+    def _bind(self) -> str:
+        listen = self.settings.listen
+        _refuse_live_socket(listen)
+        try:
+            port = self._grpc.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise StorageError(
+                f"cannot listen on {listen} (in use, or not an address of this machine); choose another --listen"
+            ) from error
+        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+    def _set_health(self, status: int) -> None:
+        for service in _SERVICES:
+            self._health.set(service, status)
+
+    def _flush_often(self) -> None:
+        while not self._stopping.wait(self.settings.flush_interval_s):
+            try:
+                self._store.flush()
+            except StorageError:
+                log.exception(
+                    "background flush failed; the write-ahead log still holds every write"
+                )
+
+
+def _backend(settings: ServiceSettings) -> Backend:
+    # The engine is imported only where it is used: the oracle needs none.
+    if settings.backend is BackendName.EXACT:
+        from router_service.backends.exact import ExactBackend
+
+        return ExactBackend()
+    from router_service.backends.edge import EdgeBackend
+
+    return EdgeBackend(settings.data / "memories")
+
+
+def _memories_dir(settings: ServiceSettings) -> Path | None:
+    return None if settings.backend is BackendName.EXACT else settings.data / "memories"
+
+
+def _check_address(settings: ServiceSettings) -> None:
+    """Raises InvalidField on a malformed address, or one that others reach without --insecure."""
+    listen = settings.listen
+    if listen.startswith("unix:"):
+        _check_socket_path(listen.removeprefix("unix:"))
+        return
+    host, _, port = listen.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
+        raise InvalidField("--listen", listen, "HOST:PORT or unix:PATH")
+    if not _is_loopback(host) and not settings.insecure:
+        raise InvalidField(
+            "--listen",
+            listen,
+            "a loopback address (this service has no authentication), or --insecure",
+        )
+
+
+def _refuse_live_socket(listen: str) -> None:
+    """Raises StorageError when another process answers on a Unix socket: gRPC would silently take its place."""
+    if not listen.startswith("unix:"):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(listen.removeprefix("unix:")) == 0:
+            raise StorageError(
+                f"cannot listen on {listen}: another process does; choose another --listen"
+            )
+
+
+def _check_socket_path(path: str) -> None:
+    if not path or len(path) > 100:
+        raise InvalidField(
+            "--listen", f"unix:{path}", "unix:PATH with a path of 1 to 100 characters"
+        )
+    if not Path(path).absolute().parent.is_dir():
+        raise InvalidField("--listen", f"unix:{path}", "a socket in a directory that exists")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
