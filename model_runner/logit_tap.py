@@ -74,8 +74,7 @@ class LogitTap:
         def wrap(forward: Forward) -> Forward:
             @functools.wraps(forward)
             def tapped(*args: Any, **kwargs: Any) -> Any:
-                swap = functools.partial(self._fn, site)
-                with swapped_logits(site.router, site.num_logits, swap):
+                with swapped_logits(site, functools.partial(self._fn, site)):
                     return forward(*args, **kwargs)
 
             return tapped

@@ -78,6 +78,7 @@ def _site(layer: int, name: str, router: nn.Module, block: nn.Module) -> RouterS
         num_logits=num_logits,
         top_k=top_k,
         hidden_size=hidden_size,
+        logit_map=max(1, _maps_of_width(router, num_logits)),
         family=_family(router, block, top_k),
     )
 
@@ -104,6 +105,10 @@ def _widths(router: nn.Module) -> tuple[int, int]:
     if not linears:
         raise UnsupportedModel(f"{type(router).__name__} has no linear map to read its widths from")
     return linears[0].in_features, linears[-1].out_features
+
+
+def _maps_of_width(router: nn.Module, width: int) -> int:
+    return sum(weight.dim() == 2 and weight.shape[0] == width for weight in router.parameters())
 
 
 def _num_experts(router: nn.Module, experts: Any, num_logits: int) -> int:

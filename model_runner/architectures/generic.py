@@ -59,5 +59,5 @@ class GenericFamily:
         `args` and `kwargs` are those of the router's own call: some routers need more than the
         hidden states (a bias, token ids, the previous router's states).
         """
-        with swapped_logits(site.router, site.num_logits, lambda _own: logits):
+        with swapped_logits(site, lambda _own: logits):
             return site.router.forward(*args, **kwargs)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from model_runner.architectures.site import RouterSite
 from model_runner.errors import BadInput, UnsupportedModel
 
 # kolibri1 uses torch.mm with an fp32 output on GPUs, every other router F.linear.
@@ -20,14 +21,11 @@ _LINEAR_MAPS = frozenset({F.linear, torch.mm, torch.matmul, torch.Tensor.mm, tor
 
 
 @contextmanager
-def swapped_logits(
-    router: nn.Module, num_logits: int, swap: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Within it, `swap` maps a router's logits to those that it goes on with.
+def swapped_logits(site: RouterSite, swap: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, `swap` maps the logits of the site's router to those that it goes on with.
 
     Args:
-        router: the module about to run, once; only its name and its weights' shapes are used.
-        num_logits: width of the logits.
+        site: the router about to run, once; its weights are not read.
         swap: gets and gives `[T, num_logits]`; its result is cast to the router's own dtype.
 
     Raises:
@@ -35,12 +33,12 @@ def swapped_logits(
         BadInput: when `swap` gives another shape.
 
     """
-    mode = _LogitSwap(router, num_logits, swap)
+    mode = _LogitSwap(site, swap)
     with mode:
         yield
     if mode.maps_to_go > 0:
         raise UnsupportedModel(
-            f"{type(router).__name__} computed no linear map of width {num_logits}: "
+            f"{site.name} computed no linear map of width {site.num_logits}: "
             "its logits cannot be replaced"
         )
 
@@ -48,15 +46,12 @@ def swapped_logits(
 class _LogitSwap(TorchFunctionMode):
     """Attributes: maps_to_go: linear maps of the logits' width that are still to come."""
 
-    def __init__(
-        self, router: nn.Module, num_logits: int, swap: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, site: RouterSite, swap: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._router = router
-        self._num_logits = num_logits
+        self._site = site
+        self._num_logits = site.num_logits
         self._swap = swap
-        # An inner layer of a router's MLP may happen to be as wide as the logits: the last counts.
-        self.maps_to_go = max(1, _maps_of_width(router.parameters(), num_logits))
+        self.maps_to_go = site.logit_map
 
     def __torch_function__(
         self,
@@ -77,12 +72,7 @@ class _LogitSwap(TorchFunctionMode):
         swapped = self._swap(logits)
         if swapped.shape != logits.shape:
             raise BadInput(
-                f"router logits of {type(self._router).__name__} must be "
-                f"{tuple(logits.shape)}, got {tuple(swapped.shape)}"
+                f"router logits of {self._site.name} must be {tuple(logits.shape)}, "
+                f"got {tuple(swapped.shape)}"
             )
         return swapped.to(device=result.device, dtype=result.dtype).reshape(result.shape)
-
-
-def _maps_of_width(parameters: Iterable[Tensor], width: int) -> int:
-    # Shapes only: under offloading the weights themselves are on the meta device.
-    return sum(weight.dim() == 2 and weight.shape[0] == width for weight in parameters)

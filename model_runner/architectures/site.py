@@ -84,6 +84,8 @@ class RouterSite:
             Longcat's zero-computation experts count in both numbers: they can be named.
         top_k: experts per token of the model's own router.
         hidden_size: d, the width of the router's input.
+        logit_map: which of the router's linear maps of width num_logits makes the logits, the
+            last; more than 1 only where an inner layer happens to be as wide.
         family: how this site is hooked.
 
     """
@@ -96,6 +98,7 @@ class RouterSite:
     num_logits: int
     top_k: int
     hidden_size: int
+    logit_map: int = field(repr=False)
     family: Family = field(repr=False, compare=False)
 
     def router_input(self, args: RouterArgs, kwargs: RouterKwargs) -> Tensor:

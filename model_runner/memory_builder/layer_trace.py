@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model_runner.architectures.site import RouterArgs, RouterKwargs, RouterSite
+from model_runner.errors import HookBypassed
 
 __all__ = ["CallRecorder", "LayerTrace", "RecordedCall", "Scope"]
 
@@ -115,11 +116,20 @@ class CallRecorder:
         """The logits `[T, num_logits]` that the router went on with, attached to the graph."""
         return self._leaf_and_logits[site.layer][1]
 
-    def call(self, site: RouterSite) -> RecordedCall:
-        """The router's last call. Raises KeyError when it was never called."""
-        leaf, logits = self._leaf_and_logits[site.layer]
-        args, kwargs = self._arguments[site.layer]
-        return RecordedCall(site, leaf, logits, args, kwargs)
+    def calls(self, sites: tuple[RouterSite, ...]) -> list[RecordedCall]:
+        """The last call of each router.
+
+        Raises:
+            HookBypassed: some router was not called.
+
+        """
+        missed = [site.name for site in sites if site.layer not in self._arguments]
+        if missed:
+            raise HookBypassed(missed)
+        return [
+            RecordedCall(site, *self._leaf_and_logits[site.layer], *self._arguments[site.layer])
+            for site in sites
+        ]
 
 
 def _detached(value: Any) -> Any:

@@ -78,6 +78,7 @@ def router_gradients(
 
     Raises:
         UnsupportedModel: no routers; or `detach_kv` and no K/V projections to cut at.
+        HookBypassed: some router was not called.
         BadInput: an unknown scope, a loss that is not a scalar, or torch.inference_mode.
 
     """
@@ -99,7 +100,7 @@ def router_gradients(
             stack.enter_context(_detached_keys_values(model))
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         # Read before the backward pass: gradient checkpointing runs the routers again in it.
-        calls = [recorder.call(site) for site in sites]
+        calls = recorder.calls(sites)
         gradients = _gradients(loss_fn(output.logits), [call.leaf for call in calls])
     return [
         call.trace(gradient, input_ids.shape)

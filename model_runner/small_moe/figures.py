@@ -71,9 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
             sys.stdout.flush()
 
 
-def _ngram_keys(stream: TokenStream) -> NDArray[np.void]:
+def _ngram_keys(stream: TokenStream) -> NDArray[np.uint64]:
+    """Hash each run of 8 tokens to 64 bits: uint64 [tokens - 7]."""
+    factors = np.random.default_rng(0).integers(1, 2**63, NGRAM_TOKENS, dtype=np.uint64) | 1
     rows = np.lib.stride_tricks.sliding_window_view(stream, NGRAM_TOKENS)
-    return np.ascontiguousarray(rows).view(f"V{rows.itemsize * NGRAM_TOKENS}").ravel()
+    return (rows * factors).sum(axis=1, dtype=np.uint64)
 
 
 if __name__ == "__main__":

@@ -84,10 +84,11 @@ def to_array(tensor: Tensor) -> Array:
         array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
     except ValueError as error:  # no elements, yet dimensions beyond what NumPy can address
         raise TensorError(f"shape {list(shape)}, expected smaller dimensions") from error
-    return _widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
+    return widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
 
 
-def _widen_bf16(bits: Array) -> Array:
+def widen_bf16(bits: Array) -> Array:
+    """f32 of bf16 bits in u16."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 

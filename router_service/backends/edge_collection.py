@@ -211,9 +211,8 @@ class EdgeCollection:
 
     def _freeze(self, job: OptimizeJob) -> None:
         """Makes the files on disk complete, and keeps flush() from changing them while they are copied."""
-        self._job = (
-            job  # before _closing is read: close() sets that first, then looks for a job to stop
-        )
+        # Before _closing is read: close() sets that first, then looks for a job to stop.
+        self._job = job
         with self._engine_lock:
             self._open_shard().flush()
             self._frozen = True

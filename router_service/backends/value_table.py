@@ -99,7 +99,7 @@ class ValueTable:
     def load(path: Path, value_width: int) -> ValueTable | None:
         """The table saved at `path`, or None when there is no intact one: it can be rebuilt from the engine."""
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 ids, values = saved["ids"], saved["values"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None

@@ -76,7 +76,7 @@ class AdminClient:
 
     def serving_status(self, service: str) -> str:
         """SERVING, NOT_SERVING or UNKNOWN, of a service's full name or of all ("")."""
-        stub = health_pb2_grpc.HealthStub(self._channel)
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
         reply = self.unary(stub.Check, health_pb2.HealthCheckRequest(service=service))
         return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 

@@ -103,7 +103,11 @@ def settings_message(flags: Mapping[str, Any]) -> types_pb.MemorySettings:
     given = {name: value for name, value in flags.items() if value is not None}
     if "layers" in given:
         given["layers"] = parse_layers(given["layers"])
-    for name, prefix in (("kind", "MEMORY_KIND"), ("similarity", "SIMILARITY"), ("support", "SUPPORT")):
+    for name, prefix in (
+        ("kind", "MEMORY_KIND"),
+        ("similarity", "SIMILARITY"),
+        ("support", "SUPPORT"),
+    ):
         if name in given:
             given[name] = f"{prefix}_{given[name].value.upper()}"
     if "preset" in given:
@@ -128,9 +132,7 @@ def parse_layers(text: str) -> list[int]:
     return sorted(set(numbers))
 
 
-def fingerprint_message(
-    flags: Mapping[str, Any], file: Path | None
-) -> types_pb.ModelFingerprint:
+def fingerprint_message(flags: Mapping[str, Any], file: Path | None) -> types_pb.ModelFingerprint:
     """The fingerprint from one flag per field, or from a JSON file. Raises BadInput naming what is missing."""
     given = {name: value for name, value in flags.items() if value is not None}
     if file is not None:

@@ -16,41 +16,52 @@ from router_service.cli import admin_options as options
 from router_service.cli.admin_errors import BadInput
 from router_service.cli.admin_output import plain, table
 from router_service.cli.admin_session import Session, session_of
+from router_service.cli.help_text import ExampleCommand
 
 app = typer.Typer(
     help="Make, look at, change and remove memories.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
-@app.command("list")
+@app.command("list", cls=ExampleCommand)
 def list_memories(context: typer.Context) -> None:
     """List the memories that the service holds.
 
-    \b
     Example:
       router-admin memory list
+
     """
     session = session_of(context)
     reply = session.client.unary(session.client.admin.ListMemories, pb.ListMemoriesRequest())
-    columns = ("name", "model", "kind", "similarity", "K", "layers", "entries", "indexed", "created")
+    columns = (
+        "name",
+        "model",
+        "kind",
+        "similarity",
+        "K",
+        "layers",
+        "entries",
+        "indexed",
+        "created",
+    )
     rows = [_summary(memory) for memory in reply.memories]
     session.output.emit(plain(reply), lambda console: console.print(table(columns, rows)))
 
 
-@app.command("show")
+@app.command("show", cls=ExampleCommand)
 def show(context: typer.Context, name: options.MemoryName) -> None:
     """Show a memory: the model it was made for, its settings, and the entries of each layer.
 
-    \b
     Example:
       router-admin memory show bible
       router-admin --json memory show bible > bible.json
+
     """
     session = session_of(context)
     _emit(session, session.client.memory(name))
 
 
-@app.command("create")
+@app.command("create", cls=ExampleCommand)
 def create(
     context: typer.Context,
     name: Annotated[
@@ -77,7 +88,9 @@ def create(
         int | None, typer.Option(help="Width of the router input, e.g. 2048.")
     ] = None,
     num_experts: Annotated[int | None, typer.Option(help="Experts per layer, e.g. 64.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts that a token is sent to, e.g. 8.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that a token is sent to, e.g. 8.")
+    ] = None,
     router_hash: Annotated[
         str | None,
         typer.Option(help="sha256 (hex) over the router weights, e.g. as model-runner prints it."),
@@ -112,11 +125,11 @@ def create(
     The memory answers only that model: every field of the fingerprint is compared. Settings that are
     not given come from the preset.
 
-    \b
     Example:
       router-admin memory create bible --fingerprint olmoe.json --layers 11-15
-      router-admin memory create bible --architecture olmoe --num-layers 16 \\
+      router-admin memory create bible --architecture olmoe --num-layers 16
         --hidden-size 2048 --num-experts 64 --top-k 8 --router-hash 9f2c... --preset paper
+
     """
     given = locals()
     session = session_of(context)
@@ -128,7 +141,7 @@ def create(
     _emit(session, session.client.unary(session.client.admin.CreateMemory, request).memory)
 
 
-@app.command("set")
+@app.command("set", cls=ExampleCommand)
 def set_settings(
     context: typer.Context,
     name: options.MemoryName,
@@ -146,9 +159,9 @@ def set_settings(
 
     What is not given stays. Kind and similarity are fixed at creation.
 
-    \b
     Example:
       router-admin memory set bible --neighbours 8 --null-weight 1
+
     """
     settings = options.settings_message(_pick(locals(), _CHANGEABLE))
     if not settings.ListFields():
@@ -158,7 +171,7 @@ def set_settings(
     _emit(session, session.client.unary(session.client.admin.UpdateSettings, request).memory)
 
 
-@app.command("delete")
+@app.command("delete", cls=ExampleCommand)
 def delete(
     context: typer.Context,
     name: options.MemoryName,
@@ -168,10 +181,10 @@ def delete(
 ) -> None:
     """Delete a memory and all its entries. Asks first.
 
-    \b
     Example:
       router-admin memory delete bible
       router-admin memory delete bible --yes
+
     """
     session = session_of(context)
     if not yes:
@@ -205,7 +218,9 @@ def _pick(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _confirm(session: Session, name: str) -> None:
     if not sys.stdin.isatty():
-        raise BadInput("delete asks before it removes anything, and stdin is no terminal; pass --yes")
+        raise BadInput(
+            "delete asks before it removes anything, and stdin is no terminal; pass --yes"
+        )
     memory = session.client.memory(name)
     entries = sum(layer.entries for layer in memory.layers)
     typer.confirm(f"Delete memory {name} with {entries} entries?", abort=True, err=True)

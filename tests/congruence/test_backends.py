@@ -6,14 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from knn_reference import (
-    assert_distances_agree,
-    assert_nearest,
-    assert_slots_agree,
-    clustered_entries,
-    queries_near,
-    true_distances,
-)
 
 from router_service.arrays import MAX_ENTRY_ID, NO_ID, Entries, ExampleRef, Provenance
 from router_service.backends.base import (
@@ -26,6 +18,14 @@ from router_service.backends.base import (
 )
 from router_service.errors import CorruptMemory, InvalidField, StorageError
 from router_service.kernels import mean_lambda, rbf_similarity
+from tests.congruence.knn_reference import (
+    assert_distances_agree,
+    assert_nearest,
+    assert_slots_agree,
+    clustered_entries,
+    queries_near,
+    true_distances,
+)
 
 OPTIONS = SearchOptions()
 EUCLID = CollectionSpec(16, Metric.EUCLID, 6)
@@ -272,6 +272,14 @@ def test_scroll_without_keys(backend: Backend, limit: int) -> None:
     np.testing.assert_array_equal(page.values, entries.values[:limit])
 
 
+def test_provenance_of_known_ids(backend: Backend) -> None:
+    entries = clustered_entries(10, 16)  # ids 5, 8, 11, ...
+    collection = filled(backend, entries)
+    found = collection.provenance(np.array([11, 6, 5, 11, MAX_ENTRY_ID], np.uint64))
+    assert found == {5: entries.provenance[0], 11: entries.provenance[2]}
+    assert collection.provenance(np.empty(0, np.uint64)) == {}
+
+
 # -- optimize ---------------------------------------------------------------------------------
 
 
@@ -446,7 +454,20 @@ def test_collections_do_not_share_entries(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/etc", "..", "a/../b", "a//b", "a\0", ".hidden", "a/gen-000001", "LOCK", "a" * 300, "a b"]
+    "name",
+    [
+        "",
+        "/etc",
+        "..",
+        "a/../b",
+        "a//b",
+        "a\0",
+        ".hidden",
+        "a/gen-000001",
+        "LOCK",
+        "a" * 300,
+        "a b",
+    ],
 )
 def test_unsafe_names_are_refused(backend: Backend, name: str) -> None:
     for call in (backend.create, backend.open):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model_runner.architectures
-from model_runner.architectures import find_router_sites
+from model_runner.architectures import RouterSite, find_router_sites
 from model_runner.architectures.logit_swap import swapped_logits
 from model_runner.errors import BadInput, UnsupportedModel
 from model_runner.router_hooks import verify_hooks
@@ -76,6 +76,7 @@ class TwoEqualMaps(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.top_k = 1
         self.inner = nn.Linear(4, 4, bias=False)
         self.outer = nn.Linear(4, 4, bias=False)
 
@@ -83,34 +84,48 @@ class TwoEqualMaps(nn.Module):
         return self.outer(self.inner(hidden_states).relu())
 
 
-def test_only_the_last_map_of_that_width_is_replaced() -> None:
-    router = TwoEqualMaps()
+@pytest.fixture
+def two_maps() -> RouterSite:
+    (site,) = find_router_sites(nn.ModuleDict({"gate": TwoEqualMaps(), "experts": Experts()}))
+    return site
+
+
+class Experts(nn.Module):
+    num_experts = 4
+
+
+def test_only_the_last_map_of_that_width_is_replaced(two_maps: RouterSite) -> None:
+    hidden_states = torch.ones(3, 4)
     seen: list[torch.Tensor] = []
-    with swapped_logits(router, 4, lambda logits: seen.append(logits) or logits + 1):
-        output = router(torch.ones(3, 4))
+
+    def swap(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return logits + 1
+
+    with swapped_logits(two_maps, swap):
+        output = two_maps.router(hidden_states)
     assert len(seen) == 1
-    torch.testing.assert_close(output, router(torch.ones(3, 4)) + 1)
+    torch.testing.assert_close(output, two_maps.router(hidden_states) + 1)
 
 
-def test_a_router_without_such_a_map_is_refused() -> None:
+def test_a_router_that_computes_no_such_map_is_refused(two_maps: RouterSite) -> None:
     with (
-        pytest.raises(UnsupportedModel, match="no linear map of width 5"),
-        swapped_logits(TwoEqualMaps(), 5, lambda logits: logits),
+        pytest.raises(UnsupportedModel, match="gate computed no linear map of width 4"),
+        swapped_logits(two_maps, lambda logits: logits),
     ):
-        TwoEqualMaps()(torch.ones(3, 4))
+        two_maps.router.inner(torch.ones(3, 4))
 
 
-def test_logits_of_another_shape_are_refused() -> None:
-    router = TwoEqualMaps()
+def test_logits_of_another_shape_are_refused(two_maps: RouterSite) -> None:
     with (
-        pytest.raises(BadInput, match="must be \\(3, 4\\)"),
-        swapped_logits(router, 4, lambda z: z[:1]),
+        pytest.raises(BadInput, match=r"gate must be \(3, 4\)"),
+        swapped_logits(two_maps, lambda logits: logits[:1]),
     ):
-        router(torch.ones(3, 4))
+        two_maps.router(torch.ones(3, 4))
 
 
-def test_matmul_routers_are_tapped_too() -> None:
-    weight = torch.randn(4, 2)
-    with swapped_logits(nn.Identity(), 2, torch.zeros_like):
-        logits = torch.mm(torch.ones(3, 4), weight)
+def test_logits_made_by_matmul_are_replaced_too() -> None:
+    site = find_router_sites(shared_model("kolibri1"))[0]
+    with swapped_logits(site, torch.zeros_like):
+        logits = torch.mm(torch.ones(3, 32), torch.randn(32, 8))
     assert not logits.any()

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_runner.architectures import RouterSite
-from model_runner.errors import BadInput, UnsupportedModel
+from model_runner.errors import BadInput, HookBypassed, UnsupportedModel
 from model_runner.logit_tap import LogitTap, family_assignment
 from model_runner.memory_builder.objective import LayerTrace, router_gradients
 from model_runner.memory_builder.straight_through import dense_assignment
-from model_runner.router_hooks import Assignment, Logits, RouterCall, RouterHooks
+from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from tests.families import CORE_FAMILIES, FAMILIES, prompt, shared_model, tiny_model
 
 
@@ -104,10 +104,19 @@ def test_every_family(family: str, straight_through: bool) -> None:
             assert reached > 0.9
         elif family not in CONSTANT_WEIGHTS:
             assert reached > 0
+        check_stored_assignment(trace)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(input_ids=prompt()).logits, before)
+
+
+def check_stored_assignment(trace: LayerTrace) -> None:
+    """A trace holds all that it takes to make the assignment that a memory stores."""
+    target = (trace.router_logits - 3 * trace.gradient).flatten(0, 1)
+    with torch.no_grad():
+        stored = family_assignment(trace.site, target, trace.router_args, trace.router_kwargs)
+    assert stored.experts.shape == stored.weights.shape == (12, trace.site.top_k)
 
 
 # A score of zero makes llama4's expert input zero, where a gated expert's derivative vanishes.
@@ -223,16 +232,6 @@ def test_within_hooks_the_gradient_is_at_the_policys_logits(family: str) -> None
     assert not torch.equal(traces[0].router_logits, gradients(model)[0].router_logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_trace_is_enough_to_make_the_stored_assignment(family: str) -> None:
-    trace = gradients(shared_model(family))[0]
-    target = (trace.router_logits - 3 * trace.gradient).flatten(0, 1)
-    with torch.no_grad():
-        stored = family_assignment(trace.site, target, trace.router_args, trace.router_kwargs)
-    assert isinstance(stored, Assignment)
-    assert stored.experts.shape == stored.weights.shape == (12, trace.site.top_k)
-
-
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_bfloat16_gradients_are_close(straight_through: bool) -> None:
     exact = gradients(shared_model("olmoe"), straight_through=straight_through)
@@ -260,6 +259,13 @@ def test_bad_arguments() -> None:
     with pytest.raises(BadInput, match="scalar"):
         router_gradients(model, prompt(), lambda logits: logits.sum(-1))
     with pytest.raises(BadInput, match="inference_mode"), torch.inference_mode():
+        gradients(model)
+
+
+def test_a_bypassed_router_is_named() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[1].mlp.forward = lambda hidden_states: hidden_states
+    with pytest.raises(HookBypassed, match=r"model\.layers\.1\.mlp\.gate"):
         gradients(model)
 
 

@@ -120,17 +120,15 @@ def test_generation_with_identity_is_the_plain_one(family: str, dtype: torch.dty
 
 
 @DTYPES
-@pytest.mark.parametrize("policy", [three_more_experts, logit_step])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replies_change_the_output_until_the_context_ends(
-    family: str, policy: Policy, dtype: torch.dtype
-) -> None:
+def test_replies_change_the_output_until_the_context_ends(family: str, dtype: torch.dtype) -> None:
     model = shared_model(family, dtype)
     before, plain = footprint(model), run(model)
-    changed = run(model, policy)
-    assert torch.isfinite(changed).all()
-    assert not torch.equal(changed, plain)
-    assert footprint(model) == before
+    for policy in (three_more_experts, logit_step):
+        changed = run(model, policy)
+        assert torch.isfinite(changed).all()
+        assert not torch.equal(changed, plain)
+        assert footprint(model) == before
     assert torch.equal(run(model), plain)
 
 
@@ -371,7 +369,7 @@ def test_bad_replies(reply: Callable[[RouterCall], object], message: str) -> Non
         run(shared_model("olmoe"), reply)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gemma4_text", "jetmoe", "deepseek_v3", "zaya"])
+@pytest.mark.parametrize("family", ["olmoe", "gemma4_text", "inkling_text", "deepseek_v3", "zaya"])
 def test_offloaded_weights(family: str) -> None:
     """The routers' weights are on the meta device whenever a hook could look at them."""
     expected = {policy: run(shared_model(family), policy) for policy in (identity, logit_step)}

@@ -1,0 +1,112 @@
+"""The numbers of a run as JSON and as a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from benchmarks.lanes import (
+    FAISS_FLAT,
+    FAISS_HNSW,
+    IN_PROCESS,
+    IN_PROCESS_1,
+    SIDECAR,
+    STREAM_UNIX,
+)
+from benchmarks.timing import STAGES, Lane, Sample
+
+_PACKAGES = ("numpy", "faiss-cpu", "grpcio", "protobuf", "qdrant-edge-py")
+_NAMES = {1: "one_token", 32: "32_tokens", 512: "512_tokens"}
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What ran the benchmark; `load_average` above the number of cores means that others were computing too."""
+    return {
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def row(lane: Lane, tokens: int, samples: Sequence[Sample]) -> Row:
+    """Percentiles of one lane at one number of tokens, in ms."""
+    elapsed_ms = np.array([sample.elapsed_ns for sample in samples]) / 1e6
+    return {
+        "engine": lane.engine,
+        "transport": lane.transport,
+        "dtype": lane.dtype,
+        "neighbours": lane.neighbours,
+        "tokens": tokens,
+        "p50_ms": round(float(np.median(elapsed_ms)), 4),
+        "p99_ms": round(float(np.quantile(elapsed_ms, 0.99)), 4),
+        "min_ms": round(float(elapsed_ms.min()), 4),
+        "n": len(samples),
+        "stages_ms": _stages(samples),
+    }
+
+
+def _stages(samples: Sequence[Sample]) -> dict[str, float]:
+    """Median ms per stage; `transport` is what is left of the call: wire, client, scheduling."""
+    known = [(s.elapsed_ns, *s.stages) for s in samples if s.stages is not None]
+    if not known:
+        return {}
+    ms = np.array(known) / 1e6
+    medians = {name: float(np.median(ms[:, 1 + i])) for i, name in enumerate(STAGES)}
+    medians["transport"] = float(np.median(ms[:, 0] - ms[:, 1:].sum(axis=1)))
+    return {name: round(value, 4) for name, value in medians.items()}
+
+
+def ratios(rows: Sequence[Row], statistic: str) -> dict[str, float]:
+    """Sidecar (stream over a Unix socket, f16, K = 1) over FAISS (K = 1); below 1 the sidecar is faster."""
+    found: dict[str, float] = {}
+    for tokens in dict.fromkeys(r["tokens"] for r in rows):
+        name = _NAMES.get(tokens, f"{tokens}_tokens")
+        ours = _value(rows, SIDECAR, STREAM_UNIX, tokens, statistic)
+        for engine in (FAISS_FLAT, FAISS_HNSW):
+            for transport, suffix in ((IN_PROCESS, ""), (IN_PROCESS_1, "_1_thread")):
+                theirs = _value(rows, engine, transport, tokens, statistic)
+                key = f"{name}_vs_{engine.replace(' ', '_')}{suffix}"
+                found[key] = round(ours / theirs, 4)
+    return found
+
+
+def _value(rows: Sequence[Row], engine: str, transport: str, tokens: int, statistic: str) -> float:
+    """Of the first such row with K = 1: f16 comes before f32."""
+    wanted = (engine, transport, tokens, 1)
+    keys = ("engine", "transport", "tokens", "neighbours")
+    return float(next(r for r in rows if tuple(r[k] for k in keys) == wanted)[statistic])
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Latency per lane and number of tokens."""
+    made = Table(
+        title="Route latency, ms (interleaved, caches evicted between calls)", box=box.SIMPLE
+    )
+    for column in ("tokens", "engine", "transport", "wire", "K"):
+        made.add_column(column)
+    for column in ("p50", "p99", "min", "n", *STAGES, "transport"):
+        made.add_column(column, justify="right")
+    for previous, r in zip([None, *rows], rows, strict=False):
+        if previous is not None and previous["tokens"] != r["tokens"]:
+            made.add_section()
+        made.add_row(*_cells(r))
+    return made
+
+
+def _cells(r: Row) -> list[str]:
+    what = [str(r[name]) for name in ("tokens", "engine", "transport", "dtype", "neighbours")]
+    times = [f"{r[name]:.2f}" for name in ("p50_ms", "p99_ms", "min_ms")]
+    stages = [
+        f"{r['stages_ms'][name]:.2f}" if r["stages_ms"] else "" for name in (*STAGES, "transport")
+    ]
+    return [*what, *times, str(r["n"]), *stages]

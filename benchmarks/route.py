@@ -1,0 +1,144 @@
+"""`python -m benchmarks.route --json FILE`: Route latency of a real sidecar next to FAISS in this process.
+
+Everything is measured in one run, interleaved, so that ratios mean something on a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.accuracy import accuracy, recall
+from benchmarks.clustered import Workload, make_workload
+from benchmarks.exact import nearest
+from benchmarks.lanes import WIDE_K, FaissPeers, import_faiss, sidecar_lanes
+from benchmarks.sidecars import LAMBDA0, QUANTIZATION, TOP_K, Sidecars, running_sidecars
+from benchmarks.timing import CacheSweep, Lane, batches, measure
+from model_runner.progress import Progress
+
+QUERIES = 2048
+HELD_OUT = 256
+NUM_EXPERTS = 64
+# tokens -> share of --repeats: long calls need fewer.
+SHARE_OF_REPEATS = {1: 1.0, 32: 0.5, 512: 0.2}
+EXIT_MISSING = 2
+TABLE_WIDTH = 150
+
+
+def run(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Builds, measures and compares; the JSON document of a run. Raises ImportError without FAISS."""
+    faiss = import_faiss()
+    workload = make_workload(
+        settings["keys"], settings["dimension"], QUERIES, HELD_OUT, NUM_EXPERTS, settings["seed"]
+    )
+    with tempfile.TemporaryDirectory(prefix="route-") as name:
+        directory = Path(name)
+        with running_sidecars(workload, directory, progress) as sidecars:
+            progress.say("FAISS indexes ...")
+            peers = FaissPeers(faiss, workload.keys)
+            machine = report.machine()
+            queries = workload.queries.astype(np.float32)
+            lanes = sidecar_lanes(sidecars, workload) + peers.lanes(queries)
+            rows = _timed(lanes, settings, progress)
+            return {
+                "machine": {**machine, "faiss_threads": peers.threads},
+                "settings": {**settings, **_fixed_settings(sidecars)},
+                "rows": rows,
+                **_accuracies(sidecars, peers, workload, progress),
+                "ratios": report.ratios(rows, "p50_ms"),
+                "ratios_of_minima": report.ratios(rows, "min_ms"),
+            }
+
+
+def _timed(lanes: list[Lane], settings: dict[str, Any], progress: Progress) -> list[report.Row]:
+    cache = CacheSweep(settings["evict_mib"])
+    rows = []
+    for tokens, share in SHARE_OF_REPEATS.items():
+        rounds = batches(QUERIES, tokens, max(1, round(share * settings["repeats"])))
+        progress.say(f"timing {tokens} token(s), {len(rounds)} rounds of {len(lanes)} lanes ...")
+        samples = measure(lanes, rounds, cache.sweep, settings["seed"])
+        rows += [report.row(ln, tokens, s) for ln, s in zip(lanes, samples, strict=True)]
+    cache.close()
+    return rows
+
+
+def _fixed_settings(sidecars: Sidecars) -> dict[str, Any]:
+    memory = sidecars.unix.memory.settings
+    return {
+        "queries": QUERIES,
+        "num_experts": NUM_EXPERTS,
+        "top_k": TOP_K,
+        "quantization": QUANTIZATION,
+        "hnsw_ef": memory.hnsw_ef,
+        "oversampling": memory.oversampling,
+        "gamma": memory.gamma[0],
+        "lambda0": LAMBDA0,
+        "null_weight": memory.null_weight,
+        "optimize_s": round(sidecars.build_s, 2),
+    }
+
+
+def _accuracies(
+    sidecars: Sidecars, peers: FaissPeers, workload: Workload, progress: Progress
+) -> dict[str, Any]:
+    progress.say("comparing with NumPy in float64 ...")
+    one, wide = (accuracy(sidecars.unix, workload, k) for k in (1, WIDE_K))
+    exact, _ = nearest(workload.keys, workload.queries.astype(np.float64), 1)
+    found = peers.hnsw.search(workload.queries.astype(np.float32), 1)[1]
+    return {
+        "recall_at_1": one["recall"],
+        "lambda_error_max": one["lambda_error_max"],
+        "lambda_error_mean": one["lambda_error_mean"],
+        "accuracy": {"1": one, str(WIDE_K): wide},
+        "faiss_hnsw_recall_at_1": recall(found, exact),
+    }
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="Where the results are written.")],
+    keys: Annotated[int, typer.Option(min=WIDE_K, help="Entries in the memory.")] = 20_000,
+    dimension: Annotated[int, typer.Option(min=2, help="Hidden size d.")] = 2048,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Rounds with 1 token; 32 take half, 512 a fifth.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Of the data and of the order of calls.")] = 0,
+    evict_mib: Annotated[int, typer.Option(min=0, help="MiB swept before each call.")] = 64,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
+) -> None:
+    """Measure Route through real sidecars next to FAISS in this process, and compare the answers with NumPy."""
+    settings = {
+        "keys": keys,
+        "dimension": dimension,
+        "repeats": repeats,
+        "seed": seed,
+        "evict_mib": evict_mib,
+    }
+    try:
+        result = run(settings, Progress(quiet=quiet))
+    except ImportError as error:
+        typer.echo(f"benchmarks.route: {error}", err=True)
+        raise typer.Exit(EXIT_MISSING) from error
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(result, indent=2) + "\n")
+    if not quiet:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)  # a file has no width
+    console.print(report.table(result["rows"]))
+    keep = ("recall_at_1", "lambda_error_max", "lambda_error_mean", "faiss_hnsw_recall_at_1")
+    console.print({name: result[name] for name in keep})
+    console.print("ratios of p50, below 1 the sidecar is faster:", result["ratios"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

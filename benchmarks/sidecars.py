@@ -1,0 +1,192 @@
+"""Two sidecars as processes over the same indexed collection, one behind TCP and one behind a Unix socket."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from knnmoe import tensors
+from knnmoe.channels import open_channel
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import routing_pb2 as pb
+from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
+from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
+from knnmoe.v1.types_pb2 import (
+    MEMORY_KIND_LOGIT_DELTA,
+    MemorySettings,
+    ModelFingerprint,
+    Provenance,
+)
+
+from benchmarks.clustered import Workload
+from benchmarks.exact import Reading
+from model_runner.duplex_stream import DuplexStream
+from model_runner.progress import Progress
+from model_runner.sidecar import running_sidecar
+
+MEMORY = "benchmark"
+TOP_K = 8
+LAMBDA0 = 0.5
+QUANTIZATION = "int8"
+ENTRIES_PER_UPSERT = 256
+TOKENS_PER_DOCUMENT = 128
+UPSERTS_AHEAD = 4
+TIMEOUT_S = 600.0
+
+
+class SidecarClient:
+    """One sidecar's data plane, unary and over one stream that stays open, as the model runner keeps it."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = open_channel(target)
+        self._stub = RoutingServiceStub(self._channel)
+        self.memory = self._stub.Describe(
+            pb.DescribeRequest(memory=MEMORY), timeout=TIMEOUT_S, wait_for_ready=True
+        ).memory
+        self._stream = DuplexStream[pb.RouteRequest, pb.RouteResponse](
+            self._stub.RouteStream, target
+        )
+
+    def request(
+        self, inputs: Any, logits: Any, k: int, *, with_neighbours: bool = False
+    ) -> pb.RouteRequest:
+        """Tokens [T, d] and their own logits [T, N], f16 or f32 on the wire as they are here."""
+        return pb.RouteRequest(
+            memory=MEMORY,
+            model_digest=self.memory.model_digest,
+            router_inputs=tensors.to_tensor(inputs),
+            router_logits=tensors.to_tensor(logits),
+            neighbours=k,
+            with_neighbours=with_neighbours,
+        )
+
+    def unary(self, request: pb.RouteRequest) -> pb.RouteResponse:
+        """One Route call."""
+        return self._stub.Route(request, timeout=TIMEOUT_S)
+
+    def streamed(self, request: pb.RouteRequest) -> pb.RouteResponse:
+        """The next exchange of the stream."""
+        return self._stream.exchange(request, TIMEOUT_S)
+
+    def reading(self) -> Reading:
+        """What the memory's answers depend on."""
+        settings = self.memory.settings
+        return Reading(settings.gamma[0], settings.step_size[0], settings.null_weight)
+
+    def close(self) -> None:
+        """Ends the stream and the connection."""
+        self._stream.close()
+        self._channel.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecars:
+    """Clients of two sidecars that serve copies of the same files."""
+
+    tcp: SidecarClient
+    unix: SidecarClient
+    build_s: float
+
+
+@contextmanager
+def running_sidecars(workload: Workload, directory: Path, progress: Progress) -> Iterator[Sidecars]:
+    """Fills and indexes a memory through the admin plane, then serves it twice until the block is left."""
+    first, second, socket = directory / "tcp", directory / "unix", f"unix:{directory}/route.sock"
+    with running_sidecar(first, directory / "fill.log") as target:
+        build_s = _build(target, workload, progress)
+    shutil.copytree(first, second)
+    with (
+        running_sidecar(first, directory / "tcp.log") as tcp_target,
+        running_sidecar(second, directory / "unix.log", socket) as unix_target,
+        _client(tcp_target, len(workload.ids)) as tcp,
+        _client(unix_target, len(workload.ids)) as unix,
+    ):
+        yield Sidecars(tcp, unix, build_s)
+
+
+@contextmanager
+def _client(target: str, entries: int) -> Iterator[SidecarClient]:
+    client = SidecarClient(target)
+    try:
+        layer = client.memory.layers[0]
+        indexed = (layer.entries, layer.indexed_entries, layer.quantization)
+        if indexed != (entries, entries, QUANTIZATION):
+            raise RuntimeError(f"{target} serves {layer}, expected {entries} indexed entries")
+        yield client
+    finally:
+        client.close()
+
+
+def _build(target: str, workload: Workload, progress: Progress) -> float:
+    """Creates, fills, indexes and calibrates; returns the seconds that indexing took."""
+    with open_channel(target) as channel:
+        stub = MemoryAdminServiceStub(channel)
+        digest = _create(stub, workload)
+        _fill(stub, target, digest, workload, progress)
+        progress.say(f"Optimize ({QUANTIZATION}) ...")
+        request = admin_pb.OptimizeRequest(memory=MEMORY, quantization=QUANTIZATION)
+        build_s = sum(reply.elapsed_s for reply in stub.Optimize(request, timeout=TIMEOUT_S))
+        progress.say(f"Optimize took {build_s:.1f} s")
+        inputs = admin_pb.LayerInputs(router_inputs=tensors.to_tensor(workload.held_out))
+        stub.Calibrate(
+            admin_pb.CalibrateRequest(memory=MEMORY, lambda0=LAMBDA0, inputs=[inputs]),
+            timeout=TIMEOUT_S,
+        )
+    return build_s
+
+
+def _create(stub: MemoryAdminServiceStub, workload: Workload) -> str:
+    """Makes the empty memory; returns its model digest."""
+    fingerprint = ModelFingerprint(
+        architecture="benchmark",
+        num_layers=1,
+        hidden_size=workload.keys.shape[1],
+        num_experts=workload.deltas.shape[1],
+        top_k=TOP_K,
+        router_hash="0" * 64,
+    )
+    request = admin_pb.CreateMemoryRequest(
+        name=MEMORY,
+        fingerprint=fingerprint,
+        settings=MemorySettings(kind=MEMORY_KIND_LOGIT_DELTA, neighbours=1),
+    )
+    return stub.CreateMemory(request, timeout=TIMEOUT_S, wait_for_ready=True).memory.model_digest
+
+
+def _fill(
+    stub: MemoryAdminServiceStub,
+    target: str,
+    digest: str,
+    workload: Workload,
+    progress: Progress,
+) -> None:
+    stream = DuplexStream[admin_pb.UpsertRequest, admin_pb.UpsertResponse](stub.Upsert, target)
+    starts = range(0, len(workload.ids), ENTRIES_PER_UPSERT)
+    try:
+        for sent, start in enumerate(progress.track(starts, "Upsert", "requests")):
+            stream.send(_upsert(digest, workload, start))
+            if sent >= UPSERTS_AHEAD:
+                stream.receive(TIMEOUT_S)
+        for _ in range(min(len(starts), UPSERTS_AHEAD)):
+            stream.receive(TIMEOUT_S)
+    finally:
+        stream.close()
+
+
+def _upsert(digest: str, workload: Workload, start: int) -> admin_pb.UpsertRequest:
+    rows = np.s_[start : start + ENTRIES_PER_UPSERT]
+    places = [divmod(start + i, TOKENS_PER_DOCUMENT) for i in range(len(workload.ids[rows]))]
+    entries = admin_pb.Entries(
+        ids=tensors.to_tensor(workload.ids[rows]),
+        keys=tensors.to_tensor(workload.keys[rows]),
+        logit_deltas=tensors.to_tensor(workload.deltas[rows]),
+        provenance=[Provenance(source="made up", example=str(d), position=p) for d, p in places],
+    )
+    return admin_pb.UpsertRequest(
+        memory=MEMORY, layer=0, entries=entries, model_digest=digest, request_id=start
+    )

@@ -1,0 +1,135 @@
+"""Fields of a JSON row, checked one by one. Errors are ValueErrors that name the field; the reader adds the place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from knnmoe.entry_ids import entry_id
+
+from router_service.arrays import F32, MAX_ENTRY_ID, Provenance
+from router_service.cli.entry_files.batches import EntryShape
+from router_service.errors import shorten
+from router_service.memory_settings import Kind
+
+PROVENANCE_FIELDS = ("source", "example", "position", "token", "gain", "created_unix_ms")
+_F32_MAX = float(np.finfo(np.float32).max)
+
+
+def value_fields(kind: Kind) -> tuple[str, ...]:
+    """The fields that hold an entry's value."""
+    return ("value",) if kind is Kind.LOGIT_DELTA else ("experts", "weights")
+
+
+def check_names(row: Mapping[str, Any], kind: Kind) -> None:
+    """Raises ValueError on a field that means nothing to a memory of this kind, or that is missing."""
+    needed = ("key", *value_fields(kind))
+    known = {"id", "layer", *needed, *PROVENANCE_FIELDS}
+    unknown = next((name for name in row if name not in known), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{shorten(unknown)}: unknown field, expected one of {', '.join(sorted(known))} ({kind} memory)"
+        )
+    for name in needed:
+        if row.get(name) is None:
+            raise ValueError(f"{name}: missing ({kind} memory)")
+
+
+def layer_of(row: Mapping[str, Any], default: int | None) -> int:
+    """The row's layer, or the default."""
+    if row.get("layer") is None:
+        if default is None:
+            raise ValueError(
+                "layer: missing, expected a MoE layer counted from 0 (or pass --layer)"
+            )
+        return default
+    return whole("layer", row["layer"], 0, 2**32 - 1)
+
+
+def provenance_of(row: Mapping[str, Any]) -> Provenance:
+    """Where the entry came from; fields that are missing keep their defaults."""
+    given = {name: row[name] for name in PROVENANCE_FIELDS if row.get(name) is not None}
+    for name in ("source", "example"):
+        if name in given:
+            given[name] = text(name, given[name])
+    limits = {
+        "position": (0, 2**32 - 1),
+        "token": (-(2**31), 2**31 - 1),
+        "created_unix_ms": (0, 2**64 - 1),
+    }
+    for name, (least, most) in limits.items():
+        if name in given:
+            given[name] = whole(name, given[name], least, most)
+    if "gain" in given:
+        given["gain"] = number("gain", given["gain"])
+    return Provenance(**given)
+
+
+def id_of(row: Mapping[str, Any], origin: Provenance) -> int:
+    """The row's id, or the one that its source, example and position give it."""
+    if row.get("id") is not None:
+        return whole("id", row["id"], 0, MAX_ENTRY_ID)
+    missing = [name for name in ("source", "example", "position") if row.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"id: missing, and without {', '.join(missing)} none can be made; give id, or source, example "
+            "and position"
+        )
+    return entry_id(origin.source, origin.example, origin.position)
+
+
+def value_of(row: Mapping[str, Any], shape: EntryShape) -> F32:
+    """The value row [W]."""
+    if shape.kind is Kind.LOGIT_DELTA:
+        return vector("value", row["value"], shape.num_experts, "num_experts")
+    if not isinstance(row["experts"], list) or len(row["experts"]) != shape.top_k:
+        raise ValueError(f"experts: got {_size(row['experts'])}, expected {shape.top_k} (top_k)")
+    experts = [
+        whole(f"experts[{i}]", expert, 0, shape.num_experts - 1)
+        for i, expert in enumerate(row["experts"])
+    ]
+    weights = vector("weights", row["weights"], shape.top_k, "top_k")
+    return np.concatenate([np.asarray(experts, dtype=np.float32), weights])
+
+
+def vector(name: str, value: Any, width: int, of: str) -> F32:
+    """A list of `width` finite numbers as f32."""
+    if not isinstance(value, list) or len(value) != width:
+        raise ValueError(f"{name}: got {_size(value)}, expected {width} numbers ({of})")
+    for index, item in enumerate(value):
+        if type(item) is not float and type(item) is not int:
+            raise ValueError(f"{name}[{index}]: got {shorten(item)}, expected a number")
+        if not -_F32_MAX <= item <= _F32_MAX:
+            raise ValueError(
+                f"{name}[{index}]: got {shorten(item)}, expected a finite number of f32"
+            )
+    return np.asarray(value, dtype=np.float32)
+
+
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """A whole number in [least, most]."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(
+            f"{name}: got {shorten(value)}, expected a whole number from {least} to {most}"
+        )
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """Text that UTF-8 can hold (JSON can escape half a character)."""
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{name}: got {shorten(value)}, expected text")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {shorten(value)}, expected a finite number")
+    return float(value)
+
+
+def _size(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, list) else shorten(value, 40)

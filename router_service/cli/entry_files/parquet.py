@@ -1,0 +1,200 @@
+"""Entries as Parquet: one row per entry, keys and values as lists of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from router_service.arrays import F32, AnyArray, Entries, Provenance
+from router_service.cli.entry_files import fields
+from router_service.cli.entry_files.batches import (
+    EntryBatch,
+    EntryShape,
+    FileError,
+    by_layer,
+    first_not_finite,
+)
+from router_service.memory_settings import Kind
+
+_ROWS_PER_BATCH = 1024
+_SCALARS = ("id", "layer", *fields.PROVENANCE_FIELDS)
+
+
+class _BadRow(ValueError):
+    """A row of a batch (counted from 0) that cannot be used."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(problem)
+        self.row = row
+
+
+class ParquetReader:
+    """See EntryReader."""
+
+    def __init__(self, path: Path, shape: EntryShape, default_layer: int | None) -> None:
+        self.path = path
+        self._shape, self._default_layer = shape, default_layer
+        try:
+            self._file = pq.ParquetFile(path)
+            fields.check_names(dict.fromkeys(self._file.schema_arrow.names, True), shape.kind)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise FileError(path, "", f"not a Parquet file of entries: {error}") from error
+        self.total = self._file.metadata.num_rows
+
+    def batches(self) -> Iterator[EntryBatch]:
+        """See EntryReader.batches."""
+        first = 1
+        size = min(_ROWS_PER_BATCH, self._shape.batch_entries)
+        for batch in self._read(size):
+            try:
+                layers, entries = self._entries(batch)
+            except _BadRow as error:
+                raise FileError(self.path, f"row {first + error.row}", str(error)) from error
+            except ValueError as error:
+                raise FileError(self.path, "", str(error)) from error
+            yield from by_layer(layers, entries, range(first, first + len(layers)))
+            first += len(layers)
+
+    def place(self, layer: int, row: int) -> str:
+        """See EntryReader.place."""
+        return f"row {row}"
+
+    def _read(self, size: int) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from (batch for batch in self._file.iter_batches(size) if batch.num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise FileError(self.path, "", f"damaged Parquet file: {error}") from error
+
+    def _entries(self, batch: pa.RecordBatch) -> tuple[list[int], Entries]:
+        names = [name for name in _SCALARS if name in batch.schema.names]
+        rows = batch.select(names).to_pylist() if names else [{}] * batch.num_rows
+        layers, ids, origins = [], [], []
+        for number, row in enumerate(rows):
+            try:
+                origins.append(fields.provenance_of(row))
+                layers.append(fields.layer_of(row, self._default_layer))
+                ids.append(fields.id_of(row, origins[-1]))
+            except ValueError as error:
+                raise _BadRow(number, str(error)) from error
+        keys = matrix("key", batch.column("key"), self._shape.hidden_size, "hidden_size")
+        return layers, Entries(np.array(ids, dtype=np.uint64), keys, self._values(batch), origins)
+
+    def _values(self, batch: pa.RecordBatch) -> F32:
+        shape = self._shape
+        if shape.kind is Kind.LOGIT_DELTA:
+            return matrix("value", batch.column("value"), shape.num_experts, "num_experts")
+        experts = matrix("experts", batch.column("experts"), shape.top_k, "top_k")
+        weights = matrix("weights", batch.column("weights"), shape.top_k, "top_k")
+        wrong = np.argwhere(
+            (experts != np.floor(experts)) | (experts < 0) | (experts >= shape.num_experts)
+        )
+        if len(wrong):
+            row, column = wrong[0]
+            raise _BadRow(
+                row,
+                f"experts[{column}]: got {experts[row, column]:g}, expected a whole number from 0 to "
+                f"{shape.num_experts - 1}",
+            )
+        return np.concatenate([experts, weights], axis=1)
+
+
+def matrix(name: str, column: pa.Array, width: int, of: str) -> F32:
+    """A column of lists of `width` finite numbers as f32 [n, width]. Raises _BadRow, or ValueError on a wrong type."""
+    if not (_is_list(column.type) and _is_number(column.type.value_type)):
+        raise ValueError(f"{name}: got {column.type}, expected a list of numbers")
+    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(lengths != width)
+    if len(wrong):
+        got = "null" if lengths[wrong[0]] < 0 else str(lengths[wrong[0]])
+        raise _BadRow(int(wrong[0]), f"{name}: got {got}, expected {width} numbers ({of})")
+    flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # found below, as infinity
+        numbers = flat.astype(np.float32).reshape(-1, width)
+    broken = first_not_finite(numbers)
+    if broken is not None:
+        got = str(flat.reshape(-1, width)[broken])
+        raise _BadRow(broken[0], f"{name}[{broken[1]}]: got {got}, expected a finite number of f32")
+    return numbers
+
+
+class ParquetWriter:
+    """See EntryWriter."""
+
+    def __init__(self, path: Path, shape: EntryShape) -> None:
+        self._shape = shape
+        self._writer = pq.ParquetWriter(path, schema_of(shape), compression="zstd")
+
+    def write(self, layer: int, entries: Entries) -> None:
+        """See EntryWriter.write."""
+        columns: dict[str, Any] = {
+            "id": entries.ids,
+            "layer": np.full(len(entries), layer, dtype=np.uint32),
+            "key": _lists(entries.keys),
+            **self._values(entries.values),
+            **_provenance_columns(entries.provenance),
+        }
+        self._writer.write_table(pa.table(columns, schema=schema_of(self._shape)))
+
+    def finish(self) -> None:
+        """See EntryWriter.finish."""
+        self._writer.close()
+
+    def _values(self, values: F32) -> dict[str, pa.Array]:
+        if self._shape.kind is Kind.LOGIT_DELTA:
+            return {"value": _lists(values)}
+        half = self._shape.top_k
+        experts = values[:, :half].astype(np.int32)
+        return {"experts": _lists(experts), "weights": _lists(values[:, half:])}
+
+
+def schema_of(shape: EntryShape) -> pa.Schema:
+    """Columns of an exported file."""
+    key = pa.list_(pa.float32(), shape.hidden_size)
+    if shape.kind is Kind.LOGIT_DELTA:
+        values = [("value", pa.list_(pa.float32(), shape.num_experts))]
+    else:
+        values = [
+            ("experts", pa.list_(pa.int32(), shape.top_k)),
+            ("weights", pa.list_(pa.float32(), shape.top_k)),
+        ]
+    return pa.schema(
+        [
+            ("id", pa.uint64()),
+            ("layer", pa.uint32()),
+            ("key", key),
+            *values,
+            ("source", pa.string()),
+            ("example", pa.string()),
+            ("position", pa.uint32()),
+            ("token", pa.int32()),
+            ("gain", pa.float32()),
+            ("created_unix_ms", pa.uint64()),
+        ]
+    )
+
+
+def _lists(rows: AnyArray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+def _provenance_columns(origins: Sequence[Provenance]) -> dict[str, list[Any]]:
+    rows = [asdict(origin) for origin in origins]
+    return {field.name: [row[field.name] for row in rows] for field in dataclass_fields(Provenance)}
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)

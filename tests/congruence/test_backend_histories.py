@@ -1,0 +1,149 @@
+"""Random histories of writes, searches, restarts and crashes: Qdrant Edge against the NumPy oracle.
+
+Keys lie on a small grid, so that ties and duplicates are common. A crash is a copy of the files of an open collection:
+what the page cache holds after SIGKILL.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from router_service.arrays import F32, Entries, ExampleRef, Provenance
+from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
+from router_service.backends.edge import EdgeBackend
+from router_service.backends.exact import ExactBackend
+from tests.congruence.knn_reference import assert_nearest
+
+DIMENSION, WIDTH = 3, 2
+# Every entry is rescored: which of several close ones int8 keys let through is not the question here.
+OPTIONS = SearchOptions(oversampling=20.0)
+NAME = "layer"
+
+identifiers = st.integers(0, 12) | st.just(2**63 - 1)
+coordinates = st.integers(-2, 2).map(float) | st.just(0.1)
+keys = st.lists(coordinates, min_size=DIMENSION, max_size=DIMENSION).filter(any)
+rows = st.lists(keys, min_size=1, max_size=6)
+examples = st.sampled_from(["", "a", "b"])
+entry = st.tuples(identifiers, keys, st.floats(width=32, allow_nan=False), examples)
+
+
+def entries_from(drawn: list[tuple[int, list[float], float, str]]) -> Entries:
+    return Entries(
+        np.array([row[0] for row in drawn], np.uint64),
+        np.array([row[1] for row in drawn], np.float32),
+        np.array([[row[2], 1.0] for row in drawn], np.float32),
+        [Provenance("s", row[3], position) for position, row in enumerate(drawn)],
+    )
+
+
+class History(RuleBasedStateMachine):
+    root: Path
+    metric: Metric
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(dir=self.root))
+        self.life = 0
+        self.spec = CollectionSpec(DIMENSION, self.metric, WIDTH)
+        self.oracle = ExactBackend().create(NAME, self.spec)
+
+    @initialize()
+    def begin(self) -> None:
+        self._start()
+        self.edge = self.backend.create(NAME, self.spec)
+
+    def _start(self) -> None:
+        self.backend = EdgeBackend(self.directory / str(self.life), min_free_bytes=0)
+
+    @rule(drawn=st.lists(entry, min_size=0, max_size=10), fsync=st.booleans())
+    def upsert(self, drawn: list[tuple[int, list[float], float, str]], fsync: bool) -> None:
+        if drawn:
+            self.edge.upsert(entries_from(drawn), fsync=fsync)
+            self.oracle.upsert(entries_from(drawn), fsync=fsync)
+
+    @rule(queries=rows, k=st.integers(1, 20), example=st.none() | examples)
+    def search(self, queries: list[list[float]], k: int, example: str | None) -> None:
+        points: F32 = np.array(queries, np.float32)
+        refs = [] if example is None else [ExampleRef("s", example)]
+        stored = self.oracle.scroll(None, 100)
+        exclusions = [refs[0] if refs else None] * len(queries)
+        for backend in (self.edge, self.oracle):
+            found = backend.search(points, k, OPTIONS, refs)
+            assert_nearest(found, stored, points, k, self.metric, exclusions)
+
+    @rule(after=st.none() | identifiers, limit=st.integers(0, 20), with_keys=st.booleans())
+    def scroll(self, after: int | None, limit: int, with_keys: bool) -> None:
+        found, expected = (
+            backend.scroll(after, limit, with_keys=with_keys)
+            for backend in (self.edge, self.oracle)
+        )
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.keys, expected.keys)
+        assert found.values.tobytes() == expected.values.tobytes()
+        assert list(found.provenance) == list(expected.provenance)
+
+    @rule()
+    def flush(self) -> None:
+        self.edge.flush()
+
+    @rule()
+    def restart(self) -> None:
+        self.backend.close()
+        self._start()
+        self.edge = self.backend.open(NAME, self.spec)
+
+    @rule()
+    def crash(self) -> None:
+        old = self.directory / str(self.life)
+        self.life += 1
+        shutil.copytree(old, self.directory / str(self.life))
+        self.backend.close()
+        shutil.rmtree(old)
+        self._start()
+        self.edge = self.backend.open(NAME, self.spec)
+
+    @precondition(lambda self: self.oracle.info().quantization is Quantization.NONE)
+    @rule()
+    def optimize(self) -> None:
+        for collection in (self.edge, self.oracle):
+            collection.optimize(Quantization.INT8)
+
+    @invariant()
+    def same_size(self) -> None:
+        if hasattr(self, "edge"):
+            info, expected = self.edge.info(), self.oracle.info()
+            assert (info.entries, info.quantization) == (expected.entries, expected.quantization)
+            assert 0 <= info.indexed_entries <= info.entries
+
+    def teardown(self) -> None:
+        self.backend.close()
+        shutil.rmtree(self.directory)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_edge_behaves_like_numpy_in_any_history(fast_dir: Path, metric: Metric) -> None:
+    machine = type("History", (History,), {"root": fast_dir, "metric": metric})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=15,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

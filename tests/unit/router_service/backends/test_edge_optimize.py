@@ -1,0 +1,233 @@
+"""optimize(): beside searches, stopped by close(), and without a trace when it fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from router_service.backends import edge_files, edge_generation, optimize_job
+from router_service.backends.base import Quantization
+from router_service.backends.edge import EdgeBackend
+from router_service.backends.edge_collection import EdgeCollection
+from router_service.backends.edge_engine import EngineShard
+from router_service.backends.optimize_job import OptimizeJob
+from router_service.backends.value_table import ValueTable
+from router_service.errors import StorageError
+from tests.unit.router_service.backends.numbered_entries import (
+    OPTIONS,
+    SPEC,
+    assert_holds,
+    numbered_entries,
+)
+
+
+def generations(data_dir: Path) -> list[str]:
+    return sorted(p.name for p in (data_dir / "layer").glob("gen-*"))
+
+
+def test_all_entries_are_indexed_and_quantized_and_back_again(
+    collection: EdgeCollection, data_dir: Path
+) -> None:
+    for number, quantization in enumerate([Quantization.INT8, Quantization.NONE], start=1):
+        collection.optimize(quantization)
+        info = collection.info()
+        assert (info.entries, info.indexed_entries) == (600, 600)
+        assert info.quantization is quantization
+        assert info.disk_bytes > 0
+        assert generations(data_dir) == [f"gen-{number:06d}"]
+        shard = data_dir / "layer" / f"gen-{number:06d}" / "shard"
+        quantized = list(shard.glob("segments/*/vector_storage*/**/quantized*"))
+        assert bool(quantized) is (quantization is Quantization.INT8)
+        assert_holds(collection, 600)
+
+
+def test_later_entries_and_overwrites_count_as_not_indexed(
+    edge: EdgeBackend, collection: EdgeCollection
+) -> None:
+    collection.optimize(Quantization.INT8)
+    collection.upsert(numbered_entries(590, 650))
+    assert (collection.info().entries, collection.info().indexed_entries) == (650, 590)
+    collection.close()
+    again = edge.open("layer", SPEC)
+    assert (again.info().entries, again.info().indexed_entries) == (650, 590)
+    again.optimize(Quantization.INT8)
+    assert (again.info().entries, again.info().indexed_entries) == (650, 650)
+
+
+def test_the_optimized_generation_opens_without_reading_payloads(
+    edge: EdgeBackend, collection: EdgeCollection, data_dir: Path
+) -> None:
+    collection.optimize(Quantization.NONE)
+    assert (data_dir / "layer" / "gen-000001" / "values.npz").exists()
+    collection.upsert(numbered_entries(600, 601))
+    assert not (data_dir / "layer" / "gen-000001" / "values.npz").exists()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise StorageError("made to fail")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (edge_generation, "copy_tree"),
+        (OptimizeJob, "run"),
+        (EngineShard, "load"),
+        (EngineShard, "count"),
+        (ValueTable, "save"),
+        (edge_files.CollectionFiles, "write"),
+        (edge_files, "fsync_path"),
+    ],
+)
+def test_a_failure_at_any_step_changes_nothing(
+    edge: EdgeBackend,
+    collection: EdgeCollection,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(owner, name, fail)
+        with pytest.raises(StorageError, match="made to fail"):
+            collection.optimize(Quantization.INT8)
+    assert generations(data_dir) == ["gen-000000"]
+    assert collection.info().quantization is Quantization.NONE
+    collection.upsert(numbered_entries(600, 610))
+    collection.close()
+    assert_holds(edge.open("layer", SPEC), 610)
+
+
+def test_a_failure_right_after_the_switch_of_current_goes_back(
+    edge: EdgeBackend, collection: EdgeCollection, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = edge_files.CollectionFiles.write
+    calls = []
+
+    def fail_once_after(files: edge_files.CollectionFiles, pointer: edge_files.Pointer) -> None:
+        write(files, pointer)
+        calls.append(pointer.generation)
+        if len(calls) == 1:
+            fail()
+
+    monkeypatch.setattr(edge_files.CollectionFiles, "write", fail_once_after)
+    with pytest.raises(StorageError, match="made to fail"):
+        collection.optimize(Quantization.INT8)
+    assert calls == [1, 0]
+    collection.upsert(numbered_entries(600, 610))
+    collection.close()
+    assert_holds(edge.open("layer", SPEC), 610)
+
+
+def test_a_child_that_fails_tells_why(
+    collection: EdgeCollection, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = data_dir / "failing_child.py"
+    module.write_text(
+        "import sys; print('x' * 5000, 'no memory left', file=sys.stderr); sys.exit(3)"
+    )
+    monkeypatch.syspath_prepend(data_dir)
+    monkeypatch.setattr(optimize_job, "_CHILD", "failing_child")
+    with pytest.raises(StorageError, match=r"status 3: x+ no memory left$") as caught:
+        collection.optimize(Quantization.INT8)
+    assert len(str(caught.value)) < 3000
+    assert_holds(collection, 600)
+    assert generations(data_dir) == ["gen-000000"]
+
+
+@pytest.fixture
+def slow_child(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the child wait for a file named `go` before it works; returns that file."""
+    go = data_dir / "go"
+    data_dir.mkdir(exist_ok=True)
+    (data_dir / "slow_child.py").write_text(
+        "import pathlib, sys, time\n"
+        "from router_service.backends.optimize_child import main\n"
+        f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
+        "main(*sys.argv[1:])\n"
+    )
+    monkeypatch.syspath_prepend(data_dir)
+    monkeypatch.setattr(optimize_job, "_CHILD", "slow_child")
+    return go
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def child_runs(collection: EdgeCollection) -> bool:
+    return collection._job is not None and collection._job._process is not None
+
+
+def test_searches_go_on_and_upserts_wait(slow_child: Path, collection: EdgeCollection) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        wait_for(lambda: child_runs(collection))
+        assert_holds(collection, 600)
+        assert collection.info().indexed_entries == 0
+        collection.flush()
+        written = pool.submit(collection.upsert, numbered_entries(600, 620))
+        time.sleep(0.1)
+        assert not written.done()
+        assert not optimized.done()
+        slow_child.touch()
+        optimized.result(60)
+        written.result(60)
+    assert collection.info().indexed_entries == 600
+    assert_holds(collection, 620)
+
+
+def test_close_stops_a_running_optimization(
+    slow_child: Path, edge: EdgeBackend, collection: EdgeCollection
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        wait_for(lambda: child_runs(collection))
+        collection.close()
+        with pytest.raises(StorageError, match="stopped"):
+            optimized.result(60)
+    assert_holds(edge.open("layer", SPEC), 600)
+
+
+def test_a_job_that_was_stopped_does_not_start(tmp_path: Path) -> None:
+    job = OptimizeJob()
+    job.stop()
+    with pytest.raises(StorageError, match="stopped"):
+        job.run(tmp_path, SPEC, Quantization.NONE)
+
+
+def test_readers_never_see_a_torn_entry_while_others_write_and_optimize(
+    collection: EdgeCollection,
+) -> None:
+    done = threading.Event()
+    queries = numbered_entries(0, 2000).keys
+
+    def read() -> int:
+        searches = 0
+        while not done.is_set():
+            found = collection.search(queries[:: 2000 // 150], 3, OPTIONS)
+            np.testing.assert_array_equal(found.values[..., 0], found.ids)
+            assert (found.values[..., 1] == found.ids * 2).all()
+            searches += 1
+        return searches
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        try:
+            for start in range(500, 2000, 100):
+                collection.upsert(numbered_entries(start, start + 100))
+                if start == 1000:
+                    collection.optimize(Quantization.INT8)
+        finally:
+            done.set()
+        assert all(reader.result(60) > 0 for reader in readers)
+    assert_holds(collection, 2000)

@@ -1,0 +1,119 @@
+"""What was acknowledged is there after kill -9, wherever it strikes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from router_service.backends.edge import EdgeBackend
+from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds
+
+SERVICE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
+from router_service.backends.base import Quantization
+from router_service.backends.edge import EdgeBackend
+from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
+
+backend = EdgeBackend(Path(sys.argv[1]), min_free_bytes=0)
+collection = backend.create("layer", SPEC)
+for start in range(0, 100_000, 700):
+    collection.upsert(numbered_entries(start, start + 700), fsync=start == 1400)
+    print(start + 700, flush=True)
+    if start + 700 == int(sys.argv[2]):
+        print("optimizing", flush=True)
+        collection.optimize(Quantization.INT8)
+        print("optimized", flush=True)
+"""
+
+
+def start_service(data_dir: Path, optimize_at: int = 0) -> subprocess.Popen[str]:
+    arguments = [str(data_dir), str(optimize_at)]
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVICE, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+def kill_after(service: subprocess.Popen[str], line: str, delay_s: float) -> list[str]:
+    """The lines that the service wrote before SIGKILL reached it, `delay_s` after `line`."""
+    assert service.stdout is not None
+    seen = []
+    for text in service.stdout:
+        seen.append(text.strip())
+        if seen[-1] == line:
+            break
+    time.sleep(delay_s)
+    service.kill()
+    seen += [text.strip() for text in service.stdout]
+    service.stdout.close()
+    assert service.wait() == -signal.SIGKILL
+    return seen
+
+
+def assert_acknowledged_entries_are_there(data_dir: Path, acknowledged: int) -> None:
+    backend = EdgeBackend(data_dir, min_free_bytes=0)
+    collection = backend.open("layer", SPEC)
+    stored = collection.info().entries
+    assert acknowledged <= stored <= acknowledged + 700  # an update in flight may have been written
+    assert_holds(collection, stored)
+    backend.close()
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.017])
+def test_kill_while_writing(data_dir: Path, delay_s: float) -> None:
+    seen = kill_after(start_service(data_dir), "3500", delay_s)
+    assert_acknowledged_entries_are_there(data_dir, int(seen[-1]))
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.4, 0.8])
+def test_kill_while_optimizing(data_dir: Path, delay_s: float) -> None:
+    seen = kill_after(start_service(data_dir, optimize_at=2100), "optimizing", delay_s)
+    acknowledged = max(int(text) for text in seen if text.isdigit())
+    assert_acknowledged_entries_are_there(data_dir, acknowledged)
+    assert len(list((data_dir / "layer").glob("gen-*"))) == 1
+
+
+def test_the_child_dies_with_the_service(data_dir: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("PR_SET_PDEATHSIG is Linux only")
+    service = start_service(data_dir, optimize_at=7000)
+    assert service.stdout is not None
+    while service.stdout.readline().strip() != "optimizing":
+        pass
+    child = _wait_for_child_at_work(service.pid)
+    service.kill()
+    service.wait()
+    service.stdout.close()
+    _wait_until_gone(child)
+
+
+def _wait_for_child_at_work(parent: int) -> int:
+    """The process id of the child once it has set its niceness, which it does after asking to die with its parent."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        for path in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            if os.getpriority(os.PRIO_PROCESS, int(path)) >= 10:
+                return int(path)
+        time.sleep(0.002)
+    raise AssertionError("no child was seen")
+
+
+def _wait_until_gone(process: int) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":  # killed; nobody collected it yet
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"child {process} outlived the service")
