@@ -67,7 +67,7 @@ class Collection(Protocol):
     ) -> Neighbours:
         """The k nearest entries of each query [T, d]. `exclude`: none, one for all tokens, or one per token.
 
-        Entries at the same distance come in any order. Raises InvalidField on a zero vector under cosine.
+        Entries at the same distance come in any order; one whose distance overflows f32 is no neighbour. Raises InvalidField on a zero vector under cosine.
         """
         ...
 

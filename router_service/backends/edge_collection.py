@@ -115,7 +115,8 @@ class EdgeCollection:
         """The engine's scores, d or cosine, as distances: d squared, or 1 - cosine."""
         wide = scores.astype(np.float64)
         if self._spec.metric is Metric.EUCLID:
-            return (wide * wide).astype(np.float32)
+            with np.errstate(over="ignore"):  # too far for f32 is inf
+                return (wide * wide).astype(np.float32)
         return np.where(np.isinf(wide), np.inf, np.clip(1.0 - wide, 0.0, 2.0)).astype(np.float32)
 
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
@@ -223,8 +224,11 @@ class EdgeCollection:
             old_shard, old = self._shard, self._pointer
             self._shard, self._pointer = shard, target
             self._table_is_saved = True
+        with suppress(
+            StorageError
+        ):  # the new generation counts; the next open removes what is left
             old_shard.close()
-        remove_tree(self._files.generation(old.generation))
+            remove_tree(self._files.generation(old.generation))
 
     def _open_shard(self) -> EngineShard:
         if self._closing:

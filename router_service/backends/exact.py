@@ -25,6 +25,8 @@ from router_service.errors import CorruptMemory, StorageError
 
 # float64 differences held at once: 32 MiB
 _BLOCK_ELEMENTS = 1 << 22
+# A larger squared distance is infinite in f32: no neighbour.
+_FARTHEST = np.finfo(np.float32).max
 
 
 class ExactCollection:
@@ -68,6 +70,7 @@ class ExactCollection:
             distances = _distances(stored[start : start + rows], entries.keys, self._spec.metric)
             for query, row in enumerate(distances, start):
                 allowed = _allowed(entries, excluded[query])
+                allowed = allowed[row[allowed] <= _FARTHEST]
                 order = allowed[np.argsort(row[allowed], kind="stable")[:k]]
                 found.ids[query, : len(order)] = entries.ids[order]
                 found.distances[query, : len(order)] = row[order]

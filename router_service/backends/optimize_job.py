@@ -28,7 +28,7 @@ class OptimizeJob:
         """Optimizes the shard in place. Raises StorageError with the end of the child's stderr when it fails."""
         with storage_call(f"optimize {shard}"):
             process = self._start([str(shard), str(spec.dimension), spec.metric, quantization])
-            stderr = process.communicate()[1]
+            stderr = _wait(process)
         if self._stopped:
             raise StorageError(f"optimizing {shard} was stopped")
         if process.returncode:
@@ -56,3 +56,13 @@ class OptimizeJob:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
             return self._process
+
+
+def _wait(process: subprocess.Popen[bytes]) -> bytes:
+    """What the child wrote to stderr until it ended; it does not outlive an interrupt."""
+    try:
+        return process.communicate()[1]
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise

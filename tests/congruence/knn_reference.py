@@ -6,11 +6,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_service.arrays import F32, NO_ID, Entries, ExampleRef, Neighbours, Provenance
-from router_service.backends.base import Metric
+from router_service.backends.base import Backend, Collection, CollectionSpec, Metric, SearchOptions
 
 # Squared distances: f32 differences and sums of the engine. Cosine distances cancel near 0: absolute.
 SQUARED_RTOL = 1e-5
 COSINE_ATOL = 1e-6
+
+OPTIONS = SearchOptions()
+EUCLID = CollectionSpec(16, Metric.EUCLID, 6)
+NAME = "bible/layer-003"
+
+
+def filled(backend: Backend, entries: Entries, metric: Metric = Metric.EUCLID) -> Collection:
+    spec = CollectionSpec(entries.keys.shape[1], metric, entries.values.shape[1])
+    collection = backend.create(NAME, spec)
+    collection.upsert(entries)
+    return collection
 
 
 def clustered_entries(
