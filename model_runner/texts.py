@@ -1,7 +1,7 @@
 """Texts from files, cut into windows of tokens: reference, dev and test data in one form.
 
 Formats, by suffix: .jsonl and .parquet with rows of `text`, or of `prompt` and `answer` (the loss counts on the answer
-only), each with an optional `id`; anything else is plain text, whose paragraphs are grouped into examples.
+only), each with an optional `id` of its own; anything else is plain text, whose paragraphs are grouped into examples.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from model_runner.errors import BadInput
 
 # Plain text has no examples of its own: paragraphs are grouped up to about this size.
 PLAIN_TEXT_EXAMPLE_CHARACTERS = 4000
-# A text's last window is left out below this share of a full one.
+# What a text leaves over after its full windows is left out below this share of one.
 SHORTEST_WINDOW_SHARE = 0.25
+# Longest id of an example that a routing service stores.
+MAX_ID_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +65,33 @@ class Window:
 def read_examples(path: Path) -> Iterator[Example]:
     """Examples of a file, in order; the source's name is the file's. Raises BadInput naming file, row and field."""
     if not path.is_file():
-        raise BadInput(f"{path}: no such file")
-    if path.suffix in (".jsonl", ".ndjson"):
-        return _rows_to_examples(path, _json_rows(path))
-    if path.suffix == ".parquet":
-        return _rows_to_examples(path, _parquet_rows(path))
-    return _plain_examples(path)
+        what = "is a directory, expected a file" if path.is_dir() else "no such file"
+        raise BadInput(f"{path}: {what}")
+    try:
+        if path.suffix in (".jsonl", ".ndjson"):
+            yield from _rows_to_examples(path, _json_rows(path))
+        elif path.suffix == ".parquet":
+            yield from _rows_to_examples(path, _parquet_rows(path))
+        else:
+            yield from _plain_examples(path)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from error
 
 
 def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> list[Window]:
     """Windows of up to `length` tokens, in order; they never cross examples. Raises BadInput when none results."""
     if length < 2:
         raise BadInput(f"window length: got {length}, expected 2 or more tokens")
-    windows = [w for example in examples for w in _windows_of(example, tokenizer, length)]
+    every = list(examples)
+    windows = [w for example in every for w in _windows_of(example, tokenizer, length)]
     if not windows:
-        raise BadInput(f"no example is long enough for a window (length {length} tokens)")
+        raise BadInput(
+            f"{len(every)} example(s), none with 2 tokens of text, or with an answer"
+            if every
+            else "holds no text"
+        )
     return windows
 
 
@@ -85,8 +99,6 @@ def read_windows(path: Path, tokenizer: Any, length: int) -> list[Window]:
     """read_examples, then cut_windows; errors name the file."""
     try:
         return cut_windows(read_examples(path), tokenizer, length)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error})") from error
     except BadInput as error:
         raise BadInput(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
@@ -96,10 +108,10 @@ def _windows_of(example: Example, tokenizer: Any, length: int) -> Iterator[Windo
         yield from _answer_window(example, example.answer, tokenizer, length)
         return
     ids = tokenizer(example.text)["input_ids"]
-    shortest = max(2, int(length * SHORTEST_WINDOW_SHARE))
+    shortest_rest = max(2, int(length * SHORTEST_WINDOW_SHARE))
     for offset in range(0, len(ids), length):
         part = tuple(ids[offset : offset + length])
-        if len(part) >= shortest:
+        if len(part) >= (shortest_rest if offset else 2):
             yield Window(example.ref, part, 1, offset)
 
 
@@ -115,14 +127,14 @@ def _answer_window(example: Example, answer: str, tokenizer: Any, length: int) -
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}: line {number} is not JSON ({error})") from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise BadInput(f"{path}: row {number}: not JSON ({error})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -137,11 +149,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_to_examples(path: Path, rows: Iterable[tuple[int, Any]]) -> Iterator[Example]:
+    row_of_id: dict[str, int] = {}
     for number, row in rows:
         where = f"{path}: row {number}"
         if not isinstance(row, dict):
             raise BadInput(f"{where}: expected an object with `text`, or `prompt` and `answer`")
-        ref = ExampleRef(path.name, str(row.get("id", number)))
+        name = _id_of(row, number, where)
+        if name in row_of_id:
+            raise BadInput(
+                f"{where}: `id` {name!r} is taken by row {row_of_id[name]}; entries are told apart by it"
+            )
+        row_of_id[name] = number
+        ref = ExampleRef(path.name, name)
         if "text" in row:
             yield Example(ref, _text_of(row, "text", where))
         elif "prompt" in row and "answer" in row:
@@ -154,12 +173,34 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise BadInput(f"{where}: `{field}` is {type(value).__name__}, expected a string")
+    _require_unicode(value, field, where)
     return value
+
+
+def _id_of(row: dict[str, Any], number: int, where: str) -> str:
+    """The row's id; its number when it has none."""
+    value = row.get("id")
+    name = str(number if value is None else value)
+    if len(name) > MAX_ID_CHARACTERS or "\x00" in name:
+        raise BadInput(
+            f"{where}: `id` has {len(name)} characters, "
+            f"expected at most {MAX_ID_CHARACTERS} and no NUL"
+        )
+    _require_unicode(name, "id", where)
+    return name
+
+
+def _require_unicode(value: str, field: str, where: str) -> None:
+    """JSON can spell halves of surrogate pairs, which neither tokenizers nor messages take."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{where}: `{field}` holds half a surrogate pair ({error})") from error
 
 
 def _plain_examples(path: Path) -> Iterator[Example]:
     number, group, size = 0, list[str](), 0
-    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+    for paragraph in path.read_text(encoding="utf-8-sig").split("\n\n"):
         group.append(paragraph)
         size += len(paragraph)
         if size >= PLAIN_TEXT_EXAMPLE_CHARACTERS:

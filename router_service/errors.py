@@ -18,7 +18,8 @@ RoutingServiceError
 └── StorageError              the engine or the file system failed
     ├── DiskFull
     ├── DirectoryInUse
-    └── CorruptMemory
+    ├── CorruptMemory
+    └── SnapshotInvalid
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = [
     "Overloaded",
     "RoutingServiceError",
     "ShuttingDown",
+    "SnapshotInvalid",
     "StorageError",
     "WidthMismatch",
     "shorten",
@@ -140,6 +142,10 @@ class DirectoryInUse(StorageError):
 
 class CorruptMemory(StorageError):
     """The files of a memory disagree with its manifest."""
+
+
+class SnapshotInvalid(StorageError):
+    """A snapshot or an archive of one that is damaged, incomplete, or of a newer format."""
 
 
 def shorten(value: object, limit: int = 120) -> str:

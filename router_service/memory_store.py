@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from router_service.errors import (
 )
 from router_service.identity import ModelFingerprint
 from router_service.layer_memory import LayerMemory
+from router_service.maintenance.restored_files import home_of, remove_strays
 from router_service.manifest import (
     begin_creation,
     finish_creation,
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # A deleted memory's directory until its files are gone.
-_DOOMED = ".deleted"
+DOOMED = ".deleted"
 
 
 class MemoryStore:
@@ -52,6 +54,15 @@ class MemoryStore:
         self.broken: dict[str, str] = {}
         self._lock = threading.RLock()
 
+    @property
+    def directory(self) -> Path | None:
+        """Where the memories lie; None when they are in RAM."""
+        return self._directory
+
+    def exclusive(self) -> AbstractContextManager[bool]:
+        """Inside, no other thread makes or removes a memory; look-ups and writes go on."""
+        return self._lock
+
     def open_all(self) -> None:
         """Opens what the directory holds; one that is corrupt is set aside with its reason, the others serve."""
         if self._directory is None:
@@ -60,7 +71,7 @@ class MemoryStore:
             self._directory.mkdir(parents=True, exist_ok=True)
             paths = sorted(p for p in self._directory.iterdir() if p.is_dir())
         for path in paths:
-            if path.name.endswith(_DOOMED) or is_unfinished(path):
+            if path.name.endswith(DOOMED) or is_unfinished(path):
                 log.warning("removing %s: its deletion or creation never ended", path)
                 remove_tree(path)
             else:
@@ -87,7 +98,7 @@ class MemoryStore:
         self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings
     ) -> RoutingMemory:
         """An empty memory. Raises InvalidField, MemoryExists or StorageError; then nothing is left behind."""
-        _check_name(name)
+        check_name(name)
         identity.validate(fingerprint)
         memory_settings.validate(settings, fingerprint.num_layers)
         with self._lock:
@@ -119,6 +130,29 @@ class MemoryStore:
                 write_manifest(self._directory / name, record)
             memory.change_settings(record)
         return memory
+
+    def serve(self, memory: RoutingMemory) -> None:
+        """Lets look-ups go to a memory, and no longer to the one that had its name."""
+        self._memories[memory.record.name] = memory
+        self.broken.pop(memory.record.name, None)
+
+    def open_layers(self, record: MemoryRecord) -> list[LayerMemory]:
+        """Every layer of a memory on disk. Raises StorageError; then none is open."""
+        opened: list[LayerMemory] = []
+        home = home_of(self._directory, record)
+        try:
+            for number in range(record.fingerprint.num_layers):
+                name = _collection_name(home, number)
+                opened.append(_layer(record, number, self._backend.open(name, _spec(record))))
+        except BaseException:
+            _close_all(opened)
+            raise
+        return opened
+
+    def discard_layers(self, home: str, layers: Sequence[LayerMemory]) -> None:
+        """Closes layers and removes their files; `home` as in home_of()."""
+        _close_all(layers)
+        self._drop(home, layers)
 
     def flush(self) -> None:
         """Makes every acknowledged write survive loss of power. Raises StorageError."""
@@ -155,14 +189,11 @@ class MemoryStore:
         return RoutingMemory(record, layers)
 
     def _open_one(self, path: Path) -> None:
-        opened: list[LayerMemory] = []
         try:
             record = read_manifest(path)
-            for number in range(record.fingerprint.num_layers):
-                name = _collection_name(record.name, number)
-                opened.append(_layer(record, number, self._backend.open(name, _spec(record))))
+            remove_strays(path.parent, record)
+            opened = self.open_layers(record)
         except StorageError as error:
-            _close_all(opened)
             if not isinstance(error, CorruptMemory):
                 raise
             self.broken[path.name] = str(error)
@@ -175,25 +206,25 @@ class MemoryStore:
         if self._directory is None:
             self._remove(name, memory.layers)
             return
+        home = home_of(self._directory, memory.record)
         _close_all(memory.layers)
         # The rename is the moment of deletion; what follows is repeated at the next start after a crash.
-        doomed = self._directory / f"{name}{_DOOMED}"
+        doomed = self._directory / f"{name}{DOOMED}"
         with storage_call(f"delete {self._directory / name}"):
             (self._directory / name).rename(doomed)
             fsync_directory(self._directory)
-        self._drop(name, memory.layers)
+        self._drop(home, memory.layers)
         remove_tree(doomed)
 
     def _remove(self, name: str, layers: Sequence[LayerMemory]) -> None:
         """Drops the collections that were made, then what else is in the memory's directory."""
-        _close_all(layers)
-        self._drop(name, layers)
+        self.discard_layers(name, layers)
         if self._directory is not None:
             remove_tree(self._directory / name)
 
-    def _drop(self, name: str, layers: Sequence[LayerMemory]) -> None:
+    def _drop(self, home: str, layers: Sequence[LayerMemory]) -> None:
         for layer in layers:
-            self._backend.drop(_collection_name(name, layer.layer))
+            self._backend.drop(_collection_name(home, layer.layer))
 
 
 def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
@@ -208,8 +239,8 @@ def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
     return failures
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name) or name.endswith(_DOOMED):
+def check_name(name: str) -> None:
+    if not _NAME.fullmatch(name) or name.endswith(DOOMED):
         raise InvalidField(
             "name",
             name,
@@ -217,8 +248,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _collection_name(name: str, layer: int) -> str:
-    return f"{name}/layer-{layer:03d}"
+def _collection_name(home: str, layer: int) -> str:
+    return f"{home}/layer-{layer:03d}"
 
 
 def _spec(record: MemoryRecord) -> CollectionSpec:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 
@@ -67,7 +69,8 @@ class Collection(Protocol):
     ) -> Neighbours:
         """The k nearest entries of each query [T, d]. `exclude`: none, one for all tokens, or one per token.
 
-        Entries at the same distance come in any order; one whose distance overflows f32 is no neighbour. Raises InvalidField on a zero vector under cosine.
+        Entries at the same distance come in any order; one whose distance overflows f32 is no neighbour.
+        Raises InvalidField on a zero vector under cosine.
         """
         ...
 
@@ -100,6 +103,26 @@ class Collection(Protocol):
 
     def close(self) -> None:
         """Flushes and releases the files. Closing twice is allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenFiles:
+    """The files of a collection while nothing writes to them."""
+
+    directory: Path
+    names: tuple[str, ...]  # files and directories in it that a copy needs
+    entries: int
+    # Adds to a copy of the directory what only RAM holds; also after the pause.
+    complete: Callable[[Path], None]
+
+
+@runtime_checkable
+class FileCollection(Protocol):
+    """A Collection whose entries are files that can be copied, and opened elsewhere."""
+
+    def paused_for_copy(self) -> AbstractContextManager[FrozenFiles]:
+        """Writes wait inside, searches go on. Raises Busy during optimize()."""
         ...
 
 

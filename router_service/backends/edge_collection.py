@@ -7,15 +7,17 @@ time. The write lock makes writes and maintenance take turns; whoever needs both
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 from router_service.backends.base import (
     CollectionInfo,
+    FrozenFiles,
     Metric,
     Quantization,
     SearchOptions,
@@ -40,13 +42,14 @@ from router_service.backends.edge_points import (
 )
 from router_service.backends.optimize_job import OptimizeJob
 from router_service.backends.value_table import ValueTable
-from router_service.errors import CorruptMemory, StorageError
+from router_service.errors import Busy, CorruptMemory, StorageError
 
 # More queries per engine call gain nothing, and the GIL is held until the call returns.
 _QUERIES_PER_CALL = 128
 # An update of 65,536 floats holds the GIL for some 10 ms.
 _FLOATS_PER_UPDATE = 65_536
 _ENTRIES_PER_PAGE = 2048
+_LOCK_POLL_S = 0.05
 
 
 class EdgeCollection:
@@ -189,6 +192,30 @@ class EdgeCollection:
             finally:
                 self._job, self._frozen = None, False
 
+    @contextmanager
+    def paused_for_copy(self) -> Iterator[FrozenFiles]:
+        """See FileCollection."""
+        while not self._write_lock.acquire(timeout=_LOCK_POLL_S):
+            if self._job is not None:
+                directory = self._files.directory
+                raise Busy(f"{directory} is being optimized; try again when that is done")
+        try:
+            self._freeze(None)
+            yield self._frozen_files()
+        finally:
+            self._frozen = False
+            self._write_lock.release()
+
+    def _frozen_files(self) -> FrozenFiles:
+        with self._engine_lock:
+            table, number = self._checked(self._table), self._pointer.generation
+
+        def complete(copy: Path) -> None:
+            table.save(CollectionFiles(copy.parent, copy.name).values(number))
+
+        names = ("CURRENT", self._files.generation(number).name)
+        return FrozenFiles(self._files.directory, names, len(table), complete)
+
     def flush(self) -> None:
         """See Collection.flush. Returns at once during optimize(), which flushed before it began."""
         with self._engine_lock:
@@ -210,7 +237,7 @@ class EdgeCollection:
             finally:
                 self._shard.close()
 
-    def _freeze(self, job: OptimizeJob) -> None:
+    def _freeze(self, job: OptimizeJob | None) -> None:
         """Makes the files on disk complete, and keeps flush() from changing them while they are copied."""
         # Before _closing is read: close() sets that first, then looks for a job to stop.
         self._job = job

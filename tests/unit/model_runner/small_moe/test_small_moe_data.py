@@ -3,10 +3,12 @@
 import json
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from model_runner import small_moe
 from model_runner.small_moe import DATA_DIR, data_file
+from model_runner.small_moe.figures import repeated_ngrams
 from model_runner.small_moe.sources import GENERAL_SOURCES
 from model_runner.small_moe.texts import DEV_CHAPTERS, TEST_CHAPTERS, read_jsonl
 
@@ -87,3 +89,10 @@ def test_every_source_is_in_the_notice():
 
 def test_data_stays_small():
     assert sum(file.stat().st_size for file in DATA_DIR.iterdir()) < 8 * 2**20
+
+
+def test_repeated_ngrams_counts_eight_tokens_in_a_row():
+    stream = np.arange(20, dtype=np.uint16)
+    assert repeated_ngrams(stream, stream) == 1.0
+    assert repeated_ngrams(stream, np.arange(12, dtype=np.uint16)) == pytest.approx(5 / 13)
+    assert repeated_ngrams(stream, stream[::-1].copy()) == 0.0

@@ -1,0 +1,1 @@
+"""What is done to memories beside reading and writing them: snapshots."""

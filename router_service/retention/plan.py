@@ -1,0 +1,202 @@
+"""The policies of retention and how a plan combines them.
+
+A score policy with a threshold drops every entry whose score is below it; without one it ranks, and the lowest go until
+`max_entries` are left. Order: Forget, Age, Use, Gain and Strength look at every entry on its own, so an entry may have
+several reasons; Agreement, then NearDuplicates, then the ranking policy look only at what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from router_service.arrays import Entries, ExampleRef
+from router_service.retention import scores
+from router_service.retention.reading import LayerReading
+from router_service.retention.tables import F64, HitCounts, OwnAssignments, mixed_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Entries of these examples, and of whole sources. Never undone by `keep_at_least`."""
+
+    name: ClassVar[str] = "forget"
+    threshold: ClassVar[float] = 1.0
+    examples: frozenset[ExampleRef] = frozenset()
+    sources: frozenset[str] = frozenset()
+
+    def scores(self, page: Entries, reading: LayerReading) -> F64:
+        """See scores.outside."""
+        return scores.outside(page, self.examples, self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Age:
+    """Entries created before a time; without one, the oldest.
+
+    The service stamps what it stores; an entry that was never stamped counts as the oldest.
+    """
+
+    name: ClassVar[str] = "age"
+    older_than_unix_ms: int | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """Milliseconds since the epoch."""
+        return self.older_than_unix_ms
+
+    def scores(self, page: Entries, reading: LayerReading) -> F64:
+        """See scores.created_unix_ms."""
+        return scores.created_unix_ms(page)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """Entries with fewer hits than `fewer_than`; without it, the least used. Newer ones can be spared."""
+
+    name: ClassVar[str] = "use"
+    hits: HitCounts
+    fewer_than: int | None = None
+    spare_created_from_unix_ms: int | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """A number of hits."""
+        return self.fewer_than
+
+    def scores(self, page: Entries, reading: LayerReading) -> F64:
+        """See scores.use."""
+        return scores.use(page, self.hits, self.spare_created_from_unix_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Entries whose gain, in nats, is below `below`; without it, the smallest gains."""
+
+    name: ClassVar[str] = "gain"
+    below: float | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """Nats."""
+        return self.below
+
+    def scores(self, page: Entries, reading: LayerReading) -> F64:
+        """See scores.gains."""
+        return scores.gains(page)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Strength:
+    """Entries that hardly move routing: see scores.strength; without `below`, the weakest."""
+
+    name: ClassVar[str] = "strength"
+    below: float | None = None
+    own: OwnAssignments | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """Logits, or half an L1 distance."""
+        return self.below
+
+    def scores(self, page: Entries, reading: LayerReading) -> F64:
+        """See scores.strength."""
+        return scores.strength(page, reading, self.own)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Entries that contradict the kernel average of their nearest neighbours from other examples: they mislead.
+
+    Cosine of logit deltas, or overlap of assignments, below `below`; without it, the lowest. An entry whose nearest
+    such neighbour is less similar than `min_similarity` is not judged, and stays. So does one without provenance:
+    all of these count as one example.
+    """
+
+    name: ClassVar[str] = "agreement"
+    below: float | None = None
+    neighbours: int = 16
+    min_similarity: float = 0.01
+
+    @property
+    def threshold(self) -> float | None:
+        """A cosine or an overlap."""
+        return self.below
+
+
+@dataclass(frozen=True, slots=True)
+class NearDuplicates:
+    """Of entries with nearly the same key (kernel similarity) and value (cosine or overlap), the best one stays.
+
+    Best is the highest gain, then the smallest id. Every entry that goes is itself near one that stays, except in
+    neighbourhoods of more than duplicates.MAX_LINKS better equals.
+    """
+
+    name: ClassVar[str] = "near_duplicates"
+    similarity: float = 0.98
+    agreement: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Ranks by greedy k-center over the keys, in blocks of entries in the order of ids.
+
+    A block of b entries, `max_entries` m of n to stay, keeps its share b m / n of them at a cost of b * b m / n * d
+    multiplications.
+    """
+
+    name: ClassVar[str] = "coverage"
+    block_entries: int = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Ranks by a hash of id and seed: the control that any other ranking has to beat."""
+
+    name: ClassVar[str] = "random"
+    threshold: ClassVar[None] = None
+    seed: int = 0
+
+    def scores(self, page: Entries, reading: LayerReading) -> F64:
+        """Numbers in [0, 2^53)."""
+        return (mixed_ids(page.ids, self.seed) >> np.uint64(11)).astype(np.float64)
+
+
+RowPolicy = Forget | Age | Use | Gain | Strength | Random
+Policy = RowPolicy | Agreement | NearDuplicates | Coverage
+
+# The order in which policies are applied; keep_at_least undoes the last ones first.
+_ORDER: tuple[type[Policy], ...] = (Forget, Age, Use, Gain, Strength, Agreement, NearDuplicates)
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What goes. `keep_at_least` and `max_entries` are per layer, in entries."""
+
+    policies: Sequence[Policy]
+    keep_at_least: int = 1
+    max_entries: int | None = None
+
+    def in_order(self) -> list[tuple[int, Policy]]:
+        """Number and policy of those with a threshold, in the order in which they are applied."""
+        numbered = [(i, policy) for i, policy in enumerate(self.policies) if not ranks(policy)]
+        return sorted(numbered, key=lambda pair: _ORDER.index(type(pair[1])))
+
+    def ranking(self) -> tuple[int, Policy] | None:
+        """Number and policy that decides who goes when there are more than `max_entries`."""
+        return next(((i, p) for i, p in enumerate(self.policies) if ranks(p)), None)
+
+
+def ranks(policy: Policy) -> bool:
+    """Whether a policy ranks for `max_entries` rather than drops by itself."""
+    if isinstance(policy, NearDuplicates):
+        return False
+    return isinstance(policy, Coverage) or policy.threshold is None
+
+
+def reason_of(policy: Policy) -> str:
+    """The name under which a result counts the entries that a policy drops."""
+    return f"max_entries_by_{policy.name}" if ranks(policy) else policy.name

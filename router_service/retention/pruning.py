@@ -1,0 +1,202 @@
+"""Which entries of one layer a plan drops, found page by page.
+
+Of all n entries only ids, gains, reasons, a score per policy and the links between near-duplicates are in RAM; keys and
+values never more than a page, a coverage block or one search at a time. An entry that others write meanwhile is neither
+judged nor dropped, but one that they replace is judged as it was: hold writes while deleting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from router_service.arrays import U64
+from router_service.backends.base import Collection
+from router_service.errors import InvalidField
+from router_service.retention import scores, stages
+from router_service.retention.ledger import U32, Ledger
+from router_service.retention.pages import pages
+from router_service.retention.plan import (
+    Agreement,
+    Coverage,
+    Forget,
+    NearDuplicates,
+    Policy,
+    PrunePlan,
+    RowPolicy,
+    reason_of,
+)
+from router_service.retention.plan_checks import validate
+from router_service.retention.reading import LayerReading
+from router_service.retention.tables import F64
+
+
+def _ignore(stage: str, entries: int) -> None:
+    """Nobody is watching."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """How a plan is computed. `page_entries` never shows in the result, the others only in the expected effect."""
+
+    page_entries: int = 1024
+    effect_queries: int = 256  # 0: no expected effect
+    seed: int = 0
+    # Called with the stage and the entries read so far, page by page; raise from it to cancel.
+    on_page: Callable[[str, int], None] = _ignore
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PruneResult:
+    """What a plan drops of a layer of `entries` entries, and what that is expected to change."""
+
+    entries: int
+    ids_to_drop: U64  # [m] ascending
+    reason_bits: U32  # [m]: bit p stands for policy p of the plan
+    # Entries per reason_of(policy); one with several reasons counts in each.
+    reasons: dict[str, int]
+    kept: int
+    rescued: int  # by keep_at_least
+    bytes_estimate: int  # of what goes; the engine gives disk back when it optimizes
+    expected_effect: dict[str, float]  # see effect.expected_effect
+    incomplete_searches: int  # entries whose neighbourhood could not be seen whole
+
+
+def plan_prune(
+    collection: Collection,
+    plan: PrunePlan,
+    reading: LayerReading,
+    options: PruneOptions | None = None,
+) -> PruneResult:
+    """What `plan` drops of a layer; changes nothing.
+
+    Raises InvalidField on a plan that makes no sense, and on one that would leave fewer than `keep_at_least` entries by
+    forgetting alone; StorageError when the engine fails.
+    """
+    options = options or PruneOptions()
+    validate(plan, reading.settings.kind)
+    columns = _read_columns(collection, plan, reading, options)
+    ledger = Ledger(columns.ids)
+    run = stages.Run(
+        collection, reading, options.page_entries, options.on_page, ledger, columns.gains
+    )
+    forget = _forget_of(plan)
+    _require_enough_left(plan, columns.scores.get(forget))
+    for number, policy in plan.in_order():
+        _apply(run, number, policy, columns.scores.get(number))
+    _shrink(run, plan, columns)
+    rescued = ledger.rescue(plan.keep_at_least, forget)
+    return _result(run, plan, rescued, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """What the first pass reads of n entries."""
+
+    ids: U64
+    gains: F64
+    scores: dict[int, F64]  # by number of a policy that looks at entries one by one
+
+
+def _read_columns(
+    collection: Collection, plan: PrunePlan, reading: LayerReading, options: PruneOptions
+) -> _Columns:
+    alone = {
+        number: policy
+        for number, policy in enumerate(plan.policies)
+        if not isinstance(policy, Agreement | NearDuplicates | Coverage)
+    }
+    ids: list[U64] = [np.empty(0, np.uint64)]
+    gains: list[F64] = [np.empty(0)]
+    parts: dict[int, list[F64]] = {number: [np.empty(0)] for number in alone}
+    done = 0
+    for page in pages(collection, options.page_entries, with_keys=False):
+        ids.append(page.ids)
+        gains.append(scores.gains(page))
+        for number, policy in alone.items():
+            parts[number].append(policy.scores(page, reading))
+        done += len(page)
+        options.on_page("read", done)
+    columns = {number: np.concatenate(column) for number, column in parts.items()}
+    return _Columns(np.concatenate(ids), np.concatenate(gains), columns)
+
+
+def _apply(run: stages.Run, number: int, policy: Policy, row_scores: F64 | None) -> None:
+    """Drops what a policy with a threshold drops."""
+    if isinstance(policy, NearDuplicates):
+        run.ledger.drop(number, stages.redundant(run, policy), run.gains)
+    elif not isinstance(policy, Coverage) and policy.threshold is not None:
+        found = _scores_of(run, policy, row_scores)
+        run.ledger.drop(number, found < policy.threshold, found)
+
+
+def _scores_of(run: stages.Run, policy: RowPolicy | Agreement, row_scores: F64 | None) -> F64:
+    """Scores [n]: those of the first pass, or a pass of their own."""
+    if isinstance(policy, Agreement):
+        return stages.agreement_scores(run, policy)
+    return np.zeros(len(run.ledger)) if row_scores is None else row_scores
+
+
+def _shrink(run: stages.Run, plan: PrunePlan, columns: _Columns) -> None:
+    """Drops the lowest of what is left, down to max_entries."""
+    ranking, size = plan.ranking(), plan.max_entries
+    if ranking is None or size is None or run.ledger.kept.sum() <= size:
+        return
+    number, policy = ranking
+    if isinstance(policy, Coverage):
+        going = stages.not_covering(run, policy, size)
+    elif not isinstance(policy, NearDuplicates):
+        going = stages.lowest(run, _scores_of(run, policy, columns.scores.get(number)), size)
+    run.ledger.drop(number, going, np.zeros(len(run.ledger)))
+
+
+def _forget_of(plan: PrunePlan) -> int:
+    """Number of the policy whose drops stand whatever keep_at_least says; -1 for none."""
+    numbers = (n for n, policy in enumerate(plan.policies) if isinstance(policy, Forget))
+    return next(numbers, -1)
+
+
+def _require_enough_left(plan: PrunePlan, remembered: F64 | None) -> None:
+    """Forgetting is never undone: it is refused when too little would be left."""
+    if remembered is None or remembered.all():
+        return
+    left = int(remembered.sum())
+    if left < plan.keep_at_least:
+        expected = (
+            f"at most {left}: {len(remembered) - left} of {len(remembered)} are to be forgotten"
+        )
+        raise InvalidField("plan.keep_at_least", plan.keep_at_least, expected)
+
+
+def _result(run: stages.Run, plan: PrunePlan, rescued: int, options: PruneOptions) -> PruneResult:
+    ledger = run.ledger
+    dropped = ~ledger.kept
+    reasons = {
+        reason_of(policy): int(ledger.dropped_by(number).sum())
+        for number, policy in enumerate(plan.policies)
+    }
+    effect = stages.effect_on_sample(run, options.effect_queries, options.seed)
+    return PruneResult(
+        entries=len(ledger),
+        ids_to_drop=ledger.ids[dropped],
+        reason_bits=ledger.reasons[dropped],
+        reasons=reasons,
+        kept=int(ledger.kept.sum()),
+        rescued=rescued,
+        bytes_estimate=_bytes_of(run.collection, int(dropped.sum()), len(ledger)),
+        expected_effect=effect,
+        incomplete_searches=int(run.cut_off.sum()),
+    )
+
+
+def _bytes_of(collection: Collection, dropped: int, entries: int) -> int:
+    """The dropped entries' share of the disk; of a collection in RAM, their ids, keys and values in f32."""
+    if not dropped:
+        return 0
+    on_disk = collection.info().disk_bytes
+    if on_disk:
+        return on_disk * dropped // entries
+    one = collection.scroll(None, 1)
+    return dropped * (one.ids.nbytes + one.keys.nbytes + one.values.nbytes)

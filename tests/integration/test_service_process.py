@@ -1,0 +1,259 @@
+"""The process itself: addresses, flags, signals, health, overload."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from knnmoe import channels
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+
+from tests.sidecar import (
+    CALL_TIMEOUT_S,
+    EXPERTS,
+    LOGIT_DELTA,
+    Sidecar,
+    random_entries,
+    random_keys,
+    refusal,
+    route_request,
+    running_sidecar,
+    serve_and_fail,
+)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+# Tries of something that another thread of the service does soon.
+TRIES = 200
+
+
+def _health(sidecar: Sidecar, service: str = "") -> int:
+    stub: Any = health_pb2_grpc.HealthStub(sidecar.channel)
+    request = health_pb2.HealthCheckRequest(service=service)
+    return stub.Check(request, timeout=CALL_TIMEOUT_S).status
+
+
+@pytest.mark.parametrize(
+    ("listen", "expected"),
+    [
+        ("", "HOST:PORT or unix:PATH"),
+        ("50051", "HOST:PORT or unix:PATH"),
+        (":50051", "HOST:PORT or unix:PATH"),
+        ("127.0.0.1:", "HOST:PORT or unix:PATH"),
+        ("127.0.0.1:port", "HOST:PORT or unix:PATH"),
+        ("127.0.0.1:70000", "HOST:PORT or unix:PATH"),
+        ("127.0.0.1:²", "HOST:PORT or unix:PATH"),
+        ("unix:", "a path of 1 to 100 characters"),
+        ("unix:/" + "x" * 200, "a path of 1 to 100 characters"),
+        ("unix:/no/such/directory/s", "a directory that exists"),
+        ("0.0.0.0:0", "--insecure"),
+        ("[::]:0", "--insecure"),
+        ("192.0.2.1:50051", "--insecure"),
+        ("example.org:50051", "--insecure"),
+    ],
+)
+def test_an_address_that_cannot_be_used(data: Path, listen: str, expected: str) -> None:
+    refused = serve_and_fail("--data", str(data), "--backend", "exact", "--listen", listen)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("router-service: --listen: got ")
+    assert expected in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not data.exists()
+
+
+def test_insecure_allows_every_interface(data: Path) -> None:
+    with running_sidecar(
+        data, backend="exact", listen="0.0.0.0:0", flags=["--insecure"]
+    ) as sidecar:
+        port = sidecar.target.rpartition(":")[2]
+        sidecar.target = f"127.0.0.1:{port}"
+        assert _health(sidecar) == SERVING
+
+
+def test_a_port_in_use(data: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = serve_and_fail("--data", str(data), "--backend", "exact", "--listen", address)
+    assert refused.returncode == 1
+    assert f"router-service: cannot listen on {address} (in use" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_socket_is_not_taken_from_a_live_service_but_from_a_dead_one(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/s"
+    with Sidecar(tmp_path / "a", backend="exact", listen=address) as first:
+        refused = serve_and_fail(
+            "--data", str(tmp_path / "b"), "--backend", "exact", "--listen", address
+        )
+        assert refused.returncode == 1
+        assert f"cannot listen on {address}: another process does" in refused.stderr
+        assert _health(first) == SERVING
+        first.kill()
+    assert (tmp_path / "s").exists()
+    with running_sidecar(tmp_path / "b", backend="exact", listen=address) as second:
+        assert _health(second) == SERVING
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ("--data", "required")),
+        (["--max-in-flight", "0"], ("--max-in-flight", "greater than or equal to 1")),
+        (["--drain-s", "-1"], ("--drain-s", "greater than or equal to 0")),
+        (["--flush-interval-s", "0"], ("--flush-interval-s", "greater than 0")),
+        (["--log-level", "LOUD"], ("--log-level", "'LOUD'", "DEBUG, INFO")),
+        (["--backend", "faiss"], ("--backend", "faiss", "exact")),
+    ],
+)
+def test_bad_flags(data: Path, flags: list[str], words: tuple[str, ...]) -> None:
+    refused = serve_and_fail(*(["--data", str(data)] if flags else []), *flags)
+    assert refused.returncode == 2
+    text = " ".join(refused.stderr.split())
+    assert all(word in text for word in words), text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_service_cleanly(data: Path, number: signal.Signals) -> None:
+    with Sidecar(data, backend="exact") as sidecar:
+        assert sidecar.stop(number) == 0
+        assert "Traceback" not in sidecar.stderr
+        assert "stopped" in sidecar.stderr
+
+
+def test_a_signal_ends_a_stream_that_idles(data: Path) -> None:
+    with Sidecar(data, backend="exact", flags=["--drain-s", "0.1"]) as sidecar:
+        stream = sidecar.routing.RouteStream(_never(), timeout=CALL_TIMEOUT_S)
+        assert sidecar.stop() == 0
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+        assert "Traceback" not in sidecar.stderr, sidecar.stderr
+
+
+def _never() -> Any:
+    time.sleep(CALL_TIMEOUT_S)
+    yield from ()
+
+
+def test_stdout_holds_nothing_but_the_address(data: Path) -> None:
+    with Sidecar(data, backend="exact") as sidecar:
+        assert sidecar.target.startswith("127.0.0.1:")
+        assert sidecar.stop() == 0
+        assert sidecar.process.stdout is not None
+        assert sidecar.process.stdout.read() == b""
+
+
+def test_settings_come_from_the_environment(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUTER_SERVICE_LOG_LEVEL", "ERROR")
+    with Sidecar(data, backend="exact") as sidecar:
+        sidecar.stop()
+        assert sidecar.stderr == ""
+
+
+def test_version() -> None:
+    command = [sys.executable, "-m", "router_service", "version"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "0.1.0"
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A service that admits one call at a time, with one small memory."""
+    data = tmp_path_factory.mktemp("narrow") / "data"
+    with running_sidecar(data, backend="exact", flags=["--max-in-flight", "1"]) as sidecar:
+        sidecar.create("m", model={"num_layers": 1})
+        sidecar.upsert("m", 0, random_entries(LOGIT_DELTA, 10))
+        yield sidecar
+
+
+def _request(sidecar: Sidecar) -> Any:
+    rng = np.random.default_rng(3)
+    digest = "00" * 8 if sidecar is None else _digest(sidecar)
+    return route_request("m", digest, random_keys(rng, 2), random_keys(rng, 2, EXPERTS))
+
+
+def _digest(sidecar: Sidecar) -> str:
+    return sidecar.describe("m").model_digest
+
+
+def test_overload_is_refused_at_once_and_passes(narrow: Sidecar) -> None:
+    request = _request(narrow)
+    asked: Any = _Requests()
+    stream = narrow.routing.RouteStream(asked, timeout=CALL_TIMEOUT_S)
+    asked.put(request)
+    assert next(stream).HasField("lambdas")
+    error = refusal(narrow.routing.Route, request)
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.reason == "ERROR_REASON_OVERLOADED"
+    assert "--max-in-flight" in error.message
+    assert _health(narrow, "knnmoe.v1.RoutingService") == SERVING
+    asked.put(None)
+    assert list(stream) == []
+    assert narrow.route(request).HasField("lambdas")
+
+
+def test_a_client_that_leaves_gives_its_place_back(narrow: Sidecar) -> None:
+    request = _request(narrow)
+    asked: Any = _Requests()
+    stream = narrow.routing.RouteStream(asked, timeout=CALL_TIMEOUT_S)
+    asked.put(request)
+    next(stream)
+    stream.cancel()
+    asked.put(None)
+    for _ in range(TRIES):
+        try:
+            assert narrow.route(request).HasField("lambdas")
+            return
+        except grpc.RpcError as error:
+            assert channels.service_error(error).reason == "ERROR_REASON_OVERLOADED"
+            time.sleep(0.05)
+    raise AssertionError("the place was never given back")
+
+
+class _Requests:
+    """Requests of a stream, sent when they are put; None ends it."""
+
+    def __init__(self) -> None:
+        import queue
+
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def put(self, request: Any) -> None:
+        self._queue.put(request)
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        request = self._queue.get()
+        if request is None:
+            raise StopIteration
+        return request
+
+
+@pytest.mark.parametrize(
+    "service", ["", "knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService"]
+)
+def test_health(narrow: Sidecar, service: str) -> None:
+    assert _health(narrow, service) == SERVING
+
+
+def test_stats_count_what_was_asked(narrow: Sidecar) -> None:
+    def tokens() -> int:
+        request = admin_pb.StatsRequest(memory="m")
+        reply = narrow.admin.Stats(request, timeout=CALL_TIMEOUT_S)
+        assert reply.resident_bytes > 10 * 2**20
+        assert reply.service_version == "0.1.0"
+        return reply.memories[0].layers[0].tokens
+
+    before = tokens()
+    narrow.route(_request(narrow))
+    assert tokens() == before + 2
