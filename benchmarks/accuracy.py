@@ -14,6 +14,7 @@ from benchmarks.exact import ExactAnswer, exact_answer
 from benchmarks.sidecars import SidecarClient
 
 TOKENS_PER_REQUEST = 256
+LAMBDA_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ def accuracy(client: SidecarClient, workload: Workload, k: int) -> dict[str, flo
         "recall": float(found.mean()),
         "lambda_error_max": float(errors.max()),
         "lambda_error_mean": float(errors.mean()),
+        "lambda_beyond_tolerance": float(np.mean(errors > LAMBDA_TOLERANCE)),
         "lambda_error_max_where_found": float(errors[complete].max(initial=0.0)),
         "lambda_median": float(np.median(exact.lambdas)),
         **_logit_errors("f16", half, exact, complete),

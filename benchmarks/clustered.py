@@ -81,7 +81,7 @@ class _Space:
     def queries(self, keys: F32, number: int) -> F32:
         """Queries [q, d] near keys, exact in f16."""
         parents = keys[self._rng.integers(len(keys), size=number)]
-        step = np.float32(SPREAD_OF_QUERY * SPREAD_OF_CLUSTER) * self._draws(number)
+        step: F32 = np.float32(SPREAD_OF_QUERY * SPREAD_OF_CLUSTER) * self._draws(number)
         rows = parents + self._scale * self._with_noise(step @ self._basis)
         return rows.astype(np.float16).astype(np.float32)
 

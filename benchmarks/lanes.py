@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from benchmarks.timing import Lane, Stages
 SIDECAR, FAISS_FLAT, FAISS_HNSW = "sidecar", "faiss flat", "faiss hnsw"
 UNARY_TCP, STREAM_TCP, STREAM_UNIX = "unary tcp", "stream tcp", "stream unix"
 IN_PROCESS, IN_PROCESS_1 = "in-process", "in-process, 1 thread"
-WIDE_K = 32
 HNSW_LINKS, HNSW_EF = 16, 64
 
 
@@ -43,10 +42,10 @@ class FaissPeers:
         for index in (self.flat, self.hnsw):
             index.add(keys)
 
-    def lanes(self, queries: F32) -> list[Lane]:
+    def lanes(self, queries: F32, k: int) -> list[Lane]:
         """Searches alone: FAISS neither checks nor blends."""
 
-        def lane(name: str, index: Any, k: int, threads: int, transport: str = IN_PROCESS) -> Lane:
+        def lane(name: str, index: Any, threads: int, transport: str = IN_PROCESS) -> Lane:
             def call(tokens: slice) -> Stages:
                 self._faiss.omp_set_num_threads(threads)
                 index.search(queries[tokens], k)
@@ -55,24 +54,21 @@ class FaissPeers:
             return Lane(name, transport, "f32", k, call)
 
         return [
-            lane(FAISS_FLAT, self.flat, 1, self.threads),
-            lane(FAISS_FLAT, self.flat, 1, 1, IN_PROCESS_1),
-            lane(FAISS_FLAT, self.flat, WIDE_K, self.threads),
-            lane(FAISS_HNSW, self.hnsw, 1, self.threads),
-            lane(FAISS_HNSW, self.hnsw, 1, 1, IN_PROCESS_1),
-            lane(FAISS_HNSW, self.hnsw, WIDE_K, self.threads),
+            lane(FAISS_FLAT, self.flat, self.threads),
+            lane(FAISS_FLAT, self.flat, 1, IN_PROCESS_1),
+            lane(FAISS_HNSW, self.hnsw, self.threads),
+            lane(FAISS_HNSW, self.hnsw, 1, IN_PROCESS_1),
         ]
 
 
-def sidecar_lanes(sidecars: Sidecars, workload: Workload) -> list[Lane]:
+def sidecar_lanes(sidecars: Sidecars, workload: Workload, k: int) -> list[Lane]:
     """From the router inputs as an array to the blended logits as an array: encoding and decoding count."""
     tcp, unix = sidecars.tcp, sidecars.unix
     return [
-        _lane(tcp, tcp.unary, UNARY_TCP, workload, np.float16, 1),
-        _lane(tcp, tcp.streamed, STREAM_TCP, workload, np.float16, 1),
-        _lane(unix, unix.streamed, STREAM_UNIX, workload, np.float16, 1),
-        _lane(unix, unix.streamed, STREAM_UNIX, workload, np.float32, 1),
-        _lane(unix, unix.streamed, STREAM_UNIX, workload, np.float16, WIDE_K),
+        _lane(tcp, tcp.unary, UNARY_TCP, workload, np.float16, k),
+        _lane(tcp, tcp.streamed, STREAM_TCP, workload, np.float16, k),
+        _lane(unix, unix.streamed, STREAM_UNIX, workload, np.float16, k),
+        _lane(unix, unix.streamed, STREAM_UNIX, workload, np.float32, k),
     ]
 
 
@@ -95,9 +91,3 @@ def _lane(
         return times.decode_ns, times.search_ns, times.blend_ns, times.encode_ns
 
     return Lane(SIDECAR, transport, "f16" if dtype is np.float16 else "f32", k, call)
-
-
-def find(lanes: Sequence[Lane], engine: str, transport: str, dtype: str, k: int) -> int:
-    """Index of a lane."""
-    wanted = (engine, transport, dtype, k)
-    return [(ln.engine, ln.transport, ln.dtype, ln.neighbours) for ln in lanes].index(wanted)

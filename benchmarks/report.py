@@ -12,30 +12,27 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from benchmarks.lanes import (
-    FAISS_FLAT,
-    FAISS_HNSW,
-    IN_PROCESS,
-    IN_PROCESS_1,
-    SIDECAR,
-    STREAM_UNIX,
-)
+from benchmarks.lanes import IN_PROCESS_1, SIDECAR, STREAM_UNIX
 from benchmarks.timing import STAGES, Lane, Sample
 
 _PACKAGES = ("numpy", "faiss-cpu", "grpcio", "protobuf", "qdrant-edge-py")
-_NAMES = {1: "one_token", 32: "32_tokens", 512: "512_tokens"}
+_NAMES = {1: "one_token"}
 Row = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What ran the benchmark; `load_average` above the number of cores means that others were computing too."""
+    """What ran the benchmark."""
     return {
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "load_average": round(os.getloadavg()[0], 2),
         "versions": {name: version(name) for name in _PACKAGES},
     }
+
+
+def load_average() -> float:
+    """Over the last minute; above the number of cores others are computing too."""
+    return round(os.getloadavg()[0], 2)
 
 
 def row(lane: Lane, tokens: int, samples: Sequence[Sample]) -> Row:
@@ -66,25 +63,25 @@ def _stages(samples: Sequence[Sample]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in medians.items()}
 
 
-def ratios(rows: Sequence[Row], statistic: str) -> dict[str, float]:
-    """Sidecar (stream over a Unix socket, f16, K = 1) over FAISS (K = 1); below 1 the sidecar is faster."""
-    found: dict[str, float] = {}
-    for tokens in dict.fromkeys(r["tokens"] for r in rows):
-        name = _NAMES.get(tokens, f"{tokens}_tokens")
-        ours = _value(rows, SIDECAR, STREAM_UNIX, tokens, statistic)
-        for engine in (FAISS_FLAT, FAISS_HNSW):
-            for transport, suffix in ((IN_PROCESS, ""), (IN_PROCESS_1, "_1_thread")):
-                theirs = _value(rows, engine, transport, tokens, statistic)
-                key = f"{name}_vs_{engine.replace(' ', '_')}{suffix}"
-                found[key] = round(ours / theirs, 4)
-    return found
+def ratios(rows: Sequence[Row], statistic: str, k: int) -> dict[str, float]:
+    """Sidecar (stream over a Unix socket, f16) over FAISS at the same K; below 1 the sidecar is faster."""
+    same_k = [r for r in rows if r["neighbours"] == k]
+    ours = {
+        r["tokens"]: r[statistic]
+        for r in same_k
+        if (r["engine"], r["transport"], r["dtype"]) == (SIDECAR, STREAM_UNIX, "f16")
+    }
+    return {
+        _ratio_name(r): round(ours[r["tokens"]] / r[statistic], 4)
+        for r in same_k
+        if r["engine"] != SIDECAR
+    }
 
 
-def _value(rows: Sequence[Row], engine: str, transport: str, tokens: int, statistic: str) -> float:
-    """Of the first such row with K = 1: f16 comes before f32."""
-    wanted = (engine, transport, tokens, 1)
-    keys = ("engine", "transport", "tokens", "neighbours")
-    return float(next(r for r in rows if tuple(r[k] for k in keys) == wanted)[statistic])
+def _ratio_name(faiss: Row) -> str:
+    tokens = _NAMES.get(faiss["tokens"], f"{faiss['tokens']}_tokens")
+    suffix = "_1_thread" if faiss["transport"] == IN_PROCESS_1 else ""
+    return f"{tokens}_vs_{faiss['engine'].replace(' ', '_')}{suffix}"
 
 
 def table(rows: Sequence[Row]) -> Table:

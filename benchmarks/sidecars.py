@@ -73,6 +73,14 @@ class SidecarClient:
         """The next exchange of the stream."""
         return self._stream.exchange(request, TIMEOUT_S)
 
+    def search_with(self, hnsw_ef: int) -> None:
+        """Sets the size of the candidate list for the calls that follow."""
+        request = admin_pb.UpdateSettingsRequest(
+            memory=MEMORY, settings=MemorySettings(hnsw_ef=hnsw_ef)
+        )
+        admin = MemoryAdminServiceStub(self._channel)
+        self.memory = admin.UpdateSettings(request, timeout=TIMEOUT_S).memory
+
     def reading(self) -> Reading:
         """What the memory's answers depend on."""
         settings = self.memory.settings
@@ -91,6 +99,11 @@ class Sidecars:
     tcp: SidecarClient
     unix: SidecarClient
     build_s: float
+
+    def search_with(self, hnsw_ef: int) -> None:
+        """See SidecarClient.search_with."""
+        for client in (self.tcp, self.unix):
+            client.search_with(hnsw_ef)
 
 
 @contextmanager

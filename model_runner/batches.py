@@ -51,4 +51,4 @@ def token_nll(logits: Tensor, batch: Batch) -> Tensor:
     targets = batch.input_ids[:, 1:]
     flat = logits[:, :-1].float().flatten(0, 1)
     nll = F.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
-    return F.pad(nll, (0, 1)) * batch.predicts
+    return F.pad(nll, (0, 1)).where(batch.predicts, 0.0)

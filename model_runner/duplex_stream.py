@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from model_runner.errors import RoutingUnavailable, RunnerError
-from model_runner.rpc_errors import runner_error
+from model_runner.rpc_errors import DEADLINE, runner_error
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -47,7 +47,7 @@ class DuplexStream(Generic[Request, Response]):
         except queue.Empty:
             self.close()
             raise RoutingUnavailable(
-                f"sidecar at {self._target}: no answer within {timeout_s:g} s"
+                f"sidecar at {self._target}: no answer within {timeout_s:g} s", DEADLINE
             ) from None
         if isinstance(response, RunnerError):
             self.close()

@@ -61,7 +61,16 @@ class ModelMismatch(RunnerError):
 
 
 class RoutingUnavailable(RunnerError):
-    """The routing sidecar did not answer in time, or cannot be reached."""
+    """The routing sidecar did not answer in time, or cannot be reached.
+
+    Attributes:
+        reason: a word to count by: `deadline`, `unavailable`, `overloaded`, `shutting_down`, ...
+
+    """
+
+    def __init__(self, message: str, reason: str = "unavailable") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class RoutingRefused(RunnerError):
@@ -76,7 +85,7 @@ class RoutingRefused(RunnerError):
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         self.message = message
-        super().__init__(f"{reason}: {message}")
+        super().__init__(f"{message} ({reason})")
 
 
 class BadInput(RunnerError):

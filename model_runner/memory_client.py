@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import grpc
@@ -71,7 +72,9 @@ class MemoryClient:
             )
             return self._call(self._stub.CreateMemory, request).memory
         if found.model_digest != fingerprint.digest():
-            raise ModelMismatch(f"memory {name!r} was made for another model ({found.fingerprint})")
+            raise ModelMismatch(
+                f"memory {name!r} was made for another model ({_both_sides(found, fingerprint)})"
+            )
         if settings.HasField("kind") and found.settings.kind != settings.kind:
             raise BadInput(f"memory {name!r} holds another kind of values; choose another name")
         return found
@@ -105,14 +108,19 @@ class MemoryClient:
         dry_run: bool = False,
     ) -> pb.CalibrateResponse:
         """Sets gamma per layer from router inputs [n, d] by layer, or (None) leave-one-example-out in the memory."""
-        given = [
-            pb.LayerInputs(layer=layer, router_inputs=encode_floats(rows))
-            for layer, rows in (inputs or {}).items()
-        ]
         request = pb.CalibrateRequest(
-            memory=name, lambda0=lambda0, quantile=quantile, inputs=given, dry_run=dry_run
+            memory=name, lambda0=lambda0, quantile=quantile, dry_run=dry_run
         )
-        return self._call(self._stub.Calibrate, request, LONG_TIMEOUT_S)
+        if inputs is None:
+            return self._call(self._stub.Calibrate, request, LONG_TIMEOUT_S)
+        response = pb.CalibrateResponse()
+        for layer, rows in sorted(inputs.items()):  # every layer's in one message would be too much
+            del request.inputs[:]
+            request.inputs.add(layer=layer, router_inputs=encode_floats(rows))
+            one = self._call(self._stub.Calibrate, request, LONG_TIMEOUT_S)
+            response.layers.extend(one.layers)
+            response.memory.CopyFrom(one.memory)
+        return response
 
     def optimize(self, name: str, quantization: str = "none") -> None:
         """Builds the index of every layer; returns when it is done."""
@@ -134,6 +142,15 @@ class MemoryClient:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise runner_error(error, self.target) from error
+
+
+def _both_sides(memory: routing_pb2.MemoryDescription, model: ModelFingerprint) -> str:
+    """The fields that differ, as the memory and the model have them."""
+    return "; ".join(
+        f"{name}: memory {getattr(memory.fingerprint, name)!r}, this model {value!r}"
+        for name, value in asdict(model).items()
+        if getattr(memory.fingerprint, name) != value
+    )
 
 
 class Upserter:

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from model_runner.architectures.decoder import decoder_of
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint, model_fingerprint
 from model_runner.router_hooks import verify_hooks
+
+DEFAULT_WINDOW = 512
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,38 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = pick_device(device)
+    load_as = _dtype(dtype, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype, where))
-    except (OSError, ValueError) as error:
-        hint = "" if Path(name).exists() else " (not a local directory; is the hub reachable?)"
-        raise BadInput(f"model {name!r} cannot be loaded{hint}: {error}") from error
-    model = model.to(where).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=load_as).to(where)
+    except Exception as error:  # parsers of several libraries, over files that may hold anything
+        raise BadInput(f"model {name!r} cannot be loaded{_hint(name)}: {error}") from error
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise BadInput(
+            f"model {name!r} cannot be loaded: its tokenizer's files are missing or empty"
+        )
+    model = model.eval().requires_grad_(False)
     verify_hooks(model)
     return LoadedModel(name, model, tokenizer, model_fingerprint(model))
+
+
+def _hint(name: str) -> str:
+    if name and Path(name).exists():
+        return ""
+    if Path(name).is_absolute() or name.startswith("."):
+        return " (there is no such directory)"
+    return " (there is no such directory here; is the hub reachable?)"
+
+
+def window_length(model: nn.Module, asked: int | None) -> int:
+    """Tokens of a window: `asked`, or as many as the model was made for, at most 512. Raises BadInput above that."""
+    config = getattr(decoder_of(model), "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return asked or DEFAULT_WINDOW
+    if asked is not None and asked > longest:
+        raise BadInput(f"window: got {asked} tokens, expected at most the model's {longest}")
+    return asked or min(DEFAULT_WINDOW, longest)
 
 
 def pick_device(device: str) -> torch.device:
@@ -55,15 +82,17 @@ def pick_device(device: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {device!r} cannot be used: {error}") from error
+    if found.type == "meta":
+        raise BadInput("device 'meta' cannot be used: it holds no weights")
+    return found
 
 
 def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise BadInput(f"dtype: got {dtype!r}, expected auto, float32, bfloat16 or float16")
-    return found
+    if dtype not in _DTYPES:
+        raise BadInput(f"dtype: got {dtype!r}, expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]

@@ -50,5 +50,5 @@ def step_sizes(num_layers: int, eta: float = RECOMMENDED_STEP_SIZE) -> list[floa
 
 PRESETS = {
     "paper": Preset("paper", PAPER, lambda0=0.9),
-    "recommended": Preset("recommended", RECOMMENDED, lambda0=0.5),
+    "recommended": Preset("recommended", RECOMMENDED, lambda0=0.3),
 }

@@ -19,9 +19,9 @@ from torch import Tensor
 from model_runner.architectures import Assignment
 from model_runner.circuit_breaker import CircuitBreaker
 from model_runner.duplex_stream import DuplexStream
-from model_runner.errors import RoutingUnavailable, RunnerError
+from model_runner.errors import RoutingUnavailable
 from model_runner.fingerprint import ModelFingerprint
-from model_runner.rpc_errors import runner_error
+from model_runner.rpc_errors import DEADLINE, runner_error
 from model_runner.texts import ExampleRef
 from model_runner.wire import encode_assignment, encode_fingerprint, encode_floats
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 WARN_EVERY_S = 30.0
 # A connection may take longer than a look-up; text that is being generated waits less long than a score.
 CONNECT_TIMEOUT_S = {"fall_back": 0.5, "raise": 10.0}
+# A prompt's tokens are looked up in one go, at about a millisecond each in a large memory.
+TIMEOUT_S_PER_MORE_TOKEN = 0.002
 
 
 class OnError(StrEnum):
@@ -42,7 +44,8 @@ class OnError(StrEnum):
 class RouterClient:
     """Looks router inputs up in one memory of one sidecar. Not for several threads at once.
 
-    timeout_s bounds every look-up, the connection's first one excepted.
+    timeout_s bounds the look-up of one token; further ones add TIMEOUT_S_PER_MORE_TOKEN each, and the first look-up
+    over a connection may take CONNECT_TIMEOUT_S.
     """
 
     def __init__(
@@ -57,8 +60,8 @@ class RouterClient:
     ) -> None:
         self.target, self.memory = target, memory
         self.on_error, self.timeout_s = on_error, timeout_s
-        # Look-ups that fell back, by reason.
-        self.fallbacks: Counter[str] = Counter()
+        # Look-ups that fell back, by layer and reason.
+        self.fallbacks: Counter[tuple[int, str]] = Counter()
         self._fingerprint = fingerprint
         self._digest = fingerprint.digest()
         self._channel = open_channel(target)
@@ -68,6 +71,7 @@ class RouterClient:
         self._description: pb.MemoryDescription | None = None
         self._warned_s = float("-inf")
         self._sent = 0
+        self._connected = False
         self._closing = threading.Lock()
 
     def __enter__(self) -> RouterClient:
@@ -114,7 +118,7 @@ class RouterClient:
         if self.on_error is OnError.RAISE:
             return self._exchange(layer, router_input, router_logits, own, exclude, with_neighbours)
         if not self._breaker.allows():
-            self._fell_back("breaker_open", None)
+            self.fallbacks[layer, "breaker_open"] += 1
             return None
         try:
             response = self._exchange(
@@ -122,18 +126,15 @@ class RouterClient:
             )
         except RoutingUnavailable as error:
             self._breaker.failed()
-            self._fell_back("unavailable", error)
+            self._fell_back(layer, error)
             return None
         self._breaker.succeeded()
         return response
 
     def close(self) -> None:
         """Ends the stream and the connection. Closing twice is allowed."""
-        with self._closing:
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
-            self._channel.close()
+        self._drop_stream()
+        self._channel.close()
 
     def _exchange(
         self,
@@ -144,6 +145,7 @@ class RouterClient:
         exclude: Sequence[ExampleRef],
         with_neighbours: bool,
     ) -> pb.RouteResponse:
+        wants_logits = self.wants_logits
         self._sent += 1
         request = pb.RouteRequest(
             memory=self.memory,
@@ -154,26 +156,37 @@ class RouterClient:
             exclude=[pb.ExampleRef(source=e.source, example=e.example) for e in exclude],
             request_id=self._sent,
         )
-        if self.wants_logits:
+        if wants_logits:
             request.router_logits.CopyFrom(encode_floats(router_logits))
         else:
             request.assignment.CopyFrom(encode_assignment(own))
-        return self._over_stream(request)
+        return self._over_stream(request, len(router_input))
 
-    def _over_stream(self, request: pb.RouteRequest) -> pb.RouteResponse:
-        timeout_s = self.timeout_s
+    def _over_stream(self, request: pb.RouteRequest, tokens: int) -> pb.RouteResponse:
+        timeout_s = self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (tokens - 1)
+        if not self._connected:
+            timeout_s = max(timeout_s, self._connect_timeout_s)
         if self._stream is None:
             self._stream = DuplexStream(RoutingServiceStub(self._channel).RouteStream, self.target)
-            timeout_s = max(timeout_s, self._connect_timeout_s)
         try:
-            return self._stream.exchange(request, timeout_s)
-        except RunnerError:
-            self._stream = None  # it closed itself
+            response = self._stream.exchange(request, timeout_s)
+        except BaseException as error:  # Ctrl-C too: what was asked would answer the next request
+            self._drop_stream()
+            if isinstance(error, RoutingUnavailable) and error.reason != DEADLINE:
+                self._connected = False
             raise
+        self._connected = True
+        return response
 
-    def _fell_back(self, reason: str, error: RoutingUnavailable | None) -> None:
-        self.fallbacks[reason] += 1
+    def _drop_stream(self) -> None:
+        with self._closing:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def _fell_back(self, layer: int, error: RoutingUnavailable) -> None:
+        self.fallbacks[layer, error.reason] += 1
         now_s = time.monotonic()
-        if error is not None and now_s - self._warned_s >= WARN_EVERY_S:
+        if now_s - self._warned_s >= WARN_EVERY_S:
             self._warned_s = now_s
             log.warning("routing memory unavailable, the model's own router stands: %s", error)

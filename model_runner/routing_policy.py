@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from knnmoe import tensors
 from knnmoe.v1.routing_pb2 import RouteResponse
+from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8
 from torch import Tensor
 
 from model_runner.architectures import Assignment
+from model_runner.errors import BadInput
 from model_runner.router_client import RouterClient
 from model_runner.router_hooks import Logits, RouterCall
 from model_runner.texts import ExampleRef
-from model_runner.wire import decode_assignment, decode_floats
+from model_runner.wire import decode_assignment, decode_floats, decode_tensor
+
+# Tokens beyond this many bytes of router inputs and logits go in another request.
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -25,7 +28,7 @@ class LayerUse:
     tokens: int = 0
     abstained: int = 0
     lambda_sum: float = 0.0
-    # Calls that were not asked about: a router input was not finite.
+    # Calls that were not asked about: a router input or logit was not finite.
     not_finite: int = 0
 
     @property
@@ -53,34 +56,51 @@ class RetrievalPolicy:
     def __call__(self, call: RouterCall) -> Assignment | Logits | None:
         """The blended routing, or None when the model's own stands."""
         use = self.use.setdefault(call.site.layer, LayerUse())
-        rows = _rows_to_ask(call)
-        inputs, logits, own = _select(call, rows)
-        if not len(inputs):
-            return None
-        if not torch.isfinite(inputs).all():
-            use.not_finite += 1
-            return None
-        response = self.client.route(
-            call.site.layer, inputs, logits, own, exclude=self._excluded(call, rows)
-        )
-        if response is None:
-            return None
-        _count(use, response)
-        return _reply(response, call, rows)
+        answers: list[Answer] = []
+        for rows in _rows_to_ask(call):
+            inputs, logits, own = _select(call, rows)
+            if not (torch.isfinite(inputs).all() and torch.isfinite(logits).all()):
+                use.not_finite += 1
+                return None
+            response = self.client.route(
+                call.site.layer, inputs, logits, own, exclude=self._excluded(call, rows)
+            )
+            if response is None:
+                return None
+            answers.append((rows, response))
+        for _, response in answers:
+            _count(use, response)
+        return _reply(answers, call)
 
     def _excluded(self, call: RouterCall, rows: Tensor | None) -> list[ExampleRef]:
         if not self.exclude:
             return []
-        tokens_each = len(call.router_input) // len(self.exclude)
+        tokens_each, left_over = divmod(len(call.router_input), len(self.exclude))
+        if left_over:
+            raise BadInput(
+                f"exclude: got {len(self.exclude)} examples for {len(call.router_input)} tokens, "
+                "expected one per sequence of the batch"
+            )
         every = [ref for ref in self.exclude for _ in range(tokens_each)]
         return every if rows is None else [every[row] for row in rows.tolist()]
 
 
-def _rows_to_ask(call: RouterCall) -> Tensor | None:
-    """Rows [n] that are not padding; None = all."""
-    if call.valid is None or bool(call.valid.all()):
-        return None
-    return call.valid.nonzero().flatten()
+# Rows [n] of a call (None = all of them), and what the sidecar said about them.
+Answer = tuple[Tensor | None, RouteResponse]
+
+
+def _rows_to_ask(call: RouterCall) -> Sequence[Tensor | None]:
+    """Rows that are not padding, split by request; None = all rows."""
+    row_bytes = sum(t.shape[1] * t.element_size() for t in (call.router_input, call.router_logits))
+    most = max(1, MAX_REQUEST_BYTES // row_bytes)
+    if call.valid is not None and not bool(call.valid.all()):
+        valid = call.valid.nonzero().flatten()
+        return [valid[start : start + most] for start in range(0, len(valid), most)]
+    tokens = len(call.router_input)
+    if tokens <= most:
+        return [None]
+    every = torch.arange(tokens, device=call.router_input.device)
+    return [every[start : start + most] for start in range(0, tokens, most)]
 
 
 def _select(call: RouterCall, rows: Tensor | None) -> tuple[Tensor, Tensor, Assignment]:
@@ -95,25 +115,34 @@ def _select(call: RouterCall, rows: Tensor | None) -> tuple[Tensor, Tensor, Assi
 
 
 def _count(use: LayerUse, response: RouteResponse) -> None:
-    lambdas = tensors.to_array(response.lambdas)
+    lambdas = decode_tensor(response.lambdas, DTYPE_F32)
     use.tokens += len(lambdas)
-    use.abstained += int(np.count_nonzero(tensors.to_array(response.abstained)))
+    use.abstained += int(decode_tensor(response.abstained, DTYPE_U8).count_nonzero())
     use.lambda_sum += float(lambdas.sum())
 
 
-def _reply(
-    response: RouteResponse, call: RouterCall, rows: Tensor | None
-) -> Assignment | Logits | None:
-    kind = response.WhichOneof("blended")
-    if kind is None:
-        return None
-    if kind == "router_logits":
-        return Logits(_merged(call.router_logits, decode_floats(response.router_logits), rows))
-    blended = decode_assignment(response.assignment)
+def _reply(answers: Sequence[Answer], call: RouterCall) -> Assignment | Logits | None:
+    """The own routing with the answered rows in it; None when every token abstained."""
+    reply: Assignment | Logits | None = None
+    for rows, response in answers:
+        kind = response.WhichOneof("blended")
+        if kind == "router_logits":
+            own = reply.router_logits if isinstance(reply, Logits) else call.router_logits
+            reply = Logits(_merged(own, decode_floats(response.router_logits), rows))
+        elif kind == "assignment":
+            before = reply if isinstance(reply, Assignment) else None
+            reply = _with_rows(before, call, decode_assignment(response.assignment), rows)
+    return reply
+
+
+def _with_rows(
+    before: Assignment | None, call: RouterCall, blended: Assignment, rows: Tensor | None
+) -> Assignment:
+    own = before or Assignment(call.weights, call.experts)
     width = blended.experts.shape[1]
     return Assignment(
-        _merged(_widened(call.weights, width), blended.weights, rows),
-        _merged(_widened(call.experts, width), blended.experts, rows),
+        _merged(_widened(own.weights, width), blended.weights, rows),
+        _merged(_widened(own.experts, width), blended.experts, rows),
     )
 
 

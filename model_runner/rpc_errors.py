@@ -29,6 +29,8 @@ _TRANSPORT_REFUSALS = frozenset(
     }
 )
 _MISMATCH = reasons.ErrorReason.Name(reasons.ERROR_REASON_MODEL_MISMATCH)
+# RoutingUnavailable.reason of every call that took too long.
+DEADLINE = "deadline"
 MEMORY_NOT_FOUND = reasons.ErrorReason.Name(reasons.ERROR_REASON_MEMORY_NOT_FOUND)
 
 
@@ -38,5 +40,10 @@ def runner_error(failed: grpc.RpcError, target: str) -> RunnerError:
     if error.reason == _MISMATCH:
         return ModelMismatch(error.message)
     if error.reason in _PASSING or (not error.reason and error.code not in _TRANSPORT_REFUSALS):
-        return RoutingUnavailable(f"sidecar at {target}: {error.code.name}: {error.message}")
+        reason = error.reason.removeprefix("ERROR_REASON_") or error.code.name
+        if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            reason = DEADLINE
+        return RoutingUnavailable(
+            f"sidecar at {target}: {error.code.name}: {error.message}", reason.lower()
+        )
     return RoutingRefused(error.reason or error.code.name, error.message)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from knnmoe import tensors
 from knnmoe.v1 import types_pb2
-from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, SparseAssignment
+from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_I32, SparseAssignment
 from knnmoe.v1.types_pb2 import Tensor as WireTensor
 from torch import Tensor
 
 from model_runner.architectures import Assignment
+from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
 
 _FLOATS = {torch.float32: DTYPE_F32, torch.float16: DTYPE_F16, torch.bfloat16: DTYPE_BF16}
@@ -19,18 +20,15 @@ def encode_floats(tensor: Tensor) -> WireTensor:
     """A float tensor in its own dtype (f64 as f32), copied to the host once."""
     if tensor.dtype not in _FLOATS:
         tensor = tensor.float()
-    host = tensor.detach().cpu().contiguous()
-    return WireTensor(
-        dtype=_FLOATS[host.dtype], shape=host.shape, data=host.view(torch.uint8).numpy().tobytes()
-    )
+    host = tensor.detach().cpu()
+    bits = host.view(torch.int16) if host.dtype == torch.bfloat16 else host  # NumPy has no bf16
+    return WireTensor(dtype=_FLOATS[host.dtype], shape=host.shape, data=bits.numpy().tobytes())
 
 
 def decode_floats(message: WireTensor) -> Tensor:
-    """A float tensor on the host, in the dtype of the message. Raises TensorError on a malformed one."""
-    if message.dtype != DTYPE_BF16:
-        return torch.tensor(tensors.to_array(message))
-    bits = torch.frombuffer(bytearray(message.data), dtype=torch.bfloat16)
-    return bits.reshape(tuple(message.shape))
+    """A float tensor on the host, in the dtype of the message. Raises BadInput on a malformed one."""
+    tensor = decode_tensor(message, *tensors.FLOATS)
+    return tensor.bfloat16() if message.dtype == DTYPE_BF16 else tensor
 
 
 def encode_assignment(assignment: Assignment) -> SparseAssignment:
@@ -42,9 +40,19 @@ def encode_assignment(assignment: Assignment) -> SparseAssignment:
 
 
 def decode_assignment(message: SparseAssignment) -> Assignment:
-    """Experts as int64, weights in the dtype of the message."""
-    experts = torch.tensor(tensors.to_array(message.experts)).long()
+    """Experts as int64, weights in the dtype of the message. Raises BadInput on a malformed one."""
+    experts = decode_tensor(message.experts, DTYPE_I32).long()
     return Assignment(decode_floats(message.weights), experts)
+
+
+def decode_tensor(message: WireTensor, *dtypes: types_pb2.Dtype) -> Tensor:
+    """A tensor on the host, bf16 widened to f32. Raises BadInput on a malformed one or another dtype."""
+    if message.dtype not in dtypes:
+        raise BadInput(f"a reply of the sidecar: dtype {tensors.dtype_name(message.dtype)}")
+    try:
+        return torch.tensor(tensors.to_array(message))
+    except tensors.TensorError as error:
+        raise BadInput(f"a reply of the sidecar: {error}") from error
 
 
 def encode_fingerprint(fingerprint: ModelFingerprint) -> types_pb2.ModelFingerprint:

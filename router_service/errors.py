@@ -18,6 +18,7 @@ RoutingServiceError
 └── StorageError              the engine or the file system failed
     ├── DiskFull
     ├── DirectoryInUse
+    ├── CollectionClosed      deleted, replaced or shut down while a call was on its way
     ├── CorruptMemory
     └── SnapshotInvalid
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 __all__ = [
     "Busy",
+    "CollectionClosed",
     "CorruptMemory",
     "DeadlineTooShort",
     "DirectoryInUse",
@@ -138,6 +140,13 @@ class DiskFull(StorageError):
 
 class DirectoryInUse(StorageError):
     """Another process has the data directory or a collection open."""
+
+
+class CollectionClosed(StorageError):
+    """The memory was deleted, replaced or shut down while a call was on its way to it."""
+
+    def __init__(self, collection: object) -> None:
+        super().__init__(f"{collection} is closed: deleted, replaced, or the service stops; retry")
 
 
 class CorruptMemory(StorageError):

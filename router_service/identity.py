@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 from router_service.errors import InvalidField, ModelMismatch, shorten
 
@@ -22,8 +23,7 @@ class ModelFingerprint:
 
     def digest(self) -> str:
         """16 hex digits over the canonical JSON of the fields; what every Route carries."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self)
 
     def require_same(self, other: ModelFingerprint) -> None:
         """Raises ModelMismatch that names each differing field on both sides."""
@@ -51,6 +51,12 @@ class ModelFingerprint:
             f"{shorten(self.architecture)}, {self.num_layers} MoE layers, hidden size {self.hidden_size}, "
             f"{self.num_experts} experts, top-{self.top_k}, routers {self.router_hash[:12]}"
         )
+
+
+@lru_cache(maxsize=128)  # every Route compares digests
+def _digest(fingerprint: ModelFingerprint) -> str:
+    text = json.dumps(asdict(fingerprint), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def validate(fingerprint: ModelFingerprint) -> None:

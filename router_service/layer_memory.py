@@ -185,11 +185,8 @@ class LayerMemory:
             return np.full(len(lambdas), Abstain.LAYER_OFF, dtype=np.uint8)
         empty = np.isinf(found.distances).all(axis=1)
         too_far = lambdas <= settings.min_lambda
-        return np.select(
-            [empty, too_far],
-            [np.uint8(Abstain.EMPTY), np.uint8(Abstain.TOO_FAR)],
-            np.uint8(Abstain.NO),
-        ).astype(np.uint8)
+        far_or_not = np.where(too_far, np.uint8(Abstain.TOO_FAR), np.uint8(Abstain.NO))
+        return np.where(empty, np.uint8(Abstain.EMPTY), far_or_not)
 
     def _blended(
         self,

@@ -11,9 +11,10 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from router_service import identity, memory_settings
 from router_service.backends.boundary import storage_call
 from router_service.backends.disk import fsync_directory, remove_durably, write_atomically
-from router_service.errors import CorruptMemory
+from router_service.errors import CorruptMemory, InvalidField
 from router_service.identity import ModelFingerprint
 from router_service.memory_settings import settings_from_json
 from router_service.routing_memory import MemoryRecord
@@ -65,7 +66,9 @@ def read_manifest(directory: Path) -> MemoryRecord:
     path = directory / FILE_NAME
     try:
         record = _record_of(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        identity.validate(record.fingerprint)
+        memory_settings.validate(record.settings, record.fingerprint.num_layers)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, InvalidField) as error:
         raise CorruptMemory(
             f"{path} cannot be read ({type(error).__name__}: {error}); restore it from a backup or move "
             f"{directory} away"

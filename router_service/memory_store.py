@@ -191,8 +191,8 @@ class MemoryStore:
     def _open_one(self, path: Path) -> None:
         try:
             record = read_manifest(path)
-            remove_strays(path.parent, record)
             opened = self.open_layers(record)
+            remove_strays(path.parent, record)  # only now: what serves is there
         except StorageError as error:
             if not isinstance(error, CorruptMemory):
                 raise
@@ -240,6 +240,7 @@ def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
 
 
 def check_name(name: str) -> None:
+    """Raises InvalidField on a name that no memory can have."""
     if not _NAME.fullmatch(name) or name.endswith(DOOMED):
         raise InvalidField(
             "name",

@@ -227,7 +227,8 @@ class RoutingMemory:
             checks.require_finite("entries.logit_deltas", values)
             return
         half = values.shape[-1] // 2
-        with np.errstate(invalid="ignore"):  # 2^31 - 1 is 2^31 in f32 and wraps: refused below all the same
+        # 2^31 - 1 is 2^31 in f32 and wraps: refused below all the same.
+        with np.errstate(invalid="ignore"):
             experts = values[..., :half].astype(np.int32)
         assignment = Assignment(experts, values[..., half:])
         self._check_assignment("entries.assignments", assignment, rows)

@@ -22,18 +22,35 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROUTER_SERVICE_", frozen=True, extra="forbid")
 
-    data: Path = Field(description="Directory of the memories; made when it is not there.")
-    listen: str = Field("127.0.0.1:50051", description="HOST:PORT, or unix:PATH.")
-    backend: BackendName = Field(BackendName.EDGE, description="Storage engine.")
-    max_in_flight: int = Field(64, ge=1, description="Calls in flight before RESOURCE_EXHAUSTED.")
-    max_message_bytes: int = Field(MAX_MESSAGE_BYTES, ge=1024, description="Largest gRPC message.")
+    data: Path = Field(
+        description="Directory of the memories, e.g. /var/lib/knnmoe; made when it is not there."
+    )
+    listen: str = Field(
+        "127.0.0.1:50051",
+        description="HOST:PORT (port 0: any free one) or unix:PATH, e.g. unix:/run/knnmoe.sock.",
+    )
+    backend: BackendName = Field(
+        BackendName.EDGE,
+        description="Storage engine: edge (Qdrant Edge, on disk) or exact (NumPy in RAM, nothing is kept), e.g. exact.",
+    )
+    max_in_flight: int = Field(
+        64,
+        ge=1,
+        description="Calls in flight before RESOURCE_EXHAUSTED; an open stream is one, e.g. 16.",
+    )
+    max_message_bytes: int = Field(
+        MAX_MESSAGE_BYTES, ge=1024, description="Largest gRPC message in bytes, e.g. 134217728."
+    )
     flush_interval_s: float = Field(
-        5.0, gt=0, description="Longest time between background flushes."
+        5.0,
+        gt=0,
+        description="Seconds between background flushes: what a loss of power may cost, e.g. 1.",
     )
     drain_s: float = Field(
-        10.0, ge=0, description="How long calls in flight may finish on SIGTERM."
+        10.0, ge=0, description="Seconds that calls in flight have to finish on SIGTERM, e.g. 30."
     )
     insecure: bool = Field(
-        False, description="Allow an address that other machines can reach, without authentication."
+        False,
+        description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
     )
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")

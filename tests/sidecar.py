@@ -166,9 +166,9 @@ def running_sidecar(data: Path, **options: Any) -> Iterator[Sidecar]:
         sidecar.stop_cleanly()
 
 
-def serve_and_fail(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
-    """`router-service serve` that is expected to refuse."""
-    command = [sys.executable, "-m", "router_service", "serve", *arguments]
+def serve_and_fail(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """`router-service serve` that is expected to refuse; `prefix` is a command that runs it."""
+    command = [*prefix, sys.executable, "-m", "router_service", "serve", *arguments]
     environment = {**os.environ, "NO_COLOR": "1"}
     return subprocess.run(
         command,
@@ -177,7 +177,6 @@ def serve_and_fail(*arguments: str, **popen: Any) -> subprocess.CompletedProcess
         timeout=READY_TIMEOUT_S,
         env=environment,
         check=False,
-        **popen,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from model_runner.cli import options
 from model_runner.errors import BadInput, RoutingUnavailable, RunnerError
 from model_runner.progress import Progress
 
+_INTERRUPTED = (
+    "interrupted; what the sidecar acknowledged is kept, so a build goes on where it stopped"
+)
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
@@ -47,9 +50,17 @@ class GradientScope(StrEnum):
     LIVE = "live"
 
 
+class StepNorm(StrEnum):
+    """Names of recipes.Norm, which needs torch."""
+
+    RAW = "raw"
+    UNIT = "unit"
+    SOFT = "soft"
+
+
 @app.command()
 def build(
-    reference: options.Text,
+    reference: Annotated[Path, options.text_file("Text to remember")],
     memory: options.Memory,
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
@@ -57,17 +68,17 @@ def build(
         PresetName,
         typer.Option(help="recommended: logit deltas, K = 32. paper: assignments, K = 1."),
     ] = PresetName.RECOMMENDED,
-    window: options.Window = 512,
+    window: options.Window = None,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many windows. Default: all.")
     ] = None,
     batch_size: options.BatchSize = 8,
     step_size: Annotated[
         float | None,
-        typer.Option(min=0, help="eta of the stored step; the preset's by default (paper: 5)."),
+        typer.Option(min=0, help="eta of the stored step; the preset's by default (paper: 2)."),
     ] = None,
     norm: Annotated[
-        str | None,
+        StepNorm | None,
         typer.Option(help="Length of a step: raw (paper), unit, or soft (recommended)."),
     ] = None,
     steps: Annotated[
@@ -88,13 +99,16 @@ def build(
     calibrate_on: Annotated[
         Path | None,
         typer.Option(
-            help="Held-out text for the bandwidths. Default: leave-one-example-out in the memory."
+            help="Held-out text for the bandwidths. Default: leave-one-example-out in the memory.",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
     lambda0: Annotated[
         float | None,
         typer.Option(
-            help="Similarity at the median distance; the preset's by default (0.9 paper, 0.5 ours)."
+            help="Similarity at the median distance; the preset's by default (0.9 paper, 0.3 ours).",
+            callback=options.fraction,
         ),
     ] = None,
     gain: Annotated[
@@ -110,9 +124,10 @@ def build(
 ) -> None:
     """Build a memory from reference text, or go on with a build that was cut off.
 
-    Running it again with the same text writes the same entries. Example:
+    Running it again with the same text skips what is there. Entries are told apart by file name, `id` and token: for
+    text or settings that changed, delete the memory first or choose another name. For example:
 
-        model-runner build --memory law --reference law.jsonl --window 512
+        model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
     """
     from model_runner.cli.build import BuildOptions, run_build
 
@@ -127,7 +142,7 @@ def build(
             max_windows=max_windows,
             batch_size=batch_size,
             step_size=step_size,
-            norm=norm,
+            norm=None if norm is None else norm.value,
             steps=steps,
             scope=gradient_scope.value,
             own_token=own_token,
@@ -148,15 +163,23 @@ def calibrate(
     memory: options.Memory,
     text: Annotated[
         Path | None,
-        typer.Option(help="Held-out text. Default: leave-one-example-out in the memory."),
+        typer.Option(
+            help="Held-out text. Default: leave-one-example-out in the memory.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
     lambda0: Annotated[
-        float, typer.Option(help="Similarity at the quantile of the distance.")
+        float,
+        typer.Option(help="Similarity at the quantile of the distance.", callback=options.fraction),
     ] = 0.5,
-    quantile: Annotated[float, typer.Option(help="Of the distance to the nearest key.")] = 0.5,
-    window: options.Window = 512,
+    quantile: Annotated[
+        float,
+        typer.Option(help="Of the distance to the nearest key.", callback=options.fraction),
+    ] = 0.5,
+    window: options.Window = None,
     batch_size: options.BatchSize = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, store nothing.")] = False,
     device: options.Device = "auto",
@@ -164,9 +187,9 @@ def calibrate(
 ) -> None:
     """Set each layer's bandwidth gamma so that the similarity at the median nearest distance is lambda0.
 
-    Example:
-        model-runner calibrate --memory law --text held-out.jsonl --lambda0 0.5
+    A larger lambda0 lets the memory speak more, also where nothing in it is close. For example:
 
+        model-runner calibrate --memory law --text held-out.jsonl --lambda0 0.5
     """
     from model_runner.cli.build import run_calibrate
 
@@ -186,11 +209,11 @@ def calibrate(
 
 @app.command()
 def evaluate(
-    text: options.Text,
+    text: Annotated[Path, options.text_file("Text to score")],
     memory: options.Memory,
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
-    window: options.Window = 512,
+    window: options.Window = None,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Score so many windows, drawn evenly. Default: all.")
     ] = None,
@@ -213,12 +236,18 @@ def evaluate(
 ) -> None:
     """Score text with and without the memory: the paired change of NLL per token.
 
-    Stops with an error when the sidecar fails; scores never mix. Example:
+    Stops with an error when the sidecar fails; scores never mix. For example:
 
         model-runner evaluate --memory law --text held-out.jsonl --json scores.json
     """
-    from model_runner.cli.evaluate import run_evaluate
+    from model_runner.cli.evaluate import (
+        print_scores,
+        require_writable,
+        run_evaluate,
+        write_scores,
+    )
 
+    require_writable("--json", json_file)
     result = run_evaluate(
         text,
         memory,
@@ -234,26 +263,8 @@ def evaluate(
         Progress(quiet=quiet),
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-    _print_scores(result)
-
-
-def _print_scores(result: dict[str, Any]) -> None:
-    table = Table("", "NLL", "perplexity", "change in NLL", "95 % interval")
-    plain, with_memory = result["zero_shot"], result["knn_moe"]
-    table.add_row("plain model", f"{plain['nll']:.4f}", f"{plain['perplexity']:.2f}", "", "")
-    low, high = with_memory["bootstrap_95"]
-    table.add_row(
-        "with memory",
-        f"{with_memory['nll']:.4f}",
-        f"{with_memory['perplexity']:.2f}",
-        f"{with_memory['delta']:+.4f} ± {with_memory['se']:.4f}",
-        f"{low:+.4f} to {high:+.4f}",
-    )
-    console = Console()
-    console.print(table)
-    lambdas = " ".join(f"{value:.2f}" for value in with_memory["lambda_mean"])
-    console.print(f"{result['windows']} windows; mean lambda per layer: {lambdas}", highlight=False)
+        write_scores(result, json_file)
+    print_scores(result)
 
 
 @app.command()
@@ -264,23 +275,29 @@ def generate(
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Stop after so many tokens, or at the model's end of text.")
+    ] = 64,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 = greedy; else the sampling temperature.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     timeout_s: Annotated[
         float,
-        typer.Option(min=0.001, help="Longest wait for one look-up; then the own router stands."),
+        typer.Option(
+            min=0.001,
+            help="Longest wait for one token's look-up (a prompt's: 2 ms more for each further token); "
+            "then the own router stands.",
+        ),
     ] = 0.05,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
     """Generate text with a memory. When the sidecar is slow or gone, the model's own router goes on.
 
-    Example:
-        model-runner generate --memory law --prompt 'The tenant shall' --max-new-tokens 40
+    Says on stderr how much the memory spoke, and how often it could not be asked. For example:
 
+        model-runner generate --memory law --prompt 'The tenant shall' --max-new-tokens 40
     """
     from model_runner.cli.generate import run_generate
 
@@ -304,7 +321,7 @@ def demo(
     """Watch a frozen model get better on text that it was not trained for (about four minutes on 2 cores).
 
     Starts a sidecar, builds memories of shifted text through it, scores shifted and general test text, and writes
-    results.json, delta_nll.png and lambda.png into OUT. Example:
+    results.json, delta_nll.png and lambda.png into OUT. For example:
 
         model-runner demo --out demo-results --seed 0
     """
@@ -313,10 +330,13 @@ def demo(
 
     loaded = load_model(model, device="cpu")
     results = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet)).run()
-    table = Table("arm", "text", "NLL", "perplexity", "change in NLL", "lambda per layer")
+    table = Table()
+    for heading in ("arm", "text", "NLL", "perplexity", "change in NLL", "lambda per layer"):
+        table.add_column(heading, no_wrap=True)
     for row in table_rows(results):
         table.add_row(*row)
-    console = Console()
+    # Off a terminal the width is a guess, and a cut-off table is of no use in a log.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
         f"{results['timings']['total']:.0f} s; see {out / 'results.json'}, {out / 'delta_nll.png'}, "
@@ -328,6 +348,10 @@ def demo(
 def main() -> None:
     """Entry point of the console script: errors become one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Torch's idle threads would spin on the cores that the sidecar needs; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not sys.stderr.isatty():  # the libraries' bars would fill a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except BadInput as error:
@@ -340,7 +364,11 @@ def main() -> None:
     except RunnerError as error:
         _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        _fail("interrupted; what was acknowledged is kept", EXIT_INTERRUPTED)
+        _fail(_INTERRUPTED, EXIT_INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # Ctrl-C within a command: typer ends it without a word
+            _fail(_INTERRUPTED, EXIT_INTERRUPTED)
+        raise
 
 
 def _fail(what: object, code: int) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
 from knnmoe.v1 import memory_admin_pb2 as pb
+from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
 
 from model_runner.errors import BadInput
 from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
 from model_runner.memory_builder.recipes import Norm, Recipe
 from model_runner.memory_client import MemoryClient
-from model_runner.models import LoadedModel, load_model
+from model_runner.models import LoadedModel, load_model, window_length
 from model_runner.presets import PRESETS, Preset
 from model_runner.progress import Progress
 from model_runner.router_inputs import collect_router_inputs
-from model_runner.texts import read_windows
+from model_runner.texts import Window, read_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class BuildOptions:
     model: str
     target: str
     preset: str
-    window: int
+    window: int | None
     max_windows: int | None
     batch_size: int
     step_size: float | None
@@ -50,11 +52,14 @@ def run_build(options: BuildOptions, progress: Progress) -> None:
     preset = PRESETS[options.preset]
     recipe = _recipe(preset, options)
     with MemoryClient(options.target) as client:
-        client.find(
-            options.memory
-        )  # a sidecar that is not there is noticed before the model is loaded
+        # A sidecar that is not there is noticed before the model is loaded, bad text before the long work.
+        is_new = client.find(options.memory) is None
         loaded = load_model(options.model, device=options.device, dtype=options.dtype)
-        windows = read_windows(options.reference, loaded.tokenizer, options.window)
+        length = window_length(loaded.model, options.window)
+        windows = read_windows(options.reference, loaded.tokenizer, length)[: options.max_windows]
+        held_out = _held_out(loaded, options.calibrate_on, length)
+        if is_new and held_out is None:
+            _require_two_examples(windows, options.reference)
         client.find_or_create(
             options.memory, loaded.fingerprint, preset.settings(loaded.fingerprint.num_layers)
         )
@@ -66,20 +71,21 @@ def run_build(options: BuildOptions, progress: Progress) -> None:
             batch_size=options.batch_size,
         )
         report = builder.build(
-            windows[: options.max_windows],
+            windows,
             [Target(options.memory, recipe, measure_gain=options.gain)],
             progress,
         )
         progress.say(
-            f"{options.memory}: {report.entries_per_layer} entries per layer from {report.windows} windows "
-            f"({report.windows_skipped} were there) in {report.elapsed_s:.0f} s"
+            f"{options.memory}: wrote {report.entries_per_layer} entries per layer in {report.elapsed_s:.0f} s; "
+            f"{report.windows_skipped} of {report.windows} windows were there already"
         )
-        _finish(client, loaded, options, preset, progress)
+        _finish(client, loaded, held_out, options, preset, progress)
 
 
 def _finish(
     client: MemoryClient,
     loaded: LoadedModel,
+    held_out: Sequence[Window] | None,
     options: BuildOptions,
     preset: Preset,
     progress: Progress,
@@ -87,23 +93,35 @@ def _finish(
     if options.optimize:
         progress.say("indexing")
         client.optimize(options.memory)
+    if client.describe(options.memory).settings.similarity == SIMILARITY_COSINE:
+        progress.say("not calibrated: a cosine memory has no bandwidth")
+        return
     inputs = None
-    if options.calibrate_on is not None:
-        windows = read_windows(options.calibrate_on, loaded.tokenizer, options.window)
-        inputs = collect_router_inputs(loaded.model, windows, batch_size=options.batch_size)
+    if held_out is not None:
+        inputs = collect_router_inputs(loaded.model, held_out, batch_size=options.batch_size)
     lambda0 = preset.lambda0 if options.lambda0 is None else options.lambda0
     response = client.calibrate(options.memory, lambda0, inputs)
     gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
     progress.say(f"calibrated, gamma per layer: {gammas}")
 
 
+def _held_out(loaded: LoadedModel, text: Path | None, length: int) -> list[Window] | None:
+    return None if text is None else read_windows(text, loaded.tokenizer, length)
+
+
+def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:
+    """Calibration inside the memory leaves a token's own example out: something must remain."""
+    if len({window.ref for window in windows}) < 2:
+        raise BadInput(
+            f"{reference}: one example only, so its bandwidths cannot be calibrated by leaving examples out; "
+            "give --calibrate-on FILE, or more text"
+        )
+
+
 def _recipe(preset: Preset, options: BuildOptions) -> Recipe:
     recipe = preset.recipe
     if options.norm is not None:
-        try:
-            recipe = replace(recipe, norm=Norm(options.norm))
-        except ValueError:
-            raise BadInput(f"--norm: got {options.norm!r}, expected {', '.join(Norm)}") from None
+        recipe = replace(recipe, norm=Norm(options.norm))
     if options.step_size is not None:
         recipe = replace(recipe, step_size=options.step_size)
     return recipe
@@ -125,7 +143,7 @@ def run_calibrate(
     target: str,
     lambda0: float,
     quantile: float,
-    window: int,
+    window: int | None,
     batch_size: int,
     dry_run: bool,
     device: str,
@@ -137,6 +155,7 @@ def run_calibrate(
         inputs = None
         if text is not None:
             loaded = load_model(model, device=device, dtype=dtype)
-            windows = read_windows(text, loaded.tokenizer, window)
+            length = window_length(loaded.model, window)
+            windows = read_windows(text, loaded.tokenizer, length)
             inputs = collect_router_inputs(loaded.model, windows, batch_size=batch_size)
         return client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 
-from model_runner.errors import BadInput
+from model_runner.errors import BadInput, RoutingUnavailable
 from model_runner.models import LoadedModel, load_model
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
@@ -47,10 +48,15 @@ def run_generate(
 def routed(
     loaded: LoadedModel, memory: str, target: str, timeout_s: float
 ) -> Iterator[RetrievalPolicy]:
-    """Within it the model routes with the memory, over one stream; failures fall back."""
+    """Within it the model routes with the memory, over one stream; a sidecar that fails is done without.
+
+    Raises RoutingRefused or ModelMismatch when the sidecar has no such memory for this model.
+    """
     with RouterClient(
         target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=OnError.FALL_BACK
     ) as client:
+        with suppress(RoutingUnavailable):  # each look-up will say so
+            client.describe()
         policy = RetrievalPolicy(client)
         with RouterHooks(loaded.model, policy):
             yield policy
@@ -79,5 +85,8 @@ def _generate(loaded: LoadedModel, inputs: Any, max_new_tokens: int, temperature
 
 def _summary(policy: RetrievalPolicy) -> str:
     lambdas = " ".join(f"{policy.use[layer].lambda_mean:.2f}" for layer in sorted(policy.use))
-    fallbacks = ", ".join(f"{n} {reason}" for reason, n in sorted(policy.client.fallbacks.items()))
+    by_reason = Counter[str]()
+    for (_, reason), number in policy.client.fallbacks.items():
+        by_reason[reason] += number
+    fallbacks = ", ".join(f"{number} {reason}" for reason, number in sorted(by_reason.items()))
     return f"mean lambda per layer: {lambdas}; look-ups that fell back: {fallbacks or 'none'}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,15 +39,32 @@ Target = Annotated[
 DEFAULT_TARGET = "127.0.0.1:50051"
 Memory = Annotated[str, typer.Option("--memory", help="Name of the memory at the sidecar.")]
 Window = Annotated[
-    int, typer.Option("--window", min=2, help="Tokens that the model reads in one go.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
-Text = Annotated[
-    Path,
+    int | None,
     typer.Option(
-        help="Text file: .jsonl or .parquet with `text`, or `prompt` and `answer` (the loss counts "
-        "on the answer only); anything else is plain text.",
-        show_default=False,
+        "--window",
+        min=2,
+        help="Tokens that the model reads in one go. Default: as many as the model was made for, at most 512.",
     ),
 ]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
+_TEXT_FILE = (
+    "a .jsonl or .parquet file with `text`, or with `prompt` and `answer` (the loss counts on the answer only), "
+    "and maybe an `id`; any other file is plain text."
+)
+
+
+def fraction(value: float | None) -> float | None:
+    """A callback of options between 0 and 1."""
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not between 0 and 1, both excluded.")
+    return value
+
+
+def text_file(what: str) -> Any:
+    """An option that names a text file, which must be there."""
+    return typer.Option(
+        help=f"{what}: {_TEXT_FILE}", exists=True, dir_okay=False, show_default=False
+    )
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]

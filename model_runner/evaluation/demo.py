@@ -37,6 +37,7 @@ SCHEMA = 1
 # The oracle's best step is larger than a memory's: nothing is averaged or mistaken for a neighbour's.
 ORACLE_STEP_SIZE = 30.0
 LOOKUP_TIMEOUT_S = 60.0
+DOMAINS = ("shifted", "in_domain")
 # Arm of results.json -> preset of its memory.
 METHODS = {"knn_moe": "paper", "knn_moe_recommended": "recommended"}
 
@@ -51,6 +52,9 @@ class DemoSettings:
     dev_windows: int = 48
     shifted_test_windows: int = 128
     general_test_windows: int = 128
+    # Controls are read on fewer windows, from memories of fewer reference windows: what they do is not subtle.
+    control_reference_windows: int = 100
+    control_test_windows: int = 64
     batch_size: int = 32
 
 
@@ -92,7 +96,6 @@ class Demo:
         self._progress = progress
         self._timings = Timings()
         self._arms: list[dict[str, Any]] = []
-        self._baselines: dict[str, Scores] = {}
 
     def run(self) -> dict[str, Any]:
         """Raises RunnerError when the sidecar fails: the demo never mixes scores."""
@@ -113,18 +116,16 @@ class Demo:
         return results
 
     def _build(self, target: str, texts: Texts) -> BuildReport:
-        layers = self._loaded.fingerprint.num_layers
-        targets = [Target(arm, PRESETS[name].recipe) for arm, name in METHODS.items()]
-        targets += [
+        methods = [Target(arm, PRESETS[name].recipe) for arm, name in METHODS.items()]
+        controls = [
             Target(arm, replace(recipe, seed=self._settings.seed), measure_gain=False)
             for arm, recipe in CONTROLS.items()
         ]
         with MemoryClient(target) as client:
-            for item in targets:
+            for item in (*methods, *controls):
                 preset = PRESETS[METHODS.get(item.memory, "paper")]
-                client.find_or_create(
-                    item.memory, self._loaded.fingerprint, preset.settings(layers)
-                )
+                settings = preset.settings(self._loaded.fingerprint.num_layers)
+                client.find_or_create(item.memory, self._loaded.fingerprint, settings)
             builder = MemoryBuilder(
                 self._loaded.model,
                 self._loaded.fingerprint,
@@ -132,14 +133,20 @@ class Demo:
                 batch_size=self._settings.batch_size,
             )
             with self._timings.step("build"):
-                report = builder.build(texts.reference, targets, self._progress)
+                report = builder.build(texts.reference, methods, self._progress)
+            with self._timings.step("build controls"):
+                few = texts.reference[: self._settings.control_reference_windows]
+                builder.build(few, controls, self._progress)
+            with self._timings.step("index"):
+                for arm in self._progress.track(list(METHODS), "indexing", unit="memories"):
+                    client.optimize(arm, "int8")
             with self._timings.step("calibrate"):
                 self._calibrate(client, texts)
         return report
 
     def _calibrate(self, client: MemoryClient, texts: Texts) -> None:
-        """Gamma from distances of dev inputs; the controls have the keys of knn_moe, so also its gamma."""
-        inputs = collect_router_inputs(self._loaded.model, texts.dev)
+        """Gamma from distances of dev inputs; the controls are read with the gamma of knn_moe."""
+        inputs = collect_router_inputs(self._loaded.model, texts.dev, most=1000)
         for arm, name in METHODS.items():
             client.calibrate(arm, PRESETS[name].lambda0, inputs)
         gamma = client.describe("knn_moe").settings.gamma
@@ -147,15 +154,17 @@ class Demo:
             client.update_settings(arm, MemorySettings(gamma=gamma))
 
     def _evaluate(self, target: str, texts: Texts) -> None:
-        for domain in ("shifted", "in_domain"):
-            with self._timings.step("zero_shot"):
-                self._baselines[domain] = self._score(None, texts, domain, "zero_shot")
-            self._add("zero_shot", domain, self._baselines[domain], None)
+        plain = {}
+        for domain in DOMAINS:
+            plain[domain] = self._score(None, texts, domain, "zero_shot")
+            self._add("zero_shot", domain, plain[domain], plain[domain], None)
         for arm in METHODS:
-            for domain in ("shifted", "in_domain"):
-                self._evaluate_memory(target, texts, arm, domain)
+            for domain in DOMAINS:
+                self._evaluate_memory(target, texts, arm, domain, plain[domain])
+        few = replace(texts, shifted=texts.shifted[: self._settings.control_test_windows])
+        plain_few = self._score(None, few, "shifted", "zero_shot again")
         for arm in CONTROLS:
-            self._evaluate_memory(target, texts, arm, "shifted")
+            self._evaluate_memory(target, few, arm, "shifted", plain_few)
         with self._timings.step("oracle"):
             recipe = replace(PAPER, step_size=ORACLE_STEP_SIZE)
             oracle = oracle_scores(
@@ -165,38 +174,45 @@ class Demo:
                 self._progress,
                 batch_size=self._settings.batch_size,
             )
-        self._add("oracle", "shifted", oracle, [1.0] * self._loaded.fingerprint.num_layers)
+        lambdas = [1.0] * self._loaded.fingerprint.num_layers
+        self._add("oracle", "shifted", oracle, plain["shifted"], lambdas)
 
-    def _evaluate_memory(self, target: str, texts: Texts, arm: str, domain: str) -> None:
-        with (
-            self._timings.step(arm),
-            RouterClient(
-                target,
-                arm,
-                self._loaded.fingerprint,
-                timeout_s=LOOKUP_TIMEOUT_S,
-                on_error=OnError.RAISE,
-            ) as client,
-        ):
+    def _evaluate_memory(
+        self, target: str, texts: Texts, arm: str, domain: str, plain: Scores
+    ) -> None:
+        with RouterClient(
+            target,
+            arm,
+            self._loaded.fingerprint,
+            timeout_s=LOOKUP_TIMEOUT_S,
+            on_error=OnError.RAISE,
+        ) as client:
             policy = RetrievalPolicy(client)
             scores = self._score(policy, texts, domain, arm)
         lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
-        self._add(arm, domain, scores, lambdas)
+        self._add(arm, domain, scores, plain, lambdas)
 
     def _score(self, policy: RetrievalPolicy | None, texts: Texts, domain: str, arm: str) -> Scores:
-        return score(
-            self._loaded.model,
-            texts.of(domain),
-            policy,
-            self._progress,
-            what=f"{arm} on {domain}",
-            batch_size=self._settings.batch_size,
-        )
+        with self._timings.step(arm):
+            return score(
+                self._loaded.model,
+                texts.of(domain),
+                policy,
+                self._progress,
+                what=f"{arm} on {domain}",
+                batch_size=self._settings.batch_size,
+            )
 
-    def _add(self, name: str, domain: str, scores: Scores, lambdas: list[float] | None) -> None:
-        baseline = self._baselines[domain]
-        change = difference(scores, baseline)
-        low, high = bootstrap_interval(scores, baseline, seed=self._settings.seed)
+    def _add(
+        self,
+        name: str,
+        domain: str,
+        scores: Scores,
+        plain: Scores,
+        lambdas: list[float] | None,
+    ) -> None:
+        change = difference(scores, plain)
+        low, high = bootstrap_interval(scores, plain, seed=self._settings.seed)
         self._arms.append(
             {
                 "name": name,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model_runner.batches import make_batch, token_nll
+from model_runner.batches import Batch, make_batch, token_nll
 from model_runner.errors import BadInput
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy, RouterHooks
@@ -75,14 +76,12 @@ def score(
     sums, order = [], [w for group in groups for w in group]
     for group in progress.track(groups, what, unit="batches"):
         batch = make_batch(group, device)
-        if leave_one_out:
-            _exclude_own(policy, group)
-        with torch.no_grad():
+        with torch.no_grad(), _without_own(policy, group) if leave_one_out else nullcontext():
             if policy is None:
-                logits = _logits(model, batch.input_ids, batch.attention_mask)
+                logits = _logits(model, batch)
             else:
                 with RouterHooks(model, policy) as hooks:
-                    logits = _logits(model, batch.input_ids, batch.attention_mask)
+                    logits = _logits(model, batch)
                     hooks.assert_complete()
         sums.append(token_nll(logits, batch).double().sum(dim=1).cpu().numpy())
     return Scores(
@@ -92,15 +91,23 @@ def score(
     )
 
 
-def _logits(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
     return logits
 
 
-def _exclude_own(policy: Policy | None, group: Sequence[Window]) -> None:
+@contextmanager
+def _without_own(policy: Policy | None, group: Sequence[Window]) -> Iterator[None]:
+    """Within it, the policy reads no entry of a window's own example."""
     if not isinstance(policy, RetrievalPolicy):
         raise BadInput("leave_one_out needs a RetrievalPolicy: only it reads a memory")
-    policy.exclude = [w.ref for w in group]
+    before, policy.exclude = policy.exclude, [w.ref for w in group]
+    try:
+        yield
+    finally:
+        policy.exclude = before
 
 
 def difference(scores: Scores, baseline: Scores) -> Difference:
@@ -108,8 +115,7 @@ def difference(scores: Scores, baseline: Scores) -> Difference:
 
     Both must be scores of the same windows in the same order.
     """
-    if scores.examples != baseline.examples or (scores.targets != baseline.targets).any():
-        raise BadInput("paired differences need scores of the same windows")
+    _require_same_windows(scores, baseline)
     changes = scores.nll_sums - baseline.nll_sums
     total = scores.targets.sum()
     delta = float(changes.sum() / total)
@@ -124,14 +130,22 @@ def difference(scores: Scores, baseline: Scores) -> Difference:
 def bootstrap_interval(
     scores: Scores, baseline: Scores, *, seed: int, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the change of NLL per token, by resampling examples."""
+    """Percentile interval of the change of NLL per token, by resampling examples; NaN for a single example."""
+    _require_same_windows(scores, baseline)
     rng = np.random.default_rng(seed)
     changes = _by_example(scores.nll_sums - baseline.nll_sums, scores.examples)
     targets = _by_example(scores.targets, scores.examples)
+    if len(changes) < 2:
+        return math.nan, math.nan
     picks = rng.integers(0, len(changes), size=(draws, len(changes)))
     deltas = changes[picks].sum(axis=1) / targets[picks].sum(axis=1)
     low, high = np.quantile(deltas, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _require_same_windows(scores: Scores, baseline: Scores) -> None:
+    if scores.examples != baseline.examples or (scores.targets != baseline.targets).any():
+        raise BadInput("paired differences need scores of the same windows in the same order")
 
 
 def _by_example(values: F64, examples: Sequence[ExampleRef]) -> F64:

@@ -102,8 +102,11 @@ class MemoryBuilder:
     ) -> BuildReport:
         """Writes an entry per token with a loss, per layer and target.
 
-        Raises RoutingUnavailable, RoutingRefused or ModelMismatch when the sidecar fails; what was written stays.
+        Windows that an earlier build wrote are skipped. Raises BadInput; RoutingUnavailable, RoutingRefused or
+        ModelMismatch when the sidecar fails: what was written stays.
         """
+        if not windows:
+            raise BadInput("windows: got none, expected at least one")
         for target in targets:
             if self._gradient.steps > 1 and target.recipe.kind is Kind.LOGIT_DELTA:
                 raise BadInput(
@@ -112,16 +115,16 @@ class MemoryBuilder:
         started, skipped, entries = time.monotonic(), 0, 0
         self._upload_s = 0.0
         norms = self._median_norms(windows)
-        generators = [torch.Generator().manual_seed(t.recipe.seed) for t in targets]
-        batches = list(batched(windows, self._batch_size))
+        batches = list(enumerate(batched(windows, self._batch_size)))
         with self._client.upserter() as upserter:
-            for group in progress.track(batches, "building", unit="batch"):
+            for number, group in progress.track(batches, "building", unit="batches"):
                 batch = make_batch(group, self._device)
                 if self._is_there(batch, targets):
                     skipped += len(group)
                     continue
                 traces, nll = self._traces(batch)
-                for target, generator in zip(targets, generators, strict=True):
+                for target in targets:
+                    generator = _generator(target.recipe, number)
                     self._upload(upserter, batch, traces, nll, target, norms, generator)
                 entries += int(batch.predicts.sum())
             upserter.finish()
@@ -220,6 +223,11 @@ class MemoryBuilder:
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
         return token_nll(output.logits, batch)
+
+
+def _generator(recipe: Recipe, batch: int) -> torch.Generator:
+    """Of one batch, so that a build that goes on where it stopped draws what it would have drawn."""
+    return torch.Generator().manual_seed(recipe.seed * 1_000_003 + batch)
 
 
 def _replay_logits(logits: Sequence[Tensor], call: RouterCall) -> Logits:

@@ -65,7 +65,7 @@ class Recipe:
             raise BadInput(f"step size: got {self.step_size}, expected a number of 0 or more")
 
 
-PAPER = Recipe(Kind.ASSIGNMENT, Norm.RAW, step_size=5.0)
+PAPER = Recipe(Kind.ASSIGNMENT, Norm.RAW, step_size=2.0)
 RECOMMENDED = Recipe(Kind.LOGIT_DELTA, Norm.SOFT, step_size=1.0)
 RECIPES = {"paper": PAPER, "recommended": RECOMMENDED}
 
@@ -82,7 +82,7 @@ _TINY = 1e-12
 def step(
     gradient: Tensor, recipe: Recipe, median_norm: float, generator: torch.Generator
 ) -> Tensor:
-    """The change of logits [T, N] in f32 that a recipe makes of gradients [T, N]; never NaN."""
+    """The change of logits [T, N] in f32 that a recipe makes of gradients [T, N]; finite, also for zero gradients."""
     g = gradient.float()
     norms = g.norm(dim=-1, keepdim=True)
     if recipe.direction is Direction.NONE:

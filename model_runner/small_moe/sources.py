@@ -11,6 +11,7 @@ from model_runner.small_moe import cleaning
 from model_runner.small_moe.debian_packages import PackageUnavailableError, unpacked
 
 DOCUMENT_CHARS = 4000
+_NOTHING = r"^$"
 _RUST_BOOKS = "book|nomicon|reference|rust-by-example|edition-guide|rustc|rustdoc"
 
 
@@ -110,12 +111,12 @@ GENERAL_SOURCES = (
         rf"html/(?!({_RUST_BOOKS})/)|/(print|toc|index|license|SUMMARY)\.html",
         read_html,
     ),
-    GeneralSource("dict-wn", "WordNet-3.0", "usr/share/dictd/*.dict.dz", r"^$", read_wordnet),
+    GeneralSource("dict-wn", "WordNet-3.0", "usr/share/dictd/*.dict.dz", _NOTHING, read_wordnet),
     GeneralSource(
-        "dict-jargon", "public domain", "usr/share/dictd/*.dict.dz", r"^$", read_dictionary
+        "dict-jargon", "public domain", "usr/share/dictd/*.dict.dz", _NOTHING, read_dictionary
     ),
     GeneralSource(
-        "dict-devil", "public domain", "usr/share/dictd/*.dict.dz", r"^$", read_paragraphs
+        "dict-devil", "public domain", "usr/share/dictd/*.dict.dz", _NOTHING, read_paragraphs
     ),
 )
 

@@ -23,7 +23,7 @@ def register_padded_experts() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to return freed memory; page faults took a third of a training step."""
+    """Ask glibc to keep freed memory: training otherwise made 100,000 page faults a second."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -28,8 +28,9 @@ def open_channel(target: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grp
         ("grpc.enable_http_proxy", 0),
         # A sidecar that was restarted is found again within a second or two.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # In spite of its name the time that one attempt gets: a busy machine takes a while to accept.
+        ("grpc.min_reconnect_backoff_ms", 5000),
     ]
     return grpc.insecure_channel(target, options=options)
 

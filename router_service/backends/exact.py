@@ -21,7 +21,7 @@ from router_service.backends.base import (
     SearchOptions,
 )
 from router_service.backends.common import as_stored, empty_neighbours, per_query, require_name
-from router_service.errors import CorruptMemory, StorageError
+from router_service.errors import CollectionClosed, CorruptMemory, StorageError
 
 # float64 differences held at once: 32 MiB
 _BLOCK_ELEMENTS = 1 << 22
@@ -126,7 +126,7 @@ class ExactCollection:
 
     def _open_entries(self) -> Entries:
         if self._closed:
-            raise StorageError("the collection is closed")
+            raise CollectionClosed("the collection")
         return self._entries
 
 

@@ -84,7 +84,9 @@ SupportFlag = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    typer.Option(help="MoE layers that the memory speaks for, counted from 0, e.g. 0,2,11-15."),
+    typer.Option(
+        help="MoE layers that the memory speaks for, counted from 0, e.g. 0,2,11-15; list all to undo."
+    ),
 ]
 HnswEf = Annotated[
     int | None,

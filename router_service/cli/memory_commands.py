@@ -217,13 +217,17 @@ def _pick(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _confirm(session: Session, name: str) -> None:
-    if not sys.stdin.isatty():
+    if not _on_terminal():
         raise BadInput(
             "delete asks before it removes anything, and stdin is no terminal; pass --yes"
         )
     memory = session.client.memory(name)
     entries = sum(layer.entries for layer in memory.layers)
     typer.confirm(f"Delete memory {name} with {entries} entries?", abort=True, err=True)
+
+
+def _on_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _summary(memory: routing_pb.MemoryDescription) -> list[object]:

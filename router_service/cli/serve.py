@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +12,17 @@ import typer
 from pydantic import ValidationError
 
 from router_service import __version__
+from router_service.cli.help_text import ExampleCommand, ExampleGroup
 from router_service.errors import InvalidRequest, RoutingServiceError
 from router_service.rpc.server import RoutingServer
 from router_service.settings import BackendName, ServiceSettings
 
 app = typer.Typer(
-    help="The kNN-MoE routing sidecar.", no_args_is_help=True, pretty_exceptions_enable=False
+    cls=ExampleGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 EXIT_BAD_INPUT = 2
@@ -24,21 +30,41 @@ EXIT_FAILED = 1
 
 
 def _help(name: str) -> str:
-    return ServiceSettings.model_fields[name].description or ""
+    """The setting's description, with its default and its environment variable."""
+    field = ServiceSettings.model_fields[name]
+    default = "required" if field.is_required() else f"default: {field.get_default()}"
+    return f"{field.description} [env var: ROUTER_SERVICE_{name.upper()}; {default}]"
 
 
 @app.callback()
 def _root() -> None:
-    """Every flag of a command is also an environment variable: --max-in-flight is ROUTER_SERVICE_MAX_IN_FLIGHT."""
+    """The kNN-MoE routing sidecar: keeps routing memories on Qdrant and serves them over gRPC.
+
+    Every flag of serve is also an environment variable: --max-in-flight is ROUTER_SERVICE_MAX_IN_FLIGHT.
+
+    Example:
+      router-service serve --data /var/lib/knnmoe
+
+    Exit codes:
+      0  stopped by SIGTERM or Ctrl-C
+      1  the data cannot be opened, or the address is taken
+      2  wrong usage
+
+    """
 
 
-@app.command()
+@app.command(cls=ExampleCommand)
 def version() -> None:
-    """Print the version."""
+    """Print the version.
+
+    Example:
+      router-service version
+
+    """
     typer.echo(__version__)
 
 
-@app.command()
+@app.command(cls=ExampleCommand)
 def serve(
     data: Annotated[Path | None, typer.Option(help=_help("data"), show_default=False)] = None,
     listen: Annotated[str | None, typer.Option(help=_help("listen"))] = None,
@@ -53,6 +79,11 @@ def serve(
     """Serve the memories of a directory until SIGTERM or Ctrl-C.
 
     Prints one line with the address on stdout when it is ready; logs go to stderr.
+
+    Example:
+      router-service serve --data /var/lib/knnmoe --listen unix:/run/knnmoe.sock
+      ROUTER_SERVICE_DATA=/var/lib/knnmoe router-service serve --listen 127.0.0.1:0
+
     """
     flags = {name: value for name, value in locals().items() if value is not None}
     settings = _settings(flags)
@@ -88,14 +119,26 @@ def _configure_logging(level: str) -> None:
 
 
 def _run(server: RoutingServer) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.request_stop())
+    stop_asked = _stop_signals()
     try:
         server.start()
         typer.echo(f"listening on {server.address}")
-        server.wait()
+        os.read(stop_asked, 1)
     finally:
         server.stop()
+
+
+def _stop_signals() -> int:
+    """A file descriptor that becomes readable on SIGTERM or Ctrl-C.
+
+    The kernel may hand a signal to one of gRPC's threads, and a main thread that waits on a lock would sleep on.
+    """
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return readable
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -19,10 +20,17 @@ from router_service.errors import (
     shorten,
 )
 from router_service.layer_memory import LayerMemory
-from router_service.maintenance.restored_files import home_of, remove_strays, restored_directory, stamped
+from router_service.maintenance.restored_files import (
+    home_of,
+    remove_strays,
+    restored_directory,
+    stamped,
+)
 from router_service.manifest import begin_creation, finish_creation, read_manifest, write_manifest
 from router_service.memory_store import DOOMED, MemoryStore, check_name
 from router_service.routing_memory import MemoryRecord, RoutingMemory
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -79,18 +87,19 @@ def adopt(
         record = stamped(memories, record, present)
         memory = _moved_in(store, staged, record, entries, present)
         old = store.get(record.name) if record.name in store.names() else None
-        if old is None:
-            remove_strays(memories, record)
-        else:
+        if old is not None:
             _continue(memory, old)
         store.serve(memory)
+        if old is None:
+            with _left_to_the_next_start(record):
+                remove_strays(memories, record)
     return old
 
 
 def retire(store: MemoryStore, replaced: RoutingMemory) -> None:
-    """Closes a memory that adopt() replaced, and removes its files."""
+    """Closes a memory that adopt() replaced, and removes its files, or leaves that to the next start."""
     memories, record = _directory_of(store), replaced.record
-    with store.exclusive():
+    with store.exclusive(), _left_to_the_next_start(record):
         home = home_of(memories, record)
         serving = record.name in store.names() and store.get(record.name)
         if serving and home_of(memories, serving.record) == home:
@@ -98,6 +107,14 @@ def retire(store: MemoryStore, replaced: RoutingMemory) -> None:
         store.discard_layers(home, replaced.layers)
         if home != record.name:
             remove_tree(memories / home)
+
+
+@contextmanager
+def _left_to_the_next_start(record: MemoryRecord) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        log.exception("the files of what was memory %s stay until the next start", record.name)
 
 
 def _moved_in(

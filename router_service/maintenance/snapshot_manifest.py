@@ -28,6 +28,7 @@ MAX_BYTES = 64 << 20
 # A memory's or a snapshot's name: one safe part of a path.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
+_LAYER = re.compile(r"layer-([0-9]{3,4})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError, InvalidField)
 
@@ -111,14 +112,14 @@ def from_json(text: bytes, source: str) -> SnapshotManifest:
             f"router-service that wrote it ({ascii(body.get('service_version'))[:40]}) or a later one"
         )
     try:
+        stated = body.pop("sha256", None)
+        _require(stated == _checksum(body), "its sha256 is not that of its content")
         return _manifest_of(body)
     except _DAMAGE as error:
-        raise _damaged(source, error) from error
+        raise _damaged(source, error, body.get("service_version")) from error
 
 
 def _manifest_of(body: dict[str, Any]) -> SnapshotManifest:
-    stated = body.pop("sha256")
-    _require(stated == _checksum(body), "its sha256 is not that of its content")
     memory = body["memory"]
     record = MemoryRecord(
         _name(memory["name"]),
@@ -170,7 +171,8 @@ def _path(path: Any, layers: int) -> str:
     _require(type(path) is str and "\0" not in path and "\\" not in path, f"path {path!r}")
     parts = PurePosixPath(path).parts
     plain = "/".join(parts) == path and ".." not in parts and len(parts) > 1
-    owned = plain and parts[0] in {layer_directory(number) for number in range(layers)}
+    owner = _LAYER.fullmatch(parts[0]) if plain else None
+    owned = owner is not None and int(owner[1]) < layers
     _require(owned, f"path {path!r}, expected one within a layer's directory")
     return str(path)
 
@@ -188,7 +190,9 @@ def _name(name: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    _require(type(value) is int and 0 <= value < 2**63, f"{value!r}, expected a number of 0 or more")
+    _require(
+        type(value) is int and 0 <= value < 2**63, f"{value!r}, expected a number of 0 or more"
+    )
     return int(value)
 
 
@@ -202,8 +206,9 @@ def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _damaged(source: str, error: Exception) -> SnapshotInvalid:
+def _damaged(source: str, error: Exception, version: object = "unknown") -> SnapshotInvalid:
     problem = ascii(str(error))[1:300]
     return SnapshotInvalid(
-        f"{source} is damaged ({type(error).__name__}: {problem}); use another snapshot"
+        f"{source} is damaged ({type(error).__name__}: {problem}); use another snapshot, or the version of "
+        f"router-service that wrote it ({ascii(version)[:40]})"
     )

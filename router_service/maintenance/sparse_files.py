@@ -14,6 +14,8 @@ from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
 _ZEROS = bytes(_BLOCK_BYTES)
+# The kernel does not copy between these two files by itself.
+_NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class Content:
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file to the new file `target`, holes staying holes. Raises OSError."""
     with source.open("rb") as reader, target.open("xb") as writer:
-        for offset, block in _data_blocks(reader.fileno()):
-            _write_all(writer.fileno(), block, offset)
+        for start, stop in _data_ranges(reader.fileno()):
+            _copy_range(reader.fileno(), writer.fileno(), start, stop)
         os.ftruncate(writer.fileno(), os.fstat(reader.fileno()).st_size)
 
 
@@ -38,26 +40,31 @@ def read_content(path: Path) -> Content:
     digest, summed = hashlib.sha256(), 0
     with path.open("rb") as file:
         for offset, block in _data_blocks(file.fileno()):
-            if body := block.rstrip(b"\0"):
-                for _ in range((offset - summed) // _BLOCK_BYTES):
-                    digest.update(_ZEROS)
-                digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])
-                digest.update(body)
-                summed = offset + len(body)
+            for _ in range((offset - summed) // _BLOCK_BYTES):
+                digest.update(_ZEROS)
+            digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])
+            body = block.rstrip(b"\0")
+            digest.update(body)
+            summed = offset + len(body)
         size = os.fstat(file.fileno()).st_size
     return Content(size, summed, digest.hexdigest())
 
 
 def _data_blocks(descriptor: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of what is not a hole, in blocks."""
+    """Offset and bytes of the blocks that are not all zeros."""
+    for start, stop in _data_ranges(descriptor):
+        while block := os.pread(descriptor, min(_BLOCK_BYTES, stop - start), start):
+            if block != _ZEROS[: len(block)]:
+                yield start, block
+            start += len(block)
+
+
+def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are not holes."""
     stop = 0
     while (start := _next_data(descriptor, stop)) is not None:
         stop = os.lseek(descriptor, start, os.SEEK_HOLE)
-        while start < stop and (
-            block := os.pread(descriptor, min(_BLOCK_BYTES, stop - start), start)
-        ):
-            yield start, block
-            start += len(block)
+        yield start, stop
 
 
 def _next_data(descriptor: int, offset: int) -> int | None:
@@ -69,8 +76,18 @@ def _next_data(descriptor: int, offset: int) -> int | None:
         raise
 
 
-def _write_all(descriptor: int, block: bytes, offset: int) -> None:
-    rest = memoryview(block)
-    while rest:
-        written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[written:], offset + written
+def _copy_range(reader: int, writer: int, start: int, stop: int) -> None:
+    """One call for all of it, so as not to wait for the GIL in between; where it can, the file system only shares."""
+    while start < stop:
+        try:
+            copied = os.copy_file_range(reader, writer, stop - start, start, start)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            copied = 0
+        if not copied:
+            block = os.pread(reader, min(_BLOCK_BYTES, stop - start), start)
+            copied = os.pwrite(writer, block, start)
+        if not copied:
+            raise OSError(errno.EIO, "the file became shorter while it was copied")
+        start += copied

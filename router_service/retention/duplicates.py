@@ -66,7 +66,7 @@ def links_to_better(
 ) -> Links:
     """Links of entries `rows` [T] to those of their neighbours [T, K] that are `near` and have a better place.
 
-    cut_off [T]: entries that may have more such neighbours than K.
+    cut_off [T]: entries that may have more such neighbours than K. An entry among its own neighbours is no link.
     """
     better = near & (place[neighbour_rows] < place[rows][:, None])
     order = np.argsort(np.where(better, place[neighbour_rows], len(place)), axis=1, kind="stable")
@@ -76,12 +76,12 @@ def links_to_better(
     return Links(rows[entry], neighbour_rows[entry, first[entry, slot]], truncated)
 
 
-def redundant(links: Links, place: Rows, cut_off: Bool) -> Bool:
+def redundant(links: Links, place: Rows, truncated: Bool) -> Bool:
     """Which of n entries go.
 
     From the best place on, an entry that is still in sends away all that are linked to it, so nobody goes for the sake
-    of a chain. An entry whose links are incomplete (`cut_off` [n]) goes for any better one that it is linked to: a huge
-    group of equals, of which each entry sees only some, shrinks all the same.
+    of a chain. An entry whose links are incomplete (`truncated` [n]) goes for any better one that it is linked to: a
+    huge group of equals, of which each entry sees only some, shrinks all the same.
     """
     order = np.lexsort((links.worse, place[links.better]))
     worse, better = links.worse[order], links.better[order]
@@ -89,5 +89,5 @@ def redundant(links: Links, place: Rows, cut_off: Bool) -> Bool:
     gone = np.zeros(len(place), np.bool_)
     for start, stop in zip(starts, np.append(starts, len(better))[1:], strict=True):
         linked = worse[start:stop]
-        gone[linked if not gone[better[start]] else linked[cut_off[linked]]] = True
+        gone[linked if not gone[better[start]] else linked[truncated[linked]]] = True
     return gone

@@ -30,7 +30,7 @@ class Found:
 
     rows: Rows  # [t] of the queries
     neighbours: Neighbours  # [t, w]
-    counted: Bool  # [t, w]: in, and not the query itself
+    counted: Bool  # [t, w]: still in
     cut_off: Bool  # [t]: there may be more, beyond MAX_WIDTH
 
 
@@ -48,7 +48,7 @@ class Search:
     ) -> Iterator[Found]:
         """Every query once, as soon as it has seen enough, every entry, or MAX_WIDTH of them.
 
-        other_examples: leaves out entries of the query's own example; a query never finds itself.
+        other_examples: leaves out entries of the query's own example, and with them the query itself.
         """
         waiting: Rows = np.arange(len(queries))
         width = min(first_width, MAX_WIDTH)
@@ -64,16 +64,15 @@ class Search:
                     yield _part(found, np.flatnonzero(done), ~satisfied[done])
             waiting, width = np.concatenate(again), min(2 * width, MAX_WIDTH)
 
-    def nearest(self, queries: Entries, k: int, *, other_examples: bool) -> tuple[Neighbours, Bool]:
-        """The k nearest [T, k] that count, and which queries [T] were cut off."""
+    def nearest_elsewhere(self, queries: Entries, k: int) -> tuple[Neighbours, Bool]:
+        """The k nearest from other examples that count [T, k], and which queries [T] were cut off."""
         result = Neighbours.empty(len(queries), k, queries.values.shape[1])
         cut_off = np.zeros(len(queries), np.bool_)
 
         def enough(_: Neighbours, counted: Bool) -> Bool:
             return counted.sum(axis=1) >= k
 
-        width = k if other_examples else k + 1
-        for found in self.widening(queries, width, enough, other_examples=other_examples):
+        for found in self.widening(queries, k, enough, other_examples=True):
             _fill(result, found, k)
             cut_off[found.rows] = found.cut_off
         return result, cut_off
@@ -90,8 +89,7 @@ class Search:
         found = self.collection.search(
             queries.keys[rows], width, self.options, exclude if other_examples else ()
         )
-        counted = self.keeps(found.ids) & (found.ids != queries.ids[rows, None])
-        return Found(rows, found, counted, np.zeros(len(rows), np.bool_))
+        return Found(rows, found, self.keeps(found.ids), np.zeros(len(rows), np.bool_))
 
 
 def _part(found: Found, rows: Rows, cut_off: Bool) -> Found:

@@ -132,7 +132,8 @@ class NearDuplicates:
     """Of entries with nearly the same key (kernel similarity) and value (cosine or overlap), the best one stays.
 
     Best is the highest gain, then the smallest id. Every entry that goes is itself near one that stays, except in
-    neighbourhoods of more than duplicates.MAX_LINKS better equals.
+    neighbourhoods of more than duplicates.MAX_LINKS better equals. As complete as the collection's search: of many
+    identical keys an HNSW index may miss some, and more than one stays.
     """
 
     name: ClassVar[str] = "near_duplicates"
@@ -142,10 +143,10 @@ class NearDuplicates:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Ranks by greedy k-center over the keys, in blocks of entries in the order of ids.
+    """Ranks by greedy k-center over the keys, in blocks of b entries in the order of ids.
 
-    A block of b entries, `max_entries` m of n to stay, keeps its share b m / n of them at a cost of b * b m / n * d
-    multiplications.
+    When m of n entries are to stay, a block keeps its share b m / n of them, for b (b + b m / n) d multiplications.
+    Outliers stay: they are what others cover least.
     """
 
     name: ClassVar[str] = "coverage"

@@ -67,7 +67,7 @@ def agreement_scores(run: Run, policy: Agreement) -> F64:
     """See disagreement.leave_one_out_agreement, for all n entries; inf for those that are out."""
     agreement = np.full(len(run.ledger), np.inf)
     for rows, page in run.kept_pages(policy.name):
-        found, cut_off = run.search.nearest(page, policy.neighbours, other_examples=True)
+        found, cut_off = run.search.nearest_elsewhere(page, policy.neighbours)
         judged = disagreement.leave_one_out_agreement(page.values, found, run.reading, policy)
         agreement[rows] = judged
         run.cut_off[rows[cut_off]] = True
@@ -78,10 +78,9 @@ def redundant(run: Run, policy: NearDuplicates) -> Bool:
     """See duplicates.redundant, for all n entries."""
     place = duplicates.places(run.gains)
     links = duplicates.joined(list(_links(run, policy, place)))
-    cut_off = np.zeros(len(run.ledger), np.bool_)
-    cut_off[links.truncated] = True
-    run.cut_off |= cut_off
-    return duplicates.redundant(links, place, cut_off)
+    truncated = np.zeros(len(run.ledger), np.bool_)
+    truncated[links.truncated] = True
+    return duplicates.redundant(links, place, truncated)
 
 
 def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[duplicates.Links]:
@@ -96,17 +95,16 @@ def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[duplicates
             near = duplicates.near_pairs(mine, slots.values, slots.distances, run.reading, policy)
             others, _ = run.ledger.rows_of(slots.ids)
             near &= found.counted
+            run.cut_off[rows[found.rows[found.cut_off]]] = True
             yield duplicates.links_to_better(rows[found.rows], others, near, place, found.cut_off)
 
 
 def not_covering(run: Run, policy: Coverage, size: int) -> Bool:
-    """Which of the n entries go when `size` are to cover the keys: see coverage.farthest_first."""
-    going, total, start = run.ledger.kept, int(run.ledger.kept.sum()), 0
-    for rows, keys in key_blocks(run.kept_pages(policy.name), policy.block_entries):
-        stop = min(start + len(rows), total)
-        share = coverage.block_share(size, total, start, stop)
-        going[rows[coverage.farthest_first(keys, share)]] = False
-        start = stop
+    """Which of the n entries go when `size` are to cover the keys: see coverage.centres_by_block."""
+    going = run.ledger.kept
+    blocks = key_blocks(run.kept_pages(policy.name), policy.block_entries)
+    for centres in coverage.centres_by_block(blocks, size, int(going.sum())):
+        going[centres] = False
     return going
 
 
@@ -124,8 +122,8 @@ def effect_on_sample(run: Run, queries: int, seed: int) -> dict[str, float]:
     if not parts:
         return {}
     sample, k = joined(parts), run.reading.settings.neighbours
-    before, _ = run.search_of_all.nearest(sample, k, other_examples=True)
-    after, cut_off = run.search.nearest(sample, k, other_examples=True)
+    before, _ = run.search_of_all.nearest_elsewhere(sample, k)
+    after, cut_off = run.search.nearest_elsewhere(sample, k)
     rows, _ = run.ledger.rows_of(sample.ids)
     run.cut_off[rows[cut_off]] = True
     return expected_effect(sample.values, before, after, run.reading)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,10 @@ _LISTS = ("gamma", "step_size", "layers")
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
-def decode_tensor(field: str, tensor: types_pb.Tensor, dtypes: Iterable[int]) -> AnyArray:
+def decode_tensor(field: str, tensor: types_pb.Tensor, dtypes: Collection[int]) -> AnyArray:
     """The array of a tensor. Raises InvalidTensor when it contradicts itself or has none of `dtypes`."""
-    allowed = ", ".join(tensors.dtype_name(d) for d in sorted(dtypes))
-    if tensor.dtype not in set(dtypes):
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(tensors.dtype_name(d) for d in sorted(dtypes))
         raise InvalidTensor(field, f"dtype {tensors.dtype_name(tensor.dtype)}", f"dtype {allowed}")
     try:
         return tensors.to_array(tensor)

@@ -48,7 +48,8 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         self, request: pb.ListMemoriesRequest, context: grpc.ServicerContext
     ) -> pb.ListMemoriesResponse:
         """Every memory that serves."""
-        memories = [codec.encode_memory(memory) for memory in self._store.memories()]
+        with self._store.exclusive():  # a memory that is being deleted has no counts
+            memories = [codec.encode_memory(memory) for memory in self._store.memories()]
         return pb.ListMemoriesResponse(memories=memories)
 
     def DescribeMemory(  # noqa: N802
@@ -152,9 +153,11 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """What the service holds and did since it started."""
-        asked = [self._store.get(request.memory)] if request.memory else self._store.memories()
+        with self._store.exclusive():
+            asked = [self._store.get(request.memory)] if request.memory else self._store.memories()
+            memories = [_memory_stats(memory) for memory in asked]
         return pb.StatsResponse(
-            memories=[_memory_stats(memory) for memory in asked],
+            memories=memories,
             uptime_s=int(time.monotonic() - self._started),
             resident_bytes=_resident_bytes(),
             service_version=__version__,

@@ -56,14 +56,6 @@ class RoutingServer:
         names = ", ".join(self._store.names()) or "none yet"
         log.info("serving on %s; memories: %s", self.address, names)
 
-    def wait(self) -> None:
-        """Blocks until stop() has been asked for."""
-        self._stopping.wait()
-
-    def request_stop(self) -> None:
-        """Makes wait() return; safe in a signal handler."""
-        self._stopping.set()
-
     def stop(self) -> None:
         """Refuses new calls, lets those in flight finish, flushes, closes."""
         self._stopping.set()

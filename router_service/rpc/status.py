@@ -26,6 +26,7 @@ _TABLE: dict[type[errors.RoutingServiceError], tuple[int, int]] = {
     errors.DiskFull: (code_pb2.RESOURCE_EXHAUSTED, reasons.ERROR_REASON_DISK_FULL),
     errors.Busy: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
+    errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
     errors.CorruptMemory: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.SnapshotInvalid: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.DirectoryInUse: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_STORAGE),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -13,23 +15,48 @@ from tests.integration.refusals import Memories, fill
 from tests.sidecar import Sidecar, running_sidecar
 
 _NUMBERS = count()
+_MEMORY_FILES = Path("/dev/shm")
+# The service refuses writes below 1 GiB or 5 %; a small tmpfs could end a mapped write in SIGBUS.
+_NEEDED_BYTES = 4 * 2**30
+
+
+@pytest.fixture(scope="session")
+def fast_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory in RAM where there is room for one: SIGKILL spares it as it spares the page cache."""
+    if not _MEMORY_FILES.is_dir() or shutil.disk_usage(_MEMORY_FILES).free < _NEEDED_BYTES:
+        yield tmp_path_factory.mktemp("services")
+        return
+    with tempfile.TemporaryDirectory(dir=_MEMORY_FILES) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def data(fast_dir: Path) -> Iterator[Path]:
+    """A data directory that is not there yet, in a directory of its own."""
+    parent = fast_dir / f"test-{next(_NUMBERS)}"
+    parent.mkdir()
+    yield parent / "data"
+    shutil.rmtree(parent)
 
 
 @pytest.fixture(scope="session", params=["exact", "edge"])
-def sidecar(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Sidecar]:
+def sidecar(request: pytest.FixtureRequest, fast_dir: Path) -> Iterator[Sidecar]:
     """A service on each backend, on TCP; it must end cleanly after the last test."""
-    data = tmp_path_factory.mktemp("service") / "data"
-    with running_sidecar(data, backend=request.param) as running:
+    with running_sidecar(fast_dir / request.param, backend=request.param) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def edge_sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
+def ram_sidecar(fast_dir: Path) -> Iterator[Sidecar]:
+    """A service in RAM, on TCP; it must end cleanly after the last test."""
+    with running_sidecar(fast_dir / "ram", backend="exact") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def edge_sidecar(fast_dir: Path) -> Iterator[Sidecar]:
     """A service on Qdrant Edge, on a Unix socket; it must end cleanly after the last test."""
-    data = tmp_path_factory.mktemp("service") / "data"
-    with running_sidecar(data, listen=f"unix:{data.parent}/s") as running:
+    with running_sidecar(fast_dir / "unix", listen=f"unix:{fast_dir}/s") as running:
         yield running
 
 
@@ -37,12 +64,6 @@ def edge_sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
 def name() -> str:
     """The name of a memory that no other test uses."""
     return f"memory-{next(_NUMBERS)}"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A data directory that is not there yet."""
-    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")

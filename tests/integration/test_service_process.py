@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe import channels
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from typer.testing import CliRunner
 
+from router_service.cli.serve import app
 from tests.sidecar import (
     CALL_TIMEOUT_S,
     EXPERTS,
@@ -41,6 +44,11 @@ def _health(sidecar: Sidecar, service: str = "") -> int:
     return stub.Check(request, timeout=CALL_TIMEOUT_S).status
 
 
+def _serve(*arguments: str) -> Any:
+    """`router-service serve` in this process: what is refused here is refused before anything starts."""
+    return CliRunner().invoke(app, ["serve", *arguments])
+
+
 @pytest.mark.parametrize(
     ("listen", "expected"),
     [
@@ -61,8 +69,8 @@ def _health(sidecar: Sidecar, service: str = "") -> int:
     ],
 )
 def test_an_address_that_cannot_be_used(data: Path, listen: str, expected: str) -> None:
-    refused = serve_and_fail("--data", str(data), "--backend", "exact", "--listen", listen)
-    assert refused.returncode == 2
+    refused = _serve("--data", str(data), "--backend", "exact", "--listen", listen)
+    assert refused.exit_code == 2
     assert refused.stderr.startswith("router-service: --listen: got ")
     assert expected in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -114,8 +122,8 @@ def test_a_socket_is_not_taken_from_a_live_service_but_from_a_dead_one(tmp_path:
     ],
 )
 def test_bad_flags(data: Path, flags: list[str], words: tuple[str, ...]) -> None:
-    refused = serve_and_fail(*(["--data", str(data)] if flags else []), *flags)
-    assert refused.returncode == 2
+    refused = _serve(*(["--data", str(data)] if flags else []), *flags)
+    assert refused.exit_code == 2
     text = " ".join(refused.stderr.split())
     assert all(word in text for word in words), text
     assert "Traceback" not in text
@@ -131,16 +139,13 @@ def test_a_signal_ends_the_service_cleanly(data: Path, number: signal.Signals) -
 
 def test_a_signal_ends_a_stream_that_idles(data: Path) -> None:
     with Sidecar(data, backend="exact", flags=["--drain-s", "0.1"]) as sidecar:
-        stream = sidecar.routing.RouteStream(_never(), timeout=CALL_TIMEOUT_S)
+        asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stream = sidecar.routing.RouteStream(iter(asked.get, None), timeout=CALL_TIMEOUT_S)
         assert sidecar.stop() == 0
         with pytest.raises(grpc.RpcError):
             next(stream)
+        asked.put(None)
         assert "Traceback" not in sidecar.stderr, sidecar.stderr
-
-
-def _never() -> Any:
-    time.sleep(CALL_TIMEOUT_S)
-    yield from ()
 
 
 def test_stdout_holds_nothing_but_the_address(data: Path) -> None:
@@ -176,18 +181,14 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _request(sidecar: Sidecar) -> Any:
     rng = np.random.default_rng(3)
-    digest = "00" * 8 if sidecar is None else _digest(sidecar)
+    digest = sidecar.describe("m").model_digest
     return route_request("m", digest, random_keys(rng, 2), random_keys(rng, 2, EXPERTS))
-
-
-def _digest(sidecar: Sidecar) -> str:
-    return sidecar.describe("m").model_digest
 
 
 def test_overload_is_refused_at_once_and_passes(narrow: Sidecar) -> None:
     request = _request(narrow)
-    asked: Any = _Requests()
-    stream = narrow.routing.RouteStream(asked, timeout=CALL_TIMEOUT_S)
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stream = narrow.routing.RouteStream(iter(asked.get, None), timeout=CALL_TIMEOUT_S)
     asked.put(request)
     assert next(stream).HasField("lambdas")
     error = refusal(narrow.routing.Route, request)
@@ -202,41 +203,24 @@ def test_overload_is_refused_at_once_and_passes(narrow: Sidecar) -> None:
 
 def test_a_client_that_leaves_gives_its_place_back(narrow: Sidecar) -> None:
     request = _request(narrow)
-    asked: Any = _Requests()
-    stream = narrow.routing.RouteStream(asked, timeout=CALL_TIMEOUT_S)
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stream = narrow.routing.RouteStream(iter(asked.get, None), timeout=CALL_TIMEOUT_S)
     asked.put(request)
     next(stream)
     stream.cancel()
     asked.put(None)
-    for _ in range(TRIES):
-        try:
-            assert narrow.route(request).HasField("lambdas")
-            return
-        except grpc.RpcError as error:
-            assert channels.service_error(error).reason == "ERROR_REASON_OVERLOADED"
-            time.sleep(0.05)
-    raise AssertionError("the place was never given back")
+    assert any(_is_answered(narrow, request) for _ in range(TRIES))
 
 
-class _Requests:
-    """Requests of a stream, sent when they are put; None ends it."""
-
-    def __init__(self) -> None:
-        import queue
-
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def put(self, request: Any) -> None:
-        self._queue.put(request)
-
-    def __iter__(self) -> Any:
-        return self
-
-    def __next__(self) -> Any:
-        request = self._queue.get()
-        if request is None:
-            raise StopIteration
-        return request
+def _is_answered(sidecar: Sidecar, request: Any) -> bool:
+    """Whether there was a place for the request; otherwise waits a little."""
+    try:
+        return sidecar.route(request).HasField("lambdas")
+    except grpc.RpcError as error:
+        if channels.service_error(error).reason != "ERROR_REASON_OVERLOADED":
+            raise
+        time.sleep(0.05)
+        return False
 
 
 @pytest.mark.parametrize(

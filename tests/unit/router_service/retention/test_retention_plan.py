@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_service.arrays import Entries, ExampleRef
@@ -72,9 +72,7 @@ def expected(
     judged = plain.leave_one_out(entries, left, reading, Agreement(neighbours=3))
     by["agreement"] = {r for r in left if judged[r] < 0.12}
     left = [r for r in left if r not in by["agreement"]]
-    by["near_duplicates"] = plain.duplicates_of(
-        entries, left, reading, NearDuplicates(0.7, 0.85)
-    )
+    by["near_duplicates"] = plain.duplicates_of(entries, left, reading, NearDuplicates(0.7, 0.85))
     left = [r for r in left if r not in by["near_duplicates"]]
     by["max_entries_by_age"] = plain.lowest(lambda r: origins[r].created_unix_ms, left, size)
     left = [r for r in left if r not in by["max_entries_by_age"]]
@@ -96,6 +94,7 @@ def expected(
 
 
 @pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_streamed_equals_plain(reading: LayerReading, data: st.DataObject) -> None:
     entries = data.draw(layers(reading))

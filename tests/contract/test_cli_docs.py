@@ -1,0 +1,74 @@
+"""docs/cli.md is what the commands say, every command teaches by example, and docs/formats.md tells the truth."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docs.generate_cli import PAGE, commands, options_of, page
+from router_service.arrays import Provenance
+from router_service.cli.entry_files import EntryShape, open_reader
+from router_service.cli.entry_files.fields import PROVENANCE_FIELDS
+from router_service.memory_settings import Kind
+
+COMMANDS = dict(commands())
+FORMATS = PAGE.with_name("formats.md")
+
+
+def test_the_page_is_that_of_the_commands() -> None:
+    assert PAGE.read_text() == page(), "run `python docs/generate_cli.py`"
+
+
+def test_every_command_is_there() -> None:
+    names = {name for name, command in COMMANDS.items() if not hasattr(command, "commands")}
+    memory = {f"router-admin memory {verb}" for verb in ("list", "show", "create", "set", "delete")}
+    verbs = ("upsert", "count", "export", "calibrate", "optimize", "stats", "health")
+    assert names >= memory | {f"router-admin {verb}" for verb in verbs} | {"router-service serve"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    command: Any = COMMANDS[name]
+    assert command.help
+    if not hasattr(command, "commands"):
+        assert "Example:" in command.help
+        assert re.search(rf"{name.split()[0]} .*{name.split()[-1]}", command.help)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help_with_an_example(name: str) -> None:
+    for option in options_of(COMMANDS[name]):
+        assert option.help, f"{name}: {option.name} has no help"
+        teaches = "e.g." in option.help or "--" in option.help or "FILE." in option.help
+        assert teaches, f"{name}: {option.name} has no example"
+
+
+def test_the_exit_codes_are_documented() -> None:
+    from router_service.cli.admin_errors import ExitCode
+
+    text = COMMANDS["router-admin"].help
+    codes = {int(code) for code in re.findall(r"^  (\d)  ", text, flags=re.MULTILINE)}
+    assert codes == {int(code) for code in ExitCode}
+
+
+def test_every_field_of_an_entry_is_documented() -> None:
+    text = FORMATS.read_text()
+    assert set(PROVENANCE_FIELDS) == set(Provenance.__dataclass_fields__)
+    for field in ("id", "layer", "key", "value", "experts", "weights", *PROVENANCE_FIELDS):
+        assert f"| `{field}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(Kind.LOGIT_DELTA, 0), (Kind.ASSIGNMENT, 1)],
+    ids=["logit_delta", "assignment"],
+)
+def test_the_examples_of_formats_are_read(tmp_path: Path, kind: Kind, number: int) -> None:
+    examples = re.findall(r"```json\n(.*?)```", FORMATS.read_text(), flags=re.DOTALL)
+    file = tmp_path / "example.jsonl"
+    file.write_text(examples[number])
+    [batch] = open_reader(file, EntryShape(kind, 4, 3, 2), None).batches()
+    assert len(batch) == 1

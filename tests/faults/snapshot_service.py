@@ -1,0 +1,36 @@
+"""A service that does nothing but make and restore snapshots, for tests that kill it.
+
+It says what it begins and what it has done: `restoring WEEKDAY`, `restored WEEKDAY`, `snapshot NAME`, and so on.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import cycle
+from pathlib import Path
+
+from router_service.maintenance import snapshots
+from tests.unit.router_service.maintenance.numbered_memory import open_store
+
+
+def main(directory: Path) -> None:
+    with open_store(directory / "data") as store:
+        shelf = directory / "snapshots"
+        for weekday in cycle(["monday", "tuesday"]):
+            say(f"restoring {weekday}")
+            path = snapshots.find(shelf, "bible", weekday)
+            snapshots.restore(
+                store, path, "bible", replacing=True, min_free_bytes=0, retire_after_s=0
+            )
+            say(f"restored {weekday}")
+            made = snapshots.create(store, "bible", shelf, min_free_bytes=0)
+            say(f"snapshot {made.name}")
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

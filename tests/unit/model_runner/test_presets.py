@@ -1,0 +1,51 @@
+"""The two named presets."""
+
+from __future__ import annotations
+
+import pytest
+from knnmoe.v1.types_pb2 import MEMORY_KIND_ASSIGNMENT, MEMORY_KIND_LOGIT_DELTA
+
+from model_runner.cli.app import PresetName, StepNorm
+from model_runner.memory_builder.recipes import PAPER, RECIPES, RECOMMENDED, Norm
+from model_runner.presets import PRESETS, step_sizes
+
+
+def test_step_sizes_of_the_measured_depth() -> None:
+    assert step_sizes(4) == [2.25 * factor for factor in (0.5, 1, 1.3, 1.3)]
+
+
+def test_step_sizes_of_one_layer() -> None:
+    assert step_sizes(1) == [2.25 * 0.5]
+
+
+def test_step_sizes_of_many_layers_never_fall() -> None:
+    sizes = step_sizes(48)
+    assert len(sizes) == 48
+    assert sizes == sorted(sizes)
+    assert [sizes.count(2.25 * factor) for factor in (0.5, 1, 1.3)] == [1, 16, 31]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 16, 24, 94])
+def test_every_layer_has_a_step_size(layers: int) -> None:
+    sizes = step_sizes(layers, eta=1.0)
+    assert len(sizes) == layers
+    assert sizes[0] == 0.5
+    assert set(sizes) <= {0.5, 1.0, 1.3}
+
+
+def test_settings_of_a_new_memory() -> None:
+    paper, recommended = PRESETS["paper"].settings(4), PRESETS["recommended"].settings(4)
+    assert (paper.preset, paper.kind, list(paper.step_size)) == (
+        "paper",
+        MEMORY_KIND_ASSIGNMENT,
+        [],
+    )
+    assert (recommended.preset, recommended.kind) == ("recommended", MEMORY_KIND_LOGIT_DELTA)
+    assert list(recommended.step_size) == step_sizes(4)
+
+
+def test_one_name_for_preset_recipe_and_option() -> None:
+    assert set(PRESETS) == set(RECIPES) == {name.value for name in PresetName}
+    assert (PRESETS["paper"].recipe, PRESETS["recommended"].recipe) == (PAPER, RECOMMENDED)
+    assert all(name == preset.name for name, preset in PRESETS.items())
+    assert {norm.value for norm in StepNorm} == set(Norm)

@@ -1,0 +1,276 @@
+"""What the policy asks of a client and makes of its replies; the client's replies are written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from knnmoe import tensors
+from knnmoe.v1.routing_pb2 import RouteResponse
+from torch import Tensor
+
+from model_runner import routing_policy
+from model_runner.architectures import Assignment, RouterSite, find_router_sites
+from model_runner.errors import BadInput
+from model_runner.router_hooks import Logits, RouterCall
+from model_runner.routing_policy import RetrievalPolicy
+from model_runner.texts import ExampleRef
+from model_runner.wire import encode_assignment, encode_floats
+from tests.families import shared_model
+
+TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 32, 8, 2
+EMPTY = 1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One look-up."""
+
+    layer: int
+    router_input: Tensor
+    router_logits: Tensor
+    own: Assignment
+    exclude: Sequence[ExampleRef]
+
+
+@dataclass
+class CannedClient:
+    """Answers by a function of the question; None as a client whose sidecar is gone."""
+
+    answer: Callable[[Asked], RouteResponse | None]
+    asked: list[Asked] = field(default_factory=list)
+
+    def route(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        *,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> RouteResponse | None:
+        self.asked.append(Asked(layer, router_input, router_logits, own, exclude))
+        return self.answer(self.asked[-1])
+
+
+def site(layer: int = 0) -> RouterSite:
+    return find_router_sites(shared_model("olmoe"))[layer]
+
+
+def call_of(
+    valid: list[bool] | None = None, tokens: int = TOKENS, dtype: torch.dtype = torch.float32
+) -> RouterCall:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(tokens, EXPERTS, generator=generator).to(dtype)
+    weights, experts = logits.float().softmax(-1).topk(TOP_K)
+    return RouterCall(
+        site=site(),
+        router_input=torch.randn(tokens, HIDDEN, generator=generator).to(dtype),
+        router_logits=logits,
+        weights=weights.to(dtype),
+        experts=experts,
+        batch_shape=(2, tokens // 2),
+        valid=None if valid is None else torch.tensor(valid),
+    )
+
+
+def response(tokens: int, lambdas: float = 0.5, abstained: int = 0) -> RouteResponse:
+    return RouteResponse(
+        lambdas=tensors.to_tensor(np.full(tokens, lambdas, dtype=np.float32)),
+        abstained=tensors.to_tensor(np.full(tokens, abstained, dtype=np.uint8)),
+    )
+
+
+def abstains(asked: Asked) -> RouteResponse:
+    return response(len(asked.router_input), 0.0, EMPTY)
+
+
+def halved_logits(asked: Asked) -> RouteResponse:
+    reply = response(len(asked.router_input))
+    reply.router_logits.CopyFrom(encode_floats(asked.router_logits / 2))
+    return reply
+
+
+def beside_expert_7(asked: Asked) -> RouteResponse:
+    """The own assignment at half weight, and expert 7 with the rest: width k + 1."""
+    reply = response(len(asked.router_input))
+    own = asked.own
+    blended = Assignment(
+        torch.cat([own.weights / 2, own.weights.sum(-1, keepdim=True) / 2], -1),
+        torch.cat([own.experts, torch.full((len(own.experts), 1), 7)], -1),
+    )
+    reply.assignment.CopyFrom(encode_assignment(blended))
+    return reply
+
+
+def dense(assignment: Assignment) -> Tensor:
+    empty = torch.zeros(len(assignment.experts), EXPERTS)
+    return empty.scatter_add(1, assignment.experts, assignment.weights.float())
+
+
+def test_asks_what_the_router_saw() -> None:
+    client, call = CannedClient(abstains), call_of()
+    RetrievalPolicy(client)(replace(call, site=site(2)))
+    (asked,) = client.asked
+    assert asked.layer == 2
+    assert torch.equal(asked.router_input, call.router_input)
+    assert torch.equal(asked.router_logits, call.router_logits)
+    assert torch.equal(asked.own.weights, call.weights)
+    assert torch.equal(asked.own.experts, call.experts)
+    assert list(asked.exclude) == []
+
+
+def test_replies_are_handed_on() -> None:
+    call = call_of()
+    logits = RetrievalPolicy(CannedClient(halved_logits))(call)
+    assert isinstance(logits, Logits)
+    assert torch.equal(logits.router_logits, call.router_logits / 2)
+    blended = RetrievalPolicy(CannedClient(beside_expert_7))(call)
+    assert isinstance(blended, Assignment)
+    assert blended.experts.shape == blended.weights.shape == (TOKENS, TOP_K + 1)
+    torch.testing.assert_close(blended.weights.sum(-1), call.weights.sum(-1))
+
+
+@pytest.mark.parametrize("answer", [abstains, lambda asked: None], ids=["abstains", "gone"])
+def test_without_a_reply_the_own_router_stands(
+    answer: Callable[[Asked], RouteResponse | None],
+) -> None:
+    assert RetrievalPolicy(CannedClient(answer))(call_of()) is None
+
+
+VALID = [False, True, True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_not_asked_about_and_keeps_its_logits(dtype: torch.dtype) -> None:
+    client, call = CannedClient(halved_logits), call_of(VALID, dtype=dtype)
+    reply = RetrievalPolicy(client)(call)
+    assert torch.equal(client.asked[0].router_input, call.router_input[call.valid])
+    assert isinstance(reply, Logits)
+    assert torch.equal(reply.router_logits[call.valid], call.router_logits[call.valid] / 2)
+    assert torch.equal(reply.router_logits[~call.valid], call.router_logits[~call.valid])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_keeps_its_assignment_at_any_width(dtype: torch.dtype) -> None:
+    client, call = CannedClient(beside_expert_7), call_of(VALID, dtype=dtype)
+    reply = RetrievalPolicy(client)(call)
+    assert isinstance(reply, Assignment)
+    assert reply.experts.shape == reply.weights.shape == (TOKENS, TOP_K + 1)
+    assert 0 <= int(reply.experts.min()) <= int(reply.experts.max()) < EXPERTS
+    own = dense(Assignment(call.weights, call.experts))
+    assert torch.equal(dense(reply)[~call.valid], own[~call.valid])
+    assert not torch.equal(dense(reply)[call.valid], own[call.valid])
+
+
+def test_all_padding_asks_nothing() -> None:
+    client = CannedClient(halved_logits)
+    assert RetrievalPolicy(client)(call_of([False] * TOKENS)) is None
+    assert client.asked == []
+
+
+@pytest.mark.parametrize("where", ["router_input", "router_logits"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_not_asked_about(where: str, value: float) -> None:
+    client, call = CannedClient(halved_logits), call_of()
+    policy = RetrievalPolicy(client)
+    getattr(call, where)[3, 1] = value
+    assert policy(call) is None
+    assert client.asked == []
+    assert (policy.use[0].not_finite, policy.use[0].tokens) == (1, 0)
+
+
+def test_padding_may_hold_anything() -> None:
+    client, call = CannedClient(halved_logits), call_of(VALID)
+    call.router_input[~call.valid] = torch.nan
+    assert isinstance(RetrievalPolicy(client)(call), Logits)
+
+
+def test_counts_by_layer() -> None:
+    def half_abstain(asked: Asked) -> RouteResponse:
+        reply = halved_logits(asked)
+        lambdas = np.linspace(0, 1, len(asked.router_input), dtype=np.float32)
+        reply.lambdas.CopyFrom(tensors.to_tensor(lambdas))
+        reply.abstained.CopyFrom(tensors.to_tensor((lambdas < 0.5).astype(np.uint8)))
+        return reply
+
+    policy = RetrievalPolicy(CannedClient(half_abstain))
+    for layer, calls in ((0, 2), (3, 1)):
+        for _ in range(calls):
+            policy(replace(call_of(), site=site(layer)))
+    assert {layer: (use.tokens, use.abstained) for layer, use in policy.use.items()} == {
+        0: (12, 6),
+        3: (6, 3),
+    }
+    assert policy.use[0].lambda_mean == pytest.approx(0.5)
+
+
+def test_nothing_is_counted_when_the_sidecar_is_gone() -> None:
+    policy = RetrievalPolicy(CannedClient(lambda asked: None))
+    policy(call_of())
+    assert (policy.use[0].tokens, policy.use[0].lambda_mean) == (0, 0.0)
+
+
+A, B = ExampleRef("s", "a"), ExampleRef("s", "b")
+
+
+def test_excluded_examples_are_named_token_by_token() -> None:
+    client = CannedClient(abstains)
+    RetrievalPolicy(client, exclude=[A, B])(call_of())
+    RetrievalPolicy(client, exclude=[A, B])(call_of(VALID))
+    assert list(client.asked[0].exclude) == [A, A, A, B, B, B]
+    assert list(client.asked[1].exclude) == [A, A, B]
+
+
+def test_excluded_examples_must_be_one_per_sequence() -> None:
+    policy = RetrievalPolicy(CannedClient(abstains), exclude=[A, B, A, B])
+    with pytest.raises(BadInput, match="4 examples for 6 tokens"):
+        policy(call_of())
+
+
+@pytest.mark.parametrize("valid", [None, VALID * 2])
+@pytest.mark.parametrize("answer", [halved_logits, beside_expert_7])
+def test_many_tokens_are_asked_about_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[Asked], RouteResponse],
+    valid: list[bool] | None,
+) -> None:
+    call, whole = call_of(valid, tokens=12), CannedClient(answer)
+    at_once = RetrievalPolicy(whole, exclude=[A, B])(call)
+    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 5)
+    client = CannedClient(answer)
+    policy = RetrievalPolicy(client, exclude=[A, B])
+    in_parts = policy(call)
+    expected = [5, 5, 2] if valid is None else [5, 1]
+    assert [len(asked.router_input) for asked in client.asked] == expected
+    named = [ref for asked in client.asked for ref in asked.exclude]
+    assert named == list(whole.asked[0].exclude)
+    assert policy.use[0].tokens == sum(expected)
+    if isinstance(at_once, Logits):
+        assert torch.equal(in_parts.router_logits, at_once.router_logits)
+    else:
+        assert torch.equal(dense(in_parts), dense(at_once))
+
+
+def test_a_part_without_a_reply_leaves_the_whole_call_to_the_own_router(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 4)
+    replies = iter([halved_logits, lambda asked: None])
+    policy = RetrievalPolicy(CannedClient(lambda asked: next(replies)(asked)))
+    assert policy(call_of()) is None
+    assert policy.use[0].tokens == 0
+
+
+def test_a_part_that_abstains_keeps_its_own_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 4)
+    call = call_of()
+    replies = iter([abstains, beside_expert_7])
+    reply = RetrievalPolicy(CannedClient(lambda asked: next(replies)(asked)))(call)
+    assert isinstance(reply, Assignment)
+    own = dense(Assignment(call.weights, call.experts))
+    assert torch.equal(dense(reply)[:4], own[:4])
+    assert not torch.equal(dense(reply)[4:], own[4:])
