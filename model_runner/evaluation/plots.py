@@ -31,24 +31,19 @@ def plot_deltas(arms: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _bars(panel: Any, rows: Sequence[dict[str, Any]], colour: str) -> None:
     names = [r["name"].replace("_", " ") for r in rows]
-    deltas = [r["delta"] for r in rows]
+    deltas, halves = [r["delta"] for r in rows], [1.96 * r["se"] for r in rows]
     panel.barh(
-        names, deltas, xerr=[1.96 * r["se"] for r in rows], color=colour, capsize=3, height=0.6
+        names, deltas, xerr=halves, color=colour, capsize=3, height=min(0.6, 0.1 * len(rows))
     )
     panel.axvline(0, color="black", linewidth=0.8)
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
     panel.tick_params(labelsize=9)
-    span = max(map(abs, deltas)) or 1.0
-    for number, delta in enumerate(deltas):
-        right = delta >= 0
-        panel.annotate(
-            f"{delta:+.3f}",
-            (delta + span * (0.06 if right else -0.06), number),
-            ha="left" if right else "right",
-            va="center",
-            fontsize=8,
-        )
+    gap = 0.03 * max(abs(d) + h for d, h in zip(deltas, halves, strict=True))
+    for number, (delta, half) in enumerate(zip(deltas, halves, strict=True)):
+        side, where = (1, "left") if delta >= 0 else (-1, "right")
+        at = delta + side * (half + gap)
+        panel.annotate(f"{delta:+.3f}", (at, number), ha=where, va="center", fontsize=8)
     panel.margins(x=0.25)
 
 

@@ -61,7 +61,8 @@ def nearest(stored: Stored, inputs: NDArray[Any], how: Reading, allowed: Any = N
         keys = stored.keys / np.linalg.norm(stored.keys, axis=1, keepdims=True)
         distances = 1 - unit @ keys.T
     else:
-        distances = ((x[:, None] - stored.keys) ** 2).sum(axis=2)
+        # Row by row: all pairs at once would take gigabytes.
+        distances = np.stack([((row - stored.keys) ** 2).sum(axis=1) for row in x])
     if allowed is not None:
         distances = np.where(allowed, distances, np.inf)
     rows = distances.argsort(axis=1, kind="stable")[:, : how.k]

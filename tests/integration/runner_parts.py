@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from knnmoe import tensors
 from knnmoe.v1.types_pb2 import MemorySettings, Provenance
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model_runner.architectures import Assignment
+from model_runner.evaluation.nll import score
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
 from model_runner.memory_client import MemoryClient
@@ -23,6 +26,7 @@ from model_runner.presets import PRESETS
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
+from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import Example, ExampleRef, Window, cut_windows
 from tests.sidecar import Sidecar, exported
 from tests.tiny_checkpoint import byte_model, byte_tokenizer
@@ -117,6 +121,19 @@ def everything(sidecar: Sidecar, name: str) -> list[dict[int, tuple[list[float],
         {entry: (key, value) for entry, (key, value, _) in stored(sidecar, name, layer).items()}
         for layer in range(LAYERS)
     ]
+
+
+def scored(policy: RetrievalPolicy | None, leave_one_out: bool = False) -> NDArray[np.float64]:
+    """NLL sums of every window, with the plain model (None) or a memory."""
+    return score(
+        loaded_model().model,
+        windows_of(),
+        policy,
+        QUIET,
+        what="",
+        batch_size=BATCH_SIZE,
+        leave_one_out=leave_one_out,
+    ).nll_sums
 
 
 @torch.no_grad()

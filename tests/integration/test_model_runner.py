@@ -1,4 +1,4 @@
-"""The model runner against real services: nothing retrieved changes nothing, building, reading, evaluating."""
+"""The model runner against real services: what a memory changes, and what it must not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from model_runner.router_inputs import collect_router_inputs
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import ExampleRef
 from tests.integration.runner_parts import (
-    BATCH_SIZE,
     LAYERS,
     PRESET_NAMES,
     QUIET,
@@ -29,6 +28,7 @@ from tests.integration.runner_parts import (
     generate,
     loaded_model,
     prefill,
+    scored,
     stored,
     windows_of,
 )
@@ -58,18 +58,6 @@ def create(sidecar: Sidecar, name: str, preset: str) -> None:
 def update(sidecar: Sidecar, name: str, **settings: object) -> None:
     with MemoryClient(sidecar.target) as client:
         client.update_settings(name, MemorySettings(**settings))
-
-
-def scored(policy: RetrievalPolicy | None, leave_one_out: bool = False) -> np.ndarray:
-    return score(
-        loaded_model().model,
-        windows_of(),
-        policy,
-        QUIET,
-        what="",
-        batch_size=BATCH_SIZE,
-        leave_one_out=leave_one_out,
-    ).nll_sums
 
 
 def assert_as_plain(sidecar: Sidecar, name: str, dtype: torch.dtype) -> None:

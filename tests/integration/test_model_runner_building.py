@@ -27,6 +27,7 @@ from tests.integration.runner_parts import (
     client_of,
     everything,
     loaded_model,
+    scored,
     stored,
     windows_of,
 )
@@ -38,11 +39,9 @@ ENTRIES = sum(window.targets for window in windows_of())
 
 @pytest.fixture(scope="module", params=PRESET_NAMES)
 def built(request: pytest.FixtureRequest, edge_sidecar: Sidecar) -> str:
-    """A filled memory of each kind, calibrated inside itself."""
-    name = f"built-{request.param}"
+    """A filled memory of each kind."""
+    name = f"filled-{request.param}"
     build(edge_sidecar.target, name, request.param)
-    with MemoryClient(edge_sidecar.target) as client:
-        client.calibrate(name, PRESETS[request.param].lambda0)
     return name
 
 
@@ -143,7 +142,7 @@ def test_an_assignment_memory_without_a_step_is_the_plain_model(
 
 
 def test_a_memory_of_the_other_kind_is_not_built_into(edge_sidecar: Sidecar, built: str) -> None:
-    other = {"built-paper": "recommended", "built-recommended": "paper"}[built]
+    other = {"filled-paper": "recommended", "filled-recommended": "paper"}[built]
     with pytest.raises(BadInput, match="holds another kind of values"):
         build(edge_sidecar.target, built, other)
 

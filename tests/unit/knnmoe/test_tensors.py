@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
 from knnmoe import tensors
 from knnmoe.v1 import types_pb2
 from knnmoe.v1.types_pb2 import Tensor
