@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from rich.table import Table
 
 from model_runner.errors import BadInput
 from model_runner.evaluation.nll import bootstrap_interval, difference, score
+from model_runner.memory_builder.builder import entry_ids
 from model_runner.memory_client import MemoryClient
 from model_runner.models import load_model, window_length
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import Window, read_windows
+
+log = logging.getLogger(__name__)
+
+WINDOWS_LOOKED_UP = 32
 
 
 def run_evaluate(
@@ -40,6 +46,8 @@ def run_evaluate(
     loaded = load_model(model, device=device, dtype=dtype)
     length = window_length(loaded.model, window)
     windows = _spread(read_windows(text, loaded.tokenizer, length), max_windows)
+    if not leave_one_out:
+        _warn_of_own_entries(target, memory, windows, text.name)
     with RouterClient(
         target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=OnError.RAISE
     ) as client:
@@ -73,6 +81,19 @@ def run_evaluate(
             "lambda_mean": [policy.use[layer].lambda_mean for layer in sorted(policy.use)],
         },
     }
+
+
+def _warn_of_own_entries(target: str, memory: str, windows: list[Window], name: str) -> None:
+    """A memory that holds the very tokens that are scored knows the answers."""
+    ids = entry_ids(windows[:WINDOWS_LOOKED_UP])
+    with MemoryClient(target) as client:
+        found = client.count(memory, 0, ids)
+    if found:
+        log.warning(
+            "memory %r holds %d of the first %d scored tokens (entries of a file named %s): "
+            "use --leave-one-out, or text that it was not built from",
+            *(memory, found, len(ids), name),
+        )
 
 
 def require_writable(option: str, path: Path | None) -> None:

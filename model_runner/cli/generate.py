@@ -77,7 +77,7 @@ def _generate(loaded: LoadedModel, inputs: Any, max_new_tokens: int, temperature
                 if name != "token_type_ids"
             },
             max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(loaded.tokenizer),
+            streamer=TextStreamer(loaded.tokenizer, skip_special_tokens=True),
             pad_token_id=loaded.tokenizer.eos_token_id,
             **sampling,
         )

@@ -21,7 +21,7 @@ from model_runner.evaluation.nll import Scores, bootstrap_interval, difference, 
 from model_runner.evaluation.oracle import oracle_scores
 from model_runner.evaluation.plots import plot_deltas, plot_lambdas
 from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
-from model_runner.memory_builder.recipes import CONTROLS, PAPER
+from model_runner.memory_builder.recipes import CONTROLS, PAPER, Direction
 from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel
 from model_runner.presets import PRESETS
@@ -48,12 +48,12 @@ class DemoSettings:
 
     seed: int = 0
     length: int = 128
-    reference_windows: int = 300
+    reference_windows: int = 240
     dev_windows: int = 48
     shifted_test_windows: int = 128
     general_test_windows: int = 128
-    # Memories of the controls are smaller: what they do is not subtle.
-    control_reference_windows: int = 100
+    # Memories of the controls but eta0 are smaller: what they do is not subtle.
+    control_reference_windows: int = 96
     batch_size: int = 32
 
 
@@ -115,13 +115,15 @@ class Demo:
         return results
 
     def _build(self, target: str, texts: Texts) -> BuildReport:
-        methods = [Target(arm, PRESETS[name].recipe) for arm, name in METHODS.items()]
+        full = [Target(arm, PRESETS[name].recipe) for arm, name in METHODS.items()]
         controls = [
             Target(arm, replace(recipe, seed=self._settings.seed), measure_gain=False)
             for arm, recipe in CONTROLS.items()
         ]
+        unstepped = [t for t in controls if t.recipe.direction is Direction.NONE]
+        few = texts.reference[: self._settings.control_reference_windows]
         with MemoryClient(target) as client:
-            for item in (*methods, *controls):
+            for item in (*full, *controls):
                 preset = PRESETS[METHODS.get(item.memory, "paper")]
                 settings = preset.settings(self._loaded.fingerprint.num_layers)
                 client.find_or_create(item.memory, self._loaded.fingerprint, settings)
@@ -132,10 +134,10 @@ class Demo:
                 batch_size=self._settings.batch_size,
             )
             with self._timings.step("build"):
-                report = builder.build(texts.reference, methods, self._progress)
+                report = builder.build(texts.reference, full + unstepped, self._progress)
             with self._timings.step("build controls"):
-                few = texts.reference[: self._settings.control_reference_windows]
-                builder.build(few, controls, self._progress)
+                stepped = [t for t in controls if t not in unstepped]
+                builder.build(few, stepped, self._progress)
             with self._timings.step("index"):
                 for arm in self._progress.track([*METHODS, *CONTROLS], "indexing", unit="memories"):
                     client.optimize(arm, "int8")

@@ -164,7 +164,7 @@ class MemoryBuilder:
 
     def _is_there(self, batch: Batch, targets: Sequence[Target]) -> bool:
         """Whether an earlier build wrote this batch: layers are written in order, so the last one tells."""
-        ids = _entry_ids(batch)
+        ids = entry_ids(batch.windows)
         return all(self._client.count(t.memory, self._layers - 1, ids) == len(ids) for t in targets)
 
     def _upload(
@@ -187,7 +187,7 @@ class MemoryBuilder:
             gains = (nll - self._replayed_nll(batch, values))[batch.predicts]
         provenance = _provenance(batch, gains)
         started = time.monotonic()
-        ids = _entry_ids(batch)
+        ids = entry_ids(batch.windows)
         for trace, layer_values in zip(traces, values, strict=True):  # keys of the unmodified pass
             keys = trace.router_input.flatten(0, 1)[kept]
             for request in _upserts(
@@ -248,16 +248,16 @@ def _replay_values(
     return Logits(logits)
 
 
-def _entry_ids(batch: Batch) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Ids [n] of the batch's entries, in the order of `predicts`."""
+def entry_ids(windows: Sequence[Window]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Ids [n] of the windows' entries, in the order of a batch's `predicts`."""
     return np.fromiter(
-        (entry_id(w.ref.source, w.ref.example, position) for w, position in _places(batch)),
+        (entry_id(w.ref.source, w.ref.example, position) for w, position in _places(windows)),
         dtype=np.uint64,
     )
 
 
-def _places(batch: Batch) -> Iterable[tuple[Window, int]]:
-    for window in batch.windows:
+def _places(windows: Sequence[Window]) -> Iterable[tuple[Window, int]]:
+    for window in windows:
         for token in range(window.first_target - 1, len(window.token_ids) - 1):
             yield window, window.offset + token
 
@@ -273,7 +273,7 @@ def _provenance(batch: Batch, gains: Tensor) -> list[Provenance]:
             gain=gain,
             created_unix_ms=now,
         )
-        for (window, position), gain in zip(_places(batch), gains.tolist(), strict=True)
+        for (window, position), gain in zip(_places(batch.windows), gains.tolist(), strict=True)
     ]
 
 

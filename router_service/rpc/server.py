@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # Threads beside the permitted calls: health checks, and calls that are being refused.
 SPARE_THREADS = 8
+# After drain_s: how often calls are cancelled that are still there.
+CANCEL_AGAIN_S = 1.0
 _SERVICES = ("", "knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
 
 
@@ -61,12 +63,21 @@ class RoutingServer:
         self._stopping.set()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._permits.close()
-        self._grpc.stop(self.settings.drain_s).wait()
+        self._drain()
         if self._flusher.is_alive():
             self._flusher.join()
         with closing(self._backend):
             self._store.close()
         log.info("stopped")
+
+    def _drain(self) -> None:
+        """Returns when no call is left: those that are still there after drain_s are cancelled."""
+        stopped = self._grpc.stop(self.settings.drain_s)
+        patience_s = self.settings.drain_s + CANCEL_AGAIN_S
+        # A connection that comes in just then can miss the cancellation, and would be waited for without end.
+        while not stopped.wait(patience_s):
+            self._grpc.stop(0)
+            patience_s = CANCEL_AGAIN_S
 
     def _make_server(self) -> grpc.Server:
         threads = self.settings.max_in_flight + SPARE_THREADS

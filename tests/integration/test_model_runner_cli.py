@@ -158,9 +158,15 @@ def gamma_of(sidecar: Sidecar, memory: str) -> list[float]:
 
 
 def test_leave_one_out_on_the_reference(
-    run: Run, edge_sidecar: Sidecar, built: str, texts: Path, model: Path, tmp_path: Path
+    run: Run,
+    edge_sidecar: Sidecar,
+    built: str,
+    texts: Path,
+    model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    lambdas = []
+    lambdas, warned = [], []
     for flags in ([], ["--leave-one-out"]):
         done = run(
             *("evaluate", "--text", texts / FILE_NAME, "--memory", built, "--model", model),
@@ -169,7 +175,10 @@ def test_leave_one_out_on_the_reference(
         )
         assert done.code == 0
         lambdas.append(json.loads((tmp_path / "scores.json").read_text())["knn_moe"]["lambda_mean"])
+        warned.append("scored tokens (entries of a file named reference.jsonl)" in caplog.text)
+        caplog.clear()
     assert all(near > far for near, far in zip(*lambdas, strict=True))
+    assert warned == [True, False]
 
 
 def test_one_example_has_no_interval(

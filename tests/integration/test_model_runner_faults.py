@@ -150,6 +150,19 @@ def test_a_sidecar_that_hangs_is_waited_for_no_longer_than_the_deadline(
         assert policy(call) is not None
 
 
+def test_a_prompt_is_waited_for_longer_than_a_token(mortal: Sidecar) -> None:
+    call = call_of_layer_0()
+    asked = int(call.valid.sum())
+    with client_of(mortal.target, "paper") as client:
+        policy = RetrievalPolicy(client)
+        assert policy(call) is not None
+        client.timeout_s = 0.01
+        mortal.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(RoutingUnavailable, match=f"{0.01 + 0.002 * (asked - 1):g} s"):
+            policy(call)
+        mortal.process.send_signal(signal.SIGCONT)
+
+
 def test_a_sidecar_that_hangs_from_the_start(
     mortal: Sidecar, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from router_service.cli.serve import app
 from tests.sidecar import (
     CALL_TIMEOUT_S,
+    EXIT_TIMEOUT_S,
     EXPERTS,
     LOGIT_DELTA,
     Sidecar,
@@ -140,7 +141,8 @@ def test_a_signal_ends_the_service_cleanly(data: Path, number: signal.Signals) -
 def test_a_signal_ends_a_stream_that_idles(data: Path) -> None:
     with Sidecar(data, backend="exact", flags=["--drain-s", "0.1"]) as sidecar:
         asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        stream = sidecar.routing.RouteStream(iter(asked.get, None), timeout=CALL_TIMEOUT_S)
+        # A deadline beyond the one for the exit: it must not be what ends the call.
+        stream = sidecar.routing.RouteStream(iter(asked.get, None), timeout=2 * EXIT_TIMEOUT_S)
         assert sidecar.stop() == 0
         with pytest.raises(grpc.RpcError):
             next(stream)

@@ -1,0 +1,29 @@
+"""Progress of loops: every item comes through, and a log file gets a line."""
+
+from __future__ import annotations
+
+import pytest
+
+from model_runner.progress import Progress
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_every_item_comes_through_once_and_in_order(quiet: bool) -> None:
+    assert list(Progress(quiet=quiet).track([3, 1, 2], "counting")) == [3, 1, 2]
+    assert list(Progress(quiet=quiet).track([], "counting")) == []
+
+
+def test_the_end_of_a_loop_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    list(progress.track([1, 2], "building", unit="batches"))
+    progress.say("done: [1] 100 %")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["building: 2 batches in 0 s", "done: [1] 100 %"]
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(quiet=True)
+    list(progress.track([1, 2], "building"))
+    progress.say("done")
+    assert capsys.readouterr() == ("", "")
