@@ -34,7 +34,7 @@ class Progress:
     def say(self, line: str) -> None:
         """One line."""
         if not self._quiet:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _lines(self, items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
         started = said = time.monotonic()

@@ -119,7 +119,11 @@ def print_scores(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     lambdas = " ".join(f"{value:.2f}" for value in with_memory["lambda_mean"])
-    console.print(f"{result['windows']} windows; mean lambda per layer: {lambdas}", highlight=False)
+    console.print(
+        f"{result['windows']} windows; mean lambda per layer: {lambdas}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def write_scores(result: dict[str, Any], path: Path) -> None:

@@ -21,7 +21,7 @@ from router_service.backends.boundary import storage_call
 from router_service.backends.edge_points import GENERATION, Payload, Record
 
 _DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}
-# Against 16: a quarter of the tokens whose lambda at K = 32 is off by 1e-3, 8 % more work at K = 1 (benchmarks/README.md).
+# Against 16: a quarter as many lambdas off by 1e-3 at K = 32, 8 % more work at K = 1 (benchmarks/README.md).
 _HNSW_LINKS = 24
 _HNSW_BUILD_EF = 128
 # A row [d] of f32 as the engine takes it: any sequence will do, and this one makes no list (its stubs say list).

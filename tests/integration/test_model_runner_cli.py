@@ -421,6 +421,7 @@ def test_builds_that_are_interrupted_and_killed(
             while entries_of(edge_sidecar, name) == before:
                 assert process.poll() is None
                 assert time.monotonic() < give_up
+                time.sleep(0.02)
             process.send_signal(number)
             _, err = process.communicate()
         return process.returncode, err

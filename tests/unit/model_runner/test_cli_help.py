@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from model_runner.cli.app import app
+from model_runner.presets import PRESETS
 
 ROOT: Any = typer.main.get_command(app)
 COMMANDS = sorted(ROOT.commands)
@@ -56,6 +57,13 @@ def test_help_is_printed(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage: " in result.output
+
+
+def test_help_names_the_presets_own_numbers() -> None:
+    helps = {p.name: p.help for p in ROOT.commands["build"].params}
+    paper, ours = PRESETS["paper"], PRESETS["recommended"]
+    assert f"paper: {paper.recipe.step_size:g}" in helps["step_size"]
+    assert f"{paper.lambda0} paper, {ours.lambda0} ours" in helps["lambda0"]
 
 
 def test_no_arguments_print_the_help() -> None:

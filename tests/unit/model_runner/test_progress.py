@@ -16,10 +16,11 @@ def test_every_item_comes_through_once_and_in_order(quiet: bool) -> None:
 def test_the_end_of_a_loop_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     list(progress.track([1, 2], "building", unit="batches"))
-    progress.say("done: [1] 100 %")
+    long = "done: [b]100 %[/b] " + "and more " * 20
+    progress.say(long)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines() == ["building: 2 batches in 0 s", "done: [1] 100 %"]
+    assert err.splitlines() == ["building: 2 batches in 0 s", long]
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

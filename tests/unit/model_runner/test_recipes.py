@@ -173,7 +173,8 @@ def test_assignments_go_through_the_familys_own_code(family: str) -> None:
     for trace in traces:
         value = entry_values(trace, PAPER, 1.0, kept, seeded())
         assert isinstance(value, Assignment)
-        moved = trace.router_logits.flatten(0, 1).float() - 5.0 * trace.gradient.flatten(0, 1)
+        change = -PAPER.step_size * trace.gradient.flatten(0, 1)
+        moved = trace.router_logits.flatten(0, 1).float() + change
         output = trace.site.family.reassign(
             trace.site, moved, trace.router_args, trace.router_kwargs
         )
