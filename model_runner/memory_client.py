@@ -25,7 +25,7 @@ from model_runner.wire import encode_fingerprint, encode_floats
 Reply = TypeVar("Reply")
 
 ADMIN_TIMEOUT_S = 10.0
-# Calibration and indexing read every key.
+# Making a memory opens a collection per layer; calibrating and indexing a layer read every key.
 LONG_TIMEOUT_S = 600.0
 # Upsert requests sent ahead of their acknowledgements.
 UPSERTS_AHEAD = 4
@@ -70,7 +70,7 @@ class MemoryClient:
             request = pb.CreateMemoryRequest(
                 name=name, fingerprint=encode_fingerprint(fingerprint), settings=settings
             )
-            return self._call(self._stub.CreateMemory, request).memory
+            return self._call(self._stub.CreateMemory, request, LONG_TIMEOUT_S).memory
         if found.model_digest != fingerprint.digest():
             raise ModelMismatch(
                 f"memory {name!r} was made for another model ({_both_sides(found, fingerprint)})"
@@ -123,13 +123,16 @@ class MemoryClient:
         return response
 
     def optimize(self, name: str, quantization: str = "none") -> None:
-        """Builds the index of every layer; returns when it is done."""
-        request = pb.OptimizeRequest(memory=name, quantization=quantization)
-        try:
-            for _ in self._stub.Optimize(request, timeout=LONG_TIMEOUT_S):
-                pass
-        except grpc.RpcError as error:
-            raise runner_error(error, self.target) from error
+        """Builds the index of one layer after the other; returns when all are done."""
+        for layer in self.describe(name).layers:
+            request = pb.OptimizeRequest(
+                memory=name, layers=[layer.layer], quantization=quantization
+            )
+            try:
+                for _ in self._stub.Optimize(request, timeout=LONG_TIMEOUT_S):
+                    pass
+            except grpc.RpcError as error:
+                raise runner_error(error, self.target) from error
 
     def upserter(self, timeout_s: float = ADMIN_TIMEOUT_S) -> Upserter:
         """A stream of upserts; close it."""

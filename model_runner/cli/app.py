@@ -262,9 +262,9 @@ def evaluate(
         dtype,
         Progress(quiet=quiet),
     )
+    print_scores(result)
     if json_file is not None:
         write_scores(result, json_file)
-    print_scores(result)
 
 
 @app.command()
@@ -310,7 +310,10 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Directory of results.json, the plots and the memories.")
+        Path,
+        typer.Option(
+            help="Directory of results.json, the plots and the memories.", file_okay=False
+        ),
     ],
     seed: Annotated[
         int, typer.Option(help="Draws reference and test windows, and the controls.")
@@ -361,7 +364,7 @@ def main() -> None:
             f"{error}\nIs a sidecar running there? Start one with: router-service serve --data DIR",
             EXIT_UNAVAILABLE,
         )
-    except RunnerError as error:
+    except (RunnerError, OSError) as error:
         _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, EXIT_INTERRUPTED)

@@ -211,8 +211,10 @@ def test_indexing_changes_hardly_an_answer(edge_sidecar: Sidecar, built: str) ->
     with client_of(edge_sidecar.target, built) as client:
         before = scored(RetrievalPolicy(client))
         with MemoryClient(edge_sidecar.target) as admin:
-            admin.optimize(built)
+            admin.optimize(built, "int8")
+            layers = admin.describe(built).layers
         after = scored(RetrievalPolicy(client))
+    assert {layer.quantization for layer in layers} == {"int8"}
     np.testing.assert_allclose(after, before, rtol=1e-3)
 
 

@@ -381,6 +381,24 @@ def test_scores_that_could_not_be_written(
     assert "plain model" not in done.err
 
 
+def test_scores_are_shown_before_they_are_written(
+    run: Run, edge_sidecar: Sidecar, built: str, texts: Path, model: Path
+) -> None:
+    done = run(
+        *("evaluate", "--text", texts / "held-out.jsonl", "--model", model, "--memory", built),
+        *("--target", edge_sidecar.target, "--json", "/proc/scores.json"),
+    )
+    assert done.code == 1
+    assert "'/proc/scores.json'" in done.err
+    assert "with memory" in done.out
+
+
+def test_a_demo_into_a_file(run: Run, texts: Path) -> None:
+    done = run("demo", "--out", texts / FILE_NAME)
+    assert done.code == 2
+    assert "is a file" in done.err
+
+
 def test_a_memory_of_the_other_kind(run: Run, build_arguments: list[object], built: str) -> None:
     done = run(*build_arguments, "--memory", built, "--preset", "recommended")
     assert done.code == 2
