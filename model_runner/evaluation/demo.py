@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -139,11 +140,17 @@ class Demo:
                 stepped = [t for t in controls if t not in unstepped]
                 builder.build(few, stepped, self._progress)
             with self._timings.step("index"):
-                for arm in self._progress.track([*METHODS, *CONTROLS], "indexing", unit="memories"):
-                    client.optimize(arm, "int8")
+                self._index(client, [*METHODS, *CONTROLS])
             with self._timings.step("calibrate"):
                 self._calibrate(client, texts)
         return report
+
+    def _index(self, client: MemoryClient, memories: Sequence[str]) -> None:
+        """Two memories at a time: the index of a layer is built by one core."""
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(client.optimize, memory, "int8") for memory in memories]
+            for job in self._progress.track(jobs, "indexing", unit="memories"):
+                job.result()
 
     def _calibrate(self, client: MemoryClient, texts: Texts) -> None:
         """Gamma from distances of dev inputs; the controls are read with the gamma of knn_moe."""
