@@ -73,14 +73,14 @@ def run(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
         load = report.load_average()
         rows, accuracies = [], {}
         for k, preset in PRESET_OF_K.items():
-            sidecars.search_with(preset.hnsw_ef)
+            sidecars.search_with(settings["hnsw_ef"] or preset.hnsw_ef)
             rows += _timed(_lanes(sidecars, peers, workload, k), settings, progress)
             progress.say("comparing with NumPy in float64 ...")
             accuracies[k] = accuracy(sidecars.unix, workload, k)
         machine = {"faiss_threads": peers.threads, "load_average": [load, report.load_average()]}
         return {
             "machine": report.machine() | machine,
-            "settings": settings | _fixed_settings(sidecars),
+            "settings": settings | _fixed_settings(settings, sidecars),
             "rows": rows,
             **_headlines(rows, accuracies),
             "faiss_hnsw_recall_at_1": _recall_of_faiss(peers, workload),
@@ -126,14 +126,14 @@ def _recall_of_faiss(peers: FaissPeers, workload: Workload) -> float:
     return recall(peers.hnsw.search(workload.queries.astype(np.float32), 1)[1], exact)
 
 
-def _fixed_settings(sidecars: Sidecars) -> dict[str, Any]:
+def _fixed_settings(asked: dict[str, Any], sidecars: Sidecars) -> dict[str, Any]:
     memory = sidecars.unix.memory.settings
     return {
         "queries": QUERIES,
         "num_experts": NUM_EXPERTS,
         "top_k": TOP_K,
         "quantization": QUANTIZATION,
-        "hnsw_ef": {str(k): preset.hnsw_ef for k, preset in PRESET_OF_K.items()},
+        "hnsw_ef": {str(k): asked["hnsw_ef"] or p.hnsw_ef for k, p in PRESET_OF_K.items()},
         "oversampling": memory.oversampling,
         "gamma": memory.gamma[0],
         "lambda0": LAMBDA0,
@@ -153,6 +153,9 @@ def main(
     ] = 100,
     seed: Annotated[int, typer.Option(help="Of the data and of the order of calls.")] = 0,
     evict_mib: Annotated[int, typer.Option(min=0, help="MiB swept before each call.")] = 64,
+    hnsw_ef: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the presets' own.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
 ) -> None:
     """Measure Route through real sidecars next to FAISS in this process, and compare the answers with NumPy."""
@@ -162,6 +165,7 @@ def main(
         "repeats": repeats,
         "seed": seed,
         "evict_mib": evict_mib,
+        "hnsw_ef": hnsw_ef,
     }
     try:
         result = run(settings, Progress(quiet=quiet))
