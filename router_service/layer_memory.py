@@ -22,7 +22,13 @@ from router_service.arrays import (
     Neighbours,
     Provenance,
 )
-from router_service.backends.base import Collection, CollectionInfo, Quantization
+from router_service.backends.base import (
+    Collection,
+    CollectionInfo,
+    Quantization,
+    Report,
+    say_nothing,
+)
 from router_service.memory_settings import Kind, MemorySettings, Similarity
 
 # Tokens per engine call: the lock and the interpreter are free in between, so a long request delays no other for long.
@@ -120,9 +126,13 @@ class LayerMemory:
         """Exact state of the collection."""
         return self.collection.info()
 
-    def optimize(self, quantization: Quantization) -> CollectionInfo:
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:
+        """Removes entries; see Collection.delete."""
+        return self.collection.delete(ids, fsync=fsync)
+
+    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> CollectionInfo:
         """Builds index and quantized keys; returns the state afterwards."""
-        self.collection.optimize(quantization)
+        self.collection.optimize(quantization, report)
         return self.collection.info()
 
     def provenance_of(self, ids: U64) -> dict[int, Provenance]:

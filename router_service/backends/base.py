@@ -26,6 +26,15 @@ class Quantization(StrEnum):
     INT8 = "int8"
 
 
+# Called now and then by long work with its stage, how much of it is done and how much there is (0: not known); what it
+# raises ends the work, and nothing has changed.
+Report = Callable[[str, int, int], None]
+
+
+def say_nothing(stage: str, done: int, total: int) -> None:
+    """The Report of callers who do not watch."""
+
+
 @dataclass(frozen=True, slots=True)
 class CollectionSpec:
     """What a collection holds."""
@@ -81,6 +90,13 @@ class Collection(Protocol):
         """
         ...
 
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:
+        """Removes the entries of these ids and returns how many were there; ids that are not there count for nothing.
+
+        On return they stay away after SIGKILL (fsync: after loss of power).
+        """
+        ...
+
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         """Up to `limit` entries with ids above `after`, in the order of ids."""
         ...
@@ -93,8 +109,11 @@ class Collection(Protocol):
         """Exact state, without a search."""
         ...
 
-    def optimize(self, quantization: Quantization) -> None:
-        """Builds the HNSW index and quantized keys of all entries; searches go on meanwhile."""
+    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
+        """Builds the HNSW index and quantized keys of all entries; searches and writes go on meanwhile.
+
+        Raises Busy while another optimize() of the collection runs, and what `report` raises.
+        """
         ...
 
     def flush(self) -> None:

@@ -20,12 +20,15 @@ from router_service.backends.base import (
     FrozenFiles,
     Metric,
     Quantization,
+    Report,
     SearchOptions,
+    say_nothing,
 )
 from router_service.backends.common import as_stored, empty_neighbours, per_query
 from router_service.backends.disk import disk_bytes, remove_durably, remove_tree
 from router_service.backends.edge_engine import (
     EngineShard,
+    delete_operation,
     read_hits,
     search_request,
     upsert_operation,
@@ -49,6 +52,7 @@ from router_service.errors import Busy, CollectionClosed, CorruptMemory, Storage
 _QUERIES_PER_CALL = 64
 # An update of 65,536 floats holds the GIL for some 10 ms.
 _FLOATS_PER_UPDATE = 65_536
+_IDS_PER_DELETE = 512
 _ENTRIES_PER_PAGE = 2048
 _LOCK_POLL_S = 0.05
 
@@ -149,6 +153,29 @@ class EdgeCollection:
                 raise
             self._table = self._table.with_rows(entries.ids, entries.values)
 
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:
+        """See Collection.delete; needs no free disk."""
+        with self._write_lock:
+            present = np.unique(ids[self._table.holds(ids)])
+            if len(present):
+                self._forget_saved_table()
+            for start in range(0, len(present), _IDS_PER_DELETE):
+                self._delete_part(present[start : start + _IDS_PER_DELETE])
+        if fsync:
+            self.flush()
+        return len(present)
+
+    def _delete_part(self, ids: U64) -> None:
+        operation = delete_operation(ids)
+        with self._engine_lock:
+            shard = self._open_shard()
+            try:
+                shard.apply(operation)
+            except StorageError:
+                self._table = self._read_table()  # some entries may be gone
+                raise
+            self._table = self._table.without(ids)
+
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         """See Collection.scroll."""
         records: list[Record] = []
@@ -180,7 +207,7 @@ class EdgeCollection:
         size = disk_bytes(self._files.generation(pointer.generation))
         return CollectionInfo(entries, indexed, pointer.quantization, size)
 
-    def optimize(self, quantization: Quantization) -> None:
+    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
         """See Collection.optimize; upserts wait until it is done, close() stops it."""
         job = OptimizeJob()
         with self._write_lock:

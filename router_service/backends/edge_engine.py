@@ -41,6 +41,11 @@ def upsert_operation(ids: U64, keys: F32, payloads: Sequence[Payload]) -> Any:
         return qe.UpdateOperation.upsert_points(points)
 
 
+def delete_operation(ids: U64) -> Any:
+    """The engine's form of a removal."""
+    return qe.UpdateOperation.delete_points(ids.tolist())
+
+
 def search_request(
     queries: F32, limit: int, options: SearchOptions, excluded: Sequence[ExampleRef | None]
 ) -> Any:
@@ -102,7 +107,7 @@ class EngineShard:
             return EngineShard(qe.EdgeShard.load(str(directory), config), directory)
 
     def apply(self, operation: Any) -> None:
-        """Carries out an upsert_operation; it survives SIGKILL when this returns."""
+        """Carries out an upsert_operation or a delete_operation; it survives SIGKILL when this returns."""
         with storage_call(f"write to {self._directory}"):
             self._shard.update(operation)
 

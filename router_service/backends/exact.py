@@ -18,7 +18,9 @@ from router_service.backends.base import (
     CollectionSpec,
     Metric,
     Quantization,
+    Report,
     SearchOptions,
+    say_nothing,
 )
 from router_service.backends.common import as_stored, empty_neighbours, per_query, require_name
 from router_service.errors import CollectionClosed, CorruptMemory, StorageError
@@ -93,6 +95,19 @@ class ExactCollection:
                 [provenance[row] for row in kept],
             )
 
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:  # nothing to sync
+        """See Collection.delete."""
+        with self._write_lock:
+            old = self._open_entries()
+            kept = np.flatnonzero(~np.isin(old.ids, ids))
+            self._entries = Entries(
+                old.ids[kept],
+                old.keys[kept],
+                old.values[kept],
+                [old.provenance[int(row)] for row in kept],
+            )
+            return len(old) - len(kept)
+
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         """See Collection.scroll."""
         entries = self._open_entries()
@@ -111,7 +126,7 @@ class ExactCollection:
         """See Collection.info; no index is ever built, since every search is exact."""
         return CollectionInfo(len(self._open_entries()), 0, self._quantization, 0)
 
-    def optimize(self, quantization: Quantization) -> None:
+    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
         """Only remembers the quantization; search keys stay f32."""
         self._open_entries()
         self._quantization = quantization

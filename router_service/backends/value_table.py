@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from router_service.arrays import F32, NO_ID, U64
+from router_service.arrays import F32, NO_ID, U64, Bool
 from router_service.backends.disk import write_atomically
 from router_service.errors import CorruptMemory
 
@@ -72,6 +72,17 @@ class ValueTable:
         replaced[position[known]] = row_of[known]
         table._row_of = np.insert(replaced, position[~known], row_of[~known])
         return table
+
+    def without(self, ids: U64) -> ValueTable:
+        """A table that lacks the entries of these ids; those it does not have count for nothing."""
+        kept = ~np.isin(self._ids, ids)
+        table = ValueTable.__new__(ValueTable)
+        table._rows, table._ids, table._row_of = self._rows, self._ids[kept], self._row_of[kept]
+        return table
+
+    def holds(self, ids: U64) -> Bool:
+        """Which of these ids [n] are in the table."""
+        return np.isin(ids, self._ids)
 
     def _append(self, values: F32) -> tuple[_Rows, int]:
         """The array that holds `values` after this table's rows, and where they start."""

@@ -97,6 +97,12 @@ class History(RuleBasedStateMachine):
         assert found.values.tobytes() == expected.values.tobytes()
         assert list(found.provenance) == list(expected.provenance)
 
+    @rule(ids=st.lists(identifiers, max_size=6), fsync=st.booleans())
+    def delete(self, ids: list[int], fsync: bool) -> None:
+        wanted = np.array(ids, np.uint64)
+        counts = [each.delete(wanted, fsync=fsync) for each in (self.edge, self.oracle)]
+        assert counts[0] == counts[1]
+
     @rule()
     def flush(self) -> None:
         self.edge.flush()
