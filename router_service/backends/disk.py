@@ -107,11 +107,14 @@ def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 def disk_bytes(directory: Path) -> int:
     """Bytes that a directory takes on disk, holes not counted; files that vanish meanwhile count as 0."""
     return sum(
-        _allocated(Path(parent, name)) for parent, _, files in os.walk(directory) for name in files
+        allocated_bytes(Path(parent, name))
+        for parent, _, files in os.walk(directory)
+        for name in files
     )
 
 
-def _allocated(path: Path) -> int:
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a file takes on disk, holes not counted; 0 when it is gone."""
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:

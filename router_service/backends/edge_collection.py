@@ -1,12 +1,14 @@
 """One layer's entries in an embedded Qdrant shard.
 
-Two locks. The engine lock guards the shard, the value table and the pointer, and is held for one short engine call at a
-time. The write lock makes writes and maintenance take turns; whoever needs both takes the write lock first.
+Three locks, taken in this order. The maintenance lock: one optimize() at a time. The write lock makes writes take turns
+with whoever needs the files to stand still. The engine lock guards the shard, the value table and the pointer, and is
+held for one short engine call at a time.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,37 +26,31 @@ from router_service.backends.base import (
     SearchOptions,
     say_nothing,
 )
+from router_service.backends.catch_up import CatchUp
 from router_service.backends.common import as_stored, empty_neighbours, per_query
-from router_service.backends.disk import disk_bytes, remove_durably, remove_tree
-from router_service.backends.edge_engine import (
-    EngineShard,
-    delete_operation,
-    read_hits,
-    search_request,
-    upsert_operation,
-)
+from router_service.backends.disk import disk_bytes, fsync_tree, remove_durably, remove_tree
 from router_service.backends.edge_files import CollectionFiles, Pointer
-from router_service.backends.edge_generation import EdgeSettings, build_generation
-from router_service.backends.edge_points import (
-    VALUE,
-    Record,
-    entries_of,
-    payloads_of,
-    provenance_of,
-    value_rows,
+from router_service.backends.edge_generation import (
+    EdgeSettings,
+    copy_generation,
+    new_generation,
+    open_shard,
 )
+from router_service.backends.fifo_lock import FifoLock
 from router_service.backends.optimize_job import OptimizeJob
+from router_service.backends.shard import Shard
 from router_service.backends.value_table import ValueTable
 from router_service.errors import Busy, CollectionClosed, CorruptMemory, StorageError
 
-# The GIL is held until an engine call returns: with 128, one token waits 40 ms beside a long request, with 64 half of
-# that, and 512 tokens take 2 % longer (benchmarks/README.md).
+# One engine call at a time: with 128, one token waits 40 ms beside a long request, with 64 half of that, and 512 tokens
+# take 2 % longer (benchmarks/README.md).
 _QUERIES_PER_CALL = 64
-# An update of 65,536 floats holds the GIL for some 10 ms.
-_FLOATS_PER_UPDATE = 65_536
-_IDS_PER_DELETE = 512
+# An update of 32,768 floats keeps the engine for some 2 ms.
+_FLOATS_PER_UPDATE = 32_768
+_IDS_PER_DELETE = 128
 _ENTRIES_PER_PAGE = 2048
-_LOCK_POLL_S = 0.05
+_FLOATS_PER_PAGE = 1 << 19
+_REVIVE_EVERY_S = 1.0
 
 
 class EdgeCollection:
@@ -62,23 +58,24 @@ class EdgeCollection:
 
     def __init__(self, files: CollectionFiles, pointer: Pointer, settings: EdgeSettings) -> None:
         """Opens the collection. Raises CorruptMemory when its entries are not those of the last close()."""
-        self._files = files
-        self._pointer = pointer
-        self._settings = settings
+        self._files, self._pointer, self._settings = files, pointer, settings
         self._spec = pointer.spec
-        self._engine_lock = threading.Lock()
+        self._maintenance_lock = threading.Lock()
         self._write_lock = threading.Lock()
+        self._engine_lock = FifoLock()
         self._job: OptimizeJob | None = None
+        self._catch_up: CatchUp | None = None  # of an optimize() whose copy has been taken
         self._frozen = False
         self._flushed: ValueTable | None = None
         self._closing = False
         self._closed = False
-        shard_path, threads = files.shard(pointer.generation), settings.search_threads
-        self._shard = EngineShard.load(shard_path, self._spec, pointer.quantization, threads)
+        self._revived = -_REVIVE_EVERY_S
+        self._shard = open_shard(files, pointer, settings, None)
         try:
             saved = ValueTable.load(files.values(pointer.generation), self._spec.value_width)
             self._table_is_saved = saved is not None
             self._table = self._checked(saved) if saved is not None else self._read_table()
+            self._changed = self._shard.counts(pointer.generation).tail
         except BaseException:
             self._shard.close()
             raise
@@ -87,6 +84,16 @@ class EdgeCollection:
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._closed
+
+    @property
+    def changed_entries(self) -> int:
+        """Writes and deletions since the last optimize(): about what a search has to look at one by one."""
+        return self._changed
+
+    @property
+    def changed_bytes(self) -> int:
+        """The same in bytes of keys."""
+        return self._changed * self._spec.dimension * 4
 
     def search(
         self,
@@ -112,12 +119,12 @@ class EdgeCollection:
         self, stored: F32, k: int, options: SearchOptions, excluded: Sequence[ExampleRef | None]
     ) -> Neighbours:
         """Neighbours of at most _QUERIES_PER_CALL queries; as many columns as there are entries, at most k."""
-        limit = min(k, len(self._table))
-        request = search_request(stored, limit, options, excluded)
         with self._engine_lock:
-            hits = self._open_shard().search(request) if limit else [()] * len(stored)
+            shard, limit = self._open_shard(), min(k, len(self._table))
+            if not limit:
+                return empty_neighbours(len(stored), 0, self._spec.value_width)
+            ids, scores = shard.search(stored, limit, options, excluded)
             table = self._table
-        ids, scores = read_hits(hits, limit)
         return Neighbours(ids, self._distances(scores), table.gather(ids))
 
     def _distances(self, scores: F32) -> F32:
@@ -129,7 +136,7 @@ class EdgeCollection:
         return np.where(np.isinf(wide), np.inf, np.clip(1.0 - wide, 0.0, 2.0)).astype(np.float32)
 
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
-        """See Collection.upsert; each engine update of up to 512 entries is written whole or not at all."""
+        """See Collection.upsert; each engine update is written whole or not at all."""
         keys = as_stored(entries.keys, self._spec.metric, "keys")
         stored = replace(entries, keys=keys)
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), 512)
@@ -142,15 +149,8 @@ class EdgeCollection:
             self.flush()
 
     def _upsert_part(self, entries: Entries) -> None:
-        payloads = payloads_of(entries, self._pointer.generation)
-        operation = upsert_operation(entries.ids, entries.keys, payloads)
-        with self._engine_lock:
-            shard = self._open_shard()
-            try:
-                shard.apply(operation)
-            except StorageError:
-                self._table = self._read_table()  # some entries may have been written
-                raise
+        with self._engine_lock, self._writing(entries.ids) as shard:
+            shard.upsert(entries, self._pointer.generation)
             self._table = self._table.with_rows(entries.ids, entries.values)
 
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
@@ -166,74 +166,133 @@ class EdgeCollection:
         return len(present)
 
     def _delete_part(self, ids: U64) -> None:
-        operation = delete_operation(ids)
-        with self._engine_lock:
-            shard = self._open_shard()
-            try:
-                shard.apply(operation)
-            except StorageError:
-                self._table = self._read_table()  # some entries may be gone
-                raise
+        with self._engine_lock, self._writing(ids) as shard:
+            shard.delete(ids)
             self._table = self._table.without(ids)
+
+    @contextmanager
+    def _writing(self, ids: U64) -> Iterator[Shard]:
+        """The shard, for a change of the entries of `ids`; an optimize() under way will have them as they are then."""
+        shard = self._open_shard()
+        try:
+            yield shard
+        except StorageError:
+            if shard.alive:  # else read when it is revived
+                self._table = self._read_table()  # some may have been written
+            raise
+        finally:
+            self._changed += len(ids)
+            if self._catch_up is not None:
+                self._catch_up.note(ids)
 
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         """See Collection.scroll."""
-        records: list[Record] = []
-        limit = min(limit, len(self._table))
-        while len(records) < limit:
-            size = min(limit - len(records), _ENTRIES_PER_PAGE)
+        pages: list[Entries] = [
+            _no_entries(self._spec.dimension if with_keys else 0, self._spec.value_width)
+        ]
+        most = max(64, _FLOATS_PER_PAGE // self._spec.dimension) if with_keys else _ENTRIES_PER_PAGE
+        left = min(limit, len(self._table))
+        while left > 0:
+            size = min(left, most, _ENTRIES_PER_PAGE)
             with self._engine_lock:
-                page = self._open_shard().scroll(after, size, fields=True, with_keys=with_keys)
-            records += page
+                page = self._open_shard().scroll(after, size, keys=with_keys)
+            pages.append(page)
+            left -= size
             if len(page) < size:
                 break
-            after = page[-1].id
-        dimension = self._spec.dimension if with_keys else 0
-        return entries_of(records, dimension, self._spec.value_width)
+            after = int(page.ids[-1])
+        return _joined(pages)
 
     def provenance(self, ids: U64) -> dict[int, Provenance]:
         """See Collection.provenance."""
         with self._engine_lock:
-            records = self._open_shard().retrieve(ids)
-        return {record.id: provenance_of(record.payload) for record in records}
+            found = self._open_shard().retrieve(ids)
+        return dict(zip(found.ids.tolist(), found.provenance, strict=True))
 
     def info(self) -> CollectionInfo:
         """See Collection.info."""
         with self._engine_lock:
             shard, pointer = self._open_shard(), self._pointer
-            entries = shard.count()
-            tail = shard.count(generation=pointer.generation)
-            indexed = min(shard.indexed_vectors(), entries - tail)
+            counts = shard.counts(pointer.generation)
+        indexed = min(counts.graph_vectors, counts.entries - counts.tail)
         size = disk_bytes(self._files.generation(pointer.generation))
-        return CollectionInfo(entries, indexed, pointer.quantization, size)
+        return CollectionInfo(counts.entries, indexed, pointer.quantization, size)
 
     def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
-        """See Collection.optimize; upserts wait until it is done, close() stops it."""
-        job = OptimizeJob()
+        """See Collection.optimize; upserts wait only while files are copied and while the new ones take over."""
+        if not self._maintenance_lock.acquire(blocking=False):
+            raise Busy(f"{self._files.directory} is being optimized; try again when that is done")
+        try:
+            target = self._pointer.next(quantization)
+            with new_generation(self._files, self._pointer, target):
+                self._optimize(target, OptimizeJob(report), report)
+        finally:
+            self._job = self._catch_up = None
+            self._maintenance_lock.release()
+
+    def _optimize(self, target: Pointer, job: OptimizeJob, report: Report) -> None:
+        self._job = job
+        report("copy", 0, 0)
+        with self._standing_still():
+            copy_generation(self._files, self._pointer, target, self._settings)
+            self._catch_up = CatchUp(self._read_again)
+        job.run(self._files.shard(target.generation), target.spec, target.quantization)
+        shard = open_shard(self._files, target, self._settings, len(self._table))
+        try:
+            self._catch_up.bring(shard, target.generation, report)
+            old, old_number = self._take_over(shard, target)
+        except BaseException:
+            shard.close()
+            raise
+        with suppress(
+            StorageError
+        ):  # the new generation counts; the next open removes what is left
+            old.close()
+            remove_tree(self._files.generation(old_number))
+
+    def _take_over(self, shard: Shard, target: Pointer) -> tuple[Shard, int]:
+        """Lets searches and writes go to another generation, of the same entries; returns what served until now."""
+        catch_up = self._catch_up
+        assert catch_up is not None  # noqa: S101  # set by _optimize
         with self._write_lock:
-            self._freeze(job)
-            try:
-                target = self._pointer.next(quantization)
-                shard = build_generation(
-                    self._files, self._pointer, target, self._table, job, self._settings
+            catch_up.bring(shard, target.generation, say_nothing, down_to=0)
+            counts = shard.counts(target.generation)
+            if counts.entries != len(self._table):
+                raise StorageError(
+                    f"{self._files.shard(target.generation)} has {counts.entries} entries, expected {len(self._table)}"
                 )
-                self._swap(shard, target)
-            finally:
-                self._job, self._frozen = None, False
+            shard.flush()
+            self._table.save(self._files.values(target.generation))
+            self._files.write(target)
+            with self._engine_lock:
+                old = self._shard, self._pointer.generation
+                self._shard, self._pointer = shard, target
+                self._changed, self._table_is_saved = counts.tail, True
+                self._flushed, self._catch_up = self._table, None
+        return old
+
+    def _read_again(self, ids: U64) -> Entries:
+        with self._engine_lock:
+            return self._open_shard().retrieve(ids, keys=True)
 
     @contextmanager
     def paused_for_copy(self) -> Iterator[FrozenFiles]:
         """See FileCollection."""
-        while not self._write_lock.acquire(timeout=_LOCK_POLL_S):
-            if self._job is not None:
-                directory = self._files.directory
-                raise Busy(f"{directory} is being optimized; try again when that is done")
-        try:
-            self._freeze(None)
+        with self._standing_still():
             yield self._frozen_files()
-        finally:
-            self._frozen = False
-            self._write_lock.release()
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Inside, the files on disk are complete and nobody changes them; searches go on."""
+        self.flush()  # so that little is left to do while writes wait
+        with self._write_lock:
+            try:
+                with self._engine_lock:
+                    self._flush_writes()
+                    self._frozen = True
+                yield
+            finally:
+                self._frozen = False
 
     def _frozen_files(self) -> FrozenFiles:
         with self._engine_lock:
@@ -246,7 +305,11 @@ class EdgeCollection:
         return FrozenFiles(self._files.directory, names, len(table), complete)
 
     def flush(self) -> None:
-        """See Collection.flush. Returns at once during optimize(), which flushed before it began."""
+        """See Collection.flush. Returns at once while the files stand still, for they were flushed before."""
+        if self._flushed is not self._table and not self._frozen:
+            # Beside the engine, so that little is left for its own flush, during which no search is answered.
+            with suppress(OSError):  # a file that is being replaced
+                fsync_tree(self._files.shard(self._pointer.generation) / "segments")
         with self._engine_lock:
             if not self._frozen:
                 self._flush_writes()
@@ -256,51 +319,45 @@ class EdgeCollection:
         self._closing = True
         if job := self._job:
             job.stop()
-        with self._write_lock, self._engine_lock:
+        with self._maintenance_lock, self._write_lock, self._engine_lock:
             if self._closed:
                 return
             self._closed = True
             try:
-                self._shard.flush()
-                self._save_table()
+                if self._shard.alive:
+                    self._shard.flush()
+                    self._save_table()
             finally:
                 self._shard.close()
 
-    def _freeze(self, job: OptimizeJob | None) -> None:
-        """Makes the files on disk complete, and keeps flush() from changing them while they are copied."""
-        # Before _closing is read: close() sets that first, then looks for a job to stop.
-        self._job = job
-        with self._engine_lock:
-            self._flush_writes()
-            self._frozen = True
-
     def _flush_writes(self) -> None:
-        """Flushes unless nothing was written since: a flush holds the GIL for 30 ms. Each write makes another table."""
+        """Flushes unless nothing was written since: a flush takes 30 ms. Each write makes another table."""
         shard = self._open_shard()
         if self._flushed is not self._table:
             shard.flush()
             self._flushed = self._table
 
-    def _swap(self, shard: EngineShard, target: Pointer) -> None:
-        """Lets searches and writes go to another generation and removes the present one."""
-        with self._engine_lock:
-            old_shard, old = self._shard, self._pointer
-            self._shard, self._pointer = shard, target
-            self._table_is_saved = True
-        with suppress(
-            StorageError
-        ):  # the new generation counts; the next open removes what is left
-            old_shard.close()
-            remove_tree(self._files.generation(old.generation))
-
-    def _open_shard(self) -> EngineShard:
+    def _open_shard(self) -> Shard:
+        """Raises CollectionClosed. Opens the shard again when its process has died; call it under the engine lock."""
         if self._closing:
             raise CollectionClosed(self._files.directory)
+        if not self._shard.alive:
+            self._revive()
         return self._shard
+
+    def _revive(self) -> None:
+        if time.monotonic() < self._revived + _REVIVE_EVERY_S:
+            raise StorageError(
+                f"the engine process of {self._files.directory} ended; it is started again soon, retry"
+            )
+        self._revived = time.monotonic()
+        self._shard.close()
+        shard = open_shard(self._files, self._pointer, self._settings, len(self._table))
+        self._shard, self._table = shard, self._read_table(shard)
 
     def _checked(self, saved: ValueTable) -> ValueTable:
         """A damaged write-ahead log shows only as missing entries. Raises CorruptMemory."""
-        entries = self._shard.count()
+        entries = self._shard.counts(self._pointer.generation).entries
         if entries != len(saved):
             raise CorruptMemory(
                 f"{self._files.directory} has {entries} entries, {len(saved)} when it was closed; restore "
@@ -309,16 +366,16 @@ class EdgeCollection:
             )
         return saved
 
-    def _read_table(self) -> ValueTable:
+    def _read_table(self, shard: Shard | None = None) -> ValueTable:
         """The value table as the engine has it; takes 20 us per entry."""
-        ids: list[int] = []
-        blocks = [np.empty((0, self._spec.value_width), np.float32)]
-        page = self._shard.scroll(None, _ENTRIES_PER_PAGE, fields=[VALUE], with_keys=False)
-        while page:
-            ids += [record.id for record in page]
-            blocks.append(value_rows((r.payload for r in page), self._spec.value_width))
-            page = self._shard.scroll(ids[-1], _ENTRIES_PER_PAGE, fields=[VALUE], with_keys=False)
-        return ValueTable(np.array(ids, np.uint64), np.concatenate(blocks))
+        shard = shard or self._shard
+        pages = [_no_entries(0, self._spec.value_width)]
+        after = None
+        while len(page := shard.scroll(after, _ENTRIES_PER_PAGE, keys=False, provenance=False)):
+            pages.append(page)
+            after = int(page.ids[-1])
+        read = _joined(pages)
+        return ValueTable(read.ids, read.values)
 
     def _save_table(self) -> None:
         if not self._table_is_saved:
@@ -330,3 +387,17 @@ class EdgeCollection:
         if self._table_is_saved:
             remove_durably(self._files.values(self._pointer.generation))
             self._table_is_saved = False
+
+
+def _no_entries(dimension: int, value_width: int) -> Entries:
+    keys, values = np.empty((0, dimension), np.float32), np.empty((0, value_width), np.float32)
+    return Entries(np.empty(0, np.uint64), keys, values, ())
+
+
+def _joined(pages: Sequence[Entries]) -> Entries:
+    return Entries(
+        np.concatenate([page.ids for page in pages]),
+        np.concatenate([page.keys for page in pages]),
+        np.concatenate([page.values for page in pages]),
+        [each for page in pages for each in page.provenance],
+    )

@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 import qdrant_edge as qe
 
-from router_service.arrays import F32, NO_ID, U64, ExampleRef
+from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
 from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
 from router_service.backends.boundary import storage_call
-from router_service.backends.edge_points import GENERATION, Payload, Record
+from router_service.backends.edge_points import (
+    GENERATION,
+    VALUE,
+    Record,
+    entries_of,
+    payloads_of,
+)
+from router_service.backends.shard import ShardCounts
 
 _DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}
 # Against 16: a quarter as many lambdas off by 1e-3 at K = 32, 8 % more work at K = 1 (benchmarks/README.md).
@@ -32,18 +39,6 @@ _FULL_SCAN_ENTRIES = 512
 _INDEXING_THRESHOLD_KB = 1
 # 1 TB: one segment per collection, whatever the number of cores (the default is 200 MB for each).
 _MAX_SEGMENT_KB = 10**9
-
-
-def upsert_operation(ids: U64, keys: F32, payloads: Sequence[Payload]) -> Any:
-    """The engine's form of a batch of entries; of repeated ids the last counts."""
-    with storage_call("prepare entries"):
-        points = list(map(qe.Point, ids.tolist(), map(_FLOATS, keys), payloads))
-        return qe.UpdateOperation.upsert_points(points)
-
-
-def delete_operation(ids: U64) -> Any:
-    """The engine's form of a removal."""
-    return qe.UpdateOperation.delete_points(ids.tolist())
 
 
 def search_request(
@@ -76,11 +71,10 @@ def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
 
 
 class EngineShard:
-    """One open shard. Not thread-safe: the collection holds a lock around each call."""
+    """A Shard in this process."""
 
-    def __init__(self, shard: Any, directory: Path) -> None:
-        self._shard = shard
-        self._directory = directory
+    def __init__(self, shard: Any, directory: Path, spec: CollectionSpec) -> None:
+        self._shard, self._directory, self._spec = shard, directory, spec
 
     @staticmethod
     def create(directory: Path, spec: CollectionSpec, search_threads: int) -> EngineShard:
@@ -91,7 +85,7 @@ class EngineShard:
             shard = qe.EdgeShard.create(str(directory), config)
             for field, schema in _payload_indexes().items():
                 shard.update(qe.UpdateOperation.create_field_index(field, schema))
-        return EngineShard(shard, directory)
+        return EngineShard(shard, directory, spec)
 
     @staticmethod
     def load(
@@ -104,47 +98,67 @@ class EngineShard:
         """
         with storage_call(f"open {directory}", opening=True):
             config = _config(spec, quantization, search_threads)
-            return EngineShard(qe.EdgeShard.load(str(directory), config), directory)
+            return EngineShard(qe.EdgeShard.load(str(directory), config), directory, spec)
 
-    def apply(self, operation: Any) -> None:
-        """Carries out an upsert_operation or a delete_operation; it survives SIGKILL when this returns."""
-        with storage_call(f"write to {self._directory}"):
-            self._shard.update(operation)
+    @property
+    def alive(self) -> bool:
+        """See Shard.alive: as long as this process."""
+        return True
 
-    def search(self, request: Any) -> Any:
-        """Carries out a search_request, for read_hits."""
+    def search(
+        self,
+        queries: F32,
+        limit: int,
+        options: SearchOptions,
+        excluded: Sequence[ExampleRef | None],
+    ) -> tuple[U64, F32]:
+        """See Shard.search."""
+        request = search_request(queries, limit, options, excluded)
         with storage_call(f"search {self._directory}"):
-            return self._shard.query_batch(request)
+            return read_hits(self._shard.query_batch(request), limit)
+
+    def upsert(self, entries: Entries, generation: int) -> None:
+        """See Shard.upsert; of repeated ids the last counts."""
+        with storage_call(f"write to {self._directory}"):
+            rows, payloads = map(_FLOATS, entries.keys), payloads_of(entries, generation)
+            points = list(map(qe.Point, entries.ids.tolist(), rows, payloads))
+            self._shard.update(qe.UpdateOperation.upsert_points(points))
+
+    def delete(self, ids: U64) -> None:
+        """See Shard.delete."""
+        with storage_call(f"write to {self._directory}"):
+            self._shard.update(qe.UpdateOperation.delete_points(ids.tolist()))
 
     def scroll(
-        self, after: int | None, limit: int, *, fields: bool | list[str], with_keys: bool
-    ) -> list[Record]:
-        """Id, payload `fields` and key of up to `limit` entries above an id, in the order of ids."""
+        self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
+    ) -> Entries:
+        """See Shard.scroll."""
         offset = None if after is None else after + 1
+        fields: bool | list[str] = True if provenance else [VALUE]
         with storage_call(f"read {self._directory}"):
-            request = qe.ScrollRequest(offset, limit, None, fields, with_keys)
+            request = qe.ScrollRequest(offset, limit, None, fields, keys)
             records, _ = self._shard.scroll(request)
-            return [Record(record.id, record.payload, record.vector) for record in records]
+        return self._entries(records, keys)
 
-    def retrieve(self, ids: U64) -> list[Record]:
-        """Id and payload of the entries of these ids; those that are not there are left out."""
+    def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
+        """See Shard.retrieve."""
         with storage_call(f"read {self._directory}"):
-            records = self._shard.retrieve(ids.tolist(), True, False)
-            return [Record(record.id, record.payload, record.vector) for record in records]
+            records = self._shard.retrieve(ids.tolist(), True, keys)
+        return self._entries(records, keys)
 
-    def count(self, *, generation: int | None = None) -> int:
-        """Exact number of entries, or of those written in a generation."""
+    def _entries(self, records: Sequence[Any], keys: bool) -> Entries:
+        read = [Record(record.id, record.payload, record.vector) for record in records]
+        return entries_of(read, self._spec.dimension if keys else 0, self._spec.value_width)
+
+    def counts(self, generation: int) -> ShardCounts:
+        """See Shard.counts."""
+        written = qe.FieldCondition(GENERATION, match=qe.MatchValue(generation))
         with storage_call(f"count {self._directory}"):
-            written = None
-            if generation is not None:
-                match = qe.MatchValue(generation)
-                written = qe.Filter(must=[qe.FieldCondition(GENERATION, match=match)])
-            return int(self._shard.count(qe.CountRequest(exact=True, filter=written)))
-
-    def indexed_vectors(self) -> int:
-        """Vectors in HNSW graphs, overwritten ones included."""
-        with storage_call(f"inspect {self._directory}"):
-            return int(self._shard.info().indexed_vectors_count)
+            tail = self._shard.count(qe.CountRequest(exact=True, filter=qe.Filter(must=[written])))
+            entries = self._shard.count(qe.CountRequest(exact=True, filter=None))
+            return ShardCounts(
+                int(entries), int(tail), int(self._shard.info().indexed_vectors_count)
+            )
 
     def optimize(self) -> None:
         """Builds indexes and quantized keys. Blocks the whole process: only for a process of its own."""

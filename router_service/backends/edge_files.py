@@ -15,10 +15,17 @@ from pathlib import Path
 
 from router_service.backends.base import CollectionSpec, Metric, Quantization
 from router_service.backends.boundary import storage_call
-from router_service.backends.disk import fsync_path, remove_durably, remove_tree, write_atomically
+from router_service.backends.disk import (
+    allocated_bytes,
+    fsync_path,
+    remove_durably,
+    remove_tree,
+    write_atomically,
+)
 from router_service.errors import CorruptMemory
 
 _FORMAT = 1
+_VECTORS = ("segments/*/vector_storage/vectors/*", "segments/*/vector_storage/matrix.dat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,12 @@ class CollectionFiles:
     def values(self, number: int) -> Path:
         """The saved value table of a generation."""
         return self.generation(number) / "values.npz"
+
+    def entries_about(self, pointer: Pointer) -> int:
+        """How many keys the disk blocks of a generation's vector files can hold: an upper bound before it is open."""
+        shard = self.shard(pointer.generation)
+        held = sum(allocated_bytes(path) for pattern in _VECTORS for path in shard.glob(pattern))
+        return held // (4 * pointer.spec.dimension)
 
     def read(self) -> Pointer:
         """Raises CorruptMemory when CURRENT is missing or cannot be understood."""

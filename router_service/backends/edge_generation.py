@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from router_service.backends.disk import FreeSpace, copy_tree, disk_bytes, remove_tree
 from router_service.backends.edge_engine import EngineShard
 from router_service.backends.edge_files import CollectionFiles, Pointer
-from router_service.backends.optimize_job import OptimizeJob
-from router_service.backends.value_table import ValueTable
-from router_service.errors import StorageError
+from router_service.backends.hosted_shard import HostedShard
+from router_service.backends.shard import Shard
+from router_service.errors import DirectoryInUse
+
+# How long the engine process of a service that was killed may take to let go of its files.
+_ORPHAN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +24,8 @@ class EdgeSettings:
 
     search_threads: int
     free_space: FreeSpace
+    # A collection with more bytes of keys has a process of its own from its next opening or optimize on.
+    isolate_above_bytes: int
 
 
 def create_files(files: CollectionFiles, pointer: Pointer, settings: EdgeSettings) -> None:
@@ -31,49 +39,45 @@ def create_files(files: CollectionFiles, pointer: Pointer, settings: EdgeSetting
     files.write(pointer)
 
 
-def build_generation(
-    files: CollectionFiles,
-    current: Pointer,
-    target: Pointer,
-    table: ValueTable,
-    job: OptimizeJob,
-    settings: EdgeSettings,
-) -> EngineShard:
-    """The open, optimized shard of `target`, which CURRENT now names; whatever fails leaves `current` in force.
+def open_shard(
+    files: CollectionFiles, pointer: Pointer, settings: EdgeSettings, entries: int | None
+) -> Shard:
+    """The shard of a generation, in its own process when its `entries` (None: not known yet) are many.
 
-    The present shard must be flushed, and nobody may write to it until this returns.
+    Raises what EngineShard.load() raises. Waits for the engine process of a killed service to end: the data directory
+    is ours, so no other service can have the shard.
     """
-    try:
-        _copy(files, current, target, settings)
-        job.run(files.shard(target.generation), target.spec, target.quantization)
-        return _take_over(files, target, table, settings)
-    except BaseException:
-        if files.read() != current:
-            files.write(current)
-        remove_tree(files.generation(target.generation))
-        raise
+    if entries is None:
+        entries = files.entries_about(pointer)
+    many = entries * pointer.spec.dimension * 4 > settings.isolate_above_bytes
+    load = HostedShard.load if many else EngineShard.load
+    directory, deadline = files.shard(pointer.generation), time.monotonic() + _ORPHAN_S
+    while True:
+        try:
+            return load(directory, pointer.spec, pointer.quantization, settings.search_threads)
+        except DirectoryInUse:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
-def _copy(
+def copy_generation(
     files: CollectionFiles, current: Pointer, target: Pointer, settings: EdgeSettings
 ) -> None:
+    """Copies the engine's files, which must be flushed and not written to meanwhile. Raises DiskFull."""
     source = files.shard(current.generation)
     settings.free_space.require(2 * disk_bytes(source))  # the copy, and its index
     remove_tree(files.generation(target.generation))
     copy_tree(source, files.shard(target.generation))
 
 
-def _take_over(
-    files: CollectionFiles, target: Pointer, table: ValueTable, settings: EdgeSettings
-) -> EngineShard:
-    directory = files.shard(target.generation)
-    shard = EngineShard.load(directory, target.spec, target.quantization, settings.search_threads)
+@contextmanager
+def new_generation(files: CollectionFiles, current: Pointer, target: Pointer) -> Iterator[None]:
+    """Whatever fails inside leaves `current` in force and nothing of `target`."""
     try:
-        if (entries := shard.count()) != len(table):
-            raise StorageError(f"{directory} has {entries} entries, expected {len(table)}")
-        table.save(files.values(target.generation))
-        files.write(target)
+        yield
     except BaseException:
-        shard.close()
+        if files.read() != current:
+            files.write(current)
+        remove_tree(files.generation(target.generation))
         raise
-    return shard

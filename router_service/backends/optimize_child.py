@@ -5,24 +5,22 @@ Run as `python -m router_service.backends.optimize_child DIRECTORY DIMENSION MET
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
 from router_service.backends.base import CollectionSpec, Metric, Quantization
 from router_service.backends.boundary import storage_call
+from router_service.backends.child_process import die_with_parent_thread
 from router_service.backends.disk import fsync_tree
 from router_service.backends.edge_engine import EngineShard, forget_configuration
 
-_PR_SET_PDEATHSIG = 1
-_NICENESS = 10
+_NICENESS = 19
 
 
 def main(directory: str, dimension: str, metric: str, quantization: str) -> None:
     """Indexes the shard in `directory`, which no other process has open, and makes the result durable."""
-    _die_with_parent()
+    die_with_parent_thread()  # a killed service must not leave a child that writes where its successor works
     os.nice(_NICENESS)  # searches come first
     spec = CollectionSpec(int(dimension), Metric(metric), value_width=0)
     path = Path(directory)
@@ -33,12 +31,6 @@ def main(directory: str, dimension: str, metric: str, quantization: str) -> None
     shard.close()
     with storage_call(f"sync {path}"):
         fsync_tree(path)
-
-
-def _die_with_parent() -> None:
-    """A service that is killed must not leave a child that writes where its successor works (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

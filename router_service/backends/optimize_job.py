@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 
-from router_service.backends.base import CollectionSpec, Quantization
+from router_service.backends.base import CollectionSpec, Quantization, Report
 from router_service.backends.boundary import storage_call
+from router_service.backends.child_process import start_module
 from router_service.errors import StorageError
 
 _CHILD = "router_service.backends.optimize_child"
 _STDERR_TAIL = 2000
+_REPORT_EVERY_S = 0.1
 
 
 class OptimizeJob:
-    """One run of the child; never a fork: a forked engine hangs at its first query."""
+    """One run of the child."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report) -> None:
+        """`report` is called about every 0.1 s; what it raises ends the child."""
+        self._report = report
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
     def run(self, shard: Path, spec: CollectionSpec, quantization: Quantization) -> None:
         """Optimizes the shard in place. Raises StorageError with the end of the child's stderr when it fails."""
-        with storage_call(f"optimize {shard}"):
-            process = self._start([str(shard), str(spec.dimension), spec.metric, quantization])
-            stderr = _wait(process)
+        with storage_call(f"optimize {shard}"), tempfile.TemporaryFile() as stderr:
+            arguments = [str(shard), str(spec.dimension), spec.metric, quantization]
+            process = self._start(arguments, stderr.fileno())
+            self._wait(process)
+            stderr.seek(0)
+            text = stderr.read().decode(errors="replace")
         if self._stopped:
             raise StorageError(f"optimizing {shard} was stopped")
         if process.returncode:
-            tail = stderr.decode(errors="replace")[-_STDERR_TAIL:].strip()
+            tail = text[-_STDERR_TAIL:].strip()
             raise StorageError(
                 f"optimizing {shard} failed with status {process.returncode}: {tail}"
             )
@@ -44,25 +51,24 @@ class OptimizeJob:
             if self._process is not None:
                 self._process.kill()
 
-    def _start(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, arguments: list[str], stderr: int) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._stopped:
                 raise StorageError("the optimization was stopped before it began")
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _CHILD, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+            self._process = start_module(_CHILD, arguments, stderr=stderr)
             return self._process
 
-
-def _wait(process: subprocess.Popen[bytes]) -> bytes:
-    """What the child wrote to stderr until it ended; it does not outlive an interrupt."""
-    try:
-        return process.communicate()[1]
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Until the child has ended; it does not outlive an interrupt, or what the report raises."""
+        started = time.monotonic()
+        try:
+            while process.poll() is None:
+                self._report("index", int(time.monotonic() - started), 0)
+                try:
+                    process.wait(_REPORT_EVERY_S)
+                except subprocess.TimeoutExpired:
+                    continue
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from router_service.arrays import Entries, Provenance
 from router_service.backends import edge_engine
 from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
 from router_service.backends.boundary import storage_call
-from router_service.backends.edge_engine import EngineShard, search_request, upsert_operation
+from router_service.backends.edge_engine import EngineShard, search_request
 from router_service.errors import (
     CorruptMemory,
     DirectoryInUse,
@@ -23,6 +24,12 @@ from router_service.errors import (
 )
 
 SPEC = CollectionSpec(4, Metric.EUCLID, 2)
+THREE = Entries(
+    np.arange(3, dtype=np.uint64),
+    np.ones((3, 4), np.float32),
+    np.ones((3, 2), np.float32),
+    [Provenance()] * 3,
+)
 
 
 class PanicError(BaseException):
@@ -97,12 +104,12 @@ def engine_calls(shard: EngineShard, directory: Path) -> dict[str, object]:
     return {
         "create": lambda: EngineShard.create(directory / "new", SPEC, 1),
         "load": lambda: EngineShard.load(directory, SPEC, Quantization.NONE, 1),
-        "apply": lambda: shard.apply(None),
-        "search": lambda: shard.search(None),
-        "scroll": lambda: shard.scroll(None, 1, fields=True, with_keys=True),
-        "retrieve": lambda: shard.retrieve(np.array([1], np.uint64)),
-        "count": shard.count,
-        "indexed_vectors": shard.indexed_vectors,
+        "upsert": lambda: shard.upsert(THREE, 0),
+        "delete": lambda: shard.delete(THREE.ids),
+        "search": lambda: shard.search(THREE.keys, 1, SearchOptions(), [None] * 3),
+        "scroll": lambda: shard.scroll(None, 1),
+        "retrieve": lambda: shard.retrieve(THREE.ids),
+        "counts": lambda: shard.counts(0),
         "optimize": shard.optimize,
         "flush": shard.flush,
         "close": shard.close,
@@ -117,7 +124,7 @@ PUBLIC = [name for name, _ in inspect.getmembers(EngineShard, callable) if not n
 def test_no_engine_call_lets_a_foreign_exception_out(
     method: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = EngineShard(BrokenEngine(error), tmp_path)
+    shard = EngineShard(BrokenEngine(error), tmp_path, SPEC)
     monkeypatch.setattr(edge_engine.qe, "EdgeShard", BrokenEngine(error))
     with pytest.raises(StorageError, match="boom"):
         engine_calls(shard, tmp_path)[method]()  # type: ignore[operator]
@@ -125,16 +132,13 @@ def test_no_engine_call_lets_a_foreign_exception_out(
 
 def test_requests_that_the_engine_cannot_represent_are_storage_errors() -> None:
     with pytest.raises(StorageError):
-        upsert_operation(np.array([1], np.uint64), np.ones((1, 4), np.float32), [{"a": object()}])
-    with pytest.raises(StorageError):
         search_request(np.ones((1, 4), np.float32), -1, SearchOptions(), [None])
 
 
 def test_a_real_panic_of_the_engine_is_a_storage_error(tmp_path: Path) -> None:
     directory = tmp_path / "shard"
     shard = EngineShard.create(directory, SPEC, 1)
-    keys = np.ones((3, 4), np.float32)
-    shard.apply(upsert_operation(np.arange(3, dtype=np.uint64), keys, [{}] * 3))
+    shard.upsert(THREE, 0)
     shard.flush()
     shard.close()
     (status,) = directory.glob("segments/*/vector_storage/vectors/status.dat")

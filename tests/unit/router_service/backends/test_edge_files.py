@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from router_service.arrays import Entries
 from router_service.backends import value_table
 from router_service.backends.base import Quantization
 from router_service.backends.edge import EdgeBackend
@@ -141,13 +142,13 @@ def test_entries_that_vanished_while_closed_are_noticed(
 def test_a_failed_update_leaves_values_that_fit_the_engine(
     collection: EdgeCollection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apply = EngineShard.apply
+    upsert = EngineShard.upsert
 
-    def half(shard: EngineShard, operation: object) -> None:
-        apply(shard, operation)
+    def half(shard: EngineShard, entries: Entries, generation: int) -> None:
+        upsert(shard, entries, generation)
         raise StorageError("the disk failed after the write")
 
-    monkeypatch.setattr(EngineShard, "apply", half)
+    monkeypatch.setattr(EngineShard, "upsert", half)
     with pytest.raises(StorageError, match="after the write"):
         collection.upsert(numbered_entries(600, 610))
     monkeypatch.undo()

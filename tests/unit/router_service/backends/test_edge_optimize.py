@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 
 from router_service.backends import edge_files, edge_generation, optimize_job
-from router_service.backends.base import Quantization
+from router_service.backends.base import Quantization, say_nothing
 from router_service.backends.edge import EdgeBackend
 from router_service.backends.edge_collection import EdgeCollection
 from router_service.backends.edge_engine import EngineShard
 from router_service.backends.optimize_job import OptimizeJob
 from router_service.backends.value_table import ValueTable
-from router_service.errors import StorageError
+from router_service.errors import Busy, StorageError
 from tests.unit.router_service.backends.numbered_entries import (
     OPTIONS,
     SPEC,
@@ -79,7 +80,7 @@ def fail(*_: object, **__: object) -> None:
         (edge_generation, "copy_tree"),
         (OptimizeJob, "run"),
         (EngineShard, "load"),
-        (EngineShard, "count"),
+        (EngineShard, "counts"),
         (ValueTable, "save"),
         (edge_files.CollectionFiles, "write"),
         (edge_files, "fsync_path"),
@@ -168,28 +169,67 @@ def child_runs(collection: EdgeCollection) -> bool:
     return collection._job is not None and collection._job._process is not None
 
 
-def test_searches_go_on_and_upserts_wait(
-    slow_child: Path, collection: EdgeCollection, monkeypatch: pytest.MonkeyPatch
+def test_searches_and_writes_go_on(
+    slow_child: Path, edge: EdgeBackend, collection: EdgeCollection
 ) -> None:
-    with ThreadPoolExecutor(2) as pool:
+    """What is written meanwhile is in both generations: replaced, added and deleted entries."""
+    with ThreadPoolExecutor(1) as pool:
         optimized = pool.submit(collection.optimize, Quantization.INT8)
         wait_for(lambda: child_runs(collection))
         assert_holds(collection, 600)
-        assert collection.info().indexed_entries == 0
-        with monkeypatch.context() as engine:
-            engine.setattr(
-                EngineShard, "flush", fail
-            )  # it would change files that are being copied
-            collection.flush()
-        written = pool.submit(collection.upsert, numbered_entries(600, 620))
-        time.sleep(0.1)
-        assert not written.done()
+        collection.upsert(numbered_entries(500, 800))
+        assert collection.delete(np.arange(700, 900, dtype=np.uint64)) == 100
+        collection.flush()
+        assert_holds(collection, 700)
         assert not optimized.done()
         slow_child.touch()
         optimized.result(60)
-        written.result(60)
-    assert collection.info().indexed_entries == 600
-    assert_holds(collection, 620)
+    assert_holds(collection, 700)
+    info = collection.info()
+    assert (info.entries, info.indexed_entries, info.quantization) == (700, 500, Quantization.INT8)
+    assert collection.changed_entries == 200
+    collection.close()
+    assert_holds(edge.open("layer", SPEC), 700)
+
+
+def test_a_crash_while_others_write_and_optimize_loses_nothing(
+    slow_child: Path, collection: EdgeCollection, data_dir: Path, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        wait_for(lambda: child_runs(collection))
+        collection.upsert(numbered_entries(600, 650))
+        shutil.copytree(data_dir, tmp_path / "crashed")  # what SIGKILL leaves
+        slow_child.touch()
+        optimized.result(60)
+    again = EdgeBackend(tmp_path / "crashed", min_free_bytes=0)
+    assert_holds(again.open("layer", SPEC), 650)
+    assert generations(tmp_path / "crashed") == ["gen-000000"]
+    again.close()
+
+
+def test_one_optimize_at_a_time(slow_child: Path, collection: EdgeCollection) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        wait_for(lambda: child_runs(collection))
+        with pytest.raises(Busy, match="try again"):
+            collection.optimize(Quantization.NONE)
+        slow_child.touch()
+        optimized.result(60)
+
+
+def test_what_the_report_raises_ends_the_child_and_changes_nothing(
+    slow_child: Path, collection: EdgeCollection, data_dir: Path
+) -> None:
+    def cancel(stage: str, done: int, total: int) -> None:
+        if stage == "index":
+            raise StorageError("no longer wanted")
+
+    with pytest.raises(StorageError, match="no longer wanted"):
+        collection.optimize(Quantization.INT8, cancel)
+    assert generations(data_dir) == ["gen-000000"]
+    collection.upsert(numbered_entries(600, 610))
+    assert_holds(collection, 610)
 
 
 def test_close_stops_a_running_optimization(
@@ -205,7 +245,7 @@ def test_close_stops_a_running_optimization(
 
 
 def test_a_job_that_was_stopped_does_not_start(tmp_path: Path) -> None:
-    job = OptimizeJob()
+    job = OptimizeJob(say_nothing)
     job.stop()
     with pytest.raises(StorageError, match="stopped"):
         job.run(tmp_path, SPEC, Quantization.NONE)

@@ -1,0 +1,33 @@
+"""Starts this package's modules as processes of their own; never a fork: a forked engine hangs at its first query."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+_PR_SET_PDEATHSIG = 1
+
+
+def start_module(
+    module: str, arguments: Sequence[str], *, stderr: int | None, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """`python -m module arguments` with this interpreter and its import path, stdin and stdout closed."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        pass_fds=pass_fds,
+        start_new_session=True,  # Ctrl-C is for the service, which ends its processes in order
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def die_with_parent_thread() -> None:
+    """The kernel kills this process when the thread that started it ends (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
