@@ -47,7 +47,7 @@ class DuplexStream(Generic[Request, Response]):
         except queue.Empty:
             self.close()
             raise RoutingUnavailable(
-                f"sidecar at {self._target}: no answer within {timeout_s:g} s", DEADLINE
+                f"sidecar at {self._target}: no answer within {timeout_s:.3g} s", DEADLINE
             ) from None
         if isinstance(response, RunnerError):
             self.close()
@@ -69,7 +69,7 @@ class DuplexStream(Generic[Request, Response]):
             for response in self._call:
                 self._responses.put(response)
             self._responses.put(
-                RoutingUnavailable(f"sidecar at {self._target}: it ended the stream")
+                RoutingUnavailable(f"sidecar at {self._target}: it ended the stream", passing=True)
             )
         except grpc.RpcError as error:
             self._responses.put(runner_error(error, self._target))

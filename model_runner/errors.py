@@ -65,11 +65,12 @@ class RoutingUnavailable(RunnerError):
 
     Attributes:
         reason: a word to count by: `deadline`, `unavailable`, `overloaded`, `shutting_down`, ...
+        passing: the same call may succeed in a moment (gRPC's UNAVAILABLE).
 
     """
 
-    def __init__(self, message: str, reason: str = "unavailable") -> None:
-        self.reason = reason
+    def __init__(self, message: str, reason: str = "unavailable", *, passing: bool = False) -> None:
+        self.reason, self.passing = reason, passing
         super().__init__(message)
 
 

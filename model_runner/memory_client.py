@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -16,10 +17,11 @@ from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
 from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor
 
-from model_runner.duplex_stream import DuplexStream
-from model_runner.errors import BadInput, ModelMismatch, RoutingRefused
+from model_runner.errors import BadInput, ModelMismatch, RoutingRefused, RoutingUnavailable
 from model_runner.fingerprint import ModelFingerprint
+from model_runner.retries import Retries
 from model_runner.rpc_errors import MEMORY_NOT_FOUND, runner_error
+from model_runner.upserter import Upserter
 from model_runner.wire import encode_fingerprint, encode_floats
 
 Reply = TypeVar("Reply")
@@ -27,17 +29,19 @@ Reply = TypeVar("Reply")
 ADMIN_TIMEOUT_S = 10.0
 # Making a memory opens a collection per layer; calibrating and indexing a layer read every key.
 LONG_TIMEOUT_S = 600.0
-# Upsert requests sent ahead of their acknowledgements.
-UPSERTS_AHEAD = 4
 
 
 class MemoryClient:
-    """Admin calls on one sidecar. Every failure raises; see errors.py."""
+    """Admin calls on one sidecar. Every failure raises; see errors.py.
+
+    Calls that may be repeated are, at most twice inside their deadline, when the sidecar is restarted meanwhile.
+    """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self._channel = open_channel(target)
         self._stub = MemoryAdminServiceStub(self._channel)
+        self._retries = Retries()
 
     def __enter__(self) -> MemoryClient:
         return self
@@ -67,14 +71,8 @@ class MemoryClient:
         """
         found = self.find(name)
         if found is None:
-            request = pb.CreateMemoryRequest(
-                name=name, fingerprint=encode_fingerprint(fingerprint), settings=settings
-            )
-            return self._call(self._stub.CreateMemory, request, LONG_TIMEOUT_S).memory
-        if found.model_digest != fingerprint.digest():
-            raise ModelMismatch(
-                f"memory {name!r} was made for another model ({_both_sides(found, fingerprint)})"
-            )
+            return self._create(name, fingerprint, settings)
+        require_same_model(found, fingerprint)
         if settings.HasField("kind") and found.settings.kind != settings.kind:
             raise BadInput(f"memory {name!r} holds another kind of values; choose another name")
         return found
@@ -82,7 +80,8 @@ class MemoryClient:
     def delete(self, name: str) -> int:
         """Removes a memory; returns the entries that it held."""
         request = pb.DeleteMemoryRequest(memory=name)
-        return int(self._call(self._stub.DeleteMemory, request, LONG_TIMEOUT_S).entries)
+        # Not repeated: a delete whose answer was lost would find no memory.
+        return int(self._once(self._stub.DeleteMemory, request, LONG_TIMEOUT_S).entries)
 
     def update_settings(self, name: str, settings: MemorySettings) -> routing_pb2.MemoryDescription:
         """Changes how a memory is read."""
@@ -136,15 +135,43 @@ class MemoryClient:
 
     def upserter(self, timeout_s: float = ADMIN_TIMEOUT_S) -> Upserter:
         """A stream of upserts; close it."""
-        return Upserter(self._stub, self.target, timeout_s)
+        return Upserter(self._stub.Upsert, self.target, timeout_s, self._retries)
+
+    def _create(
+        self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings
+    ) -> routing_pb2.MemoryDescription:
+        request = pb.CreateMemoryRequest(
+            name=name, fingerprint=encode_fingerprint(fingerprint), settings=settings
+        )
+        try:
+            return self._once(self._stub.CreateMemory, request, LONG_TIMEOUT_S).memory
+        except RoutingUnavailable:
+            made = self.find(name)  # by this very call, when only its answer was lost
+            if made is None:
+                raise
+            require_same_model(made, fingerprint)
+            return made
 
     def _call(
         self, method: Callable[..., Reply], request: object, timeout_s: float = ADMIN_TIMEOUT_S
     ) -> Reply:
+        return self._retries.run(partial(self._once, method, request), timeout_s)
+
+    def _once(self, method: Callable[..., Reply], request: object, timeout_s: float) -> Reply:
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise runner_error(error, self.target) from error
+
+
+def require_same_model(
+    memory: routing_pb2.MemoryDescription, fingerprint: ModelFingerprint
+) -> None:
+    """Raises ModelMismatch, with the fields that differ, when the memory was made for another model."""
+    if memory.model_digest != fingerprint.digest():
+        raise ModelMismatch(
+            f"memory {memory.name!r} was made for another model ({_both_sides(memory, fingerprint)})"
+        )
 
 
 def _both_sides(memory: routing_pb2.MemoryDescription, model: ModelFingerprint) -> str:
@@ -154,35 +181,3 @@ def _both_sides(memory: routing_pb2.MemoryDescription, model: ModelFingerprint) 
         for name, value in asdict(model).items()
         if getattr(memory.fingerprint, name) != value
     )
-
-
-class Upserter:
-    """Sends upserts ahead of their acknowledgements; `finish` waits for the rest."""
-
-    def __init__(self, stub: MemoryAdminServiceStub, target: str, timeout_s: float) -> None:
-        self._stream: DuplexStream[pb.UpsertRequest, pb.UpsertResponse]
-        self._stream = DuplexStream(stub.Upsert, target)
-        self._timeout_s = timeout_s
-        self._unacknowledged = 0
-
-    def __enter__(self) -> Upserter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def send(self, request: pb.UpsertRequest) -> None:
-        """Raises RoutingUnavailable, RoutingRefused or ModelMismatch, also for an earlier request."""
-        self._stream.send(request)
-        self._unacknowledged += 1
-        while self._unacknowledged > UPSERTS_AHEAD:
-            self._acknowledge()
-
-    def finish(self) -> None:
-        """Returns when every request is acknowledged; raises as send()."""
-        while self._unacknowledged:
-            self._acknowledge()
-
-    def _acknowledge(self) -> None:
-        self._stream.receive(self._timeout_s)
-        self._unacknowledged -= 1

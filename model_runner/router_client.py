@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 
 import grpc
 from knnmoe.channels import open_channel
@@ -21,6 +22,7 @@ from model_runner.circuit_breaker import CircuitBreaker
 from model_runner.duplex_stream import DuplexStream
 from model_runner.errors import RoutingUnavailable
 from model_runner.fingerprint import ModelFingerprint
+from model_runner.retries import NO_PAUSES_S, PAUSES_S, Retries
 from model_runner.rpc_errors import DEADLINE, runner_error
 from model_runner.texts import ExampleRef
 from model_runner.wire import encode_assignment, encode_fingerprint, encode_floats
@@ -44,6 +46,9 @@ class OnError(StrEnum):
 class RouterClient:
     """Looks router inputs up in one memory of one sidecar. Not for several threads at once.
 
+    What fails with UNAVAILABLE is tried again at most twice inside the deadline: at once when on_error is FALL_BACK,
+    after a pause when it is RAISE.
+
     timeout_s bounds the look-up of one token; further ones add TIMEOUT_S_PER_MORE_TOKEN each, and the first look-up
     over a connection may take CONNECT_TIMEOUT_S.
     """
@@ -66,6 +71,8 @@ class RouterClient:
         self._digest = fingerprint.digest()
         self._channel = open_channel(target)
         self._connect_timeout_s = CONNECT_TIMEOUT_S[on_error.value]
+        pauses_s = NO_PAUSES_S if on_error is OnError.FALL_BACK else PAUSES_S
+        self._retries = Retries(pauses_s)
         self._breaker = breaker or CircuitBreaker()
         self._stream: DuplexStream[pb.RouteRequest, pb.RouteResponse] | None = None
         self._description: pb.MemoryDescription | None = None
@@ -86,14 +93,7 @@ class RouterClient:
         Raises ModelMismatch when it was made for another model, RoutingRefused (no such memory), RoutingUnavailable.
         """
         if self._description is None:
-            request = pb.DescribeRequest(
-                memory=self.memory, fingerprint=encode_fingerprint(self._fingerprint)
-            )
-            try:
-                stub = RoutingServiceStub(self._channel)
-                self._description = stub.Describe(request, timeout=self._connect_timeout_s).memory
-            except grpc.RpcError as error:
-                raise runner_error(error, self.target) from error
+            self._description = self._retries.run(self._describe, self._connect_timeout_s)
         return self._description
 
     @property
@@ -110,20 +110,23 @@ class RouterClient:
         *,
         exclude: Sequence[ExampleRef] = (),
         with_neighbours: bool = False,
+        neighbours: int | None = None,
     ) -> pb.RouteResponse | None:
         """Looks up T tokens: router_input [T, d], logits [T, N], own assignment [T, k].
 
-        None when the sidecar failed and on_error is FALL_BACK. A refusal (wrong model, bad request) always raises.
+        neighbours stands in for the memory's K. None when the sidecar failed and on_error is FALL_BACK. A refusal
+        (wrong model, bad request) always raises.
         """
+        look_up = partial(
+            self._look_up, layer, router_input, router_logits, own, exclude, with_neighbours
+        )
         if self.on_error is OnError.RAISE:
-            return self._exchange(layer, router_input, router_logits, own, exclude, with_neighbours)
+            return look_up(neighbours)
         if not self._breaker.allows():
             self.fallbacks[layer, "breaker_open"] += 1
             return None
         try:
-            response = self._exchange(
-                layer, router_input, router_logits, own, exclude, with_neighbours
-            )
+            response = look_up(neighbours)
         except RoutingUnavailable as error:
             self._breaker.failed()
             self._fell_back(layer, error)
@@ -136,7 +139,17 @@ class RouterClient:
         self._drop_stream()
         self._channel.close()
 
-    def _exchange(
+    def _describe(self, timeout_s: float) -> pb.MemoryDescription:
+        request = pb.DescribeRequest(
+            memory=self.memory, fingerprint=encode_fingerprint(self._fingerprint)
+        )
+        try:
+            stub = RoutingServiceStub(self._channel)
+            return stub.Describe(request, timeout=timeout_s).memory
+        except grpc.RpcError as error:
+            raise runner_error(error, self.target) from error
+
+    def _look_up(
         self,
         layer: int,
         router_input: Tensor,
@@ -144,6 +157,7 @@ class RouterClient:
         own: Assignment,
         exclude: Sequence[ExampleRef],
         with_neighbours: bool,
+        neighbours: int | None,
     ) -> pb.RouteResponse:
         wants_logits = self.wants_logits
         self._sent += 1
@@ -155,6 +169,7 @@ class RouterClient:
             with_neighbours=with_neighbours,
             exclude=[pb.ExampleRef(source=e.source, example=e.example) for e in exclude],
             request_id=self._sent,
+            neighbours=neighbours,
         )
         if wants_logits:
             request.router_logits.CopyFrom(encode_floats(router_logits))
@@ -166,6 +181,9 @@ class RouterClient:
         timeout_s = self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (tokens - 1)
         if not self._connected:
             timeout_s = max(timeout_s, self._connect_timeout_s)
+        return self._retries.run(partial(self._exchange, request), timeout_s)
+
+    def _exchange(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteResponse:
         if self._stream is None:
             self._stream = DuplexStream(RoutingServiceStub(self._channel).RouteStream, self.target)
         try:

@@ -44,6 +44,8 @@ def runner_error(failed: grpc.RpcError, target: str) -> RunnerError:
         if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             reason = DEADLINE
         return RoutingUnavailable(
-            f"sidecar at {target}: {error.code.name}: {error.message}", reason.lower()
+            f"sidecar at {target}: {error.code.name}: {error.message}",
+            reason.lower(),
+            passing=error.code is grpc.StatusCode.UNAVAILABLE,
         )
     return RoutingRefused(error.reason or error.code.name, error.message)

@@ -1,4 +1,4 @@
-"""`model-runner`: build, calibrate and evaluate a routing memory, generate with it, watch the demo."""
+"""`model-runner`: build, calibrate and evaluate a routing memory, generate with it, teach it, watch the demo."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model_runner.cli import options
+from model_runner.cli import options, session_commands
+from model_runner.cli.options import PresetName, StepNorm
 from model_runner.errors import BadInput, RoutingUnavailable, RunnerError
 from model_runner.progress import Progress
 
-_INTERRUPTED = (
-    "interrupted; what the sidecar acknowledged is kept, so a build goes on where it stopped"
-)
+_INTERRUPTED = "interrupted; what the sidecar acknowledged is kept, so a build or `learn` goes on where it stopped"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
@@ -32,15 +31,10 @@ app = typer.Typer(
     "    model-runner build --model allenai/OLMoE-1B-7B-0924 --memory law --reference law.jsonl\n\n"
     "    model-runner evaluate --model allenai/OLMoE-1B-7B-0924 --memory law --text held-out.jsonl\n\n"
     "    model-runner generate --model allenai/OLMoE-1B-7B-0924 --memory law --prompt 'The tenant'\n\n"
+    "It learns while it serves:\n\n"
+    "    model-runner learn new-cases.jsonl --model allenai/OLMoE-1B-7B-0924 --memory law\n\n"
     "Exit codes: 0 done, 1 failed, 2 bad input, 3 the sidecar cannot be reached, 130 Ctrl-C.",
 )
-
-
-class PresetName(StrEnum):
-    """Names of presets.PRESETS."""
-
-    PAPER = "paper"
-    RECOMMENDED = "recommended"
 
 
 class GradientScope(StrEnum):
@@ -48,14 +42,6 @@ class GradientScope(StrEnum):
 
     LEAF = "leaf"
     LIVE = "live"
-
-
-class StepNorm(StrEnum):
-    """Names of recipes.Norm, which needs torch."""
-
-    RAW = "raw"
-    UNIT = "unit"
-    SOFT = "soft"
 
 
 @app.command()
@@ -267,44 +253,8 @@ def evaluate(
         write_scores(result, json_file)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="Text to go on from; - reads it from stdin.")],
-    memory: Annotated[
-        str | None, typer.Option("--memory", help="Memory to route with; none = the plain model.")
-    ] = None,
-    model: options.Model = options.DEFAULT_MODEL,
-    target: options.Target = options.DEFAULT_TARGET,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Stop after so many tokens, or at the model's end of text.")
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 = greedy; else the sampling temperature.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    timeout_s: Annotated[
-        float,
-        typer.Option(
-            min=0.001,
-            help="Longest wait for one token's look-up (a prompt's: 2 ms more for each further token); "
-            "then the own router stands.",
-        ),
-    ] = 0.05,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-) -> None:
-    """Generate text with a memory. When the sidecar is slow or gone, the model's own router goes on.
-
-    Says on stderr how much the memory spoke, and how often it could not be asked. For example:
-
-        model-runner generate --memory law --prompt 'The tenant shall' --max-new-tokens 40
-    """
-    from model_runner.cli.generate import run_generate
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    run_generate(
-        text, memory, model, target, max_new_tokens, temperature, seed, timeout_s, device, dtype
-    )
+app.command()(session_commands.generate)
+app.command()(session_commands.learn)
 
 
 @app.command()

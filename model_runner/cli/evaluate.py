@@ -13,7 +13,7 @@ from rich.table import Table
 
 from model_runner.errors import BadInput
 from model_runner.evaluation.nll import bootstrap_interval, difference, score
-from model_runner.memory_builder.builder import entry_ids
+from model_runner.memory_builder.entries import entry_ids
 from model_runner.memory_client import MemoryClient
 from model_runner.models import load_model, window_length
 from model_runner.progress import Progress

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from model_runner.small_moe import MODEL_DIR
+
+
+class PresetName(StrEnum):
+    """Names of presets.PRESETS."""
+
+    PAPER = "paper"
+    RECOMMENDED = "recommended"
+
+
+class StepNorm(StrEnum):
+    """Names of recipes.Norm, which needs torch."""
+
+    RAW = "raw"
+    UNIT = "unit"
+    SOFT = "soft"
+
 
 Model = Annotated[
     str,
@@ -47,7 +64,7 @@ Window = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
-_TEXT_FILE = (
+TEXT_FILE = (
     "a .jsonl or .parquet file with `text`, or with `prompt` and `answer` (the loss counts on the answer only), "
     "and maybe an `id`; any other file is plain text."
 )
@@ -63,7 +80,7 @@ def fraction(value: float | None) -> float | None:
 def text_file(what: str) -> Any:
     """An option that names a text file, which must be there."""
     return typer.Option(
-        help=f"{what}: {_TEXT_FILE}", exists=True, dir_okay=False, show_default=False
+        help=f"{what}: {TEXT_FILE}", exists=True, dir_okay=False, show_default=False
     )
 
 

@@ -7,35 +7,36 @@ that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from knnmoe import tensors
-from knnmoe.entry_ids import entry_id
 from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1.types_pb2 import Provenance
 from torch import Tensor, nn
 
-from model_runner.architectures import Assignment, RouterSite
+from model_runner.architectures import Assignment
 from model_runner.batches import Batch, make_batch, token_nll
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
+from model_runner.memory_builder.entries import (
+    Destination,
+    LayerEntries,
+    entry_ids,
+    provenance_of,
+    upsert_requests,
+)
 from model_runner.memory_builder.layer_trace import LayerTrace, Scope
 from model_runner.memory_builder.objective import router_gradients
 from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
-from model_runner.memory_client import MemoryClient, Upserter
+from model_runner.memory_client import MemoryClient
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Window, batched
-from model_runner.wire import encode_assignment, encode_floats
+from model_runner.upserter import Upserter
 
 # Windows whose gradients set each layer's median norm.
 NORM_SAMPLE_WINDOWS = 16
-# Entries per upsert message.
-ENTRIES_PER_MESSAGE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,30 @@ class BuildReport:
     upload_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class TracedWindows:
+    """What one pass over the frozen model gave: a trace per layer, and the NLL [B, S] in nats."""
+
+    batch: Batch
+    traces: Sequence[LayerTrace]
+    nll: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """Row numbers [n] of the tokens with a loss."""
+        return self.batch.predicts.flatten().nonzero().flatten()
+
+    def gradient_norms(self, trace: LayerTrace) -> Tensor:
+        """|g| [n] in f32 of the tokens with a loss."""
+        return trace.gradient.float().norm(dim=-1)[self.batch.predicts]
+
+
+# Which of a layer's entries ([n] bool) are written.
+Keep = Callable[[TracedWindows, LayerTrace, LayerEntries], Tensor]
+
+
 class MemoryBuilder:
-    """Fills memories that exist already. The model is only read."""
+    """Fills memories that exist already. The model is only read, and must not be routing with a memory."""
 
     def __init__(
         self,
@@ -89,11 +112,12 @@ class MemoryBuilder:
         gradient: GradientSettings | None = None,
         *,
         batch_size: int = 16,
+        durability: pb.Durability = pb.DURABILITY_PROCESS,
     ) -> None:
         self._model, self._client = model, client
         self._digest, self._layers = fingerprint.digest(), fingerprint.num_layers
         self._gradient = gradient or GradientSettings()
-        self._batch_size = batch_size
+        self._batch_size, self._durability = batch_size, durability
         self._device = next(model.parameters()).device
         self._upload_s = 0.0
 
@@ -114,26 +138,72 @@ class MemoryBuilder:
                 )
         started, skipped, entries = time.monotonic(), 0, 0
         self._upload_s = 0.0
-        norms = self._median_norms(windows)
+        norms = self.median_norms(windows)
         batches = list(enumerate(batched(windows, self._batch_size)))
         with self._client.upserter() as upserter:
             for number, group in progress.track(batches, "building", unit="batches"):
-                batch = make_batch(group, self._device)
-                if self._is_there(batch, targets):
+                if self.is_there(group, [target.memory for target in targets]):
                     skipped += len(group)
                     continue
-                traces, nll = self._traces(batch)
+                traced = self.trace(group)
                 for target in targets:
-                    generator = _generator(target.recipe, number)
-                    self._upload(upserter, batch, traces, nll, target, norms, generator)
-                entries += int(batch.predicts.sum())
+                    self.write(upserter, traced, target, norms, number=number)
+                entries += len(traced.kept)
             upserter.finish()
         return BuildReport(
             len(windows), skipped, entries, time.monotonic() - started, self._upload_s
         )
 
+    def trace(self, group: Sequence[Window]) -> TracedWindows:
+        """Traces at the model's own logits with the gradient there."""
+        batch = make_batch(group, self._device)
+        return TracedWindows(batch, *self._traces(batch))
+
+    def is_there(self, group: Sequence[Window], memories: Sequence[str]) -> bool:
+        """Whether these windows were written before: layers are written in order, so the last one tells."""
+        ids = entry_ids(group)
+        return all(self._client.count(m, self._layers - 1, ids) == len(ids) for m in memories)
+
+    def median_norms(self, windows: Sequence[Window]) -> list[float]:
+        """Median |g| of each layer over the tokens of some windows, spread over the reference."""
+        stride = max(1, len(windows) // NORM_SAMPLE_WINDOWS)
+        norms: list[list[Tensor]] = [[] for _ in range(self._layers)]
+        for group in batched(windows[::stride][:NORM_SAMPLE_WINDOWS], self._batch_size):
+            traced = self.trace(group)
+            for trace in traced.traces:
+                norms[trace.site.layer].append(traced.gradient_norms(trace))
+        return [float(torch.cat(parts).median()) for parts in norms]
+
+    def write(
+        self,
+        upserter: Upserter,
+        traced: TracedWindows,
+        target: Target,
+        norms: Sequence[float],
+        *,
+        number: int = 0,
+        keep: Keep | None = None,
+    ) -> int:
+        """Sends the entries of one group, layer by layer; returns how many. `number` seeds what is drawn.
+
+        norms: median |g| per layer. Raises as Upserter.send().
+        """
+        generator = _generator(target.recipe, number)
+        layers = self._entries(traced, target, norms, generator)
+        if keep is not None:
+            layers = [
+                entries.rows(keep(traced, trace, entries).nonzero().flatten())
+                for trace, entries in zip(traced.traces, layers, strict=True)
+            ]
+        started = time.monotonic()
+        to = Destination(target.memory, self._digest, self._durability)
+        for entries in layers:
+            for request in upsert_requests(entries, to):
+                upserter.send(request)
+        self._upload_s += time.monotonic() - started
+        return sum(len(entries) for entries in layers)
+
     def _traces(self, batch: Batch) -> tuple[list[LayerTrace], Tensor]:
-        """Traces at the model's own logits with the gradient there, and the NLL [B, S] in nats."""
         losses: list[Tensor] = []
 
         def loss(logits: Tensor) -> Tensor:
@@ -151,50 +221,27 @@ class MemoryBuilder:
         )
         return traces, losses[0].detach()
 
-    def _median_norms(self, windows: Sequence[Window]) -> list[float]:
-        """Median |g| of each layer over the tokens of some windows, spread over the reference."""
-        stride = max(1, len(windows) // NORM_SAMPLE_WINDOWS)
-        norms: list[list[Tensor]] = [[] for _ in range(self._layers)]
-        for group in batched(windows[::stride][:NORM_SAMPLE_WINDOWS], self._batch_size):
-            batch = make_batch(group, self._device)
-            traces, _ = self._traces(batch)
-            for trace in traces:
-                norms[trace.site.layer].append(trace.gradient.float().norm(dim=-1)[batch.predicts])
-        return [float(torch.cat(parts).median()) for parts in norms]
-
-    def _is_there(self, batch: Batch, targets: Sequence[Target]) -> bool:
-        """Whether an earlier build wrote this batch: layers are written in order, so the last one tells."""
-        ids = entry_ids(batch.windows)
-        return all(self._client.count(t.memory, self._layers - 1, ids) == len(ids) for t in targets)
-
-    def _upload(
+    def _entries(
         self,
-        upserter: Upserter,
-        batch: Batch,
-        traces: Sequence[LayerTrace],
-        nll: Tensor,
+        traced: TracedWindows,
         target: Target,
         norms: Sequence[float],
         generator: torch.Generator,
-    ) -> None:
-        kept = batch.predicts.flatten().nonzero().flatten()
-        ends = self._descend(batch, traces, target.recipe, norms, generator)
+    ) -> list[LayerEntries]:
+        kept, batch = traced.kept, traced.batch
+        ends = self._descend(batch, traced.traces, target.recipe, norms, generator)
         values = [
             entry_values(t, target.recipe, norms[t.site.layer], kept, generator) for t in ends
         ]
         gains = torch.zeros(len(kept))
         if target.measure_gain:
-            gains = (nll - self._replayed_nll(batch, values))[batch.predicts]
-        provenance = _provenance(batch, gains)
-        started = time.monotonic()
-        ids = entry_ids(batch.windows)
-        for trace, layer_values in zip(traces, values, strict=True):  # keys of the unmodified pass
-            keys = trace.router_input.flatten(0, 1)[kept]
-            for request in _upserts(
-                target.memory, self._digest, trace.site, ids, keys, layer_values, provenance
-            ):
-                upserter.send(request)
-        self._upload_s += time.monotonic() - started
+            gains = (traced.nll - self._replayed_nll(batch, values))[batch.predicts]
+        ids, provenance = entry_ids(batch.windows), provenance_of(batch.windows, gains)
+        keys = [t.router_input.flatten(0, 1)[kept] for t in traced.traces]  # of the unmodified pass
+        return [
+            LayerEntries(trace.site.layer, ids, layer_keys, layer_values, provenance)
+            for trace, layer_keys, layer_values in zip(traced.traces, keys, values, strict=True)
+        ]
 
     def _descend(
         self,
@@ -246,58 +293,3 @@ def _replay_values(
     logits = call.router_logits.clone()
     logits[kept] += value.to(logits)
     return Logits(logits)
-
-
-def entry_ids(windows: Sequence[Window]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Ids [n] of the windows' entries, in the order of a batch's `predicts`."""
-    return np.fromiter(
-        (entry_id(w.ref.source, w.ref.example, position) for w, position in _places(windows)),
-        dtype=np.uint64,
-    )
-
-
-def _places(windows: Sequence[Window]) -> Iterable[tuple[Window, int]]:
-    for window in windows:
-        for token in range(window.first_target - 1, len(window.token_ids) - 1):
-            yield window, window.offset + token
-
-
-def _provenance(batch: Batch, gains: Tensor) -> list[Provenance]:
-    now = time.time_ns() // 1_000_000
-    return [
-        Provenance(
-            source=window.ref.source,
-            example=window.ref.example,
-            position=position,
-            token=window.token_ids[position - window.offset],
-            gain=gain,
-            created_unix_ms=now,
-        )
-        for (window, position), gain in zip(_places(batch.windows), gains.tolist(), strict=True)
-    ]
-
-
-def _upserts(
-    memory: str,
-    digest: str,
-    site: RouterSite,
-    ids: np.ndarray[tuple[int], np.dtype[np.uint64]],
-    keys: Tensor,
-    values: Assignment | Tensor,
-    provenance: Sequence[Provenance],
-) -> Iterable[pb.UpsertRequest]:
-    for start in range(0, len(ids), ENTRIES_PER_MESSAGE):
-        rows = slice(start, start + ENTRIES_PER_MESSAGE)
-        entries = pb.Entries(
-            ids=tensors.to_tensor(ids[rows]),
-            keys=encode_floats(keys[rows]),
-            provenance=provenance[rows],
-        )
-        if isinstance(values, Assignment):
-            part = Assignment(values.weights[rows], values.experts[rows])
-            entries.assignments.CopyFrom(encode_assignment(part))
-        else:
-            entries.logit_deltas.CopyFrom(encode_floats(values[rows]))
-        yield pb.UpsertRequest(
-            memory=memory, layer=site.layer, entries=entries, model_digest=digest
-        )

@@ -9,15 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from knnmoe.v1.types_pb2 import SIMILARITY_COSINE, MemorySettings
 
-from model_runner.cli import main
 from model_runner.memory_client import MemoryClient
+from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
     FILE_NAME,
     LENGTH,
@@ -38,32 +36,10 @@ HELD_OUT = ("Know ye not that ye are the temple?", "Let not your heart be troubl
 PRESET = pytest.mark.parametrize("preset", PRESET_NAMES)
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `model-runner` in this process."""
-
-    def in_process(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["model-runner", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Done(ended.value.code or 0, out, err)
-
-    return in_process
+    return in_process(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def examples(text: str) -> list[str]:
 
 
 def test_the_commands() -> None:
-    assert COMMANDS == ["build", "calibrate", "demo", "evaluate", "generate"]
+    assert COMMANDS == ["build", "calibrate", "demo", "evaluate", "generate", "learn"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,8 +48,10 @@ def test_examples_name_options_that_exist_and_all_that_are_required(line: str) -
     params = ROOT.commands[command].params
     used = {word for word in rest if word.startswith("--")}
     assert used <= {name for p in params for name in (*p.opts, *p.secondary_opts)}
-    required = {p.opts[0] for p in params if p.required}
-    assert required <= used
+    required = [p for p in params if p.required]
+    assert {p.opts[0] for p in required if p.param_type_name == "option"} <= used
+    words = [word for word in rest if not word.startswith("-")]
+    assert len(words) >= len([p for p in required if p.param_type_name == "argument"])
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -1,0 +1,148 @@
+"""Adds examples to a memory while it serves: one at a time, acknowledged, and so in the answer to the next look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from knnmoe.v1 import memory_admin_pb2 as pb
+from knnmoe.v1.types_pb2 import MEMORY_KIND_ASSIGNMENT, MemorySettings
+from torch import Tensor, nn
+
+from model_runner.errors import BadInput
+from model_runner.fingerprint import ModelFingerprint
+from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, TracedWindows
+from model_runner.memory_builder.recipes import PAPER, RECIPES, RECOMMENDED, Kind, Recipe
+from model_runner.memory_client import MemoryClient, require_same_model
+from model_runner.texts import Window, batched
+from model_runner.upserter import Upserter
+
+# Tokens whose gradient norms a running median remembers, per layer.
+NORMS_REMEMBERED = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What became of one example: entries sent over all layers, and those that were known already."""
+
+    entries: int
+    known: int
+
+
+def recipe_of(memory: str, settings: MemorySettings) -> Recipe:
+    """The recipe of the memory's preset; that of its kind's preset when its own makes the other kind."""
+    is_assignment = settings.kind == MEMORY_KIND_ASSIGNMENT
+    kind = Kind.ASSIGNMENT if is_assignment else Kind.LOGIT_DELTA
+    recipe = RECIPES.get(settings.preset)
+    if recipe is None:
+        raise BadInput(
+            f"memory {memory!r} has preset {settings.preset!r}, expected {' or '.join(RECIPES)}"
+        )
+    if recipe.kind is kind:
+        return recipe
+    return PAPER if is_assignment else RECOMMENDED
+
+
+class OnlineLearner:
+    """Learns windows into one memory over one Upsert stream. Not for several threads at once.
+
+    Gradients are those of the frozen model, as in a build: the model must not be routing with a memory meanwhile.
+
+    Args:
+        model: a frozen MoE.
+        client: of the sidecar that serves the memory.
+        memory: must be there, made for this model.
+        recipe: how values are made; None = the memory's own (see recipe_of).
+        reference: windows that set the median gradient norms, as a build's do; without, the norms are those of what
+            was learnt so far.
+        keep: which entries are written; None = all.
+        durability: of every upsert.
+        batch_size: windows per pass.
+
+    Raises ModelMismatch, RoutingRefused (no such memory), RoutingUnavailable;
+    BadInput when a recipe makes the other kind.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fingerprint: ModelFingerprint,
+        client: MemoryClient,
+        memory: str,
+        *,
+        recipe: Recipe | None = None,
+        reference: Sequence[Window] = (),
+        keep: Keep | None = None,
+        durability: pb.Durability = pb.DURABILITY_PROCESS,
+        batch_size: int = 8,
+    ) -> None:
+        self._target = Target(memory, _checked_recipe(client, memory, fingerprint, recipe))
+        self._builder = MemoryBuilder(
+            model, fingerprint, client, batch_size=batch_size, durability=durability
+        )
+        self._norms = self._builder.median_norms(reference) if reference else None
+        self._running = RunningMedians(fingerprint.num_layers)
+        self._keep, self._batch_size = keep, batch_size
+        self._upserter: Upserter = client.upserter()
+
+    def __enter__(self) -> OnlineLearner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._upserter.__exit__()
+
+    def is_there(self, windows: Sequence[Window]) -> bool:
+        """Whether every token of these windows has an entry, of whatever text."""
+        return self._builder.is_there(windows, [self._target.memory])
+
+    def learn(self, windows: Sequence[Window]) -> Learnt:
+        """Writes an entry per token with a loss and layer; returns when all are acknowledged.
+
+        Raises RoutingUnavailable, RoutingRefused or ModelMismatch: learning the same again then writes the same ids.
+        """
+        sent = every = 0
+        for group in batched(windows, self._batch_size):
+            traced = self._builder.trace(group)
+            sent += self._builder.write(
+                self._upserter, traced, self._target, self._medians(traced), keep=self._keep
+            )
+            every += len(traced.kept) * len(traced.traces)
+        self._upserter.finish()
+        return Learnt(sent, every - sent)
+
+    def _medians(self, traced: TracedWindows) -> Sequence[float]:
+        if self._norms is not None:
+            return self._norms
+        return self._running.with_norms_of(traced)
+
+
+class RunningMedians:
+    """The median gradient norm per layer of the tokens seen last."""
+
+    def __init__(self, layers: int) -> None:
+        self._norms = [torch.empty(0) for _ in range(layers)]
+
+    def with_norms_of(self, traced: TracedWindows) -> list[float]:
+        """Medians with these windows among what was seen."""
+        for trace in traced.traces:
+            self._add(trace.site.layer, traced.gradient_norms(trace).cpu())
+        return [float(norms.median()) for norms in self._norms]
+
+    def _add(self, layer: int, norms: Tensor) -> None:
+        self._norms[layer] = torch.cat([self._norms[layer], norms])[-NORMS_REMEMBERED:]
+
+
+def _checked_recipe(
+    client: MemoryClient, memory: str, fingerprint: ModelFingerprint, recipe: Recipe | None
+) -> Recipe:
+    description = client.describe(memory)
+    require_same_model(description, fingerprint)
+    own = recipe_of(memory, description.settings)
+    if recipe is not None and recipe.kind is not own.kind:
+        raise BadInput(
+            f"memory {memory!r} holds values of kind {own.kind}, this recipe makes {recipe.kind}; "
+            "choose the memory's preset, or another memory"
+        )
+    return recipe or own

@@ -1,0 +1,78 @@
+"""When a call is tried again: against a script of outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from model_runner.errors import RoutingRefused, RoutingUnavailable
+from model_runner.retries import NO_PAUSES_S, Retries
+
+GONE = RoutingUnavailable("gone", passing=True)
+LATE = RoutingUnavailable("late", "deadline")
+REFUSED = RoutingRefused("INVALID_FIELD", "no")
+
+
+def script(*outcomes: Any) -> tuple[Callable[[float], str], list[float]]:
+    """A call that returns or raises one outcome after the other, and the seconds that each try was given."""
+    left, following = [], iter(outcomes)
+
+    def call(left_s: float) -> str:
+        left.append(left_s)
+        outcome = next(following)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return call, left
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_unavailable_is_tried_again_at_most_twice(failures: int) -> None:
+    call, left = script(*[GONE] * failures, "answer")
+    assert Retries(NO_PAUSES_S, reached=True).run(call, 60.0) == "answer"
+    assert len(left) == failures + 1
+    assert left[0] == 60.0
+    assert left == sorted(left, reverse=True)
+
+
+def test_the_third_failure_is_raised() -> None:
+    call, left = script(GONE, GONE, GONE, "too late")
+    with pytest.raises(RoutingUnavailable, match="gone"):
+        Retries(NO_PAUSES_S, reached=True).run(call, 60.0)
+    assert len(left) == 3
+
+
+@pytest.mark.parametrize("failure", [LATE, REFUSED])
+def test_other_failures_are_raised_at_once(failure: Exception) -> None:
+    call, left = script(failure, "answer")
+    with pytest.raises(type(failure)):
+        Retries(NO_PAUSES_S, reached=True).run(call, 60.0)
+    assert len(left) == 1
+
+
+def test_nothing_is_tried_again_before_a_sidecar_has_answered() -> None:
+    retries = Retries()
+    call, left = script(GONE)
+    with pytest.raises(RoutingUnavailable):
+        retries.run(call, 60.0)
+    assert len(left) == 1
+    assert not retries.reached
+
+
+@pytest.mark.parametrize("answer", ["answer", REFUSED])
+def test_a_refusal_is_an_answer_too(answer: Any) -> None:
+    retries = Retries()
+    with suppress(RoutingRefused):
+        retries.run(script(answer)[0], 60.0)
+    assert retries.reached
+
+
+def test_nothing_is_tried_again_after_the_deadline() -> None:
+    call, left = script(GONE, "answer")
+    with pytest.raises(RoutingUnavailable, match="gone"):
+        Retries((60.0, 60.0), reached=True).run(call, 0.01)
+    assert len(left) == 1
