@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint types proto bench clean
+.PHONY: help setup demo test lint types proto bench crash clean
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -36,6 +36,11 @@ proto: setup ## regenerate the Python code of the protos
 
 bench: setup ## Route latency next to FAISS (a table, and benchmarks/results/route.json)
 	$(BIN)/python -m benchmarks.route --json benchmarks/results/route.json
+
+KILLS ?= 200
+SEED ?= 0
+crash: setup ## kill the service KILLS times at random moments of random work, and compare with what was acknowledged
+	$(BIN)/python -m tests.faults.crash --kills $(KILLS) --seed $(SEED)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) demo-results build dist .mypy_cache .ruff_cache .pytest_cache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,13 @@ class SidecarClient:
     def request(
         self, inputs: Any, logits: Any, k: int, *, with_neighbours: bool = False
     ) -> pb.RouteRequest:
-        """Tokens [T, d] and their own logits [T, N], f16 or f32 on the wire as they are here."""
+        """Tokens [T, d] and their own logits [T, N], f16 or f32 on the wire as they are here; k 0: the memory's K."""
         return pb.RouteRequest(
             memory=MEMORY,
             model_digest=self.memory.model_digest,
             router_inputs=tensors.to_tensor(inputs),
             router_logits=tensors.to_tensor(logits),
-            neighbours=k,
+            neighbours=k or None,
             with_neighbours=with_neighbours,
         )
 
@@ -111,7 +112,7 @@ def running_sidecars(workload: Workload, directory: Path, progress: Progress) ->
     """Fills and indexes a memory through the admin plane, then serves it twice until the block is left."""
     first, second, socket = directory / "tcp", directory / "unix", f"unix:{directory}/route.sock"
     with running_sidecar(first, directory / "fill.log") as target:
-        build_s = _build(target, workload, progress)
+        build_s = build_layers(target, workload, 1, [0], progress)
     shutil.copytree(first, second)
     with (
         running_sidecar(first, directory / "tcp.log") as tcp_target,
@@ -135,29 +136,37 @@ def _client(target: str, entries: int) -> Iterator[SidecarClient]:
         client.close()
 
 
-def _build(target: str, workload: Workload, progress: Progress) -> float:
-    """Creates, fills, indexes and calibrates; returns the seconds that indexing took."""
+def build_layers(
+    target: str, workload: Workload, layers: int, indexed: Sequence[int], progress: Progress
+) -> float:
+    """Makes a memory with the same entries in every layer and indexes some; returns the seconds that indexing took."""
     with open_channel(target) as channel:
         stub = MemoryAdminServiceStub(channel)
-        digest = _create(stub, workload)
-        _fill(stub, target, digest, workload, progress)
+        _create(stub, workload, layers)
+        for layer in range(layers):
+            upsert_all(target, workload, layer, progress)
         progress.say(f"Optimize ({QUANTIZATION}) ...")
-        request = admin_pb.OptimizeRequest(memory=MEMORY, quantization=QUANTIZATION)
-        build_s = sum(reply.elapsed_s for reply in stub.Optimize(request, timeout=TIMEOUT_S))
+        request = admin_pb.OptimizeRequest(memory=MEMORY, layers=indexed, quantization=QUANTIZATION)
+        started = time.monotonic()
+        for _ in stub.Optimize(request, timeout=TIMEOUT_S):
+            pass
+        build_s = time.monotonic() - started
         progress.say(f"Optimize took {build_s:.1f} s")
-        inputs = admin_pb.LayerInputs(router_inputs=tensors.to_tensor(workload.held_out))
+        inputs = [
+            admin_pb.LayerInputs(layer=layer, router_inputs=tensors.to_tensor(workload.held_out))
+            for layer in indexed
+        ]
         stub.Calibrate(
-            admin_pb.CalibrateRequest(memory=MEMORY, lambda0=LAMBDA0, inputs=[inputs]),
+            admin_pb.CalibrateRequest(memory=MEMORY, lambda0=LAMBDA0, inputs=inputs, dry_run=False),
             timeout=TIMEOUT_S,
         )
     return build_s
 
 
-def _create(stub: MemoryAdminServiceStub, workload: Workload) -> str:
-    """Makes the empty memory; returns its model digest."""
+def _create(stub: MemoryAdminServiceStub, workload: Workload, layers: int) -> None:
     fingerprint = ModelFingerprint(
         architecture="benchmark",
-        num_layers=1,
+        num_layers=layers,
         hidden_size=workload.keys.shape[1],
         num_experts=workload.deltas.shape[1],
         top_k=TOP_K,
@@ -168,30 +177,29 @@ def _create(stub: MemoryAdminServiceStub, workload: Workload) -> str:
         fingerprint=fingerprint,
         settings=MemorySettings(kind=MEMORY_KIND_LOGIT_DELTA, neighbours=1),
     )
-    return stub.CreateMemory(request, timeout=TIMEOUT_S, wait_for_ready=True).memory.model_digest
+    stub.CreateMemory(request, timeout=TIMEOUT_S, wait_for_ready=True)
 
 
-def _fill(
-    stub: MemoryAdminServiceStub,
-    target: str,
-    digest: str,
-    workload: Workload,
-    progress: Progress,
-) -> None:
-    stream = DuplexStream[admin_pb.UpsertRequest, admin_pb.UpsertResponse](stub.Upsert, target)
-    starts = range(0, len(workload.ids), ENTRIES_PER_UPSERT)
-    try:
-        for sent, start in enumerate(progress.track(starts, "Upsert", "requests")):
-            stream.send(_upsert(digest, workload, start))
-            if sent >= UPSERTS_AHEAD:
+def upsert_all(target: str, workload: Workload, layer: int, progress: Progress) -> None:
+    """Writes every entry of the workload to a layer, a few requests on their way at a time."""
+    with open_channel(target) as channel:
+        stub = MemoryAdminServiceStub(channel)
+        describe = admin_pb.DescribeMemoryRequest(memory=MEMORY)
+        digest = stub.DescribeMemory(describe, timeout=TIMEOUT_S).memory.model_digest
+        stream = DuplexStream[admin_pb.UpsertRequest, admin_pb.UpsertResponse](stub.Upsert, target)
+        starts = range(0, len(workload.ids), ENTRIES_PER_UPSERT)
+        try:
+            for sent, start in enumerate(progress.track(starts, "Upsert", "requests")):
+                stream.send(_upsert(digest, workload, layer, start))
+                if sent >= UPSERTS_AHEAD:
+                    stream.receive(TIMEOUT_S)
+            for _ in range(min(len(starts), UPSERTS_AHEAD)):
                 stream.receive(TIMEOUT_S)
-        for _ in range(min(len(starts), UPSERTS_AHEAD)):
-            stream.receive(TIMEOUT_S)
-    finally:
-        stream.close()
+        finally:
+            stream.close()
 
 
-def _upsert(digest: str, workload: Workload, start: int) -> admin_pb.UpsertRequest:
+def _upsert(digest: str, workload: Workload, layer: int, start: int) -> admin_pb.UpsertRequest:
     rows = np.s_[start : start + ENTRIES_PER_UPSERT]
     places = [divmod(start + i, TOKENS_PER_DOCUMENT) for i in range(len(workload.ids[rows]))]
     entries = admin_pb.Entries(
@@ -201,5 +209,5 @@ def _upsert(digest: str, workload: Workload, start: int) -> admin_pb.UpsertReque
         provenance=[Provenance(source="made up", example=str(d), position=p) for d, p in places],
     )
     return admin_pb.UpsertRequest(
-        memory=MEMORY, layer=0, entries=entries, model_digest=digest, request_id=start
+        memory=MEMORY, layer=layer, entries=entries, model_digest=digest, request_id=start
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 import typer
 
+from model_runner.cli import app as runner
 from router_service.cli import admin, serve
 
-APPS = {"router-service": serve.app, "router-admin": admin.app}
+APPS = {"router-service": serve.app, "router-admin": admin.app, "model-runner": runner.app}
 PAGE = Path(__file__).with_name("cli.md")
 
 
@@ -26,6 +27,8 @@ def page() -> str:
     parts = [
         "# Command-line reference\n",
         "<!-- made by docs/generate_cli.py from the commands; do not edit -->\n",
+        "Each of the three completes commands and options in bash, zsh, fish and PowerShell: run it once with\n"
+        "`--install-completion` and open a new shell.\n",
     ]
     for name, command in commands():
         parts += _section(name, command)

@@ -62,6 +62,17 @@ class Entries:
         rows = np.s_[start:stop]
         return Entries(self.ids[rows], self.keys[rows], self.values[rows], self.provenance[rows])
 
+    @staticmethod
+    def joined(pages: Sequence[Entries], dimension: int, value_width: int) -> Entries:
+        """All entries of pages, one after the other; the widths are those of no pages."""
+        keys, values = np.empty((0, dimension), np.float32), np.empty((0, value_width), np.float32)
+        return Entries(
+            np.concatenate([np.empty(0, np.uint64), *(page.ids for page in pages)]),
+            np.concatenate([keys, *(page.keys for page in pages)]),
+            np.concatenate([values, *(page.values for page in pages)]),
+            [each for page in pages for each in page.provenance],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:

@@ -14,6 +14,9 @@ RoutingServiceError
 ├── Overloaded
 ├── DeadlineTooShort
 ├── Busy                      a maintenance job holds the layer
+├── Cancelled                 somebody ended a long operation
+├── OperationNotFound
+├── SnapshotNotFound
 ├── ShuttingDown
 └── StorageError              the engine or the file system failed
     ├── DiskFull
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 __all__ = [
     "Busy",
+    "Cancelled",
     "CollectionClosed",
     "CorruptMemory",
     "DeadlineTooShort",
@@ -41,10 +45,12 @@ __all__ = [
     "MemoryNotFound",
     "ModelMismatch",
     "NotFinite",
+    "OperationNotFound",
     "Overloaded",
     "RoutingServiceError",
     "ShuttingDown",
     "SnapshotInvalid",
+    "SnapshotNotFound",
     "StorageError",
     "WidthMismatch",
     "shorten",
@@ -124,6 +130,18 @@ class DeadlineTooShort(RoutingServiceError):
 
 class Busy(RoutingServiceError):
     """Another maintenance job holds the layer."""
+
+
+class Cancelled(RoutingServiceError):
+    """A long operation was ended by a client, or by the service's stop."""
+
+
+class OperationNotFound(RoutingServiceError):
+    """No operation of that id, or one that ended long ago."""
+
+
+class SnapshotNotFound(RoutingServiceError):
+    """No snapshot of that name, or nothing at that path."""
 
 
 class ShuttingDown(RoutingServiceError):

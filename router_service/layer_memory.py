@@ -25,11 +25,14 @@ from router_service.arrays import (
 from router_service.backends.base import (
     Collection,
     CollectionInfo,
+    Compression,
     Quantization,
     Report,
     say_nothing,
 )
+from router_service.hit_counts import HitCounter
 from router_service.memory_settings import Kind, MemorySettings, Similarity
+from router_service.write_gate import WriteGate
 
 # Tokens per engine call: the lock and the interpreter are free in between, so a long request delays no other for long.
 TOKENS_PER_SEARCH = 256
@@ -96,10 +99,19 @@ class LayerCounters:
 class LayerMemory:
     """Entries of one MoE layer and how they are read."""
 
-    def __init__(self, layer: int, collection: Collection, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self,
+        layer: int,
+        collection: Collection,
+        num_experts: int,
+        top_k: int,
+        hits: HitCounter | None = None,
+    ) -> None:
         self.layer = layer
         self.collection = collection
         self.counters = LayerCounters()
+        self.hits = hits or HitCounter()
+        self.gate = WriteGate()
         self._num_experts, self._top_k = num_experts, top_k
 
     def route(self, query: RouteQuery, settings: MemorySettings) -> RouteAnswer:
@@ -116,11 +128,13 @@ class LayerMemory:
             answer, search_ns=searched - started, blend_ns=time.perf_counter_ns() - searched
         )
         self.counters.add(answer)
+        self.hits.note(found.ids, answer.similarities, answer.abstained == Abstain.NO)
         return answer
 
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
         """Writes validated entries; see Collection.upsert."""
-        self.collection.upsert(entries, fsync=fsync)
+        with self.gate.writing(entries.ids):
+            self.collection.upsert(entries, fsync=fsync)
 
     def info(self) -> CollectionInfo:
         """Exact state of the collection."""
@@ -128,11 +142,15 @@ class LayerMemory:
 
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
         """Removes entries; see Collection.delete."""
-        return self.collection.delete(ids, fsync=fsync)
+        deleted = self.collection.delete(ids, fsync=fsync)
+        self.hits.forget(ids)
+        return deleted
 
-    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> CollectionInfo:
-        """Builds index and quantized keys; returns the state afterwards."""
-        self.collection.optimize(quantization, report)
+    def optimize(
+        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+    ) -> CollectionInfo:
+        """Builds index and search keys, as before unless told otherwise; returns the state afterwards."""
+        self.collection.optimize(compression, report)
         return self.collection.info()
 
     def provenance_of(self, ids: U64) -> dict[int, Provenance]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from router_service import identity, memory_settings
-from router_service.backends.base import Backend, CollectionSpec
+from router_service.backends.base import Backend, Collection, CollectionSpec
 from router_service.backends.boundary import storage_call
 from router_service.backends.disk import fsync_directory, remove_tree
 from router_service.errors import (
@@ -23,9 +25,10 @@ from router_service.errors import (
     MemoryNotFound,
     StorageError,
 )
+from router_service.hit_counts import HitCounter
 from router_service.identity import ModelFingerprint
 from router_service.layer_memory import LayerMemory
-from router_service.maintenance.restored_files import home_of, remove_strays
+from router_service.maintenance.restored_files import hits_file, home_of, remove_strays
 from router_service.manifest import (
     begin_creation,
     finish_creation,
@@ -137,17 +140,19 @@ class MemoryStore:
         self.broken.pop(memory.record.name, None)
 
     def open_layers(self, record: MemoryRecord) -> list[LayerMemory]:
-        """Every layer of a memory on disk. Raises StorageError; then none is open."""
-        opened: list[LayerMemory] = []
+        """Every layer of a memory on disk, several at a time. Raises StorageError; then none is open."""
         home = home_of(self._directory, record)
-        try:
-            for number in range(record.fingerprint.num_layers):
-                name = _collection_name(home, number)
-                opened.append(_layer(record, number, self._backend.open(name, _spec(record))))
-        except BaseException:
-            _close_all(opened)
-            raise
-        return opened
+
+        def opened(number: int) -> LayerMemory:
+            collection = self._backend.open(_collection_name(home, number), _spec(record))
+            return self._layer(record, home, number, collection)
+
+        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="open") as pool:
+            layers = [pool.submit(opened, n) for n in range(record.fingerprint.num_layers)]
+        if failures := [error for layer in layers if (error := layer.exception())]:
+            _close_all([layer.result() for layer in layers if layer.exception() is None])
+            raise failures[0]
+        return [layer.result() for layer in layers]
 
     def discard_layers(self, home: str, layers: Sequence[LayerMemory]) -> None:
         """Closes layers and removes their files; `home` as in home_of()."""
@@ -161,6 +166,7 @@ class MemoryStore:
                 with self._lock:  # not while it is being deleted
                     if self._memories.get(memory.record.name) is memory:
                         layer.collection.flush()
+                        layer.hits.save()
 
     def close(self) -> None:
         """Flushes and closes every collection. Raises the first StorageError after it has tried them all."""
@@ -180,7 +186,8 @@ class MemoryStore:
         try:
             for number in range(record.fingerprint.num_layers):
                 name = _collection_name(record.name, number)
-                layers.append(_layer(record, number, self._backend.create(name, _spec(record))))
+                made = self._backend.create(name, _spec(record))
+                layers.append(self._layer(record, record.name, number, made))
             if directory is not None:
                 finish_creation(directory, record)
         except BaseException:
@@ -225,6 +232,15 @@ class MemoryStore:
     def _drop(self, home: str, layers: Sequence[LayerMemory]) -> None:
         for layer in layers:
             self._backend.drop(_collection_name(home, layer.layer))
+            layer.hits.remove()
+
+    def _layer(
+        self, record: MemoryRecord, home: str, number: int, collection: Collection
+    ) -> LayerMemory:
+        model = record.fingerprint
+        directory = self._directory / home if self._directory is not None else None
+        hits = HitCounter.load(directory / hits_file(number) if directory is not None else None)
+        return LayerMemory(number, collection, model.num_experts, model.top_k, hits)
 
 
 def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
@@ -232,6 +248,7 @@ def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
     failures = []
     for layer in layers:
         try:
+            layer.hits.save()
             layer.collection.close()
         except StorageError as error:
             log.exception("closing layer %d failed", layer.layer)
@@ -257,7 +274,3 @@ def _spec(record: MemoryRecord) -> CollectionSpec:
     return CollectionSpec(
         record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
     )
-
-
-def _layer(record: MemoryRecord, number: int, collection: Any) -> LayerMemory:
-    return LayerMemory(number, collection, record.fingerprint.num_experts, record.fingerprint.top_k)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from router_service import checks, kernels, memory_settings
-from router_service.arrays import F32, Assignment, Entries, ExampleRef
+from router_service.arrays import F32, U64, Assignment, Entries, ExampleRef
 from router_service.errors import InvalidField, InvalidTensor, KindMismatch, LayerNotFound
 from router_service.identity import ModelFingerprint
 from router_service.layer_memory import LayerMemory, RouteAnswer, RouteQuery
@@ -62,6 +62,10 @@ class RoutingMemory:
             raise LayerNotFound(number, len(self.layers))
         return self.layers[number]
 
+    def chosen_layers(self, numbers: Sequence[int]) -> list[LayerMemory]:
+        """The layers of these numbers, each once, or all when there are none. Raises LayerNotFound."""
+        return [self.layer(number) for number in sorted(set(numbers))] or list(self.layers)
+
     def route(self, layer: int, model_digest: str, query: RouteQuery) -> RouteAnswer:
         """Blends T tokens of one layer. Raises what the checks raise, and StorageError."""
         self.record.fingerprint.require_digest(model_digest)
@@ -77,6 +81,13 @@ class RoutingMemory:
         memory = self.layer(layer)
         memory.upsert(self._checked_entries(entries), fsync=fsync)
         self._touch()
+
+    def delete(self, layer: int, ids: U64, *, fsync: bool = False) -> int:
+        """Removes entries of one layer and returns how many were there."""
+        deleted = self.layer(layer).delete(ids, fsync=fsync)
+        if deleted:
+            self._touch()
+        return deleted
 
     def change_settings(self, record: MemoryRecord) -> None:
         """Reads by other settings from the next Route on."""

@@ -49,8 +49,36 @@ class ServiceSettings(BaseSettings):
     drain_s: float = Field(
         10.0, ge=0, description="Seconds that calls in flight have to finish on SIGTERM, e.g. 30."
     )
+    min_free_mib: int | None = Field(
+        None,
+        ge=0,
+        description="Free disk in MiB below which writes are refused, e.g. 4096; when not given 1 GiB, or 5 % of a "
+        "disk above 20 GiB.",
+    )
+    workers: int = Field(
+        64,
+        ge=0,
+        description="Engine processes at most, one per layer with much to hold, so that nothing the engine does stops "
+        "the service; further layers are held in the service's own process, e.g. 16.",
+    )
+    isolate_above_mib: int = Field(
+        8,
+        ge=0,
+        description="MiB of keys above which a layer has an engine process of its own, e.g. 64.",
+    )
+    optimize_above_mib: int = Field(
+        8,
+        ge=0,
+        description="MiB of keys that are not indexed above which a layer is indexed again by itself; 0: only on "
+        "command, e.g. 32.",
+    )
     insecure: bool = Field(
         False,
         description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")
+
+    @property
+    def min_free_bytes(self) -> int | None:
+        """min_free_mib in bytes."""
+        return None if self.min_free_mib is None else self.min_free_mib << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+from router_service.backends.pacing import Pacing
 
 
 class Metric(StrEnum):
@@ -20,10 +22,90 @@ class Metric(StrEnum):
 
 
 class Quantization(StrEnum):
-    """How the search keys are compressed. Distances always come from the stored keys."""
+    """How the numbers of the search keys are compressed."""
 
     NONE = "none"
+    FLOAT16 = "float16"
     INT8 = "int8"
+    TURBO4 = "turbo4"  # 4 bits per number, after a random rotation
+    TURBO2 = "turbo2"
+    TURBO1 = "turbo1"
+    BINARY = "binary"  # the sign
+    PRODUCT = "product"  # 1 byte for 4 numbers: the nearest of 256 centroids
+
+
+class Projection(StrEnum):
+    """How the dimension of the search keys is reduced."""
+
+    PCA = "pca"
+    RANDOM = "random"
+
+
+# Times K candidates that are rescored. Where a search misses K = 32 neighbours at a factor, see docs/quantization.md.
+_OVERSAMPLING = {
+    Quantization.NONE: 2.0,
+    Quantization.FLOAT16: 2.0,
+    Quantization.INT8: 2.0,
+    Quantization.TURBO4: 2.0,
+    Quantization.TURBO2: 4.0,
+    Quantization.TURBO1: 8.0,
+    Quantization.BINARY: 16.0,
+    Quantization.PRODUCT: 4.0,
+}
+_OVERSAMPLING_OF_PROJECTION = {Projection.PCA: 2.0, Projection.RANDOM: 4.0}
+_LABEL = re.compile(
+    r"(?:(?P<projection>pca|random)(?P<dimension>[1-9]\d{0,6}))?\+?(?P<quantization>[a-z]+\d*)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How the search keys are made of the stored keys. Distances always come from the stored keys."""
+
+    quantization: Quantization = Quantization.NONE
+    search_dimension: int = 0  # 0: that of the key
+    projection: Projection = Projection.PCA  # counts when search_dimension is not 0
+
+    @property
+    def label(self) -> str:
+        """In a word: `none`, `int8`, `pca64`, `random32+turbo4`."""
+        if not self.search_dimension:
+            return self.quantization.value
+        reduced = f"{self.projection}{self.search_dimension}"
+        return (
+            reduced if self.quantization is Quantization.NONE else f"{reduced}+{self.quantization}"
+        )
+
+    @property
+    def apart(self) -> bool:
+        """Whether search keys are stored beside the keys: quantizing is the engine's, f16 and projections are not."""
+        return bool(self.search_dimension) or self.quantization is Quantization.FLOAT16
+
+    @property
+    def oversampling(self) -> float:
+        """Times K candidates that are rescored unless the settings say otherwise."""
+        more = _OVERSAMPLING_OF_PROJECTION[self.projection] if self.search_dimension else 1.0
+        return more * _OVERSAMPLING[self.quantization]
+
+    @staticmethod
+    def parse(label: str) -> Compression:
+        """Inverse of `label`. Raises ValueError."""
+        found = _LABEL.fullmatch(label)
+        if found is None or not label:
+            raise ValueError(f"{label!r} is no compression of search keys")
+        made = Compression(
+            Quantization(found["quantization"] or "none"),
+            int(found["dimension"] or 0),
+            Projection(found["projection"] or "pca"),
+        )
+        if made.label != label:
+            raise ValueError(f"{label!r} is no compression of search keys; {made.label!r} is")
+        return made
+
+    @staticmethod
+    def of(wanted: Compression | Quantization) -> Compression:
+        """A compression; a quantization alone keeps the dimension."""
+        return Compression(wanted) if isinstance(wanted, Quantization) else wanted
 
 
 # Called now and then by long work with its stage, how much of it is done and how much there is (0: not known); what it
@@ -58,8 +140,13 @@ class CollectionInfo:
 
     entries: int
     indexed_entries: int
-    quantization: Quantization
+    compression: Compression
     disk_bytes: int
+
+    @property
+    def quantization(self) -> Quantization:
+        """Of the compression."""
+        return self.compression.quantization
 
 
 class Collection(Protocol):
@@ -109,8 +196,12 @@ class Collection(Protocol):
         """Exact state, without a search."""
         ...
 
-    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
-        """Builds the HNSW index and quantized keys of all entries; searches and writes go on meanwhile.
+    def optimize(
+        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+    ) -> None:
+        """Builds the HNSW index and the search keys of all entries; searches and writes go on meanwhile.
+
+        `compression`: None keeps the present one.
 
         Raises Busy while another optimize() of the collection runs, and what `report` raises.
         """
@@ -142,6 +233,30 @@ class FileCollection(Protocol):
 
     def paused_for_copy(self) -> AbstractContextManager[FrozenFiles]:
         """Writes wait inside, searches go on. Raises Busy during optimize()."""
+        ...
+
+
+@runtime_checkable
+class Maintained(Protocol):
+    """A Collection whose index falls behind as entries change."""
+
+    pacing: Pacing
+
+    @property
+    def changed_entries(self) -> int:
+        """Writes and deletions since the last optimize(): about what every search looks at one by one."""
+        ...
+
+    @property
+    def changed_bytes(self) -> int:
+        """The same in bytes of keys."""
+        ...
+
+    def tidy(self, report: Report = say_nothing) -> bool:
+        """optimize() with the compression there is, on the service's own account: an optimize() ends it.
+
+        Returns False, and does nothing, while the collection is being optimized.
+        """
         ...
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 from router_service.backends.base import (
     CollectionInfo,
+    Compression,
     FrozenFiles,
     Metric,
     Quantization,
@@ -28,7 +29,7 @@ from router_service.backends.base import (
 )
 from router_service.backends.catch_up import CatchUp
 from router_service.backends.common import as_stored, empty_neighbours, per_query
-from router_service.backends.disk import disk_bytes, fsync_tree, remove_durably, remove_tree
+from router_service.backends.disk import disk_bytes, fsync_tree, remove_tree
 from router_service.backends.edge_files import CollectionFiles, Pointer
 from router_service.backends.edge_generation import (
     EdgeSettings,
@@ -38,9 +39,11 @@ from router_service.backends.edge_generation import (
 )
 from router_service.backends.fifo_lock import FifoLock
 from router_service.backends.optimize_job import OptimizeJob
+from router_service.backends.pacing import Pacing
+from router_service.backends.saved_values import SavedValues, read_table
 from router_service.backends.shard import Shard
 from router_service.backends.value_table import ValueTable
-from router_service.errors import Busy, CollectionClosed, CorruptMemory, StorageError
+from router_service.errors import Busy, CollectionClosed, StorageError
 
 # One engine call at a time: with 128, one token waits 40 ms beside a long request, with 64 half of that, and 512 tokens
 # take 2 % longer (benchmarks/README.md).
@@ -50,6 +53,7 @@ _FLOATS_PER_UPDATE = 32_768
 _IDS_PER_DELETE = 128
 _ENTRIES_PER_PAGE = 2048
 _FLOATS_PER_PAGE = 1 << 19
+_LOCK_POLL_S = 0.05
 _REVIVE_EVERY_S = 1.0
 
 
@@ -65,17 +69,23 @@ class EdgeCollection:
         self._engine_lock = FifoLock()
         self._job: OptimizeJob | None = None
         self._catch_up: CatchUp | None = None  # of an optimize() whose copy has been taken
+        self._tidying = False
+        self.pacing = Pacing()
         self._frozen = False
         self._flushed: ValueTable | None = None
-        self._closing = False
-        self._closed = False
+        self._closing = self._closed = False
+        self._worked_s = 0.0  # by the last write
         self._revived = -_REVIVE_EVERY_S
-        self._shard = open_shard(files, pointer, settings, None)
+        self._shard = open_shard(files, pointer, settings)
         try:
-            saved = ValueTable.load(files.values(pointer.generation), self._spec.value_width)
-            self._table_is_saved = saved is not None
-            self._table = self._checked(saved) if saved is not None else self._read_table()
-            self._changed = self._shard.counts(pointer.generation).tail
+            counts = self._shard.counts(pointer.generation)
+            path, width = files.values(pointer.generation), self._spec.value_width
+            self._saved, saved = SavedValues.open(path, width)
+            if saved is not None:
+                self._table = self._saved.check(saved, counts.entries)
+            else:
+                self._table = read_table(self._shard, width)
+            self._changed = counts.tail
         except BaseException:
             self._shard.close()
             raise
@@ -87,13 +97,18 @@ class EdgeCollection:
 
     @property
     def changed_entries(self) -> int:
-        """Writes and deletions since the last optimize(): about what a search has to look at one by one."""
+        """See Maintained."""
         return self._changed
 
     @property
     def changed_bytes(self) -> int:
-        """The same in bytes of keys."""
+        """See Maintained."""
         return self._changed * self._spec.dimension * 4
+
+    @property
+    def optimizing(self) -> bool:
+        """Whether an index is being built."""
+        return self._job is not None
 
     def search(
         self,
@@ -103,6 +118,7 @@ class EdgeCollection:
         exclude: Sequence[ExampleRef] = (),
     ) -> Neighbours:
         """See Collection.search."""
+        self.pacing.searched()
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
         found = empty_neighbours(len(queries), k, self._spec.value_width)
@@ -140,9 +156,10 @@ class EdgeCollection:
         keys = as_stored(entries.keys, self._spec.metric, "keys")
         stored = replace(entries, keys=keys)
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), 512)
+        self.pacing.wait_for_index(self)
         with self._write_lock:
             self._settings.free_space.require()
-            self._forget_saved_table()
+            self._saved.forget()
             for start in range(0, len(stored), step):
                 self._upsert_part(stored.slice(start, start + step))
         if fsync:
@@ -152,13 +169,14 @@ class EdgeCollection:
         with self._engine_lock, self._writing(entries.ids) as shard:
             shard.upsert(entries, self._pointer.generation)
             self._table = self._table.with_rows(entries.ids, entries.values)
+        self.pacing.rest(self._worked_s)
 
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
         """See Collection.delete; needs no free disk."""
         with self._write_lock:
             present = np.unique(ids[self._table.holds(ids)])
             if len(present):
-                self._forget_saved_table()
+                self._saved.forget()
             for start in range(0, len(present), _IDS_PER_DELETE):
                 self._delete_part(present[start : start + _IDS_PER_DELETE])
         if fsync:
@@ -169,27 +187,28 @@ class EdgeCollection:
         with self._engine_lock, self._writing(ids) as shard:
             shard.delete(ids)
             self._table = self._table.without(ids)
+        self.pacing.rest(self._worked_s)
 
     @contextmanager
     def _writing(self, ids: U64) -> Iterator[Shard]:
         """The shard, for a change of the entries of `ids`; an optimize() under way will have them as they are then."""
-        shard = self._open_shard()
+        shard, started = self._open_shard(), time.monotonic()
         try:
             yield shard
         except StorageError:
             if shard.alive:  # else read when it is revived
-                self._table = self._read_table()  # some may have been written
+                self._table = read_table(shard, self._spec.value_width)  # some may be written
             raise
         finally:
             self._changed += len(ids)
             if self._catch_up is not None:
                 self._catch_up.note(ids)
+            self._worked_s = time.monotonic() - started
 
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         """See Collection.scroll."""
-        pages: list[Entries] = [
-            _no_entries(self._spec.dimension if with_keys else 0, self._spec.value_width)
-        ]
+        dimension = self._spec.dimension if with_keys else 0
+        pages: list[Entries] = []
         most = max(64, _FLOATS_PER_PAGE // self._spec.dimension) if with_keys else _ENTRIES_PER_PAGE
         left = min(limit, len(self._table))
         while left > 0:
@@ -201,7 +220,7 @@ class EdgeCollection:
             if len(page) < size:
                 break
             after = int(page.ids[-1])
-        return _joined(pages)
+        return Entries.joined(pages, dimension, self._spec.value_width)
 
     def provenance(self, ids: U64) -> dict[int, Provenance]:
         """See Collection.provenance."""
@@ -216,28 +235,52 @@ class EdgeCollection:
             counts = shard.counts(pointer.generation)
         indexed = min(counts.graph_vectors, counts.entries - counts.tail)
         size = disk_bytes(self._files.generation(pointer.generation))
-        return CollectionInfo(counts.entries, indexed, pointer.quantization, size)
+        return CollectionInfo(counts.entries, indexed, pointer.compression, size)
 
-    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
-        """See Collection.optimize; upserts wait only while files are copied and while the new ones take over."""
-        if not self._maintenance_lock.acquire(blocking=False):
-            raise Busy(f"{self._files.directory} is being optimized; try again when that is done")
+    def optimize(
+        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+    ) -> None:
+        """See Collection.optimize; ends what tidy() does at the time."""
+        while not self._maintenance_lock.acquire(timeout=_LOCK_POLL_S):
+            if not self._tidying:
+                raise Busy(
+                    f"{self._files.directory} is being optimized; try again when that is done"
+                )
+            if job := self._job:
+                job.stop()
         try:
-            target = self._pointer.next(quantization)
-            with new_generation(self._files, self._pointer, target):
-                self._optimize(target, OptimizeJob(report), report)
+            self._change_generation(self._pointer.next(compression), report)
         finally:
-            self._job = self._catch_up = None
             self._maintenance_lock.release()
 
+    def tidy(self, report: Report = say_nothing) -> bool:
+        """See Maintained."""
+        if not self._maintenance_lock.acquire(blocking=False):
+            return False
+        self._tidying = True
+        try:
+            self._change_generation(self._pointer.next(None), report)
+        finally:
+            self._tidying = False
+            self._maintenance_lock.release()
+        return True
+
+    def _change_generation(self, target: Pointer, report: Report) -> None:
+        """Upserts wait only while files are copied, and while the new ones take over."""
+        self._job = OptimizeJob(report)
+        try:
+            with new_generation(self._files, self._pointer, target):
+                self._optimize(target, self._job, report)
+        finally:
+            self._job = self._catch_up = None
+
     def _optimize(self, target: Pointer, job: OptimizeJob, report: Report) -> None:
-        self._job = job
         report("copy", 0, 0)
         with self._standing_still():
             copy_generation(self._files, self._pointer, target, self._settings)
             self._catch_up = CatchUp(self._read_again)
-        job.run(self._files.shard(target.generation), target.spec, target.quantization)
-        shard = open_shard(self._files, target, self._settings, len(self._table))
+        job.run(self._files.shard(target.generation), target.spec, target.compression)
+        shard = open_shard(self._files, target, self._settings, len(self._table), self._shard)
         try:
             self._catch_up.bring(shard, target.generation, report)
             old, old_number = self._take_over(shard, target)
@@ -267,8 +310,8 @@ class EdgeCollection:
             with self._engine_lock:
                 old = self._shard, self._pointer.generation
                 self._shard, self._pointer = shard, target
-                self._changed, self._table_is_saved = counts.tail, True
-                self._flushed, self._catch_up = self._table, None
+                self._saved = SavedValues(self._files.values(target.generation), is_saved=True)
+                self._changed, self._flushed, self._catch_up = counts.tail, self._table, None
         return old
 
     def _read_again(self, ids: U64) -> Entries:
@@ -296,7 +339,8 @@ class EdgeCollection:
 
     def _frozen_files(self) -> FrozenFiles:
         with self._engine_lock:
-            table, number = self._checked(self._table), self._pointer.generation
+            number = self._pointer.generation
+            table = self._saved.check(self._table, self._open_shard().counts(number).entries)
 
         def complete(copy: Path) -> None:
             table.save(CollectionFiles(copy.parent, copy.name).values(number))
@@ -326,7 +370,7 @@ class EdgeCollection:
             try:
                 if self._shard.alive:
                     self._shard.flush()
-                    self._save_table()
+                    self._saved.save(self._table)
             finally:
                 self._shard.close()
 
@@ -353,51 +397,4 @@ class EdgeCollection:
         self._revived = time.monotonic()
         self._shard.close()
         shard = open_shard(self._files, self._pointer, self._settings, len(self._table))
-        self._shard, self._table = shard, self._read_table(shard)
-
-    def _checked(self, saved: ValueTable) -> ValueTable:
-        """A damaged write-ahead log shows only as missing entries. Raises CorruptMemory."""
-        entries = self._shard.counts(self._pointer.generation).entries
-        if entries != len(saved):
-            raise CorruptMemory(
-                f"{self._files.directory} has {entries} entries, {len(saved)} when it was closed; restore "
-                f"the memory from a snapshot, or remove {self._files.values(self._pointer.generation)} to "
-                "go on with what is left"
-            )
-        return saved
-
-    def _read_table(self, shard: Shard | None = None) -> ValueTable:
-        """The value table as the engine has it; takes 20 us per entry."""
-        shard = shard or self._shard
-        pages = [_no_entries(0, self._spec.value_width)]
-        after = None
-        while len(page := shard.scroll(after, _ENTRIES_PER_PAGE, keys=False, provenance=False)):
-            pages.append(page)
-            after = int(page.ids[-1])
-        read = _joined(pages)
-        return ValueTable(read.ids, read.values)
-
-    def _save_table(self) -> None:
-        if not self._table_is_saved:
-            with suppress(StorageError):  # a disk that is full now: the next open reads the engine
-                self._table.save(self._files.values(self._pointer.generation))
-
-    def _forget_saved_table(self) -> None:
-        """A saved table promises that the shard has exactly its entries."""
-        if self._table_is_saved:
-            remove_durably(self._files.values(self._pointer.generation))
-            self._table_is_saved = False
-
-
-def _no_entries(dimension: int, value_width: int) -> Entries:
-    keys, values = np.empty((0, dimension), np.float32), np.empty((0, value_width), np.float32)
-    return Entries(np.empty(0, np.uint64), keys, values, ())
-
-
-def _joined(pages: Sequence[Entries]) -> Entries:
-    return Entries(
-        np.concatenate([page.ids for page in pages]),
-        np.concatenate([page.keys for page in pages]),
-        np.concatenate([page.values for page in pages]),
-        [each for page in pages for each in page.provenance],
-    )
+        self._shard, self._table = shard, read_table(shard, self._spec.value_width)

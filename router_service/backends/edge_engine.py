@@ -1,4 +1,4 @@
-"""The adapter of Qdrant Edge: the only module that imports qdrant_edge, so that the rest sees arrays and StorageErrors.
+"""The adapter of Qdrant Edge: only it and edge_requests import qdrant_edge; the rest sees arrays and StorageErrors.
 
 Every engine call holds the GIL until it returns; callers keep batches small. Vectors go in as memoryviews of f32 rows,
 three times as fast as lists.
@@ -6,7 +6,7 @@ three times as fast as lists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -16,7 +16,12 @@ import numpy as np
 import qdrant_edge as qe
 
 from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
-from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
+from router_service.backends.base import (
+    CollectionSpec,
+    Compression,
+    Quantization,
+    SearchOptions,
+)
 from router_service.backends.boundary import storage_call
 from router_service.backends.edge_points import (
     GENERATION,
@@ -25,37 +30,16 @@ from router_service.backends.edge_points import (
     entries_of,
     payloads_of,
 )
+from router_service.backends.edge_requests import (
+    FLOATS,
+    KEY,
+    SEARCH_KEY,
+    configuration,
+    payload_indexes,
+    search_request,
+)
+from router_service.backends.search_keys import SearchKeys
 from router_service.backends.shard import ShardCounts
-
-_DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}
-# Against 16: a quarter as many lambdas off by 1e-3 at K = 32, 8 % more work at K = 1 (benchmarks/README.md).
-_HNSW_LINKS = 24
-_HNSW_BUILD_EF = 128
-# A row [d] of f32 as the engine takes it: any sequence will do, and this one makes no list (its stubs say list).
-_FLOATS: Any = memoryview
-# Below this many entries a full scan is as fast as the graph, and exact.
-_FULL_SCAN_ENTRIES = 512
-# 1 KB is the least the engine takes: optimize() indexes whatever holds more than that.
-_INDEXING_THRESHOLD_KB = 1
-# 1 TB: one segment per collection, whatever the number of cores (the default is 200 MB for each).
-_MAX_SEGMENT_KB = 10**9
-
-
-def search_request(
-    queries: F32, limit: int, options: SearchOptions, excluded: Sequence[ExampleRef | None]
-) -> Any:
-    """The engine's form of a batch of queries [t, d], each without the entries of its excluded example."""
-    with storage_call("prepare queries"):
-        quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
-        params = qe.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
-        filters = {ref: _without(ref) for ref in set(excluded)}
-        nearest, request = qe.Query.Nearest, qe.QueryRequest
-        return qe.QueryBatchRequest(
-            [
-                request(limit, None, nearest(query), None, False, False, filters[ref], None, params)
-                for query, ref in zip(map(_FLOATS, queries), excluded, strict=True)
-            ]
-        )
 
 
 def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
@@ -73,32 +57,59 @@ def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
 class EngineShard:
     """A Shard in this process."""
 
-    def __init__(self, shard: Any, directory: Path, spec: CollectionSpec) -> None:
+    def __init__(
+        self,
+        shard: Any,
+        directory: Path,
+        spec: CollectionSpec,
+        search_keys: SearchKeys | None = None,
+    ) -> None:
         self._shard, self._directory, self._spec = shard, directory, spec
+        self._search_keys = search_keys
+        self._vectors: bool | list[str] = True if search_keys is None else [KEY]
 
     @staticmethod
-    def create(directory: Path, spec: CollectionSpec, search_threads: int) -> EngineShard:
+    def create(
+        directory: Path,
+        spec: CollectionSpec,
+        search_threads: int,
+        search_keys: SearchKeys | None = None,
+    ) -> EngineShard:
         """A new shard in a directory that is not there yet, with its payload indexes."""
         with storage_call(f"create {directory}"):
             directory.mkdir(parents=True)
-            config = _config(spec, Quantization.NONE, search_threads)
+            if search_keys is not None:
+                search_keys.save(directory)
+            config = configuration(spec, Quantization.NONE, search_threads, search_keys)
             shard = qe.EdgeShard.create(str(directory), config)
-            for field, schema in _payload_indexes().items():
+            for field, schema in payload_indexes().items():
                 shard.update(qe.UpdateOperation.create_field_index(field, schema))
-        return EngineShard(shard, directory, spec)
+        return EngineShard(shard, directory, spec, search_keys)
 
     @staticmethod
     def load(
-        directory: Path, spec: CollectionSpec, quantization: Quantization, search_threads: int
+        directory: Path,
+        spec: CollectionSpec,
+        wanted: Compression | Quantization,
+        search_threads: int,
     ) -> EngineShard:
         """Opens a shard. Raises DirectoryInUse when a process has it open, CorruptMemory when it cannot be read.
 
-        `quantization` is what the next optimize() builds; Quantization.NONE keeps what the shard has (see
-        forget_configuration).
+        `wanted` is what the next optimize() builds; Quantization.NONE keeps what the shard has (see
+        forget_configuration). Search keys that are stored apart must be there.
         """
+        compression = Compression.of(wanted)
+        search_keys = SearchKeys.load(directory) if compression.apart else None
         with storage_call(f"open {directory}", opening=True):
-            config = _config(spec, quantization, search_threads)
-            return EngineShard(qe.EdgeShard.load(str(directory), config), directory, spec)
+            config = configuration(spec, compression.quantization, search_threads, search_keys)
+            shard = qe.EdgeShard.load(str(directory), config)
+        return EngineShard(shard, directory, spec, search_keys)
+
+    @staticmethod
+    def load_as_it_is(directory: Path, spec: CollectionSpec) -> EngineShard:
+        """Opens a shard whose compression does not matter, to copy its entries."""
+        with storage_call(f"open {directory}", opening=True):
+            return EngineShard(qe.EdgeShard.load(str(directory)), directory, spec)
 
     @property
     def alive(self) -> bool:
@@ -113,16 +124,45 @@ class EngineShard:
         excluded: Sequence[ExampleRef | None],
     ) -> tuple[U64, F32]:
         """See Shard.search."""
-        request = search_request(queries, limit, options, excluded)
+        request = search_request(queries, limit, options, excluded, self._search_keys)
         with storage_call(f"search {self._directory}"):
             return read_hits(self._shard.query_batch(request), limit)
 
     def upsert(self, entries: Entries, generation: int) -> None:
         """See Shard.upsert; of repeated ids the last counts."""
         with storage_call(f"write to {self._directory}"):
-            rows, payloads = map(_FLOATS, entries.keys), payloads_of(entries, generation)
+            rows, payloads = self._points(entries.keys), payloads_of(entries, generation)
             points = list(map(qe.Point, entries.ids.tolist(), rows, payloads))
             self._shard.update(qe.UpdateOperation.upsert_points(points))
+
+    def _points(self, keys: F32) -> Iterator[Any]:
+        """The vectors of points with these keys [n, d]."""
+        if self._search_keys is None:
+            return map(FLOATS, keys)
+        pairs = zip(map(FLOATS, keys), map(FLOATS, self._search_keys.of(keys)), strict=True)
+        return ({KEY: key, SEARCH_KEY: short} for key, short in pairs)
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Writes records of another shard with the payloads that they have there."""
+        with storage_call(f"write to {self._directory}"):
+            keys = np.array([record.key for record in records], np.float32)
+            points = [
+                qe.Point(record.id, vectors, record.payload)
+                for record, vectors in zip(records, self._points(keys), strict=True)
+            ]
+            self._shard.update(qe.UpdateOperation.upsert_points(points))
+
+    def pages(self, size: int, *, payloads: bool) -> Iterator[list[Record]]:
+        """Every record, in the order of ids."""
+        start = None
+        while True:
+            with storage_call(f"read {self._directory}"):
+                request = qe.ScrollRequest(start, size, None, payloads, self._vectors)
+                found, start = self._shard.scroll(request)
+            if found:
+                yield list(map(_record, found))
+            if start is None:
+                return
 
     def delete(self, ids: U64) -> None:
         """See Shard.delete."""
@@ -136,19 +176,19 @@ class EngineShard:
         offset = None if after is None else after + 1
         fields: bool | list[str] = True if provenance else [VALUE]
         with storage_call(f"read {self._directory}"):
-            request = qe.ScrollRequest(offset, limit, None, fields, keys)
+            request = qe.ScrollRequest(offset, limit, None, fields, keys and self._vectors)
             records, _ = self._shard.scroll(request)
         return self._entries(records, keys)
 
     def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
         """See Shard.retrieve."""
         with storage_call(f"read {self._directory}"):
-            records = self._shard.retrieve(ids.tolist(), True, keys)
+            records = self._shard.retrieve(ids.tolist(), True, keys and self._vectors)
         return self._entries(records, keys)
 
     def _entries(self, records: Sequence[Any], keys: bool) -> Entries:
-        read = [Record(record.id, record.payload, record.vector) for record in records]
-        return entries_of(read, self._spec.dimension if keys else 0, self._spec.value_width)
+        dimension = self._spec.dimension if keys else 0
+        return entries_of(list(map(_record, records)), dimension, self._spec.value_width)
 
     def counts(self, generation: int) -> ShardCounts:
         """See Shard.counts."""
@@ -156,9 +196,10 @@ class EngineShard:
         with storage_call(f"count {self._directory}"):
             tail = self._shard.count(qe.CountRequest(exact=True, filter=qe.Filter(must=[written])))
             entries = self._shard.count(qe.CountRequest(exact=True, filter=None))
-            return ShardCounts(
-                int(entries), int(tail), int(self._shard.info().indexed_vectors_count)
-            )
+            vectors = int(self._shard.info().indexed_vectors_count)
+        return ShardCounts(
+            int(entries), int(tail), vectors // (1 if self._search_keys is None else 2)
+        )
 
     def optimize(self) -> None:
         """Builds indexes and quantized keys. Blocks the whole process: only for a process of its own."""
@@ -182,44 +223,6 @@ def forget_configuration(directory: Path) -> None:
         (directory / "edge_config.json").unlink(missing_ok=True)
 
 
-def _config(spec: CollectionSpec, quantization: Quantization, search_threads: int) -> Any:
-    full_scan_kb = max(1, _FULL_SCAN_ENTRIES * spec.dimension * 4 // 1024)
-    return qe.EdgeConfig(
-        vectors=qe.EdgeVectorParams(spec.dimension, _DISTANCES[spec.metric]),
-        hnsw_config=qe.HnswIndexConfig(_HNSW_LINKS, _HNSW_BUILD_EF, full_scan_kb),
-        quantization_config=_quantization(quantization),
-        optimizers=qe.EdgeOptimizersConfig(
-            default_segment_number=1,
-            max_segment_size=_MAX_SEGMENT_KB,
-            indexing_threshold=_INDEXING_THRESHOLD_KB,
-            prevent_unoptimized=False,  # True would hide the tail from searches
-        ),
-        max_search_threads=search_threads,
-    )
-
-
-def _quantization(quantization: Quantization) -> Any:
-    if quantization is Quantization.NONE:
-        return None
-    return qe.ScalarQuantizationConfig(qe.ScalarType.Int8, memory=qe.Memory.Pinned)
-
-
-def _payload_indexes() -> dict[str, Any]:
-    """For exclusions, for forgetting a document, for counting the tail; no HNSW links of their own: they cost time."""
-    keyword = qe.KeywordIndexParams(enable_hnsw=False)
-    number = qe.IntegerIndexParams(lookup=True, range=False, enable_hnsw=False)
-    return {"source": keyword, "example": keyword, GENERATION: number}
-
-
-def _without(ref: ExampleRef | None) -> Any:
-    if ref is None:
-        return None
-    same = qe.Filter(must=[_equals("source", ref.source), _equals("example", ref.example)])
-    return qe.Filter(must_not=[same])
-
-
-def _equals(field: str, value: str) -> Any:
-    """Empty strings are not stored."""
-    if not value:
-        return qe.IsEmptyCondition(field)
-    return qe.FieldCondition(field, match=qe.MatchValue(value))
+def _record(found: Any) -> Record:
+    vector = found.vector[KEY] if isinstance(found.vector, dict) else found.vector
+    return Record(found.id, found.payload, vector)

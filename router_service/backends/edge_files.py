@@ -1,7 +1,7 @@
 """Where a collection lies on disk.
 
     DATA/<name>/CURRENT              which generation counts, and what it holds (JSON, replaced atomically)
-    DATA/<name>/gen-000000/shard/    the engine's files
+    DATA/<name>/gen-000000/shard/    the engine's files, and search_keys.npz when search keys are stored apart
     DATA/<name>/gen-000000/values.npz  the value table, there only while the shard has exactly these entries
 
 A generation that CURRENT does not name is what a crash left behind.
@@ -13,10 +13,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from router_service.backends.base import CollectionSpec, Metric, Quantization
+from router_service.backends.base import CollectionSpec, Compression, Metric, Quantization
 from router_service.backends.boundary import storage_call
 from router_service.backends.disk import (
     allocated_bytes,
+    disk_bytes,
     fsync_path,
     remove_durably,
     remove_tree,
@@ -34,11 +35,12 @@ class Pointer:
 
     generation: int
     spec: CollectionSpec
-    quantization: Quantization
+    compression: Compression
 
-    def next(self, quantization: Quantization) -> Pointer:
-        """The generation after this one."""
-        return replace(self, generation=self.generation + 1, quantization=quantization)
+    def next(self, wanted: Compression | Quantization | None) -> Pointer:
+        """The generation after this one; None: with the same compression."""
+        compression = self.compression if wanted is None else Compression.of(wanted)
+        return replace(self, generation=self.generation + 1, compression=compression)
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with the format version."""
@@ -48,7 +50,7 @@ class Pointer:
             "dimension": self.spec.dimension,
             "metric": self.spec.metric.value,
             "value_width": self.spec.value_width,
-            "quantization": self.quantization.value,
+            "quantization": self.compression.label,
         }
         return json.dumps(content, indent=1).encode()
 
@@ -61,7 +63,8 @@ class Pointer:
         spec = CollectionSpec(
             int(content["dimension"]), Metric(content["metric"]), int(content["value_width"])
         )
-        return Pointer(int(content["generation"]), spec, Quantization(content["quantization"]))
+        compression = Compression.parse(content["quantization"])
+        return Pointer(int(content["generation"]), spec, compression)
 
 
 class CollectionFiles:
@@ -128,3 +131,15 @@ class CollectionFiles:
         with storage_call(f"remove {self.directory}"):
             if not any(self.directory.iterdir()):  # collections may lie below
                 self.directory.rmdir()
+
+
+def segment_bytes(shard: Path, compression: Compression) -> tuple[int, int]:
+    """Bytes of a shard's search keys and graphs, which a search keeps in RAM, and of all its files but the log."""
+    suffix, searched = "-search" if compression.apart else "", 0
+    for segment in (shard / "segments").glob("*"):
+        storage = segment / f"vector_storage{suffix}"
+        quantized = storage / "quantized.data"
+        keys = quantized if quantized.exists() else storage / "matrix.dat"
+        graph = (segment / f"vector_index{suffix}").glob("links*")
+        searched += sum(path.stat().st_size for path in (keys, *graph) if path.exists())
+    return searched, disk_bytes(shard / "segments")

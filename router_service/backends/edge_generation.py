@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
 
 from router_service.backends.disk import FreeSpace, copy_tree, disk_bytes, remove_tree
 from router_service.backends.edge_engine import EngineShard
@@ -24,8 +26,23 @@ class EdgeSettings:
 
     search_threads: int
     free_space: FreeSpace
-    # A collection with more bytes of keys has a process of its own from its next opening or optimize on.
+    # A collection with more bytes of keys has a process of its own from its next opening or optimize on,
     isolate_above_bytes: int
+    # as long as there are fewer than this.
+    workers: int
+    hosts: WeakSet[HostedShard] = field(default_factory=WeakSet)
+
+    def loader(self, keys_bytes: int, replaced: Shard | None) -> Callable[..., Shard]:
+        """How a shard with so many bytes of keys is opened that takes the place of another."""
+        others = sum(host.alive for host in list(self.hosts) if host is not replaced)
+        if keys_bytes > self.isolate_above_bytes and others < self.workers:
+            return self._hosted
+        return EngineShard.load
+
+    def _hosted(self, *arguments: Any) -> HostedShard:
+        host = HostedShard.load(*arguments)
+        self.hosts.add(host)
+        return host
 
 
 def create_files(files: CollectionFiles, pointer: Pointer, settings: EdgeSettings) -> None:
@@ -40,7 +57,11 @@ def create_files(files: CollectionFiles, pointer: Pointer, settings: EdgeSetting
 
 
 def open_shard(
-    files: CollectionFiles, pointer: Pointer, settings: EdgeSettings, entries: int | None
+    files: CollectionFiles,
+    pointer: Pointer,
+    settings: EdgeSettings,
+    entries: int | None = None,
+    replaced: Shard | None = None,
 ) -> Shard:
     """The shard of a generation, in its own process when its `entries` (None: not known yet) are many.
 
@@ -49,12 +70,11 @@ def open_shard(
     """
     if entries is None:
         entries = files.entries_about(pointer)
-    many = entries * pointer.spec.dimension * 4 > settings.isolate_above_bytes
-    load = HostedShard.load if many else EngineShard.load
+    load = settings.loader(entries * pointer.spec.dimension * 4, replaced)
     directory, deadline = files.shard(pointer.generation), time.monotonic() + _ORPHAN_S
     while True:
         try:
-            return load(directory, pointer.spec, pointer.quantization, settings.search_threads)
+            return load(directory, pointer.spec, pointer.compression, settings.search_threads)
         except DirectoryInUse:
             if time.monotonic() > deadline:
                 raise

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from router_service.arrays import ExampleRef
-from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
+from router_service.backends.base import CollectionSpec, Compression, Metric, SearchOptions
 from router_service.backends.edge_engine import EngineShard
 from router_service.backends.shard_wire import (
     Array,
@@ -49,7 +49,7 @@ def main(descriptor: str, directory: str, text: str) -> None:
 def _open(directory: Path, wanted: Header) -> EngineShard:
     spec = CollectionSpec(wanted["dimension"], Metric(wanted["metric"]), wanted["value_width"])
     return EngineShard.load(
-        directory, spec, Quantization(wanted["quantization"]), wanted["search_threads"]
+        directory, spec, Compression.parse(wanted["compression"]), wanted["search_threads"]
     )
 
 

@@ -16,6 +16,7 @@ from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Pro
 from router_service.backends.base import (
     CollectionInfo,
     CollectionSpec,
+    Compression,
     Metric,
     Quantization,
     Report,
@@ -37,7 +38,7 @@ class ExactCollection:
     def __init__(self, spec: CollectionSpec) -> None:
         self._spec = spec
         self._entries = _no_entries(spec)
-        self._quantization = Quantization.NONE
+        self._compression = Compression()
         self._closed = False
         self._write_lock = threading.Lock()
 
@@ -124,12 +125,15 @@ class ExactCollection:
 
     def info(self) -> CollectionInfo:
         """See Collection.info; no index is ever built, since every search is exact."""
-        return CollectionInfo(len(self._open_entries()), 0, self._quantization, 0)
+        return CollectionInfo(len(self._open_entries()), 0, self._compression, 0)
 
-    def optimize(self, quantization: Quantization, report: Report = say_nothing) -> None:
-        """Only remembers the quantization; search keys stay f32."""
+    def optimize(
+        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+    ) -> None:
+        """Only remembers the compression; search keys stay f32."""
         self._open_entries()
-        self._quantization = quantization
+        if compression is not None:
+            self._compression = Compression.of(compression)
 
     def flush(self) -> None:
         """Nothing to do: there are no files."""

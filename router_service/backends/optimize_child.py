@@ -1,6 +1,6 @@
 """The process that optimizes a copy of a shard: the engine would freeze every thread of the service for seconds.
 
-Run as `python -m router_service.backends.optimize_child DIRECTORY DIMENSION METRIC QUANTIZATION`.
+Run as `python -m router_service.backends.optimize_child DIRECTORY DIMENSION METRIC COMPRESSION`.
 """
 
 from __future__ import annotations
@@ -9,23 +9,25 @@ import os
 import sys
 from pathlib import Path
 
-from router_service.backends.base import CollectionSpec, Metric, Quantization
+from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.boundary import storage_call
 from router_service.backends.child_process import die_with_parent_thread
 from router_service.backends.disk import fsync_tree
 from router_service.backends.edge_engine import EngineShard, forget_configuration
+from router_service.backends.search_key_rebuild import rebuild_if_needed
 
 _NICENESS = 19
 
 
-def main(directory: str, dimension: str, metric: str, quantization: str) -> None:
+def main(directory: str, dimension: str, metric: str, label: str) -> None:
     """Indexes the shard in `directory`, which no other process has open, and makes the result durable."""
     die_with_parent_thread()  # a killed service must not leave a child that writes where its successor works
     os.nice(_NICENESS)  # searches come first
     spec = CollectionSpec(int(dimension), Metric(metric), value_width=0)
-    path = Path(directory)
+    path, compression = Path(directory), Compression.parse(label)
+    rebuild_if_needed(path, spec, compression)
     forget_configuration(path)
-    shard = EngineShard.load(path, spec, Quantization(quantization), search_threads=1)
+    shard = EngineShard.load(path, spec, compression, search_threads=1)
     shard.optimize()
     shard.flush()
     shard.close()

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from router_service.backends.base import CollectionSpec, Quantization, Report
+from router_service.backends.base import CollectionSpec, Compression, Report
 from router_service.backends.boundary import storage_call
 from router_service.backends.child_process import start_module
 from router_service.errors import StorageError
@@ -28,10 +28,10 @@ class OptimizeJob:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
-    def run(self, shard: Path, spec: CollectionSpec, quantization: Quantization) -> None:
+    def run(self, shard: Path, spec: CollectionSpec, compression: Compression) -> None:
         """Optimizes the shard in place. Raises StorageError with the end of the child's stderr when it fails."""
         with storage_call(f"optimize {shard}"), tempfile.TemporaryFile() as stderr:
-            arguments = [str(shard), str(spec.dimension), spec.metric, quantization]
+            arguments = [str(shard), str(spec.dimension), spec.metric, compression.label]
             process = self._start(arguments, stderr.fileno())
             self._wait(process)
             stderr.seek(0)

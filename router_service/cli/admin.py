@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from router_service import __version__
-from router_service.cli import entry_commands, job_commands, memory_commands
+from router_service.cli import (
+    delete_command,
+    doctor_command,
+    entry_commands,
+    import_command,
+    job_commands,
+    memory_commands,
+    merge_command,
+    operation_commands,
+    prune_command,
+    quantize_command,
+    snapshot_commands,
+)
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.admin_errors import AdminError
 from router_service.cli.admin_output import Output
@@ -31,21 +43,28 @@ app = typer.Typer(
     cls=AdminGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(memory_commands.app, name="memory")
+app.add_typer(snapshot_commands.app, name="snapshot")
+app.add_typer(operation_commands.app, name="operations")
 for _command in (
     entry_commands.upsert,
+    delete_command.delete,
     entry_commands.count,
     entry_commands.export,
+    merge_command.merge,
     job_commands.calibrate,
     job_commands.optimize,
+    prune_command.prune,
+    quantize_command.quantize,
     job_commands.stats,
     job_commands.health,
 ):
     app.command(cls=ExampleCommand)(_command)
+app.command("import", cls=ExampleCommand)(import_command.import_memory)
+app.command(cls=ExampleCommand)(doctor_command.doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,7 +96,7 @@ def root(
         typer.Option(
             min=0.001,
             help="Longest wait for one reply in seconds, e.g. 60. When not given: 10, and no limit for "
-            "calibrate, optimize and memory delete.",
+            "what takes long: calibrate, delete, memory delete, and operations.",
             show_default=False,
         ),
     ] = None,
@@ -105,6 +124,7 @@ def root(
       1  the service refused, or failed
       2  wrong usage, or a file that cannot be used
       3  the service cannot be reached, or did not answer in time
+      130  Ctrl-C; a long operation was cancelled and left a sound state
 
     """
     client = AdminClient(target, timeout_s)

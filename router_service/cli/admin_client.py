@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe.channels import open_channel
+from knnmoe.v1 import (
+    doctor_pb2_grpc,
+    memory_admin_pb2_grpc,
+    operations_pb2_grpc,
+    quantization_pb2_grpc,
+    retention_pb2_grpc,
+    snapshots_pb2_grpc,
+)
 from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1 import memory_admin_pb2_grpc
 from knnmoe.v1 import routing_pb2 as routing_pb
 
 from router_service.cli.admin_errors import AdminError, admin_error
@@ -30,6 +37,15 @@ class AdminClient:
         self._timeout_s = timeout_s
         self._channel = open_channel(target)
         self.admin = memory_admin_pb2_grpc.MemoryAdminServiceStub(self._channel)
+        self.doctor = doctor_pb2_grpc.DoctorServiceStub(self._channel)
+        self.quantization = quantization_pb2_grpc.QuantizationServiceStub(self._channel)
+        self.operations = operations_pb2_grpc.OperationServiceStub(self._channel)
+        self.retention = retention_pb2_grpc.RetentionServiceStub(self._channel)
+        self.snapshots = snapshots_pb2_grpc.SnapshotServiceStub(self._channel)
+
+    def at(self, target: str) -> AdminClient:
+        """A client of another service, as patient as this one."""
+        return AdminClient(target, self._timeout_s)
 
     def close(self) -> None:
         """Ends the connection."""
@@ -41,7 +57,7 @@ class AdminClient:
         with self._errors(timeout_s):
             return call(request, timeout=timeout_s)
 
-    def replies(self, call: Any, *, long: bool = False) -> Iterator[Any]:
+    def replies(self, call: Any, *, long: bool = False) -> Generator[Any, None, None]:
         """The replies of a started streaming call, each within the deadline. Raises AdminError."""
         timeout_s = self._reply_timeout_s(long)
         try:
@@ -67,7 +83,7 @@ class AdminClient:
             yield from replies
         finally:
             outbox.put(None)
-            replies.close()  # type: ignore[attr-defined]  # a generator
+            replies.close()
 
     def memory(self, name: str) -> routing_pb.MemoryDescription:
         """What a memory is. Raises AdminError."""

@@ -7,7 +7,15 @@ from enum import IntEnum
 import grpc
 from knnmoe.channels import ServiceError, service_error
 
-__all__ = ["AdminError", "BadInput", "ExitCode", "ServiceRefused", "Unreachable", "admin_error"]
+__all__ = [
+    "AdminError",
+    "BadInput",
+    "ExitCode",
+    "Interrupted",
+    "ServiceRefused",
+    "Unreachable",
+    "admin_error",
+]
 
 
 class ExitCode(IntEnum):
@@ -17,6 +25,7 @@ class ExitCode(IntEnum):
     REFUSED = 1
     BAD_INPUT = 2
     UNREACHABLE = 3
+    INTERRUPTED = 130
 
 
 class AdminError(Exception):
@@ -43,6 +52,12 @@ class Unreachable(AdminError):
     """Nobody answers at the target."""
 
     exit_code = ExitCode.UNREACHABLE
+
+
+class Interrupted(AdminError):
+    """Ctrl-C during a long operation, which then ended."""
+
+    exit_code = ExitCode.INTERRUPTED
 
 
 def admin_error(failed: grpc.RpcError, target: str, timeout_s: float | None) -> AdminError:

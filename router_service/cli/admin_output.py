@@ -10,8 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from knnmoe.v1 import operations_pb2 as operations_pb
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -46,10 +56,31 @@ class Output:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
+
+    @contextmanager
+    def operation(self) -> Iterator[Callable[[operations_pb.Operation], None]]:
+        """A bar on stderr when that is a terminal; yields the function that shows how far an operation is."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+
+            def show(now: operations_pb.Operation) -> None:
+                told, total = f"{now.kind}, {now.stage}", now.total or None
+                bar.update(task, description=told, completed=now.done, total=total)
+
+            yield show
 
 
 def _console() -> Console:
@@ -86,6 +117,11 @@ def plain(message: Any) -> dict[str, Any]:
 
 
 def _plain_field(field: Any, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return {
+            key: _plain_value(field.message_type.fields_by_name["value"], value[key])
+            for key in sorted(value)
+        }
     if field.is_repeated:
         return [_plain_value(field, item) for item in value]
     return _plain_value(field, value)
@@ -105,3 +141,27 @@ def _enum_name(enum: Any, number: int) -> str:
         return str(number)
     prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"
     return enum.values_by_number[number].name.removeprefix(prefix).lower()
+
+
+def parse_plain(document: Any, message: Message) -> None:
+    """Fills a message from what plain() made of one. Raises ValueError on what is no such thing."""
+    if not isinstance(document, dict):
+        raise ValueError(f"got {type(document).__name__}, expected an object")
+    fields = message.DESCRIPTOR.fields_by_name
+    named = {
+        name: _enum_number(fields[name].enum_type, value)
+        if name in fields and fields[name].enum_type is not None
+        else value
+        for name, value in document.items()
+    }
+    try:
+        json_format.ParseDict(named, message)
+    except json_format.ParseError as error:
+        raise ValueError(str(error)) from error
+
+
+def _enum_number(enum: Any, name: Any) -> int:
+    known = {_enum_name(enum, number): number for number in enum.values_by_number}
+    if name not in known:
+        raise ValueError(f"{enum.name}: got {ascii(name)[:50]}, expected one of {', '.join(known)}")
+    return int(known[name])

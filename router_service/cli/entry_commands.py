@@ -139,10 +139,12 @@ def export(
         bool, typer.Option("--force", help="Replace FILE when it is there, e.g. --force.")
     ] = False,
 ) -> None:
-    """Copy a memory's entries to a file, in a format that `upsert` reads.
+    """Copy a memory's entries to a file, in a format that `import` and `upsert` read.
 
-    Keys of cosine memories are stored, and so exported, with length 1. A safetensors file is put
-    together in RAM; Parquet and JSONL are written as the entries come.
+    Parquet and safetensors files also say which model and settings the memory has, so that `import`
+    needs nothing else. Entries are written as they come: a memory may be larger than RAM. A safetensors
+    file takes twice its size on disk until it is whole. Keys of cosine memories are stored, and so
+    exported, with length 1.
 
     Example:
       router-admin export bible bible.parquet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from knnmoe.v1 import memory_admin_pb2 as pb
@@ -15,6 +16,7 @@ from router_service.cli.admin_client import AdminClient
 from router_service.cli.admin_errors import BadInput, ServiceRefused
 from router_service.cli.entry_files import EntryBatch, EntryShape, FileError, format_of, open_writer
 from router_service.cli.entry_files.batches import EntryReader, EntryWriter, regroup
+from router_service.cli.file_description import FileDescription, metadata_for
 from router_service.memory_settings import Kind
 from router_service.rpc import codec
 
@@ -25,7 +27,7 @@ _KINDS = {
 }
 
 
-def shape_of(memory: routing_pb.MemoryDescription) -> EntryShape:
+def shape_of(memory: routing_pb.MemoryDescription | FileDescription) -> EntryShape:
     """What the entries of a memory look like."""
     model = memory.fingerprint
     kind = _KINDS[memory.settings.kind]
@@ -112,9 +114,10 @@ def download(
     """Writes the entries of layers to a new file, which appears when it is whole. Returns the counts by layer."""
     partial = file.with_name(file.name + ".partial")
     try:
-        writer = open_writer(partial, shape_of(memory), format_of(file))
-        counts = {n: _download_layer(client, memory, n, writer, advance) for n in layers}
-        writer.finish()
+        writer = open_writer(partial, shape_of(memory), format_of(file), metadata_for(memory))
+        with closing(writer):
+            counts = {n: _download_layer(client, memory, n, writer, advance) for n in layers}
+            writer.finish()
         partial.replace(file)
     except FileError as error:
         raise BadInput(str(error)) from error

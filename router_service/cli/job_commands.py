@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,20 +10,15 @@ import typer
 from knnmoe.v1 import memory_admin_pb2 as pb
 from rich.console import Console
 
-from router_service.cli.admin_errors import ExitCode
+from router_service.backends.base import Quantization
+from router_service.cli.admin_errors import BadInput, ExitCode
 from router_service.cli.admin_options import MemoryName
 from router_service.cli.admin_output import plain, table
 from router_service.cli.admin_session import session_of
 from router_service.cli.calibration_inputs import read_inputs
+from router_service.cli.operation_stream import followed
 
 SERVICES = ("knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
-
-
-class QuantizationName(StrEnum):
-    """How search keys are compressed."""
-
-    NONE = "none"
-    INT8 = "int8"
 
 
 def calibrate(
@@ -88,9 +82,13 @@ def optimize(
     context: typer.Context,
     name: MemoryName,
     quantization: Annotated[
-        QuantizationName,
-        typer.Option(help="Compression of the search keys; results are rescored, e.g. int8."),
-    ] = QuantizationName.NONE,
+        Quantization | None,
+        typer.Option(
+            help="Compression of the search keys, e.g. int8; results are rescored. When not given each layer "
+            "keeps its own. `quantize` says more and measures.",
+            show_default=False,
+        ),
+    ] = None,
     layer: Annotated[
         list[int] | None,
         typer.Option(
@@ -99,7 +97,7 @@ def optimize(
         ),
     ] = None,
 ) -> None:
-    """Build the search index of a memory's layers. The service answers meanwhile.
+    """Build the search index of a memory's layers. The service answers meanwhile; Ctrl-C ends it.
 
     Example:
       router-admin optimize bible --quantization int8
@@ -107,13 +105,13 @@ def optimize(
 
     """
     session = session_of(context)
-    memory = session.client.memory(name)
-    request = pb.OptimizeRequest(memory=name, layers=layer, quantization=quantization.value)
-    rows: list[dict[str, Any]] = []
-    with session.output.progress("optimizing layers", len(layer or memory.layers)) as advance:
-        for reply in session.client.replies(session.client.admin.Optimize(request), long=True):
-            rows.append(plain(reply.layer) | {"elapsed_s": round(reply.elapsed_s, 3)})
-            advance(1)
+    request = pb.OptimizeRequest(memory=name, layers=layer, quantization=quantization or "")
+    replies = followed(session, session.client.admin.Optimize, request)
+    rows = [
+        plain(reply.layer) | {"elapsed_s": round(reply.elapsed_s, 3)}
+        for reply in replies
+        if reply.HasField("layer")
+    ]
     columns = ("layer", "entries", "indexed_entries", "quantization", "elapsed_s")
     cells = [[row[column] for column in columns] for row in rows]
     session.output.emit(
@@ -124,13 +122,13 @@ def optimize(
 def stats(
     context: typer.Context,
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="[NAME]",
             help="Only this memory, e.g. bible; all when left out.",
             show_default=False,
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Show what the service holds and what it has done since it started.
 
@@ -139,6 +137,8 @@ def stats(
       router-admin --json stats bible
 
     """
+    if name == "":  # to the service: all
+        raise BadInput("NAME: got '', expected the name of a memory, or nothing for all")
     session = session_of(context)
     reply = session.client.unary(session.client.admin.Stats, pb.StatsRequest(memory=name))
     document = plain(reply)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from router_service.cli import admin_options as options
 from router_service.cli.admin_errors import BadInput
 from router_service.cli.admin_output import plain, table
 from router_service.cli.admin_session import Session, session_of
+from router_service.cli.confirmation import confirm
 from router_service.cli.help_text import ExampleCommand
 
 app = typer.Typer(
@@ -188,7 +188,7 @@ def delete(
     """
     session = session_of(context)
     if not yes:
-        _confirm(session, name)
+        confirm("delete", lambda: _question(session, name))
     request = pb.DeleteMemoryRequest(memory=name)
     entries = session.client.unary(session.client.admin.DeleteMemory, request, long=True).entries
     session.output.emit(
@@ -216,18 +216,10 @@ def _pick(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: given[name] for name in names}
 
 
-def _confirm(session: Session, name: str) -> None:
-    if not _on_terminal():
-        raise BadInput(
-            "delete asks before it removes anything, and stdin is no terminal; pass --yes"
-        )
+def _question(session: Session, name: str) -> str:
     memory = session.client.memory(name)
     entries = sum(layer.entries for layer in memory.layers)
-    typer.confirm(f"Delete memory {name} with {entries} entries?", abort=True, err=True)
-
-
-def _on_terminal() -> bool:
-    return sys.stdin.isatty()
+    return f"Delete memory {name} with {entries} entries?"
 
 
 def _summary(memory: routing_pb.MemoryDescription) -> list[object]:

@@ -21,7 +21,6 @@ app = typer.Typer(
     cls=ExampleGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
 )
 
@@ -73,6 +72,12 @@ def serve(
     max_message_bytes: Annotated[int | None, typer.Option(help=_help("max_message_bytes"))] = None,
     flush_interval_s: Annotated[float | None, typer.Option(help=_help("flush_interval_s"))] = None,
     drain_s: Annotated[float | None, typer.Option(help=_help("drain_s"))] = None,
+    min_free_mib: Annotated[int | None, typer.Option(help=_help("min_free_mib"))] = None,
+    workers: Annotated[int | None, typer.Option(help=_help("workers"))] = None,
+    isolate_above_mib: Annotated[int | None, typer.Option(help=_help("isolate_above_mib"))] = None,
+    optimize_above_mib: Annotated[
+        int | None, typer.Option(help=_help("optimize_above_mib"))
+    ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
 ) -> None:

@@ -164,6 +164,7 @@ def _continue(memory: RoutingMemory, old: RoutingMemory) -> None:
     memory.version = old.version + 1
     for layer, before in zip(memory.layers, old.layers, strict=True):
         layer.counters = before.counters
+        layer.hits.add(before.hits.counts())
 
 
 def _present(store: MemoryStore, name: str) -> MemoryRecord | None:

@@ -3,6 +3,7 @@
     DATA/memories/NAME/memory.json            the manifest; replacing it is the moment of a change
     DATA/memories/NAME/layer-LLL              the layers of a memory that was created here
     DATA/memories/NAME/restored-MS/layer-LLL  those of one that was restored; MS is its created_unix_ms in memory.json
+    .../hits-LLL.npz                          beside a layer: how often its entries were retrieved
 
 What the manifest does not lead to is what a crash left behind, or what was replaced.
 """
@@ -13,7 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from router_service.backends.disk import remove_tree
+from router_service.backends.disk import remove_durably, remove_tree
 from router_service.routing_memory import MemoryRecord
 
 
@@ -27,6 +28,11 @@ def home_of(memories: Path | None, record: MemoryRecord) -> str:
     if memories is None or not (restored := restored_directory(memories, record)).is_dir():
         return record.name
     return f"{record.name}/{restored.name}"
+
+
+def hits_file(layer: int) -> str:
+    """Name of the file of a layer's hit counts, which lies beside its directory."""
+    return f"hits-{layer:03d}.npz"
 
 
 def stamped(memories: Path, record: MemoryRecord, present: MemoryRecord | None) -> MemoryRecord:
@@ -46,5 +52,7 @@ def remove_strays(memories: Path, record: MemoryRecord) -> None:
     strays = [path for path in restored.parent.glob("restored-*") if path != restored]
     if restored.is_dir():
         strays += restored.parent.glob("layer-*")
+        for path in restored.parent.glob("hits-*.npz"):
+            remove_durably(path)
     for path in strays:
         remove_tree(path)

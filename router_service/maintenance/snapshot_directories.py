@@ -19,7 +19,14 @@ from pathlib import Path
 
 from router_service.backends.boundary import storage_call
 from router_service.backends.disk import DirectoryLock, fsync_directory, fsync_tree, remove_tree
-from router_service.errors import Busy, DirectoryInUse, InvalidField, SnapshotInvalid
+from router_service.errors import (
+    Busy,
+    DirectoryInUse,
+    InvalidField,
+    SnapshotInvalid,
+    SnapshotNotFound,
+    shorten,
+)
 from router_service.maintenance.snapshot_manifest import NAME, SnapshotManifest, read_manifest
 from router_service.routing_memory import MemoryRecord
 
@@ -55,19 +62,32 @@ def list_snapshots(snapshots_dir: Path, memory_name: str | None = None) -> list[
         for home in homes:
             _sweep_unless_in_use(home)
         paths = [path for home in homes for path in home.iterdir() if path.is_dir()]
-    infos = [_info_or_problem(path) for path in paths if NAME.fullmatch(path.name)]
+    infos = [describe(path) for path in paths if NAME.fullmatch(path.name)]
     return sorted(infos, key=lambda info: (info.memory, info.created_unix_ms, info.name))
 
 
 def find(snapshots_dir: Path, memory_name: str, snapshot_name: str) -> Path:
-    """The directory of a snapshot. Raises InvalidField when there is none of that name."""
+    """The directory of a snapshot. Raises SnapshotNotFound when there is none of that name."""
     require_name("memory", memory_name)
     path = snapshots_dir / memory_name / snapshot_name
     if not NAME.fullmatch(snapshot_name) or not path.is_dir():
         have = [info.name for info in list_snapshots(snapshots_dir, memory_name)][-20:]
         known = ", ".join(have) or "none; make one first"
-        raise InvalidField("snapshot", snapshot_name, f"a snapshot of {memory_name!r}: {known}")
+        raise SnapshotNotFound(
+            f"snapshot {shorten(snapshot_name)} not found; memory {memory_name!r} has: {known}"
+        )
     return path
+
+
+def remove(path: Path) -> SnapshotInfo:
+    """Removes a snapshot; after a crash all of it is there, or none of it is listed. Raises Busy or StorageError."""
+    info = describe(path)
+    with exclusive(path.parent) as home, storage_call(f"delete {path}"):
+        doomed = home / f"{_PARTIAL}{path.name}"
+        path.rename(doomed)
+        fsync_directory(home)
+        remove_tree(doomed)
+    return info
 
 
 @contextmanager
@@ -157,7 +177,8 @@ def info_of(path: Path, manifest: SnapshotManifest) -> SnapshotInfo:
     )
 
 
-def _info_or_problem(path: Path) -> SnapshotInfo:
+def describe(path: Path) -> SnapshotInfo:
+    """What a list says about whatever is at `path`."""
     try:
         return info_of(path, read_manifest(path))
     except SnapshotInvalid as error:

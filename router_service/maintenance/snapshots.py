@@ -19,12 +19,14 @@ from router_service.maintenance.adoption import adopt, require_room, retire, sta
 from router_service.maintenance.snapshot_archive import pack, unpack
 from router_service.maintenance.snapshot_directories import (
     SnapshotInfo,
+    describe,
     exclusive,
     find,
     finish,
     free_name,
     info_of,
     list_snapshots,
+    remove,
     unfinished,
 )
 from router_service.maintenance.snapshot_files import Report, say_nothing
@@ -42,9 +44,11 @@ __all__ = [
     "Report",
     "SnapshotInfo",
     "create",
+    "describe",
     "find",
     "list_snapshots",
     "pack",
+    "remove",
     "restore",
     "unpack",
     "verify",

@@ -229,6 +229,13 @@ def encode_fingerprint(fingerprint: ModelFingerprint) -> types_pb.ModelFingerpri
     )
 
 
+def decode_fsync(durability: int) -> bool:
+    """Whether to flush before the acknowledgement; a durability that this version does not know is refused."""
+    if durability not in admin_pb.Durability.values():
+        raise InvalidField("durability", durability, ", ".join(admin_pb.Durability.keys()[1:]))
+    return durability == admin_pb.DURABILITY_FSYNC
+
+
 def decode_changes(message: types_pb.MemorySettings) -> dict[str, Any]:
     """The settings that a message sets. Raises InvalidField on an enum number that means nothing."""
     changes: dict[str, Any] = {
@@ -284,7 +291,7 @@ def encode_layer(memory: RoutingMemory, number: int) -> routing_pb.LayerDescript
         layer=number,
         entries=info.entries,
         indexed_entries=info.indexed_entries,
-        quantization=info.quantization.value,
+        quantization=info.compression.label,
     )
 
 

@@ -6,18 +6,22 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import memory_admin_pb2_grpc
 
 from router_service import __version__, checks
-from router_service.backends.base import Quantization
 from router_service.errors import InvalidField
+from router_service.maintenance.optimizing import optimized
 from router_service.memory_store import MemoryStore
+from router_service.operations import Operations
 from router_service.routing_memory import LayerCalibration, RoutingMemory
 from router_service.rpc import codec
 from router_service.rpc.interceptors import Permits
+from router_service.rpc.operations import encoded
+from router_service.rpc.quantization import decode_compression
 
 DEFAULT_EXPORT_BATCH = 512
 DEFAULT_SAMPLE = 1000
@@ -29,8 +33,8 @@ EXPORT_BYTES = 4 * 1024 * 1024
 class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     """Create, list, describe, delete, fill, count, export, calibrate, optimize."""
 
-    def __init__(self, store: MemoryStore, permits: Permits) -> None:
-        self._store, self._permits = store, permits
+    def __init__(self, store: MemoryStore, operations: Operations, permits: Permits) -> None:
+        self._store, self._operations, self._permits = store, operations, permits
         self._started = time.monotonic()
 
     def CreateMemory(  # noqa: N802
@@ -80,7 +84,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         for request in request_iterator:
             memory = self._store.get(request.memory)
             entries = codec.decode_entries(request.entries, memory.record.settings.kind)
-            fsync = _fsync(request.durability)
+            fsync = codec.decode_fsync(request.durability)
             memory.upsert(request.layer, request.model_digest, entries, fsync=fsync)
             yield pb.UpsertResponse(request_id=request.request_id, upserted=len(entries))
 
@@ -141,15 +145,14 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> Iterator[pb.OptimizeResponse]:
         """Indexes layer after layer."""
         memory = self._store.get(request.memory)
-        quantization = _quantization(request.quantization)
-        numbers = list(request.layers) or range(len(memory.layers))
-        layers = [memory.layer(number) for number in numbers]
-        for layer in layers:
-            started = time.monotonic()
-            layer.optimize(quantization)
-            yield pb.OptimizeResponse(
-                layer=codec.encode_layer(memory, layer.layer), elapsed_s=time.monotonic() - started
-            )
+        compression = decode_compression(
+            "quantization", request.quantization, memory.record.fingerprint.hidden_size
+        )
+        layers = memory.chosen_layers(request.layers)
+        steps = self._operations.run(
+            "optimize", request.memory, lambda report: optimized(layers, compression, report)
+        )
+        return encoded(steps, pb.OptimizeResponse, lambda done: _encode_optimized(memory, *done))
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """What the service holds and did since it started."""
@@ -163,13 +166,6 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             service_version=__version__,
             in_flight=self._permits.in_flight,
         )
-
-
-def _fsync(durability: int) -> bool:
-    """Whether to flush before the acknowledgement; a durability that this version does not know is refused."""
-    if durability not in pb.Durability.values():
-        raise InvalidField("durability", durability, ", ".join(pb.Durability.keys()[1:]))
-    return durability == pb.DURABILITY_FSYNC
 
 
 def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[LayerCalibration]:
@@ -213,11 +209,8 @@ def _gamma_with(memory: RoutingMemory, results: list[LayerCalibration]) -> tuple
     return tuple(gamma)
 
 
-def _quantization(name: str) -> Quantization:
-    try:
-        return Quantization(name or "none")
-    except ValueError:
-        raise InvalidField("quantization", name, "one of " + ", ".join(Quantization)) from None
+def _encode_optimized(memory: RoutingMemory, layer: int, elapsed_s: float) -> dict[str, Any]:
+    return {"layer": codec.encode_layer(memory, layer), "elapsed_s": elapsed_s}
 
 
 def _export_batch(memory: RoutingMemory, asked: int) -> int:
@@ -229,7 +222,7 @@ def _export_batch(memory: RoutingMemory, asked: int) -> int:
 def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
     stats = pb.MemoryStats(memory=memory.record.name)
     for layer in memory.layers:
-        info, counters = layer.info(), layer.counters.read()
+        info, counters, hits = layer.info(), layer.counters.read(), layer.hits.summary()
         stats.layers.add(
             layer=layer.layer,
             entries=info.entries,
@@ -239,6 +232,8 @@ def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
             tokens_abstained=counters.abstained,
             mean_lambda=counters.lambda_sum / max(1, counters.tokens),
             mean_search_ms=counters.search_ns / 1e6 / max(1, counters.requests),
+            hits=hits.total,
+            entries_never_hit=max(0, info.entries - hits.entries),
         )
     return stats
 

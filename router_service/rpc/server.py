@@ -14,14 +14,28 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from knnmoe.channels import message_size_options
-from knnmoe.v1 import memory_admin_pb2_grpc, routing_pb2_grpc
+from knnmoe.v1 import doctor_pb2_grpc, memory_admin_pb2_grpc, routing_pb2_grpc
+from knnmoe.v1.operations_pb2_grpc import add_OperationServiceServicer_to_server as add_operations
+from knnmoe.v1.quantization_pb2_grpc import (
+    add_QuantizationServiceServicer_to_server as add_quantization,
+)
+from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server as add_retention
+from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
 from router_service.backends.base import Backend
 from router_service.errors import InvalidField, StorageError
+from router_service.maintenance.snapshot_shelf import SnapshotShelf
+from router_service.maintenance.upkeep import Upkeep
 from router_service.memory_store import MemoryStore
+from router_service.operations import Operations
+from router_service.rpc.doctor import DoctorService
 from router_service.rpc.interceptors import Guard, Permits
 from router_service.rpc.memory_admin import MemoryAdminService
+from router_service.rpc.operations import OperationService
+from router_service.rpc.quantization import QuantizationService
+from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
+from router_service.rpc.snapshots import SnapshotService
 from router_service.settings import BackendName, ServiceSettings
 
 log = logging.getLogger(__name__)
@@ -30,7 +44,15 @@ log = logging.getLogger(__name__)
 SPARE_THREADS = 8
 # After drain_s: how often calls are cancelled that are still there.
 CANCEL_AGAIN_S = 1.0
-_SERVICES = ("", "knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
+# How long the stop waits for cancelled operations; they look up a few times a second.
+OPERATIONS_END_S = 30.0
+_SERVICES = (
+    "",
+    *(
+        f"knnmoe.v1.{name}Service"
+        for name in ("Routing", "MemoryAdmin", "Operation", "Retention", "Snapshot", "Doctor", "Quantization")
+    ),
+)
 
 
 class RoutingServer:
@@ -41,19 +63,26 @@ class RoutingServer:
         _check_address(settings)
         self._permits = Permits(settings.max_in_flight)
         self._backend = _backend(settings)
-        self._store = MemoryStore(self._backend, _memories_dir(settings))
+        self._store = MemoryStore(self._backend, _on_disk(settings, "memories"))
+        self._operations = Operations()
+        self._shelf = SnapshotShelf(
+            self._store, _on_disk(settings, "snapshots"), settings.min_free_bytes
+        )
         self._health = health.HealthServicer()
         self._grpc = self._make_server()
         self._stopping = threading.Event()
+        self._upkeep = Upkeep(self._store, settings.optimize_above_mib << 20)
         self._flusher = threading.Thread(target=self._flush_often, name="flush", daemon=True)
         self.address = settings.listen
 
     def start(self) -> None:
         """Raises StorageError when the data cannot be opened or the address is taken."""
         self._store.open_all()
+        self._shelf.sweep()
         self.address = self._bind()
         self._grpc.start()
         self._flusher.start()
+        self._upkeep.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         names = ", ".join(self._store.names()) or "none yet"
         log.info("serving on %s; memories: %s", self.address, names)
@@ -63,7 +92,11 @@ class RoutingServer:
         self._stopping.set()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._permits.close()
+        self._operations.close()
         self._drain()
+        if not self._operations.join(OPERATIONS_END_S):
+            log.warning("an operation does not end; closing the memories under it")
+        self._upkeep.stop()
         if self._flusher.is_alive():
             self._flusher.join()
         with closing(self._backend):
@@ -90,8 +123,17 @@ class RoutingServer:
             ],
         )
         routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingService(self._store), server)
-        admin = MemoryAdminService(self._store, self._permits)
+        admin = MemoryAdminService(self._store, self._operations, self._permits)
         memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
+        doctor = DoctorService(self._store, self.settings.min_free_bytes)
+        doctor_pb2_grpc.add_DoctorServiceServicer_to_server(doctor, server)
+        quantization = QuantizationService(
+            self._store, self._operations, self.settings.min_free_bytes
+        )
+        add_quantization(quantization, server)
+        add_operations(OperationService(self._operations), server)
+        add_retention(RetentionService(self._store, self._operations), server)
+        add_snapshots(SnapshotService(self._shelf, self._operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server
 
@@ -128,11 +170,16 @@ def _backend(settings: ServiceSettings) -> Backend:
         return ExactBackend()
     from router_service.backends.edge import EdgeBackend
 
-    return EdgeBackend(settings.data / "memories")
+    return EdgeBackend(
+        settings.data / "memories",
+        min_free_bytes=settings.min_free_bytes,
+        isolate_above_bytes=settings.isolate_above_mib << 20,
+        workers=settings.workers,
+    )
 
 
-def _memories_dir(settings: ServiceSettings) -> Path | None:
-    return None if settings.backend is BackendName.EXACT else settings.data / "memories"
+def _on_disk(settings: ServiceSettings, name: str) -> Path | None:
+    return None if settings.backend is BackendName.EXACT else settings.data / name
 
 
 def _check_address(settings: ServiceSettings) -> None:

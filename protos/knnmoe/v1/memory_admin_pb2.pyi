@@ -1,3 +1,4 @@
+from knnmoe.v1 import operations_pb2 as _operations_pb2
 from knnmoe.v1 import routing_pb2 as _routing_pb2
 from knnmoe.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
@@ -211,12 +212,14 @@ class OptimizeRequest(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class OptimizeResponse(_message.Message):
-    __slots__ = ("layer", "elapsed_s")
+    __slots__ = ("layer", "elapsed_s", "operation")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
     layer: _routing_pb2.LayerDescription
     elapsed_s: float
-    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+    operation: _operations_pb2.Operation
+    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ("memory",)
@@ -247,7 +250,7 @@ class MemoryStats(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ...) -> None: ...
 
 class LayerStats(_message.Message):
-    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms")
+    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms", "hits", "entries_never_hit")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +259,8 @@ class LayerStats(_message.Message):
     TOKENS_ABSTAINED_FIELD_NUMBER: _ClassVar[int]
     MEAN_LAMBDA_FIELD_NUMBER: _ClassVar[int]
     MEAN_SEARCH_MS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_NEVER_HIT_FIELD_NUMBER: _ClassVar[int]
     layer: int
     entries: int
     disk_bytes: int
@@ -264,4 +269,6 @@ class LayerStats(_message.Message):
     tokens_abstained: int
     mean_lambda: float
     mean_search_ms: float
-    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ...) -> None: ...
+    hits: int
+    entries_never_hit: int
+    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ..., hits: _Optional[int] = ..., entries_never_hit: _Optional[int] = ...) -> None: ...

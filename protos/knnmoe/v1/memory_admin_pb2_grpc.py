@@ -154,7 +154,7 @@ class MemoryAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Optimize(self, request, context):
-        """Builds the HNSW index and the quantized search keys of a memory's layers; one response per finished layer.
+        """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

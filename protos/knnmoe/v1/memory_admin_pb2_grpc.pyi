@@ -47,7 +47,7 @@ class MemoryAdminServiceStub:
     Calibrate: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.CalibrateRequest, _memory_admin_pb2.CalibrateResponse]
     """Sets gamma per layer so that the similarity at the median distance to the nearest key is lambda0."""
     Optimize: _grpc.UnaryStreamMultiCallable[_memory_admin_pb2.OptimizeRequest, _memory_admin_pb2.OptimizeResponse]
-    """Builds the HNSW index and the quantized search keys of a memory's layers; one response per finished layer."""
+    """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
     Stats: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.StatsRequest, _memory_admin_pb2.StatsResponse]
 
 @_typing.type_check_only
@@ -69,7 +69,7 @@ class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
     Calibrate: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.CalibrateRequest, _memory_admin_pb2.CalibrateResponse]  # type: ignore[assignment]
     """Sets gamma per layer so that the similarity at the median distance to the nearest key is lambda0."""
     Optimize: _aio.UnaryStreamMultiCallable[_memory_admin_pb2.OptimizeRequest, _memory_admin_pb2.OptimizeResponse]  # type: ignore[assignment]
-    """Builds the HNSW index and the quantized search keys of a memory's layers; one response per finished layer."""
+    """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
     Stats: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.StatsRequest, _memory_admin_pb2.StatsResponse]  # type: ignore[assignment]
 
 class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -148,7 +148,7 @@ class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_admin_pb2.OptimizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_memory_admin_pb2.OptimizeResponse], _abc.AsyncIterator[_memory_admin_pb2.OptimizeResponse]]:
-        """Builds the HNSW index and the quantized search keys of a memory's layers; one response per finished layer."""
+        """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
 
     @_abc_1.abstractmethod
     def Stats(

@@ -84,6 +84,10 @@ class EntryWriter(Protocol):
         """Completes the file. Raises FileError."""
         ...
 
+    def close(self) -> None:
+        """Gives the files back; without finish() what was written is worth nothing. Closing twice is allowed."""
+        ...
+
 
 def regroup(batches: Iterable[EntryBatch], limit: int) -> Iterator[EntryBatch]:
     """The same entries in batches of `limit` per layer, or less at the end: rows of several layers may be mixed."""

@@ -98,6 +98,10 @@ class JsonlWriter:
 
     def finish(self) -> None:
         """See EntryWriter.finish."""
+        self.close()
+
+    def close(self) -> None:
+        """See EntryWriter.close."""
         self._file.close()
 
     def _value(self, value: F32) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -43,8 +43,9 @@ class ParquetReader:
         self.path = path
         self._shape, self._default_layer = shape, default_layer
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, pre_buffer=False)  # a file may be larger than RAM
             fields.check_names(dict.fromkeys(self._file.schema_arrow.names, True), shape.kind)
+            _check_lists(self._file.schema_arrow, shape)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FileError(path, "", f"not a Parquet file of entries: {error}") from error
         self.total = self._file.metadata.num_rows
@@ -108,8 +109,7 @@ class ParquetReader:
 
 def matrix(name: str, column: pa.Array, width: int, of: str) -> F32:
     """A column of lists of `width` finite numbers as f32 [n, width]. Raises _BadRow, or ValueError on a wrong type."""
-    if not (_is_list(column.type) and _is_number(column.type.value_type)):
-        raise ValueError(f"{name}: got {column.type}, expected a list of numbers")
+    _require_numbers(name, column.type)
     lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != width)
     if len(wrong):
@@ -128,9 +128,10 @@ def matrix(name: str, column: pa.Array, width: int, of: str) -> F32:
 class ParquetWriter:
     """See EntryWriter."""
 
-    def __init__(self, path: Path, shape: EntryShape) -> None:
+    def __init__(self, path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> None:
         self._shape = shape
-        self._writer = pq.ParquetWriter(path, schema_of(shape), compression="zstd")
+        schema = schema_of(shape).with_metadata(dict(metadata))
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
 
     def write(self, layer: int, entries: Entries) -> None:
         """See EntryWriter.write."""
@@ -145,6 +146,10 @@ class ParquetWriter:
 
     def finish(self) -> None:
         """See EntryWriter.finish."""
+        self.close()
+
+    def close(self) -> None:
+        """See EntryWriter.close."""
         self._writer.close()
 
     def _values(self, values: F32) -> dict[str, pa.Array]:
@@ -190,6 +195,24 @@ def _provenance_columns(origins: Sequence[Provenance]) -> dict[str, list[Any]]:
     return {field.name: [row[field.name] for row in rows] for field in dataclass_fields(Provenance)}
 
 
+def _check_lists(schema: pa.Schema, shape: EntryShape) -> None:
+    """Raises ValueError when the types alone say that no row can be used; lists of any length are seen row by row."""
+    if shape.kind is Kind.LOGIT_DELTA:
+        widths = {"value": (shape.num_experts, "num_experts")}
+    else:
+        widths = {"experts": (shape.top_k, "top_k"), "weights": (shape.top_k, "top_k")}
+    for name, (width, of) in ({"key": (shape.hidden_size, "hidden_size")} | widths).items():
+        kind = schema.field(name).type
+        _require_numbers(name, kind)
+        if pa.types.is_fixed_size_list(kind) and kind.list_size != width:
+            raise ValueError(f"{name}: got {kind.list_size}, expected {width} numbers ({of})")
+
+
+def _require_numbers(name: str, kind: pa.DataType) -> None:
+    if not (_is_list(kind) and _is_number(kind.value_type)):
+        raise ValueError(f"{name}: got {kind}, expected a list of numbers")
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -198,3 +221,12 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The file's own key-value metadata. Raises FileError."""
+    try:
+        pairs: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
+        return {key.decode(): text.decode() for key, text in pairs.items()}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise FileError(path, "", f"not a Parquet file of entries: {error}") from error

@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from router_service.arrays import F32, U64, AnyArray, Entries, Provenance
+from router_service.arrays import F32, U64, Entries, Provenance
 from router_service.cli.entry_files import fields
 from router_service.cli.entry_files.batches import (
     EntryBatch,
@@ -27,7 +24,6 @@ from router_service.cli.entry_files.batches import (
 from router_service.cli.entry_files.tensor_file import TensorFile
 from router_service.memory_settings import Kind
 
-FORMAT = "knnmoe-entries-1"
 _NAME = re.compile(r"layers\.(\d{1,5})\.(ids|keys|values|experts|weights)")
 
 
@@ -172,50 +168,6 @@ class SafetensorsReader:
 
     def _error(self, layer: int, problem: str) -> FileError:
         return FileError(self.path, "", f"layers.{layer}.{problem}")
-
-
-class SafetensorsWriter:
-    """See EntryWriter. Holds everything until finish(): for much, write Parquet."""
-
-    def __init__(self, path: Path, shape: EntryShape) -> None:
-        self._path, self._shape = path, shape
-        self._parts: dict[int, list[Entries]] = {}
-
-    def write(self, layer: int, entries: Entries) -> None:
-        """See EntryWriter.write."""
-        self._parts.setdefault(layer, []).append(entries)
-
-    def finish(self) -> None:
-        """See EntryWriter.finish."""
-        tensors: dict[str, AnyArray] = {}
-        metadata = {"format": FORMAT}
-        for layer, parts in self._parts.items():
-            tensors[f"layers.{layer}.ids"] = np.concatenate([part.ids for part in parts])
-            tensors[f"layers.{layer}.keys"] = np.concatenate([part.keys for part in parts])
-            values = np.concatenate([part.values for part in parts])
-            tensors |= self._value_tensors(layer, values)
-            origins = [origin for part in parts for origin in part.provenance]
-            metadata[f"layers.{layer}.provenance"] = _columns_of(origins)
-        try:
-            save_file(tensors, self._path, metadata=metadata)
-        except SafetensorError as error:
-            raise FileError(
-                self._path, "", f"{error}; a large memory needs Parquet, e.g. FILE.parquet"
-            ) from error
-
-    def _value_tensors(self, layer: int, values: F32) -> dict[str, AnyArray]:
-        if self._shape.kind is Kind.LOGIT_DELTA:
-            return {f"layers.{layer}.values": values}
-        half = self._shape.top_k
-        return {
-            f"layers.{layer}.experts": np.ascontiguousarray(values[:, :half].astype(np.int32)),
-            f"layers.{layer}.weights": np.ascontiguousarray(values[:, half:]),
-        }
-
-
-def _columns_of(origins: Sequence[Provenance]) -> str:
-    rows = [asdict(origin) for origin in origins]
-    return json.dumps({name: [row[name] for row in rows] for name in fields.PROVENANCE_FIELDS})
 
 
 def _rows_of(columns: Any, count: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from knnmoe.tensors import widen_bf16
 from router_service.arrays import AnyArray
 from router_service.cli.entry_files.batches import FileError
 
-_MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -40,7 +40,7 @@ class TensorFile:
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                if not 0 < size <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
+                if not 0 < size <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
                     raise ValueError(f"header of {size} bytes in a file of {path.stat().st_size}")
                 header = json.loads(file.read(size))
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}

@@ -14,6 +14,7 @@ from router_service.backends import edge_engine
 from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
 from router_service.backends.boundary import storage_call
 from router_service.backends.edge_engine import EngineShard, search_request
+from router_service.backends.edge_points import Record
 from router_service.errors import (
     CorruptMemory,
     DirectoryInUse,
@@ -104,6 +105,9 @@ def engine_calls(shard: EngineShard, directory: Path) -> dict[str, object]:
     return {
         "create": lambda: EngineShard.create(directory / "new", SPEC, 1),
         "load": lambda: EngineShard.load(directory, SPEC, Quantization.NONE, 1),
+        "load_as_it_is": lambda: EngineShard.load_as_it_is(directory, SPEC),
+        "pages": lambda: list(shard.pages(2, payloads=True)),
+        "put": lambda: shard.put([Record(1, {}, [0.0] * SPEC.dimension)]),
         "upsert": lambda: shard.upsert(THREE, 0),
         "delete": lambda: shard.delete(THREE.ids),
         "search": lambda: shard.search(THREE.keys, 1, SearchOptions(), [None] * 3),

@@ -25,6 +25,7 @@ from router_service.errors import (
     MemoryExists,
     MemoryNotFound,
     ModelMismatch,
+    SnapshotNotFound,
     StorageError,
 )
 from router_service.layer_memory import RouteQuery
@@ -111,7 +112,7 @@ def test_names_that_are_refused(
     with pytest.raises(InvalidField, match="snapshot"):
         snapshots.create(store, "bible", shelf, name, min_free_bytes=0)
     if name != "monday":
-        with pytest.raises(InvalidField, match="monday"):
+        with pytest.raises(SnapshotNotFound, match="monday"):
             snapshots.find(shelf, "bible", name)
     assert [info.name for info in snapshots.list_snapshots(shelf)] == ["monday"]
 

@@ -1,0 +1,97 @@
+"""`router-admin operations`: list, show, cancel."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from knnmoe.v1 import operations_pb2 as pb
+
+from router_service.cli.admin_output import plain, table
+from router_service.cli.admin_session import session_of
+from router_service.cli.help_text import ExampleCommand
+
+app = typer.Typer(
+    help="Look at and cancel long operations: optimize, prune, snapshots.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+OperationId = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="Id of the operation, e.g. 5f0c11d2.", show_default=False),
+]
+
+
+@app.command("list", cls=ExampleCommand)
+def list_operations(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Only operations on this memory, e.g. bible; all when left out.",
+            show_default=False,
+        ),
+    ] = "",
+) -> None:
+    """List the operations that run and the last 100 that ended, oldest first.
+
+    Example:
+      router-admin operations list
+      router-admin --json operations list bible
+
+    """
+    session = session_of(context)
+    request = pb.ListOperationsRequest(memory=name)
+    reply = session.client.unary(session.client.operations.ListOperations, request)
+    columns = ("id", "kind", "memory", "state", "stage", "done", "started", "took_s")
+    rows = [_summary(operation) for operation in reply.operations]
+    session.output.emit(plain(reply), lambda console: console.print(table(columns, rows)))
+
+
+@app.command("show", cls=ExampleCommand)
+def show(context: typer.Context, operation_id: OperationId) -> None:
+    """Show one operation: how far it is, or how it ended.
+
+    Example:
+      router-admin operations show 5f0c11d2
+
+    """
+    session = session_of(context)
+    request = pb.GetOperationRequest(id=operation_id)
+    reply = session.client.unary(session.client.operations.GetOperation, request)
+    document = plain(reply.operation)
+    rows = list(document.items())
+    session.output.emit(document, lambda console: console.print(table(("operation", ""), rows)))
+
+
+@app.command("cancel", cls=ExampleCommand)
+def cancel(context: typer.Context, operation_id: OperationId) -> None:
+    """Ask an operation to end. It does within moments, and leaves a sound state.
+
+    Example:
+      router-admin operations cancel 5f0c11d2
+
+    """
+    session = session_of(context)
+    request = pb.CancelOperationRequest(id=operation_id)
+    reply = session.client.unary(session.client.operations.CancelOperation, request)
+    document = plain(reply.operation)
+    running = reply.operation.state == pb.OPERATION_STATE_RUNNING
+    ended = f"had ended already: {document['state']}"
+    line = f"operation {operation_id} " + ("is asked to end" if running else ended)
+    session.output.emit(document, lambda console: console.print(line))
+
+
+def _summary(operation: pb.Operation) -> list[Any]:
+    document = plain(operation)
+    started = datetime.fromtimestamp(operation.started_unix_ms / 1000, UTC)
+    took_ms = max(0, operation.ended_unix_ms - operation.started_unix_ms)
+    return [
+        *(document[name] for name in ("id", "kind", "memory", "state", "stage")),
+        f"{operation.done} of {operation.total}" if operation.total else str(operation.done),
+        started.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        took_ms / 1000 if operation.ended_unix_ms else "",
+    ]

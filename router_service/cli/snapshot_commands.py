@@ -1,0 +1,249 @@
+"""`router-admin snapshot`: create, list, verify, restore, pack, delete."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from knnmoe.v1 import snapshots_pb2 as pb
+
+from router_service.cli.admin_errors import AdminError, BadInput
+from router_service.cli.admin_options import MemoryName
+from router_service.cli.admin_output import plain, table
+from router_service.cli.admin_session import Session, session_of
+from router_service.cli.confirmation import confirm
+from router_service.cli.help_text import ExampleCommand
+from router_service.cli.operation_stream import followed
+
+app = typer.Typer(
+    help="Whole copies of memories: make, check, restore and move them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+SnapshotName = Annotated[
+    str,
+    typer.Argument(
+        metavar="SNAPSHOT",
+        help="Name of the snapshot, as `snapshot list` prints it, e.g. monday.",
+        show_default=False,
+    ),
+]
+SnapshotOrPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="SNAPSHOT|PATH",
+        help="Name of a snapshot of the memory; or, with a slash, the path of a snapshot's directory or packed "
+        "archive on the service's machine, e.g. /backup/monday.tar.",
+        show_default=False,
+    ),
+]
+
+
+@app.command("create", cls=ExampleCommand)
+def create(
+    context: typer.Context,
+    name: MemoryName,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="SNAPSHOT",
+            help="Name of the snapshot; made of time and version when not given, e.g. --as monday.",
+        ),
+    ] = None,
+) -> None:
+    """Copy a memory, all layers as they are at one moment, to the service's directory of snapshots.
+
+    Look-ups go on; writes wait while the files are copied.
+
+    Example:
+      router-admin snapshot create bible --as monday
+
+    """
+    session = session_of(context)
+    request = pb.CreateSnapshotRequest(memory=name, name=snapshot or "")
+    _emit(session, "made", _result(session, session.client.snapshots.CreateSnapshot, request))
+
+
+@app.command("list", cls=ExampleCommand)
+def list_snapshots(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Only snapshots of this memory, e.g. bible; all when left out.",
+            show_default=False,
+        ),
+    ] = "",
+) -> None:
+    """List the snapshots of the service, oldest first; those that cannot be used with the reason.
+
+    Example:
+      router-admin snapshot list bible
+
+    """
+    session = session_of(context)
+    request = pb.ListSnapshotsRequest(memory=name)
+    reply = session.client.unary(session.client.snapshots.ListSnapshots, request, long=True)
+    columns = ("memory", "snapshot", "created", "entries", "MiB", "problem")
+    rows = [
+        [
+            *(one.memory, one.name, _date(one.created_unix_ms), one.entries),
+            round(one.content_bytes / 2**20, 3),
+            one.problem,
+        ]
+        for one in reply.snapshots
+    ]
+    session.output.emit(plain(reply), lambda console: console.print(table(columns, rows)))
+
+
+@app.command("verify", cls=ExampleCommand)
+def verify(context: typer.Context, name: MemoryName, snapshot: SnapshotOrPath) -> None:
+    """Read all of a snapshot and compare it with its manifest.
+
+    Example:
+      router-admin snapshot verify bible monday
+      router-admin snapshot verify bible /backup/monday.tar
+
+    """
+    session = session_of(context)
+    request = pb.VerifySnapshotRequest(snapshot=_ref(name, snapshot))
+    _emit(session, "whole:", _result(session, session.client.snapshots.VerifySnapshot, request))
+
+
+@app.command("restore", cls=ExampleCommand)
+def restore(
+    context: typer.Context,
+    name: MemoryName,
+    snapshot: SnapshotOrPath,
+    as_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="NEWNAME",
+            help="Name of the memory to serve; NAME when not given, e.g. --as bible-monday.",
+        ),
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Take the place of the memory that is served under that name, e.g. --replace --yes.",
+        ),
+    ] = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Do not ask before --replace; needed in scripts, e.g. --yes."),
+    ] = False,
+) -> None:
+    """Serve a copy of a snapshot as a memory. The snapshot itself stays as it is.
+
+    It is checked first: a damaged, truncated or foreign one is refused, and nothing changes. A snapshot from another
+    machine is given by its path on the service's machine: copy its directory there, or the archive that `pack` made.
+
+    Example:
+      router-admin snapshot restore bible monday --as bible-monday
+      router-admin snapshot restore bible /backup/monday.tar --replace --yes
+
+    """
+    session, target = session_of(context), as_memory or name
+    if replace and not yes:
+        question = f"Replace memory {target}, and all that was written to it since, by {snapshot}?"
+        confirm("restore --replace", lambda: question)
+    request = pb.RestoreSnapshotRequest(
+        snapshot=_ref(name, snapshot), as_memory=target, replace=replace
+    )
+    replies = followed(session, session.client.snapshots.RestoreSnapshot, request)
+    [memory] = _last([reply.memory for reply in replies if reply.HasField("memory")])
+    entries = sum(layer.entries for layer in memory.layers)
+    line = f"restored {target} from {snapshot} ({entries} entries)"
+    session.output.emit(plain(memory), lambda console: console.print(line, soft_wrap=True))
+
+
+@app.command("pack", cls=ExampleCommand)
+def pack(
+    context: typer.Context,
+    name: MemoryName,
+    snapshot: SnapshotName,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.tar",
+            help="Absolute path, on the service's machine, of a new file, e.g. /backup/monday.tar.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Write a snapshot to one file, to carry it to another machine.
+
+    Example:
+      router-admin snapshot pack bible monday /backup/monday.tar
+
+    """
+    session = session_of(context)
+    request = pb.PackSnapshotRequest(memory=name, name=snapshot, path=file)
+    packed = _result(session, session.client.snapshots.PackSnapshot, request)
+    document = plain(packed) | {"archive": file}
+    line = f"packed {packed.memory} {packed.name} into {file}"
+    session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
+
+
+@app.command("delete", cls=ExampleCommand)
+def delete(
+    context: typer.Context,
+    name: MemoryName,
+    snapshot: SnapshotName,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
+    ] = False,
+) -> None:
+    """Delete a snapshot. Asks first.
+
+    Example:
+      router-admin snapshot delete bible monday --yes
+
+    """
+    session = session_of(context)
+    if not yes:
+        confirm("snapshot delete", lambda: f"Delete snapshot {snapshot} of {name}?")
+    request = pb.DeleteSnapshotRequest(memory=name, name=snapshot)
+    reply = session.client.unary(session.client.snapshots.DeleteSnapshot, request, long=True)
+    _emit(session, "deleted", reply.snapshot)
+
+
+def _ref(memory: str, snapshot: str) -> pb.SnapshotRef:
+    """A name, or with a slash a path."""
+    if not snapshot:
+        raise BadInput("SNAPSHOT: got nothing, expected the name of a snapshot, or a path")
+    if "/" in snapshot:
+        return pb.SnapshotRef(memory=memory, path=snapshot)
+    return pb.SnapshotRef(memory=memory, name=snapshot)
+
+
+def _result(session: Session, method: Any, request: Any) -> pb.SnapshotDescription:
+    """The snapshot that an operation ends with."""
+    replies = followed(session, method, request)
+    [found] = _last([reply.snapshot for reply in replies if reply.HasField("snapshot")])
+    described: pb.SnapshotDescription = found
+    return described
+
+
+def _last(found: list[Any]) -> list[Any]:
+    if not found:
+        raise AdminError("the service ended the operation without a result; see its log")
+    return found[-1:]
+
+
+def _emit(session: Session, verb: str, snapshot: pb.SnapshotDescription) -> None:
+    mib = snapshot.content_bytes / 2**20
+    line = f"{verb} {snapshot.memory} {snapshot.name}: {snapshot.entries} entries, {mib:.1f} MiB, {snapshot.path}"
+    session.output.emit(plain(snapshot), lambda console: console.print(line, soft_wrap=True))
+
+
+def _date(unix_ms: int) -> str:
+    if not unix_ms:
+        return ""
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

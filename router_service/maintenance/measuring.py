@@ -1,0 +1,212 @@
+"""What each compression of the search keys costs on a layer at hand: tried on a copy, in a process of its own.
+
+LAYER/gen-measuring/layer/         the copy; the name makes it a leftover that the next open removes
+LAYER/gen-measuring/task.json      what to do
+LAYER/gen-measuring/queries.npz    router inputs
+LAYER/gen-measuring/results.jsonl  a line when a compression begins, and one with what was measured
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from router_service.arrays import F32
+from router_service.backends.base import FileCollection, Report
+from router_service.backends.boundary import storage_call
+from router_service.backends.child_process import start_module
+from router_service.backends.disk import FreeSpace, copy_tree, disk_bytes, remove_tree
+from router_service.errors import InvalidField, StorageError
+from router_service.layer_memory import LayerMemory
+from router_service.memory_settings import MemorySettings, settings_from_json
+from router_service.routing_memory import RoutingMemory, sample_entries
+
+COPY, TASK, QUERIES, RESULTS = "layer", "task.json", "queries.npz", "results.jsonl"
+_CHILD = "router_service.maintenance.measure_child"
+_DIRECTORY = "gen-measuring"
+_POLL_S = 0.2
+_STDERR_TAIL = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the process is to measure."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    settings: MemorySettings
+    compressions: tuple[str, ...]
+    oversampling: float  # 0: that of each compression
+    examples: tuple[
+        tuple[str, str], ...
+    ]  # per query, the source and example that it must not see; or none
+
+    def to_json(self) -> str:
+        """UTF-8 JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Task:
+        """Inverse of to_json."""
+        content = json.loads(text)
+        examples = tuple((source, example) for source, example in content.pop("examples"))
+        settings = settings_from_json(content.pop("settings"))
+        compressions = tuple(content.pop("compressions"))
+        return Task(settings=settings, compressions=compressions, examples=examples, **content)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One compression of one layer; the fields of knnmoe.v1.CompressionMeasurement."""
+
+    layer: int
+    compression: str
+    oversampling: float
+    entries: int
+    queries: int
+    ram_bytes_per_key: float
+    disk_bytes_per_key: float
+    recall_at_1: float
+    lambda_error_mean: float
+    lambda_error_max: float
+    blend_error_mean: float
+    blend_error_max: float
+    ms_per_query: float
+    build_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure of a memory."""
+
+    compressions: tuple[str, ...]
+    oversampling: float
+    sample: int
+    min_free_bytes: int | None
+
+
+def measured(
+    memory: RoutingMemory,
+    layers: Sequence[tuple[LayerMemory, F32 | None]],
+    plan: Plan,
+    report: Report,
+) -> Iterator[Measurement]:
+    """Measures layer after layer, each with router inputs [n, d] or, for None, with a sample of its own keys.
+
+    The memory stays as it is. Raises InvalidField when a layer has no entries or no files, DiskFull, StorageError, and
+    what `report` raises.
+    """
+    for layer, inputs in layers:
+        task, queries = _task(memory, layer, inputs, plan)
+        report(f"layer {layer.layer}: copy", 0, len(plan.compressions))
+        with _copied(layer, plan.min_free_bytes) as work:
+            (work / TASK).write_text(task.to_json())
+            np.savez(work / QUERIES, inputs=queries)
+            yield from _run(work, task, report)
+
+
+def _task(
+    memory: RoutingMemory, layer: LayerMemory, inputs: F32 | None, plan: Plan
+) -> tuple[Task, F32]:
+    model, examples = memory.record.fingerprint, ()
+    task = Task(
+        layer.layer,
+        model.num_experts,
+        model.top_k,
+        memory.record.settings,
+        plan.compressions,
+        plan.oversampling,
+        examples,
+    )
+    if inputs is not None:
+        return task, inputs
+    entries = sample_entries(layer, plan.sample).slice(0, plan.sample)
+    if not len(entries):
+        raise InvalidField("layers", f"layer {layer.layer} without entries", "a layer with entries")
+    own = tuple((each.source, each.example) for each in entries.provenance)
+    return replace(task, examples=own), entries.keys
+
+
+@contextmanager
+def _copied(layer: LayerMemory, min_free_bytes: int | None) -> Iterator[Path]:
+    """A directory with a copy of the layer's files; nothing is left of it afterwards."""
+    if not isinstance(layer.collection, FileCollection):
+        raise InvalidField("memory", "a backend that keeps no files", "the edge backend")
+    with layer.collection.paused_for_copy() as frozen:
+        work = frozen.directory / _DIRECTORY
+        try:
+            remove_tree(work)
+            sources = [frozen.directory / name for name in frozen.names]
+            # The copy, its next generation while that is built, and its index.
+            needed = 3 * sum(disk_bytes(source) for source in sources if source.is_dir())
+            FreeSpace(frozen.directory, min_free_bytes).require(needed)
+            _copy(sources, work / COPY)
+        except BaseException:
+            remove_tree(work)
+            raise
+    try:
+        frozen.complete(work / COPY)
+        yield work
+    finally:
+        remove_tree(work)
+
+
+def _copy(sources: Sequence[Path], target: Path) -> None:
+    target.mkdir(parents=True)
+    for source in sources:
+        if source.is_dir():
+            copy_tree(source, target / source.name)
+        else:
+            with storage_call(f"copy {source}"):
+                (target / source.name).write_bytes(source.read_bytes())
+
+
+def _run(work: Path, task: Task, report: Report) -> Iterator[Measurement]:
+    with tempfile.TemporaryFile() as stderr:
+        process = start_module(_CHILD, [str(work)], stderr=stderr.fileno())
+        try:
+            yield from _followed(work / RESULTS, process, task, report)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            stderr.seek(0)
+            tail = stderr.read().decode(errors="replace")[-_STDERR_TAIL:].strip()
+            raise StorageError(f"measuring layer {task.layer} failed: {tail}")
+
+
+def _followed(
+    results: Path, process: subprocess.Popen[bytes], task: Task, report: Report
+) -> Iterator[Measurement]:
+    done, stage = 0, "search exactly"
+    while True:
+        ended = process.poll() is not None
+        lines = _complete_lines(results)
+        for line in lines[done:]:
+            stage = line.get("begun", stage)
+            if "begun" not in line:
+                yield Measurement(task.layer, **line)
+        done = len(lines)
+        if ended:
+            return
+        report(f"layer {task.layer}: {stage}", done // 2, len(task.compressions))
+        try:
+            process.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,0 +1,148 @@
+"""`router-admin quantize` on a real service: methods, reductions, measuring, bad values, restarts, kills."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from knnmoe.v1 import quantization_pb2 as pb
+from knnmoe.v1 import quantization_pb2_grpc
+
+from tests.integration.admin_runs import admin_of
+from tests.sidecar import (
+    EXPERTS,
+    LOGIT_DELTA,
+    Sidecar,
+    exported,
+    random_entries,
+    random_keys,
+    refusal,
+    route_request,
+    running_sidecar,
+)
+
+ENTRIES = 700
+
+
+def _filled(sidecar: Sidecar, name: str = "m") -> None:
+    sidecar.create(name, kind=LOGIT_DELTA, gamma=[0.05])
+    sidecar.upsert(name, 0, random_entries(LOGIT_DELTA, ENTRIES))
+
+
+def _answer(sidecar: Sidecar, name: str = "m") -> bytes:
+    rng = np.random.default_rng(1)
+    digest = sidecar.describe(name).model_digest
+    inputs, own = random_keys(rng, 20), random_keys(rng, 20, EXPERTS)
+    reply = sidecar.route(
+        route_request(name, digest, inputs, own, neighbours=3, with_neighbours=True)
+    )
+    reply.ClearField("times")
+    reply.ClearField("memory_version")
+    return reply.SerializeToString(deterministic=True)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with running_sidecar(tmp_path_factory.mktemp("data")) as sidecar:
+        _filled(sidecar)
+        yield sidecar
+
+
+def test_a_memory_is_quantized_and_back(service: Sidecar) -> None:
+    admin, before = admin_of(service.target), _answer(service)
+    for flags, label, oversampling in (
+        (["--method", "turbo4"], "turbo4", 2.0),
+        (["--method", "float16", "--search-dimension", 12], "pca12+float16", 4.0),
+        (["--search-dimension", 14, "--projection", "random", "--oversampling", 9], "random14", 9.0),
+        (["--method", "none"], "none", 2.0),
+    ):  # fmt: skip
+        document = admin("quantize", "m", "--layer", 0, *flags)
+        assert document["oversampling"] == oversampling
+        assert [row["quantization"] for row in document["layers"]] == [label]
+        assert service.describe("m").layers[0].quantization == label
+    assert _answer(service) == before
+
+
+def test_optimize_keeps_the_compression(service: Sidecar) -> None:
+    admin = admin_of(service.target)
+    admin("quantize", "m", "--method", "int8", "--layer", 0)
+    assert admin("optimize", "m", "--layer", 0)["layers"][0]["quantization"] == "int8"
+    admin("optimize", "m", "--layer", 0, "--quantization", "none")
+    assert service.describe("m").layers[0].quantization == "none"
+
+
+def test_measuring_says_what_each_method_costs_and_changes_nothing(
+    service: Sidecar, tmp_path: Path
+) -> None:
+    admin, before = admin_of(service.target), service.describe("m")
+    files = ["--json", tmp_path / "m.json", "--plot", tmp_path / "m.png"]
+    document = admin(
+        "quantize", "m", "--measure", "--methods", "none,int8,pca6", "--sample", 50, *files
+    )
+    none, int8, pca = document["measurements"]
+    assert [row["compression"] for row in (none, int8, pca)] == ["none", "int8", "pca6"]
+    assert {(row["layer"], row["entries"], row["queries"]) for row in (none, int8, pca)} == {
+        (0, ENTRIES, 50)
+    }
+    assert none["recall_at_1"] == 1.0
+    assert none["lambda_error_max"] < 1e-5
+    assert none["blend_error_max"] < 1e-4
+    for row in (int8, pca):
+        assert 0 < row["ram_bytes_per_key"] < none["ram_bytes_per_key"] < none["disk_bytes_per_key"]
+    assert all(row["ms_per_query"] > 0 < row["build_s"] for row in (none, int8, pca))
+    assert json.loads((tmp_path / "m.json").read_text()) == document
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert service.describe("m") == before
+    assert not list(service.data.rglob("gen-measuring"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "give either --measure, or --method"),
+        (["--measure", "--method", "int8"], "give either --measure, or --method"),
+        (["--method", "int3"], "int3"),
+        (["--search-dimension", "16"], "got 'pca16'"),
+        (["--method", "int8", "--oversampling", "0.5"], "'--oversampling'"),
+        (["--measure", "--methods", "int8,pca0"], "got 'pca0'"),
+        (["--measure", "--methods", "none", "--layer", "2"], "without entries"),
+        (["--measure", "--inputs", "missing.safetensors"], "missing.safetensors"),
+        (["--method", "int8", "--layer", "9"], "got 9"),
+    ],
+)
+def test_bad_values_are_named(service: Sidecar, flags: list[str], words: str) -> None:
+    admin, before = admin_of(service.target), service.describe("m")
+    service_says = words.startswith(("got", "without"))
+    assert words in admin("quantize", "m", *flags, code=1 if service_says else 2)
+    assert service.describe("m") == before
+
+
+@pytest.mark.parametrize("oversampling", [0.5, float("nan"), 1e9])
+def test_the_service_refuses_an_oversampling_out_of_range(
+    service: Sidecar, oversampling: float
+) -> None:
+    stub = quantization_pb2_grpc.QuantizationServiceStub(service.channel)
+    request = pb.QuantizeRequest(memory="m", compression="int8", oversampling=oversampling)
+    error = refusal(lambda sent, timeout: list(stub.Quantize(sent, timeout=timeout)), request)
+    assert "oversampling" in error.message
+
+
+def test_search_keys_apart_survive_a_kill_and_writes_meanwhile(tmp_path: Path) -> None:
+    with Sidecar(tmp_path) as sidecar:
+        _filled(sidecar)
+        later = random_entries(LOGIT_DELTA, 60, seed=5, first_id=10_000)
+        writer = threading.Thread(target=sidecar.upsert, args=("m", 0, later))
+        writer.start()
+        admin_of(sidecar.target)("quantize", "m", "--search-dimension", 8, "--layer", 0)
+        writer.join()
+        before, stored = _answer(sidecar), exported(sidecar, "m", 0)
+        sidecar.kill()
+    with running_sidecar(tmp_path) as again:
+        layer = again.describe("m").layers[0]
+        assert (layer.entries, layer.quantization) == (ENTRIES + 60, "pca8")
+        assert _answer(again) == before
+        assert exported(again, "m", 0) == stored

@@ -1,0 +1,70 @@
+"""Writes make way for searches, and for an index that is being built; not when nobody searches."""
+
+from __future__ import annotations
+
+import pytest
+
+from router_service.backends import pacing
+from router_service.backends.pacing import Pacing
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slept = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+
+
+class Unindexed:
+    changed_bytes = 1 << 30
+    optimizing = True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(pacing, "time", made)
+    return made
+
+
+def test_a_write_rests_only_while_others_search(clock: Clock) -> None:
+    pace = Pacing()
+    pace.rest(0.002)
+    assert clock.slept == 0
+    assert pace.wrote_ago_s == 0
+    pace.searched()
+    pace.rest(0.002)
+    assert clock.slept == pytest.approx(0.008)
+    clock.now += 10
+    pace.rest(0.002)
+    assert clock.slept == pytest.approx(0.008)
+
+
+def test_a_write_waits_for_the_index_but_not_for_ever(clock: Clock) -> None:
+    pace, unindexed = Pacing(), Unindexed()
+    pace.wait_for_index(unindexed)
+    assert clock.slept == 0  # nobody searches
+    pace.searched()
+    pace.wait_for_index(unindexed)
+    assert 0 < clock.slept < 1  # nobody searches any more
+    before = clock.slept
+    pace.searched()
+    unindexed.optimizing = False
+    pace.wait_for_index(unindexed)
+    assert clock.slept == before
+
+
+def test_patience_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = Pacing()
+    monkeypatch.setattr(pacing, "_RECENT_S", 1e9)
+    pace.searched()
+    pace.wait_for_index(Unindexed())
+    assert clock.slept == pytest.approx(2.0, abs=0.05)

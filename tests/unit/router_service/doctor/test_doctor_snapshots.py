@@ -1,0 +1,32 @@
+"""The doctor of real snapshots: a changed byte is found with `deep`, a missing file without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from router_service.doctor import Severity, diagnose_directory
+from router_service.maintenance import snapshots
+from tests.unit.router_service.maintenance.numbered_memory import MODEL, SETTINGS, fill, open_store
+
+
+def _errors(data: Path, *, deep: bool) -> list[str]:
+    found = diagnose_directory(data, 0, deep=deep)
+    return [finding.what for finding in found if finding.severity is Severity.ERROR]
+
+
+def test_a_snapshot_that_was_changed(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with open_store(data / "memories") as store:
+        fill(store.create("bible", MODEL, SETTINGS), 0, 20)
+        shelf = data / "snapshots"
+        path = snapshots.create(store, "bible", shelf, "monday", min_free_bytes=0).path
+    assert _errors(data, deep=True) == []
+
+    file = path / "layer-000" / "CURRENT"
+    text = file.read_bytes()
+    file.write_bytes(text[:-1] + b"]")
+    assert _errors(data, deep=False) == []
+    assert "layer-000/CURRENT has other content" in _errors(data, deep=True)[0]
+
+    file.unlink()
+    assert "layer-000/CURRENT is missing" in _errors(data, deep=False)[0]
