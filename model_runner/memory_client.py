@@ -121,8 +121,11 @@ class MemoryClient:
             response.memory.CopyFrom(one.memory)
         return response
 
-    def optimize(self, name: str, quantization: str = "none") -> None:
-        """Builds the index of one layer after the other; returns when all are done."""
+    def optimize(self, name: str, quantization: str = "") -> None:
+        """Builds the index of one layer after the other; returns when all are done.
+
+        `quantization`: e.g. "int8"; empty keeps each layer's own.
+        """
         for layer in self.describe(name).layers:
             request = pb.OptimizeRequest(
                 memory=name, layers=[layer.layer], quantization=quantization

@@ -132,6 +132,7 @@ class SearchOptions:
 
     hnsw_ef: int = 64
     oversampling: float = 2.0
+    exact: bool = False  # look at every entry, index or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +251,11 @@ class Maintained(Protocol):
     @property
     def changed_bytes(self) -> int:
         """The same in bytes of keys."""
+        ...
+
+    @property
+    def outdated_share(self) -> float:
+        """Share of the index's entries that were replaced or deleted since; a graph falls apart above some 0.5."""
         ...
 
     def tidy(self, report: Report = say_nothing) -> bool:

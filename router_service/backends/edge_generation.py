@@ -86,7 +86,9 @@ def copy_generation(
 ) -> None:
     """Copies the engine's files, which must be flushed and not written to meanwhile. Raises DiskFull."""
     source = files.shard(current.generation)
-    settings.free_space.require(2 * disk_bytes(source))  # the copy, and its index
+    rebuilt = target.compression.apart or current.compression.apart
+    # The copy, its index, and when search keys are stored apart perhaps another copy.
+    settings.free_space.require((3 if rebuilt else 2) * disk_bytes(source))
     remove_tree(files.generation(target.generation))
     copy_tree(source, files.shard(target.generation))
 

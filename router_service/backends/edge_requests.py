@@ -41,11 +41,11 @@ def search_request(
     search_keys: SearchKeys | None = None,
 ) -> Any:
     """The engine's form of a batch of queries [t, d], each without the entries of its excluded example."""
-    if search_keys is not None:
+    if search_keys is not None and not options.exact:
         return _two_stage_request(queries, limit, options, excluded, search_keys)
     with storage_call("prepare queries"):
         quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
-        params = qe.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
+        params = qe.SearchParams(options.hnsw_ef, options.exact, quantized)
         filters = {ref: _without(ref) for ref in set(excluded)}
         nearest, request = qe.Query.Nearest, qe.QueryRequest
         return qe.QueryBatchRequest(

@@ -13,7 +13,7 @@ import numpy as np
 
 from router_service import errors
 from router_service.arrays import F32, U64, Entries, ExampleRef
-from router_service.backends.base import CollectionSpec, Compression, SearchOptions
+from router_service.backends.base import CollectionSpec, Compression, Quantization, SearchOptions
 from router_service.backends.child_process import start_module
 from router_service.backends.shard import ShardCounts
 from router_service.backends.shard_wire import (
@@ -40,13 +40,19 @@ class HostedShard:
 
     @staticmethod
     def load(
-        directory: Path, spec: CollectionSpec, compression: Compression, search_threads: int
+        directory: Path,
+        spec: CollectionSpec,
+        wanted: Compression | Quantization,
+        search_threads: int,
     ) -> HostedShard:
         """Starts the process, which opens the shard. Raises what EngineShard.load() raises."""
-        wanted = asdict(spec) | {"compression": compression.label, "search_threads": search_threads}
+        request = asdict(spec) | {
+            "compression": Compression.of(wanted).label,
+            "search_threads": search_threads,
+        }
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = [str(theirs.fileno()), str(directory), json.dumps(wanted)]
+            arguments = [str(theirs.fileno()), str(directory), json.dumps(request)]
             process = start_module(_HOST, arguments, stderr=None, pass_fds=[theirs.fileno()])
         shard = HostedShard(process, Connection(ours), directory)
         try:

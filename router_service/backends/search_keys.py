@@ -83,7 +83,11 @@ class SearchKeys:
     def load(directory: Path) -> SearchKeys:
         """Those of a shard's directory. Raises CorruptMemory."""
         path = directory / FILE
-        with storage_call(f"read {path}", opening=True), np.load(path, allow_pickle=False) as saved:
+        with (
+            storage_call(f"read {path}", opening=True),
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as saved,
+        ):
             matrix = saved.get("matrix")
             label, entries = str(saved["label"]), int(saved["fitted_entries"])
             return SearchKeys(saved["centre"], float(saved["scale"]), matrix, label, entries)

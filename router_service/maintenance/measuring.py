@@ -12,7 +12,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,10 @@ def _copied(layer: LayerMemory, min_free_bytes: int | None) -> Iterator[Path]:
         frozen.complete(work / COPY)
         yield work
     finally:
-        remove_tree(work)
+        with suppress(
+            StorageError
+        ):  # what was killed may still write; the next open removes the rest
+            remove_tree(work)
 
 
 def _copy(sources: Sequence[Path], target: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from router_service.backends.base import Maintained
-from router_service.errors import CollectionClosed, RoutingServiceError, StorageError
+from router_service.errors import Cancelled, CollectionClosed, StorageError
 from router_service.memory_store import MemoryStore
 
 log = logging.getLogger(__name__)
@@ -21,19 +21,20 @@ _SEARCHED_WITHIN_S = 10.0
 _QUIET_S = 5.0
 # Fewer entries are scanned as fast as a graph is walked.
 _LEAST_ENTRIES = 512
+# Searches get slow (see EdgeCollection) somewhat above it.
+_MOST_OUTDATED = 0.2
 _AFTER_FAILURE_S = 60.0
 
 
 def is_due(collection: Maintained, threshold_bytes: int) -> bool:
-    """Whether the keys that are not indexed amount to `threshold_bytes`, and now is the time."""
+    """Whether unindexed keys amount to `threshold_bytes`, or the index is outdated, and now is the time."""
     pacing = collection.pacing
-    if collection.changed_entries < _LEAST_ENTRIES or collection.changed_bytes < threshold_bytes:
+    much = collection.changed_bytes >= threshold_bytes
+    if collection.changed_entries < _LEAST_ENTRIES or not (
+        much or collection.outdated_share > _MOST_OUTDATED
+    ):
         return False
     return pacing.searched_ago_s < _SEARCHED_WITHIN_S or pacing.wrote_ago_s > _QUIET_S
-
-
-class _Stopped(RoutingServiceError):
-    """The service stops while a layer is being tidied."""
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Upkeep:
                 log.info(
                     "indexed %d changes of %s in %.1f s", changed, name, time.monotonic() - started
                 )
-        except (_Stopped, CollectionClosed):
+        except (Cancelled, CollectionClosed):
             log.info("indexing %s was ended", name)
         except StorageError as error:
             self._failed[name] = time.monotonic()
@@ -90,4 +91,4 @@ class Upkeep:
 
     def _report(self, stage: str, done: int, total: int) -> None:
         if self._done.is_set():
-            raise _Stopped("the service stops")
+            raise Cancelled("the service stops")

@@ -50,7 +50,15 @@ _SERVICES = (
     "",
     *(
         f"knnmoe.v1.{name}Service"
-        for name in ("Routing", "MemoryAdmin", "Operation", "Retention", "Snapshot", "Doctor", "Quantization")
+        for name in (
+            "Routing",
+            "MemoryAdmin",
+            "Operation",
+            "Retention",
+            "Snapshot",
+            "Doctor",
+            "Quantization",
+        )
     ),
 )
 

@@ -23,12 +23,18 @@ Layer = dict[int, Fact]
 
 
 def key_of(ids: Iterable[int], stamps: Iterable[int]) -> NDArray[np.float32]:
-    """Keys [n, d] that follow from id and stamp, so that a mixed-up one shows; no two are close."""
-    seeds = np.array(
-        [(i * 2_654_435_761 + s * 40_503) % 2**31 for i, s in zip(ids, stamps, strict=True)]
+    """Keys [n, d], uniform in [-1, 1), that follow from id and stamp, so that a mixed-up one shows."""
+    seeds = np.array([i << 32 | s for i, s in zip(ids, stamps, strict=True)], np.uint64)
+    mixed = seeds[:, None] * np.uint64(64) + np.arange(DIMENSION, dtype=np.uint64)
+    for shift, factor in (
+        (30, 0xBF58476D1CE4E5B9),
+        (27, 0x94D049BB133111EB),
+        (31, 1),
+    ):  # splitmix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return ((mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - 1).reshape(
+        -1, DIMENSION
     )
-    columns = np.arange(1, DIMENSION + 1)
-    return np.sin(seeds[:, None] * 0.001 * columns + columns).astype(np.float32)
 
 
 def value_of(ids: Iterable[int], stamps: Iterable[int]) -> NDArray[np.float32]:

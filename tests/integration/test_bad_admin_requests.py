@@ -159,7 +159,7 @@ def test_calibrate(memories: Memories, fields: dict[str, Any], words: tuple[str,
 def test_other_admin_requests(memories: Memories) -> None:
     admin = memories.sidecar.admin
     optimize = admin_pb.OptimizeRequest(memory="deltas", quantization="int3")
-    words = ("quantization", "'int3'", "none, int8")
+    words = ("quantization", "'int3'", "none, float16, int8")
     assert_refused(refusal(admin.Optimize, optimize), Case(print, INVALID, "INVALID_FIELD", words))
     layer = Case(print, PRECONDITION, "LAYER_NOT_FOUND", ("layer", "got 9", "0 to 2"))
     assert_refused(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from router_service.arrays import ExampleRef
-from router_service.backends.base import Quantization
+from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge import EdgeBackend
 from router_service.backends.edge_collection import EdgeCollection
 from router_service.backends.edge_engine import EngineShard
@@ -108,9 +108,9 @@ def test_the_process_ends_with_the_service(collection: EdgeCollection) -> None:
 
 def test_errors_keep_their_kind_and_text(collection: EdgeCollection, data_dir: Path) -> None:
     with pytest.raises(CorruptMemory, match="cannot open"):
-        HostedShard.load(data_dir / "nothing", SPEC, Quantization.NONE, 1)
+        HostedShard.load(data_dir / "nothing", SPEC, Compression(), 1)
     with pytest.raises(DirectoryInUse, match="another process"):
-        HostedShard.load(data_dir / "layer/gen-000000/shard", SPEC, Quantization.NONE, 1)
+        HostedShard.load(data_dir / "layer/gen-000000/shard", SPEC, Compression(), 1)
 
 
 def test_a_collection_moves_to_its_own_process_when_it_has_grown(data_dir: Path) -> None:

@@ -171,16 +171,21 @@ def test_one_snapshot_of_a_memory_at_a_time(
         assert first.result(30) in snapshots.list_snapshots(shelf)
 
 
-def test_no_snapshot_during_an_optimize(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_snapshot_while_a_layer_is_optimized_is_of_the_files_in_force(
+    store: MemoryStore, memory: RoutingMemory, shelf: Path
 ) -> None:
-    collection = memory.layers[1].collection
-    monkeypatch.setattr(collection, "_job", object())
-    with collection._write_lock, pytest.raises(Busy, match="optimized"):
-        snapshots.create(store, "bible", shelf, min_free_bytes=0)
-    monkeypatch.undo()
-    fill(memory, 300, 301)
-    snapshots.create(store, "bible", shelf, min_free_bytes=0)
+    made: list[SnapshotInfo] = []
+
+    def while_indexing(stage: str, done: int, total: int) -> None:
+        if stage == "index" and not made:
+            made.append(snapshots.create(store, "bible", shelf, min_free_bytes=0))
+
+    memory.layers[1].optimize(Quantization.INT8, while_indexing)
+    assert snapshots.verify(made[0].path) == made[0]
+    restored = snapshots.restore(store, made[0].path, "copy", min_free_bytes=0)
+    assert restored.layers[1].info().compression.quantization is Quantization.NONE
+    assert memory.layers[1].info().compression.quantization is Quantization.INT8
+    assert_same_answers(answers(restored, 5), answers(memory, 5))
 
 
 def test_all_layers_are_of_one_moment_while_others_write_and_route(

@@ -33,6 +33,7 @@ class Layer:
     pacing: Pacing
     changed_entries: int = 1000
     changed_bytes: int = 8 * MIB
+    outdated_share: float = 0.1
     tidied: int = 0
     fails: bool = False
     blocks: bool = False
@@ -60,6 +61,8 @@ def test_it_is_time_when_somebody_searches_or_the_writing_has_paused(
     layer = Layer(Moments(searched_ago_s, wrote_ago_s))
     assert is_due(layer, 8 * MIB) is due
     assert not is_due(layer, 9 * MIB)
+    layer.outdated_share = 0.25
+    assert is_due(layer, 9 * MIB) is due
     layer.changed_entries = 100
     assert not is_due(layer, 8 * MIB)
 
