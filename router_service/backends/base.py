@@ -47,7 +47,7 @@ _OVERSAMPLING = {
     Quantization.FLOAT16: 2.0,
     Quantization.INT8: 2.0,
     Quantization.TURBO4: 2.0,
-    Quantization.TURBO2: 4.0,
+    Quantization.TURBO2: 8.0,
     Quantization.TURBO1: 8.0,
     Quantization.BINARY: 16.0,
     Quantization.PRODUCT: 4.0,

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -69,14 +69,20 @@ def fsync_tree(directory: Path) -> None:
         fsync_directory(Path(parent))
 
 
-def copy_tree(source: Path, target: Path) -> None:
-    """Copies the regular files under `source` to the new directory `target`, holes staying holes."""
+def copy_tree(source: Path, target: Path, never_changed: Collection[str] = ()) -> None:
+    """Copies the regular files under `source` to the new directory `target`, holes staying holes.
+
+    Files of a name in `never_changed` get another hard link instead.
+    """
     with storage_call(f"copy {source}"):
         for parent, _, files in os.walk(source):
             copied = target / Path(parent).relative_to(source)
             copied.mkdir(parents=True)
             for name in files:
-                _copy_sparse(Path(parent, name), copied / name)
+                if name in never_changed:
+                    os.link(Path(parent, name), copied / name)
+                else:
+                    _copy_sparse(Path(parent, name), copied / name)
 
 
 def _copy_sparse(source: Path, target: Path) -> None:

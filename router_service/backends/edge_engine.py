@@ -92,16 +92,18 @@ class EngineShard:
         spec: CollectionSpec,
         wanted: Compression | Quantization,
         search_threads: int,
+        segments: int = 1,
     ) -> EngineShard:
         """Opens a shard. Raises DirectoryInUse when a process has it open, CorruptMemory when it cannot be read.
 
         `wanted` is what the next optimize() builds; Quantization.NONE keeps what the shard has (see
-        forget_configuration). Search keys that are stored apart must be there.
+        forget_configuration), and `segments` how many it leaves. Search keys that are stored apart must be there.
         """
         compression = Compression.of(wanted)
         search_keys = SearchKeys.load(directory) if compression.apart else None
         with storage_call(f"open {directory}", opening=True):
-            config = configuration(spec, compression.quantization, search_threads, search_keys)
+            quantization = compression.quantization
+            config = configuration(spec, quantization, search_threads, search_keys, segments)
             shard = qe.EdgeShard.load(str(directory), config)
         return EngineShard(shard, directory, spec, search_keys)
 

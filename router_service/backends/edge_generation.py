@@ -18,6 +18,8 @@ from router_service.errors import DirectoryInUse
 
 # How long the engine process of a service that was killed may take to let go of its files.
 _ORPHAN_S = 5.0
+# Keys and quantized keys of an indexed segment, most of the bytes: written once, deletions are marked elsewhere.
+_NEVER_CHANGED = ("matrix.dat", "quantized.data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def copy_generation(
     # The copy, its index, and when search keys are stored apart perhaps another copy.
     settings.free_space.require((3 if rebuilt else 2) * disk_bytes(source))
     remove_tree(files.generation(target.generation))
-    copy_tree(source, files.shard(target.generation))
+    copy_tree(source, files.shard(target.generation), _NEVER_CHANGED)
 
 
 @contextmanager

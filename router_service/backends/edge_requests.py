@@ -91,15 +91,19 @@ def configuration(
     quantization: Quantization,
     search_threads: int,
     search_keys: SearchKeys | None,
+    segments: int = 1,
 ) -> Any:
-    """The engine's form of what a shard is and how it is indexed; search keys apart are what is quantized then."""
+    """The engine's form of what a shard is and how it is indexed; search keys apart are what is quantized then.
+
+    `segments`: that optimize() leaves at most, if that is more than 1, with the one that is written to.
+    """
     apart = search_keys is not None
     return qe.EdgeConfig(
         vectors=_vectors(spec, quantization, search_keys),
         hnsw_config=_graph(spec.dimension * 4),
         quantization_config=None if apart else _quantization(quantization),
         optimizers=qe.EdgeOptimizersConfig(
-            default_segment_number=1,
+            default_segment_number=segments,
             max_segment_size=_MAX_SEGMENT_KB,
             indexing_threshold=_INDEXING_THRESHOLD_KB,
             prevent_unoptimized=False,  # True would hide the tail from searches

@@ -1,6 +1,6 @@
 """The process that optimizes a copy of a shard: the engine would freeze every thread of the service for seconds.
 
-Run as `python -m router_service.backends.optimize_child DIRECTORY DIMENSION METRIC COMPRESSION`.
+Run as `python -m router_service.backends.optimize_child DIRECTORY DIMENSION METRIC COMPRESSION SEGMENTS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from router_service.backends.search_key_rebuild import rebuild_if_needed
 _NICENESS = 19
 
 
-def main(directory: str, dimension: str, metric: str, label: str) -> None:
+def main(directory: str, dimension: str, metric: str, label: str, segments: str) -> None:
     """Indexes the shard in `directory`, which no other process has open, and makes the result durable."""
     die_with_parent_thread()  # a killed service must not leave a child that writes where its successor works
     os.nice(_NICENESS)  # searches come first
@@ -27,7 +27,7 @@ def main(directory: str, dimension: str, metric: str, label: str) -> None:
     path, compression = Path(directory), Compression.parse(label)
     rebuild_if_needed(path, spec, compression)
     forget_configuration(path)
-    shard = EngineShard.load(path, spec, compression, search_threads=1)
+    shard = EngineShard.load(path, spec, compression, 1, int(segments))
     shard.optimize()
     shard.flush()
     shard.close()

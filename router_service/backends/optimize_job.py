@@ -28,11 +28,16 @@ class OptimizeJob:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
-    def run(self, shard: Path, spec: CollectionSpec, compression: Compression) -> None:
-        """Optimizes the shard in place. Raises StorageError with the end of the child's stderr when it fails."""
+    def run(
+        self, shard: Path, spec: CollectionSpec, compression: Compression, segments: int = 1
+    ) -> None:
+        """Optimizes the shard in place, see configuration().
+
+        Raises StorageError with the end of the child's stderr when it fails.
+        """
         with storage_call(f"optimize {shard}"), tempfile.TemporaryFile() as stderr:
-            arguments = [str(shard), str(spec.dimension), spec.metric, compression.label]
-            process = self._start(arguments, stderr.fileno())
+            what = [str(shard), str(spec.dimension), spec.metric, compression.label]
+            process = self._start([*what, str(segments)], stderr.fileno())
             self._wait(process)
             stderr.seek(0)
             text = stderr.read().decode(errors="replace")

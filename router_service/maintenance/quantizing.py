@@ -22,10 +22,17 @@ def quantized(
     """Yields like optimized(). `oversampling` 0: as many candidates as the layers need afterwards.
 
     Meanwhile at least as many are rescored as before and as are needed, so no answer is worse than before or after.
+    What fails before the first layer is done leaves the setting as it was.
     """
-    wanted = oversampling or compression.oversampling
-    _set(store, memory, max(wanted, memory.record.settings.oversampling))
-    yield from optimized(layers, compression, report)
+    before, finished = memory.record.settings.oversampling, 0
+    _set(store, memory, max(oversampling or compression.oversampling, before))
+    try:
+        for finished, done in enumerate(optimized(layers, compression, report), 1):  # noqa: B007
+            yield done
+    except BaseException:
+        if not finished:
+            _set(store, memory, before)
+        raise
     needed = max(layer.info().compression.oversampling for layer in memory.layers)
     _set(store, memory, oversampling or needed)
 

@@ -19,7 +19,7 @@ from tests.congruence.knn_reference import (
     true_distances,
 )
 
-LABELS = [*Quantization, "pca12", "random24", "pca12+int8", "pca12+float16"]
+LABELS = [*Quantization, "pca12", "random24", "pca12+int8"]
 # Of 32 dimensions one bit each says little: of 128 and more it does better (docs/quantization.md).
 LEAST_RECALL = {"turbo1": 0.9, "binary": 0.9}
 
@@ -32,12 +32,12 @@ def _options(label: str) -> SearchOptions:
 def test_each_compression_finds_the_nearest_at_exact_distances(
     backend: Backend, label: str
 ) -> None:
-    entries = clustered_entries(1200, 32)
+    entries = clustered_entries(800, 32)
     collection, queries = filled(backend, entries), queries_near(entries, 200)
     true = true_distances(queries, entries.keys, Metric.EUCLID)
     collection.optimize(Compression.parse(label))
     assert collection.info().compression.label == label
-    assert collection.info().indexed_entries in (0, 1200)
+    assert collection.info().indexed_entries in (0, 800)
     for k in (1, 8):
         found = collection.search(queries, k, _options(label))
         assert_slots_agree(found, entries, true, k, Metric.EUCLID)
@@ -48,7 +48,7 @@ def test_each_compression_finds_the_nearest_at_exact_distances(
         assert recall >= LEAST_RECALL.get(label, 0.98)
 
 
-@pytest.mark.parametrize("label", ["turbo4", "float16", "pca12"])
+@pytest.mark.parametrize("label", ["turbo4", "pca12+float16"])
 def test_under_the_cosine_metric(backend: Backend, label: str) -> None:
     entries = clustered_entries(700, 32)
     collection = filled(backend, entries, Metric.COSINE)
@@ -99,7 +99,7 @@ def test_a_compression_is_kept_until_another_is_asked_for(backend: Backend) -> N
     assert backend.open(NAME, EUCLID).info().compression == Compression(Quantization.INT8)
 
 
-@pytest.mark.parametrize("label", ["turbo2", "float16", "pca8+int8"])
+@pytest.mark.parametrize("label", ["turbo2", "pca8+float16"])
 def test_back_to_none_every_answer_is_what_it_was(backend: Backend, label: str) -> None:
     entries = clustered_entries(900, 16)
     collection, queries = filled(backend, entries), queries_near(entries, 100)
@@ -120,7 +120,7 @@ def test_huge_and_tiny_keys_keep_their_exact_distances(backend: Backend) -> None
     keys[5:10] *= np.float32(1e-25)
     odd = Entries(entries.ids, keys, entries.values, entries.provenance)
     collection = filled(backend, odd)
-    for label in ("float16", "pca8", "random8+float16"):
+    for label in ("float16", "random8+float16"):
         collection.optimize(Compression.parse(label))
         found = collection.search(keys[10:], 1, OPTIONS)
         np.testing.assert_array_equal(found.ids[:, 0], entries.ids[10:])

@@ -315,9 +315,9 @@ class Work:
         stream = self.snapshots.CreateSnapshot(
             snapshots_pb.CreateSnapshotRequest(memory=NAME), timeout=TIMEOUT_S
         )
-        made = _drain(stream)
+        names = [reply.snapshot.name for reply in stream if reply.HasField("snapshot")]
         if self.remember:
-            self.loop.snapshots[made.snapshot.name] = state
+            self.loop.snapshots[names[0]] = state
 
     def restore(self) -> None:
         """Puts an acknowledged snapshot in the memory's place; nobody writes meanwhile."""
@@ -333,12 +333,9 @@ class Work:
         self.loop.expected.layers, self.loop.expected.instead = state, None
 
 
-def _drain(stream: Any) -> Any:
-    """The last message of a stream."""
-    last = None
-    for last in stream:  # noqa: B007
+def _drain(stream: Any) -> None:
+    for _ in stream:
         pass
-    return last
 
 
 def _exported(sidecar: Sidecar, layer: int) -> tuple[list[int], list[int], Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from knnmoe.v1 import operations_pb2 as operations_pb
+from knnmoe.v1 import operations_pb2_grpc, quantization_pb2_grpc
 from knnmoe.v1 import quantization_pb2 as pb
-from knnmoe.v1 import quantization_pb2_grpc
 
 from tests.integration.admin_runs import admin_of
 from tests.sidecar import (
@@ -26,6 +28,7 @@ from tests.sidecar import (
 )
 
 ENTRIES = 700
+RUNNING = operations_pb.OPERATION_STATE_RUNNING
 
 
 def _filled(sidecar: Sidecar, name: str = "m") -> None:
@@ -146,3 +149,28 @@ def test_search_keys_apart_survive_a_kill_and_writes_meanwhile(tmp_path: Path) -
         assert (layer.entries, layer.quantization) == (ENTRIES + 60, "pca8")
         assert _answer(again) == before
         assert exported(again, "m", 0) == stored
+
+
+def test_what_is_cancelled_leaves_the_memory_as_it_was(service: Sidecar) -> None:
+    before = service.describe("m")
+    stub = quantization_pb2_grpc.QuantizationServiceStub(service.channel)
+    call = stub.Quantize(pb.QuantizeRequest(memory="m", compression="binary"))
+    next(call)
+    call.cancel()
+    operations = operations_pb2_grpc.OperationServiceStub(service.channel)
+    listed = operations_pb.ListOperationsRequest(memory="m")
+    while operations.ListOperations(listed).operations[-1].state == RUNNING:
+        time.sleep(0.05)
+    after = service.describe("m")
+    assert [each.quantization for each in after.layers] == ["none"] * 3
+    assert after.settings == before.settings
+
+
+def test_a_snapshot_has_the_search_keys(service: Sidecar) -> None:
+    admin = admin_of(service.target)
+    admin("quantize", "m", "--search-dimension", 8, "--layer", 0)
+    made = admin("snapshot", "create", "m")
+    admin("snapshot", "restore", "m", made["name"], "--as", "copy")
+    assert service.describe("copy").layers[0].quantization == "pca8"
+    assert _answer(service, "copy") == _answer(service)
+    admin("quantize", "m", "--method", "none", "--layer", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -206,6 +207,55 @@ def test_a_crash_while_others_write_and_optimize_loses_nothing(
     assert_holds(again.open("layer", SPEC), 650)
     assert generations(tmp_path / "crashed") == ["gen-000000"]
     again.close()
+
+
+def test_tidy_indexes_what_is_new_and_leaves_the_rest(
+    edge: EdgeBackend, collection: EdgeCollection
+) -> None:
+    collection.optimize(Quantization.INT8)
+    for start in (600, 900, 1200):
+        collection.upsert(numbered_entries(start, start + 300))
+        assert collection.tidy()
+        assert (collection.info().indexed_entries, collection.changed_entries) == (start + 300, 0)
+        assert collection.info().compression.quantization is Quantization.INT8
+    collection.delete(np.arange(1300, 1500, dtype=np.uint64))
+    assert_holds(collection, 1300)
+    collection.close()
+    assert_holds(edge.open("layer", SPEC), 1300)
+
+
+def test_what_two_generations_share_is_never_changed(
+    collection: EdgeCollection, data_dir: Path
+) -> None:
+    """Large files of indexed segments are linked, not copied."""
+    collection.optimize(Quantization.INT8)
+    shared = [p for name in edge_generation._NEVER_CHANGED for p in data_dir.glob(f"**/{name}")]
+    assert shared
+    links = [data_dir / str(number) for number in range(len(shared))]
+    for path, link in zip(shared, links, strict=True):
+        shutil.copyfile(path, link.with_suffix(".before"))
+        os.link(path, link)
+    collection.upsert(numbered_entries(550, 900))
+    collection.delete(np.arange(0, 50, dtype=np.uint64))
+    collection.flush()
+    collection.tidy()
+    collection.upsert(numbered_entries(0, 100))
+    collection.optimize(Quantization.NONE)
+    assert_holds(collection, 900)
+    for link in links:
+        assert link.read_bytes() == link.with_suffix(".before").read_bytes()
+
+
+def test_optimize_takes_over_from_tidy(slow_child: Path, collection: EdgeCollection) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        tidied = pool.submit(collection.tidy)
+        wait_for(lambda: child_runs(collection))
+        assert not collection.tidy()
+        slow_child.touch()
+        collection.optimize(Quantization.INT8)
+        with pytest.raises(StorageError, match="stopped"):
+            tidied.result(60)
+    assert collection.info().compression.quantization is Quantization.INT8
 
 
 def test_one_optimize_at_a_time(slow_child: Path, collection: EdgeCollection) -> None:
