@@ -139,11 +139,11 @@ def _client(target: str, entries: int) -> Iterator[SidecarClient]:
 def build_layers(
     target: str, workload: Workload, layers: int, indexed: Sequence[int], progress: Progress
 ) -> float:
-    """Makes a memory with the same entries in every layer and indexes some; returns the seconds that indexing took."""
+    """Makes a memory, fills some of its layers and indexes them; returns the seconds that indexing took."""
     with open_channel(target) as channel:
         stub = MemoryAdminServiceStub(channel)
         _create(stub, workload, layers)
-        for layer in range(layers):
+        for layer in indexed:
             upsert_all(target, workload, layer, progress)
         progress.say(f"Optimize ({QUANTIZATION}) ...")
         request = admin_pb.OptimizeRequest(memory=MEMORY, layers=indexed, quantization=QUANTIZATION)

@@ -1,10 +1,10 @@
 """What a client that routes without pause notices of maintenance: `python -m benchmarks.stall --json FILE`.
 
 A memory of two layers with as many keys each. Layer 0 is indexed and int8, and one client sends it one token after the
-other over a stream that stays open. Meanwhile nothing happens (idle), layer 1 is indexed for the first time
-(optimizing), layer 0 itself gets other search keys and its new files take over (quantizing), and another process
-upserts as many new entries into layer 0 as it has (inserting; the service indexes them by itself). A third client asks
-for the service's health all the time.
+other over a stream that stays open. Meanwhile nothing happens (idle), layer 1, which was filled just before, is indexed
+for the first time (optimizing), layer 0 itself gets other search keys and its new files take over (quantizing, back),
+and another process upserts as many new entries into layer 0 as it has, which the service indexes by itself (inserting).
+A third client asks for the service's health all the time.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def run(keys: int, dimension: int, idle_s: float, seed: int, progress: Progress)
         directory = Path(made)
         target = f"unix:{directory}/route.sock"
         with running_sidecar(directory / "data", directory / "service.log", target) as address:
-            build_layers(address, workload, 2, [ROUTED], progress)
+            build_layers(address, workload, 2, [ROUTED], progress)  # layer 1 stays empty
             result = _phases(address, workload, (keys, dimension, idle_s, seed), progress)
     machine = report.machine() | {"load_average": [load, report.load_average()]}
     settings = {"keys": keys, "dimension": dimension, "idle_s": idle_s, "seed": seed}
@@ -151,6 +151,8 @@ def _phases(
         with _routing(client, workload):  # warm
             time.sleep(min(2.0, idle_s))
         for name, job in work.items():
+            if name == "optimizing":
+                upsert_all(target, workload, OTHER, progress)
             progress.say(f"{name} ...")
             started = time.monotonic()
             with _routing(client, workload) as seen:

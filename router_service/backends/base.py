@@ -261,7 +261,7 @@ class Maintained(Protocol):
     def tidy(self, report: Report = say_nothing) -> bool:
         """optimize() with the compression there is, on the service's own account: an optimize() ends it.
 
-        Returns False, and does nothing, while the collection is being optimized.
+        Returns False when the collection is being optimized, or an optimize() takes over; nothing has changed then.
         """
         ...
 

@@ -8,15 +8,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
 
 
 def start_module(
-    module: str, arguments: Sequence[str], *, stderr: int | None, pass_fds: Sequence[int] = ()
+    module: str,
+    arguments: Sequence[str],
+    *,
+    stderr: int | None,
+    pass_fds: Sequence[int] = (),
+    niceness: int = 0,
 ) -> subprocess.Popen[bytes]:
     """`python -m module arguments` with this interpreter and its import path, stdin and stdout closed."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-P", "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -25,6 +31,10 @@ def start_module(
         start_new_session=True,  # Ctrl-C is for the service, which ends its processes in order
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
+    if niceness:
+        with suppress(ProcessLookupError):  # it has ended already
+            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+    return process
 
 
 def die_with_parent_thread() -> None:

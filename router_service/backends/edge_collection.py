@@ -75,7 +75,7 @@ class EdgeCollection:
         self._engine_lock = FifoLock()
         self._job: OptimizeJob | None = None
         self._catch_up: CatchUp | None = None  # of an optimize() whose copy has been taken
-        self._tidying = False
+        self._tidying = self._overtaken = False
         self.pacing = Pacing()
         self._frozen = False
         self._flushed: ValueTable | None = None
@@ -265,6 +265,7 @@ class EdgeCollection:
                 raise Busy(
                     f"{self._files.directory} is being optimized; try again when that is done"
                 )
+            self._overtaken = True
             if job := self._job:
                 job.stop()
         try:
@@ -276,10 +277,14 @@ class EdgeCollection:
         """See Maintained."""
         if not self._maintenance_lock.acquire(blocking=False):
             return False
-        self._tidying = True
+        self._tidying, self._overtaken = True, False
         try:
             few = self.outdated_share < _MOST_OUTDATED / 2
             self._change_generation(self._pointer.next(None), report, _SEGMENTS if few else 1)
+        except StorageError:
+            if not self._overtaken:
+                raise
+            return False
         finally:
             self._tidying = False
             self._maintenance_lock.release()

@@ -15,6 +15,7 @@ from router_service.errors import StorageError
 
 _CHILD = "router_service.backends.optimize_child"
 _STDERR_TAIL = 2000
+_NICENESS = 19  # searches come first
 _REPORT_EVERY_S = 0.1
 
 
@@ -60,7 +61,7 @@ class OptimizeJob:
         with self._lock:
             if self._stopped:
                 raise StorageError("the optimization was stopped before it began")
-            self._process = start_module(_CHILD, arguments, stderr=stderr)
+            self._process = start_module(_CHILD, arguments, stderr=stderr, niceness=_NICENESS)
             return self._process
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
