@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
+_PARENT = "KNNMOE_PARENT_PROCESS"
 
 
 def start_module(
@@ -29,7 +30,8 @@ def start_module(
         stderr=stderr,
         pass_fds=pass_fds,
         start_new_session=True,  # Ctrl-C is for the service, which ends its processes in order
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), _PARENT: str(os.getpid())},
     )
     if niceness:
         with suppress(ProcessLookupError):  # it has ended already
@@ -38,6 +40,8 @@ def start_module(
 
 
 def die_with_parent_thread() -> None:
-    """The kernel kills this process when the thread that started it ends (Linux only)."""
+    """The kernel kills this process, which start_module() made, when the thread that did so ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if str(os.getppid()) != os.environ.get(_PARENT):
+        sys.exit("the service has ended")  # before it could be asked for

@@ -13,7 +13,7 @@ from router_service.backends.common import require_name
 from router_service.backends.disk import DirectoryLock, FreeSpace
 from router_service.backends.edge_collection import EdgeCollection
 from router_service.backends.edge_files import CollectionFiles, Pointer
-from router_service.backends.edge_generation import EdgeSettings, create_files
+from router_service.backends.edge_generation import EdgeSettings, Hosts, create_files
 from router_service.errors import CorruptMemory, StorageError
 
 # Opening a shard of that size takes 10 ms, of 160 MB 250 ms, and keeps every thread of its process waiting.
@@ -41,7 +41,7 @@ class EdgeBackend:
         """
         self._data_dir = data_dir
         self._settings = EdgeSettings(
-            search_threads, FreeSpace(data_dir, min_free_bytes), isolate_above_bytes, workers
+            search_threads, FreeSpace(data_dir, min_free_bytes), isolate_above_bytes, Hosts(workers)
         )
         self._open: dict[str, EdgeCollection] = {}
         self._opening: set[str] = set()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -30,20 +31,36 @@ class EdgeSettings:
     free_space: FreeSpace
     # A collection with more bytes of keys has a process of its own from its next opening or optimize on,
     isolate_above_bytes: int
-    # as long as there are fewer than this.
-    workers: int
-    hosts: WeakSet[HostedShard] = field(default_factory=WeakSet)
+    # as long as there is one to be had.
+    hosts: Hosts
 
-    def loader(self, keys_bytes: int, replaced: Shard | None) -> Callable[..., Shard]:
-        """How a shard with so many bytes of keys is opened that takes the place of another."""
-        others = sum(host.alive for host in list(self.hosts) if host is not replaced)
-        if keys_bytes > self.isolate_above_bytes and others < self.workers:
-            return self._hosted
-        return EngineShard.load
 
-    def _hosted(self, *arguments: Any) -> HostedShard:
+class Hosts:
+    """The engine processes of a backend, at most `workers` of them. Safe to call from several threads."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._running: WeakSet[HostedShard] = WeakSet()
+        self._starting = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self, replaced: Shard | None) -> Iterator[Callable[..., Shard]]:
+        """How to open a shard that takes the place of `replaced`: in a process of its own if there may be one more."""
+        with self._lock:
+            others = sum(host.alive for host in self._running if host is not replaced)
+            allowed = others + self._starting < self._workers
+            self._starting += allowed
+        try:
+            yield self._started if allowed else EngineShard.load
+        finally:
+            with self._lock:
+                self._starting -= allowed
+
+    def _started(self, *arguments: Any) -> HostedShard:
         host = HostedShard.load(*arguments)
-        self.hosts.add(host)
+        with self._lock:
+            self._running.add(host)
         return host
 
 
@@ -72,11 +89,23 @@ def open_shard(
     """
     if entries is None:
         entries = files.entries_about(pointer)
-    load = settings.loader(entries * pointer.spec.dimension * 4, replaced)
-    directory, deadline = files.shard(pointer.generation), time.monotonic() + _ORPHAN_S
+    arguments = (
+        files.shard(pointer.generation),
+        pointer.spec,
+        pointer.compression,
+        settings.search_threads,
+    )
+    if entries * pointer.spec.dimension * 4 <= settings.isolate_above_bytes:
+        return _patiently(EngineShard.load, arguments)
+    with settings.hosts.one(replaced) as load:
+        return _patiently(load, arguments)
+
+
+def _patiently(load: Callable[..., Shard], arguments: tuple[Any, ...]) -> Shard:
+    deadline = time.monotonic() + _ORPHAN_S
     while True:
         try:
-            return load(directory, pointer.spec, pointer.compression, settings.search_threads)
+            return load(*arguments)
         except DirectoryInUse:
             if time.monotonic() > deadline:
                 raise

@@ -122,6 +122,7 @@ class CrashLoop:
             end = time.monotonic() + 10
         while time.monotonic() < end:
             if swap and self.currents() != before:
+                self.kills["right after a swap"] += 1
                 time.sleep(self.rng.uniform(0.0, 0.03))
                 return
             time.sleep(0.002)
@@ -363,7 +364,7 @@ def run(
         loop.check(sidecar, deep=True)
         sidecar.stop_cleanly()
     return {
-        "kills": sum(loop.kills.values()),
+        "kills": kills,
         "kills_during": dict(loop.kills),
         "acknowledged": dict(loop.acknowledged),
         "entries_per_layer": entries,
