@@ -44,6 +44,8 @@ USES: dict[str, Use] = {
     "merge/from": Use("merge {name} other", needs=True),
     "calibrate": Use("calibrate {name}", needs=True),
     "optimize": Use("optimize {name}", needs=True, grows=True),
+    "quantize": Use("quantize {name} --method int8", needs=True, grows=True),
+    "quantize/measure": Use("quantize {name} --measure --methods int8", needs=True, grows=True),
     "stats": Use("stats {name}", needs=True, reads=True),
     "health": Use("health"),
     "import": Use("import {file} --as {name}", makes=True, grows=True),
