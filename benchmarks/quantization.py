@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +22,17 @@ from knnmoe.v1.quantization_pb2_grpc import QuantizationServiceStub
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.demo_memory import Bench, running_bench
 from benchmarks.report import load_average, machine
 from model_runner.evaluation.demo import DemoSettings, Texts, draw_texts
-from model_runner.evaluation.nll import Scores, difference, score
-from model_runner.memory_builder.builder import MemoryBuilder, Target
-from model_runner.memory_client import MemoryClient
+from model_runner.evaluation.nll import Scores, difference
 from model_runner.models import LoadedModel, load_model
-from model_runner.presets import PRESETS
 from model_runner.progress import Progress
-from model_runner.router_client import OnError, RouterClient
-from model_runner.router_inputs import collect_router_inputs
-from model_runner.routing_policy import RetrievalPolicy
-from model_runner.sidecar import running_sidecar
 from model_runner.small_moe import MODEL_DIR
 from model_runner.wire import encode_floats
 
 SCHEMA = 1
 MEMORY = "quantized"
-PRESET = PRESETS["recommended"]
 TIMEOUT_S = 1800.0
 COMPRESSIONS = (
     "none", "float16", "int8", "turbo4", "turbo2", "turbo1", "binary", "product",
@@ -69,46 +60,32 @@ class Settings:
 class Run:
     """One memory in one sidecar."""
 
-    def __init__(
-        self, loaded: LoadedModel, settings: Settings, target: str, progress: Progress
-    ) -> None:
-        self._loaded, self._settings = loaded, settings
-        self._target, self._progress = target, progress
-        self._texts = _texts(loaded, settings)
+    def __init__(self, bench: Bench, settings: Settings) -> None:
+        self._bench, self._settings = bench, settings
+        self._texts = _texts(bench.loaded, settings)
 
     def results(self) -> list[dict[str, Any]]:
         """A row per compression; the first is the baseline of the changes in NLL."""
-        inputs = self._build()
-        plain = self._score(None)
+        bench, windows = self._bench, self._texts.shifted
+        bench.build(MEMORY, self._texts.reference, "none")
+        inputs = bench.inputs(self._texts.dev, self._settings.queries)
+        bench.calibrate(MEMORY, inputs)
+        plain = bench.plain(windows)
         measured = self._measure(inputs[self._settings.measured_layer])
         rows, baseline = [], None
-        for label in self._progress.track(self._settings.compressions, "scoring", "methods"):
+        for label in bench.progress.track(self._settings.compressions, "scoring", "methods"):
             self._quantize(label)
-            scores = self._routed()
+            scores = bench.routed(MEMORY, windows)
             baseline = baseline or scores
             rows.append(_row(label, scores, baseline, plain, measured[label]))
         return rows
-
-    def _build(self) -> dict[int, torch.Tensor]:
-        """Fills and calibrates the memory; returns router inputs of the dev text."""
-        model = self._loaded.fingerprint
-        with MemoryClient(self._target) as client:
-            client.find_or_create(MEMORY, model, PRESET.settings(model.num_layers))
-            builder = MemoryBuilder(self._loaded.model, model, client, batch_size=32)
-            builder.build(self._texts.reference, [Target(MEMORY, PRESET.recipe)], self._progress)
-            inputs = collect_router_inputs(
-                self._loaded.model, self._texts.dev, most=self._settings.queries
-            )
-            client.optimize(MEMORY, "none")
-            client.calibrate(MEMORY, PRESET.lambda0, inputs)
-        return inputs
 
     def _measure(self, inputs: torch.Tensor) -> dict[str, pb.CompressionMeasurement]:
         request = pb.MeasureQuantizationRequest(
             memory=MEMORY, compressions=self._settings.compressions
         )
         request.inputs.add(layer=self._settings.measured_layer, router_inputs=encode_floats(inputs))
-        with open_channel(self._target) as channel:
+        with open_channel(self._bench.target) as channel:
             replies = QuantizationServiceStub(channel).MeasureQuantization(
                 request, timeout=TIMEOUT_S
             )
@@ -116,21 +93,10 @@ class Run:
         return {measurement.compression: measurement for measurement in found}
 
     def _quantize(self, label: str) -> None:
-        with open_channel(self._target) as channel:
+        with open_channel(self._bench.target) as channel:
             request = pb.QuantizeRequest(memory=MEMORY, compression=label)
             for _ in QuantizationServiceStub(channel).Quantize(request, timeout=TIMEOUT_S):
                 pass
-
-    def _routed(self) -> Scores:
-        model = self._loaded.fingerprint
-        with RouterClient(
-            self._target, MEMORY, model, timeout_s=60, on_error=OnError.RAISE
-        ) as client:
-            return self._score(RetrievalPolicy(client))
-
-    def _score(self, policy: RetrievalPolicy | None) -> Scores:
-        quiet = Progress(quiet=True)
-        return score(self._loaded.model, self._texts.shifted, policy, quiet, what="", batch_size=32)
 
 
 def _texts(loaded: LoadedModel, settings: Settings) -> Texts:
@@ -159,12 +125,9 @@ def _row(
 
 def run(settings: Settings) -> dict[str, Any]:
     """Everything that the JSON file holds."""
-    started, progress = time.monotonic(), Progress()
-    loaded = load_model(str(MODEL_DIR), device="cpu")
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        target = stack.enter_context(running_sidecar(directory / "data", directory / "log"))
-        rows = Run(loaded, settings, target, progress).results()
+    started = time.monotonic()
+    with running_bench(load_model(str(MODEL_DIR), device="cpu"), Progress()) as bench:
+        rows = Run(bench, settings).results()
     return {
         "schema": SCHEMA,
         "settings": asdict(settings),

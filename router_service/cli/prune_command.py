@@ -128,9 +128,12 @@ def prune(
     The service answers meanwhile; entries that are written meanwhile stay. Ctrl-C ends it: what was deleted until
     then stays deleted. Disk space comes back with `optimize`.
 
+    To shrink a memory take --max-entries with --by strength for logit deltas, with --by gain for assignments: they
+    kept most of the gain (docs/experiments.md).
+
     Example:
       router-admin prune bible --near-duplicates 0.98 --dry-run
-      router-admin prune bible --max-entries 50% --by disagreement --yes
+      router-admin prune bible --max-entries 50% --by strength --yes
       router-admin prune bible --older-than 90d --unused-below 1 --spare-newer-than 7d --yes
       router-admin prune bible --forget genesis.txt --keep-at-least 0 --yes
 
