@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
@@ -180,17 +179,23 @@ def _create(stub: MemoryAdminServiceStub, workload: Workload, layers: int) -> No
     stub.CreateMemory(request, timeout=TIMEOUT_S, wait_for_ready=True)
 
 
-def upsert_all(target: str, workload: Workload, layer: int, progress: Progress) -> None:
+def upsert_all(
+    target: str,
+    workload: Workload,
+    layer: int,
+    progress: Progress,
+    at_a_time: int = ENTRIES_PER_UPSERT,
+) -> None:
     """Writes every entry of the workload to a layer, a few requests on their way at a time."""
     with open_channel(target) as channel:
         stub = MemoryAdminServiceStub(channel)
         describe = admin_pb.DescribeMemoryRequest(memory=MEMORY)
         digest = stub.DescribeMemory(describe, timeout=TIMEOUT_S).memory.model_digest
         stream = DuplexStream[admin_pb.UpsertRequest, admin_pb.UpsertResponse](stub.Upsert, target)
-        starts = range(0, len(workload.ids), ENTRIES_PER_UPSERT)
+        starts = range(0, len(workload.ids), at_a_time)
         try:
             for sent, start in enumerate(progress.track(starts, "Upsert", "requests")):
-                stream.send(_upsert(digest, workload, layer, start))
+                stream.send(_upsert(digest, workload, layer, slice(start, start + at_a_time)))
                 if sent >= UPSERTS_AHEAD:
                     stream.receive(TIMEOUT_S)
             for _ in range(min(len(starts), UPSERTS_AHEAD)):
@@ -199,8 +204,8 @@ def upsert_all(target: str, workload: Workload, layer: int, progress: Progress) 
             stream.close()
 
 
-def _upsert(digest: str, workload: Workload, layer: int, start: int) -> admin_pb.UpsertRequest:
-    rows = np.s_[start : start + ENTRIES_PER_UPSERT]
+def _upsert(digest: str, workload: Workload, layer: int, rows: slice) -> admin_pb.UpsertRequest:
+    start = int(rows.start)
     places = [divmod(start + i, TOKENS_PER_DOCUMENT) for i in range(len(workload.ids[rows]))]
     entries = admin_pb.Entries(
         ids=tensors.to_tensor(workload.ids[rows]),

@@ -2,8 +2,8 @@
 
 A memory of two layers with as many keys each. Layer 0 is indexed and int8, and one client sends it one token after the
 other over a stream that stays open. Meanwhile nothing happens (idle), layer 1, which was filled just before, is indexed
-for the first time (optimizing), layer 0 itself gets other search keys and its new files take over (quantizing, back),
-and another process upserts as many new entries into layer 0 as it has, which the service indexes by itself (inserting).
+for the first time (optimizing), layer 0 itself gets other search keys and its new files take over (quantizing), and
+another process upserts as many new entries into layer 0 as it has, which the service indexes by itself (inserting).
 A third client asks for the service's health all the time.
 """
 
@@ -41,6 +41,8 @@ ROUTED, OTHER = 0, 1
 CLIENT_DEADLINE_MS = 50.0
 HEALTH_EVERY_S = 0.01
 _INSERT_SEED_STEP = 1000
+# What a client that learns example by example sends at a time.
+ENTRIES_PER_INSERT = 32
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -139,8 +141,7 @@ def _phases(
     work: dict[str, Callable[[], object]] = {
         "idle": lambda: time.sleep(idle_s),
         "optimizing": lambda: _optimize(target, OTHER, "int8"),
-        "quantizing": lambda: _optimize(target, ROUTED, "none"),
-        "back": lambda: _optimize(target, ROUTED, "int8"),
+        "quantizing": lambda: _optimize(target, ROUTED, "turbo4"),
         "inserting": lambda: _insert_elsewhere(target, keys, dimension, seed),
     }
     client = SidecarClient(target)
@@ -198,7 +199,7 @@ def _insert_elsewhere(target: str, keys: int, dimension: int, seed: int) -> None
 def insert(target: str, keys: int, dimension: int, seed: int) -> None:
     """Upserts as many entries again into the routed layer, with other ids and keys of the same kind."""
     workload = make_workload(keys, dimension, 1, 1, NUM_EXPERTS, seed + _INSERT_SEED_STEP)
-    upsert_all(target, workload, ROUTED, Progress(quiet=True))
+    upsert_all(target, workload, ROUTED, Progress(quiet=True), ENTRIES_PER_INSERT)
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 # A collection that was searched this long ago counts as being searched.
 _RECENT_S = 0.5
-# While it is, writes rest this many times as long as they worked: they take a fifth of the engine.
-_REST = 4.0
-# What is not indexed yet is scanned in every search, 0.05 ms per MiB. From here on writes wait for the index that is
-# being built, though not longer than a caller's patience.
-_MOST_BYTES = 16 << 20
-_PATIENCE_S = 2.0
+# While it is, writes rest this many times as long as they worked: they take a tenth of the engine.
+_REST = 9.0
+# And they wait while the service indexes what is new, so that look-ups share the cores with one of the two at a time;
+# not longer than a caller's patience.
+_PATIENCE_S = 5.0
 _POLL_S = 0.02
-
-
-class Backlog(Protocol):
-    """What of a collection is not indexed yet."""
-
-    @property
-    def changed_bytes(self) -> int:
-        """Bytes of keys written or deleted since the last optimize."""
-        ...
-
-    @property
-    def optimizing(self) -> bool:
-        """Whether an index is being built."""
-        ...
 
 
 class Pacing:
@@ -53,16 +38,16 @@ class Pacing:
     def rest(self, worked_s: float) -> None:
         """After a write that kept the engine for `worked_s`."""
         self._wrote = time.monotonic()
-        if self.searched_ago_s < _RECENT_S:
+        if self.being_searched:
             time.sleep(_REST * worked_s)
 
-    def wait_for_index(self, unindexed: Backlog) -> None:
-        """Before a write: waits while too much is unindexed, an index is being built and searches go on."""
+    @property
+    def being_searched(self) -> bool:
+        """Whether searches go on."""
+        return self.searched_ago_s < _RECENT_S
+
+    def wait_while(self, indexing: Callable[[], bool]) -> None:
+        """Before a write: waits while the service indexes on its own account, and searches go on."""
         end = time.monotonic() + _PATIENCE_S
-        while (
-            unindexed.changed_bytes > _MOST_BYTES
-            and unindexed.optimizing
-            and self.searched_ago_s < _RECENT_S
-            and time.monotonic() < end
-        ):
+        while indexing() and self.being_searched and time.monotonic() < end:
             time.sleep(_POLL_S)

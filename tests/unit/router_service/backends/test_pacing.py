@@ -23,11 +23,6 @@ class Clock:
         self.slept += seconds
 
 
-class Unindexed:
-    changed_bytes = 1 << 30
-    optimizing = True
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
@@ -42,23 +37,22 @@ def test_a_write_rests_only_while_others_search(clock: Clock) -> None:
     assert pace.wrote_ago_s == 0
     pace.searched()
     pace.rest(0.002)
-    assert clock.slept == pytest.approx(0.008)
+    assert clock.slept == pytest.approx(0.018)
     clock.now += 10
     pace.rest(0.002)
-    assert clock.slept == pytest.approx(0.008)
+    assert clock.slept == pytest.approx(0.018)
 
 
-def test_a_write_waits_for_the_index_but_not_for_ever(clock: Clock) -> None:
-    pace, unindexed = Pacing(), Unindexed()
-    pace.wait_for_index(unindexed)
+def test_a_write_waits_for_the_index_while_others_search(clock: Clock) -> None:
+    pace = Pacing()
+    pace.wait_while(lambda: True)
     assert clock.slept == 0  # nobody searches
     pace.searched()
-    pace.wait_for_index(unindexed)
+    pace.wait_while(lambda: True)
     assert 0 < clock.slept < 1  # nobody searches any more
     before = clock.slept
     pace.searched()
-    unindexed.optimizing = False
-    pace.wait_for_index(unindexed)
+    pace.wait_while(lambda: False)
     assert clock.slept == before
 
 
@@ -66,5 +60,5 @@ def test_patience_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = Pacing()
     monkeypatch.setattr(pacing, "_RECENT_S", 1e9)
     pace.searched()
-    pace.wait_for_index(Unindexed())
-    assert clock.slept == pytest.approx(2.0, abs=0.05)
+    pace.wait_while(lambda: True)
+    assert clock.slept == pytest.approx(5.0, abs=0.05)
