@@ -42,7 +42,7 @@ CLIENT_DEADLINE_MS = 50.0
 HEALTH_EVERY_S = 0.01
 _INSERT_SEED_STEP = 1000
 # What a client that learns example by example sends at a time.
-ENTRIES_PER_INSERT = 32
+ENTRIES_PER_INSERT = 64
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

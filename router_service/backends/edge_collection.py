@@ -1,14 +1,7 @@
-"""One layer's entries in an embedded Qdrant shard.
-
-Three locks, taken in this order. The maintenance lock: one optimize() at a time. The write lock makes writes take turns
-with whoever needs the files to stand still. The engine lock guards the shard, the value table and the pointer, and is
-held for one short engine call at a time.
-"""
+"""One layer's entries in an embedded Qdrant shard; locks: see edge_state."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,27 +22,25 @@ from router_service.backends.base import (
 )
 from router_service.backends.catch_up import CatchUp
 from router_service.backends.common import as_stored, empty_neighbours, per_query
-from router_service.backends.disk import disk_bytes, fsync_tree, remove_tree
+from router_service.backends.disk import disk_bytes, remove_tree
 from router_service.backends.edge_files import CollectionFiles, Pointer
 from router_service.backends.edge_generation import (
-    EdgeSettings,
     copy_generation,
     new_generation,
     open_shard,
 )
-from router_service.backends.fifo_lock import FifoLock
+from router_service.backends.edge_state import EdgeState
 from router_service.backends.optimize_job import OptimizeJob
-from router_service.backends.pacing import Pacing
-from router_service.backends.saved_values import SavedValues, read_table
-from router_service.backends.shard import Shard, ShardCounts
-from router_service.backends.value_table import ValueTable
-from router_service.errors import Busy, CollectionClosed, StorageError
+from router_service.backends.saved_values import SavedValues
+from router_service.backends.shard import Shard
+from router_service.errors import Busy, StorageError
 
 # One engine call at a time: with 128, one token waits 40 ms beside a long request, with 64 half of that, and 512 tokens
 # take 2 % longer (benchmarks/README.md).
 _QUERIES_PER_CALL = 64
-# An update of so many floats keeps the engine for some 3 ms; while others search, updates are half as large.
-_FLOATS_PER_UPDATE = 32_768
+# An update of so many floats keeps the engine for 7 to 10 ms. Few large ones and long rests (see pacing) delay fewer
+# look-ups than many small ones: at 2,048 floats per key p99 is 6 ms rather than 9.
+_FLOATS_PER_UPDATE = 131_072
 _IDS_PER_DELETE = 128
 _ENTRIES_PER_PAGE = 2048
 _FLOATS_PER_PAGE = 1 << 19
@@ -59,66 +50,13 @@ _MOST_OUTDATED = 0.3
 # What tidy() leaves: one large, one of what has come since, which takes a third of the time to index, and the one that
 # is written to. Each costs a search 0.3 to 0.5 ms.
 _SEGMENTS = 3
+# Share of the entries that may be in the second one.
+_MOST_APART = 0.25
 _LOCK_POLL_S = 0.05
-_REVIVE_EVERY_S = 1.0
 
 
-class EdgeCollection:
+class EdgeCollection(EdgeState):
     """See Collection. Ties in distance come in the engine's order."""
-
-    def __init__(self, files: CollectionFiles, pointer: Pointer, settings: EdgeSettings) -> None:
-        """Opens the collection. Raises CorruptMemory when its entries are not those of the last close()."""
-        self._files, self._pointer, self._settings = files, pointer, settings
-        self._spec = pointer.spec
-        self._maintenance_lock = threading.Lock()
-        self._write_lock = threading.Lock()
-        self._engine_lock = FifoLock()
-        self._job: OptimizeJob | None = None
-        self._catch_up: CatchUp | None = None  # of an optimize() whose copy has been taken
-        self._tidying = self._overtaken = False
-        self.pacing = Pacing()
-        self._frozen = False
-        self._flushed: ValueTable | None = None
-        self._closing = self._closed = False
-        self._worked_s = 0.0  # by the last write
-        self._revived = -_REVIVE_EVERY_S
-        self._shard = open_shard(files, pointer, settings)
-        try:
-            counts = self._shard.counts(pointer.generation)
-            path, width = files.values(pointer.generation), self._spec.value_width
-            self._saved, saved = SavedValues.open(path, width)
-            if saved is not None:
-                self._table = self._saved.check(saved, counts.entries)
-            else:
-                self._table = read_table(self._shard, width)
-            self._count(counts)
-        except BaseException:
-            self._shard.close()
-            raise
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called."""
-        return self._closed
-
-    @property
-    def changed_entries(self) -> int:
-        """See Maintained."""
-        return self._changed
-
-    @property
-    def changed_bytes(self) -> int:
-        """See Maintained."""
-        return self._changed * self._spec.dimension * 4
-
-    @property
-    def outdated_share(self) -> float:
-        """See Maintained."""
-        return self._outdated / max(self._graph_entries, 1)
-
-    def _count(self, counts: ShardCounts) -> None:
-        self._changed, self._graph_entries = counts.tail, counts.graph_vectors
-        self._outdated = max(0, counts.graph_vectors - (counts.entries - counts.tail))
 
     def search(
         self,
@@ -167,8 +105,7 @@ class EdgeCollection:
         """See Collection.upsert; each engine update is written whole or not at all."""
         keys = as_stored(entries.keys, self._spec.metric, "keys")
         stored = replace(entries, keys=keys)
-        floats = _FLOATS_PER_UPDATE // (2 if self.pacing.being_searched else 1)
-        step = min(max(floats // self._spec.dimension, 4), 512)
+        step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), 512)
         self.pacing.wait_while(lambda: self._tidying)
         with self._write_lock:
             self._settings.free_space.require()
@@ -179,10 +116,13 @@ class EdgeCollection:
             self.flush()
 
     def _upsert_part(self, entries: Entries) -> None:
-        table = self._table.with_rows(entries.ids, entries.values)
+        before = self._table
+        after = before.with_rows(entries.ids, entries.values)
         with self._engine_lock, self._writing(entries.ids) as shard:
             shard.upsert(entries, self._pointer.generation)
-            self._table = table
+            if self._table is not before:  # the shard's process was started again
+                after = self._table.with_rows(entries.ids, entries.values)
+            self._table = after
         self.pacing.rest(self._worked_s)
 
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
@@ -198,29 +138,10 @@ class EdgeCollection:
         return len(present)
 
     def _delete_part(self, ids: U64) -> None:
-        table = self._table.without(ids)
         with self._engine_lock, self._writing(ids) as shard:
             shard.delete(ids)
-            self._table = table
+            self._table = self._table.without(ids)
         self.pacing.rest(self._worked_s)
-
-    @contextmanager
-    def _writing(self, ids: U64) -> Iterator[Shard]:
-        """The shard, for a change of the entries of `ids`; an optimize() under way will have them as they are then."""
-        shard, started = self._open_shard(), time.monotonic()
-        # Entries of the tail count here too when they are written again: too many, never too few.
-        self._outdated += int(np.count_nonzero(self._table.holds(ids)))
-        try:
-            yield shard
-        except StorageError:
-            if shard.alive:  # else read when it is revived
-                self._table = read_table(shard, self._spec.value_width)  # some may be written
-            raise
-        finally:
-            self._changed += len(ids)
-            if self._catch_up is not None:
-                self._catch_up.note(ids)
-            self._worked_s = time.monotonic() - started
 
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         """See Collection.scroll."""
@@ -277,8 +198,7 @@ class EdgeCollection:
             return False
         self._tidying, self._overtaken = True, False
         try:
-            few = self.outdated_share < _MOST_OUTDATED / 2
-            self._change_generation(self._pointer.next(None), report, _SEGMENTS if few else 1)
+            self._change_generation(self._pointer.next(None), report, self._segments())
         except StorageError:
             if not self._overtaken:
                 raise
@@ -287,6 +207,12 @@ class EdgeCollection:
             self._tidying = False
             self._maintenance_lock.release()
         return True
+
+    def _segments(self) -> int:
+        """How many tidy() leaves: one when much is outdated, or much has come since there was but one."""
+        new = self._changed + self._apart
+        much = self.outdated_share > _MOST_OUTDATED / 2 or new > _MOST_APART * len(self._table)
+        return 1 if much else _SEGMENTS
 
     def _change_generation(self, target: Pointer, report: Report, segments: int = 1) -> None:
         """Upserts wait only while files are copied, and while the new ones take over."""
@@ -300,6 +226,7 @@ class EdgeCollection:
     def _optimize(self, target: Pointer, job: OptimizeJob, report: Report, segments: int) -> None:
         report("copy", 0, 0)
         with self._standing_still():
+            changed = self._changed
             copy_generation(self._files, self._pointer, target, self._settings)
             self._catch_up = CatchUp(self._read_again)
         job.run(self._files.shard(target.generation), target.spec, target.compression, segments)
@@ -310,6 +237,7 @@ class EdgeCollection:
         except BaseException:
             shard.close()
             raise
+        self._apart = self._apart + changed if segments > 1 else 0
         with suppress(
             StorageError
         ):  # the new generation counts; the next open removes what is left
@@ -348,19 +276,6 @@ class EdgeCollection:
         with self._standing_still():
             yield self._frozen_files()
 
-    @contextmanager
-    def _standing_still(self) -> Iterator[None]:
-        """Inside, the files on disk are complete and nobody changes them; searches go on."""
-        self.flush()  # so that little is left to do while writes wait
-        with self._write_lock:
-            try:
-                with self._engine_lock:
-                    self._flush_writes()
-                    self._frozen = True
-                yield
-            finally:
-                self._frozen = False
-
     def _frozen_files(self) -> FrozenFiles:
         with self._engine_lock:
             number = self._pointer.generation
@@ -371,54 +286,3 @@ class EdgeCollection:
 
         names = ("CURRENT", self._files.generation(number).name)
         return FrozenFiles(self._files.directory, names, len(table), complete)
-
-    def flush(self) -> None:
-        """See Collection.flush. Returns at once while the files stand still, for they were flushed before."""
-        if self._flushed is not self._table and not self._frozen:
-            # Beside the engine, so that little is left for its own flush, during which no search is answered.
-            with suppress(OSError):  # a file that is being replaced
-                fsync_tree(self._files.shard(self._pointer.generation) / "segments")
-        with self._engine_lock:
-            if not self._frozen:
-                self._flush_writes()
-
-    def close(self) -> None:
-        """See Collection.close."""
-        self._closing = True
-        if job := self._job:
-            job.stop()
-        with self._maintenance_lock, self._write_lock, self._engine_lock:
-            if self._closed:
-                return
-            self._closed = True
-            try:
-                if self._shard.alive:
-                    self._shard.flush()
-                    self._saved.save(self._table)
-            finally:
-                self._shard.close()
-
-    def _flush_writes(self) -> None:
-        """Flushes unless nothing was written since: a flush takes 30 ms. Each write makes another table."""
-        shard = self._open_shard()
-        if self._flushed is not self._table:
-            shard.flush()
-            self._flushed = self._table
-
-    def _open_shard(self) -> Shard:
-        """Raises CollectionClosed. Opens the shard again when its process has died; call it under the engine lock."""
-        if self._closing:
-            raise CollectionClosed(self._files.directory)
-        if not self._shard.alive:
-            self._revive()
-        return self._shard
-
-    def _revive(self) -> None:
-        if time.monotonic() < self._revived + _REVIVE_EVERY_S:
-            raise StorageError(
-                f"the engine process of {self._files.directory} ended; it is started again soon, retry"
-            )
-        self._revived = time.monotonic()
-        self._shard.close()
-        shard = open_shard(self._files, self._pointer, self._settings, len(self._table))
-        self._shard, self._table = shard, read_table(shard, self._spec.value_width)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 # A collection that was searched this long ago counts as being searched.
 _RECENT_S = 0.5
-# While it is, writes rest this many times as long as they worked: they take a tenth of the engine.
-_REST = 9.0
+# While it is, writes rest this many times as long as they worked: they take 2 % of the engine.
+_REST = 50.0
 # And they wait while the service indexes what is new, so that look-ups share the cores with one of the two at a time;
 # not longer than a caller's patience.
 _PATIENCE_S = 5.0
