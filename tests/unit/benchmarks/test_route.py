@@ -77,7 +77,7 @@ def test_says_what_ran_and_how(result: dict[str, Any]) -> None:
     settings = result["settings"]
     assert (settings["keys"], settings["dimension"], settings["quantization"]) == (500, 32, "int8")
     assert (settings["seed"], settings["num_experts"], settings["top_k"]) == (0, 64, 8)
-    assert settings["hnsw_ef"] == {"1": 128, "32": 128}
+    assert settings["hnsw_ef"] == {"1": 100, "32": 100}
 
 
 def test_answers_agree_with_brute_force(result: dict[str, Any]) -> None:
