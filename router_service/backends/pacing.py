@@ -35,10 +35,14 @@ class Pacing:
         """Seconds since the last write ended."""
         return time.monotonic() - self._wrote
 
-    def rest(self, worked_s: float) -> None:
-        """After a write that kept the engine for `worked_s`."""
+    def patience(self) -> float:
+        """When a caller whose write begins now should no longer be kept waiting, on the monotonic clock."""
+        return time.monotonic() + _PATIENCE_S
+
+    def rest(self, worked_s: float, until: float = float("inf")) -> None:
+        """After a write that kept the engine for `worked_s`; not when it is later than `until`."""
         self._wrote = time.monotonic()
-        if self.being_searched:
+        if self.being_searched and self._wrote < until:
             time.sleep(_REST * worked_s)
 
     @property
@@ -46,8 +50,7 @@ class Pacing:
         """Whether searches go on."""
         return self.searched_ago_s < _RECENT_S
 
-    def wait_while(self, indexing: Callable[[], bool]) -> None:
+    def wait_while(self, indexing: Callable[[], bool], until: float) -> None:
         """Before a write: waits while the service indexes on its own account, and searches go on."""
-        end = time.monotonic() + _PATIENCE_S
-        while indexing() and self.being_searched and time.monotonic() < end:
+        while indexing() and self.being_searched and time.monotonic() < until:
             time.sleep(_POLL_S)

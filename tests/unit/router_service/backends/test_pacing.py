@@ -45,14 +45,14 @@ def test_a_write_rests_only_while_others_search(clock: Clock) -> None:
 
 def test_a_write_waits_for_the_index_while_others_search(clock: Clock) -> None:
     pace = Pacing()
-    pace.wait_while(lambda: True)
+    pace.wait_while(lambda: True, pace.patience())
     assert clock.slept == 0  # nobody searches
     pace.searched()
-    pace.wait_while(lambda: True)
+    pace.wait_while(lambda: True, pace.patience())
     assert 0 < clock.slept < 1  # nobody searches any more
     before = clock.slept
     pace.searched()
-    pace.wait_while(lambda: False)
+    pace.wait_while(lambda: False, pace.patience())
     assert clock.slept == before
 
 
@@ -60,5 +60,18 @@ def test_patience_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = Pacing()
     monkeypatch.setattr(pacing, "_RECENT_S", 1e9)
     pace.searched()
-    pace.wait_while(lambda: True)
+    pace.wait_while(lambda: True, pace.patience())
     assert clock.slept == pytest.approx(5.0, abs=0.05)
+
+
+def test_a_caller_who_has_waited_long_waits_no_more(clock: Clock) -> None:
+    pace = Pacing()
+    until = pace.patience()
+    pace.searched()
+    pace.rest(0.002, until)
+    before = clock.slept
+    assert before > 0
+    clock.now = until
+    pace.searched()
+    pace.rest(0.002, until)
+    assert clock.slept == before
