@@ -22,13 +22,18 @@ RoutingServiceError
     ├── DiskFull
     ├── DirectoryInUse
     ├── CollectionClosed      deleted, replaced or shut down while a call was on its way
+    ├── BackendUnavailable    a Qdrant server that is away, or does not answer in time
+    ├── BackendMisconfigured  one that cannot be used with these settings
     ├── CorruptMemory
+    │   └── ForeignCollection a collection of the memory's name that is not what the memory needs
     └── SnapshotInvalid
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "BackendMisconfigured",
+    "BackendUnavailable",
     "Busy",
     "Cancelled",
     "CollectionClosed",
@@ -36,6 +41,7 @@ __all__ = [
     "DeadlineTooShort",
     "DirectoryInUse",
     "DiskFull",
+    "ForeignCollection",
     "InvalidField",
     "InvalidRequest",
     "InvalidTensor",
@@ -167,8 +173,20 @@ class CollectionClosed(StorageError):
         super().__init__(f"{collection} is closed: deleted, replaced, or the service stops; retry")
 
 
+class BackendUnavailable(StorageError):
+    """The Qdrant server is away, or does not answer in time."""
+
+
+class BackendMisconfigured(StorageError):
+    """The Qdrant server cannot be used with the settings at hand: its key, its version, its limits."""
+
+
 class CorruptMemory(StorageError):
-    """The files of a memory disagree with its manifest."""
+    """The entries of a memory disagree with its manifest."""
+
+
+class ForeignCollection(CorruptMemory):
+    """A collection that is there under a memory's name, with another dimension or distance."""
 
 
 class SnapshotInvalid(StorageError):

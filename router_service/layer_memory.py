@@ -55,6 +55,7 @@ class RouteQuery:
     own: Assignment | F32  # [T, k] or logits [T, N]
     neighbours: int | None = None  # overrides K
     exclude: Sequence[ExampleRef] = ()
+    deadline: float | None = None  # of time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +171,11 @@ class LayerMemory:
         return found.distances[:, 0]
 
     def _search(self, query: RouteQuery, k: int, settings: MemorySettings) -> Neighbours:
-        parts = []
+        parts, options = [], replace(settings.search, deadline=query.deadline)
         for start in range(0, len(query.router_inputs), TOKENS_PER_SEARCH):
             rows = slice(start, start + TOKENS_PER_SEARCH)
             exclude = query.exclude if len(query.exclude) <= 1 else query.exclude[rows]
-            parts.append(
-                self.collection.search(query.router_inputs[rows], k, settings.search, exclude)
-            )
+            parts.append(self.collection.search(query.router_inputs[rows], k, options, exclude))
         return (
             parts[0]
             if len(parts) == 1

@@ -48,8 +48,8 @@ def is_unfinished(directory: Path) -> bool:
     return (directory / UNFINISHED).exists() and not (directory / FILE_NAME).exists()
 
 
-def write_manifest(directory: Path, record: MemoryRecord) -> None:
-    """Writes the manifest so that it is either the old or the new one after a crash. Raises StorageError."""
+def record_to_json(record: MemoryRecord) -> str:
+    """A record as text."""
     body = {
         "format": FORMAT,
         "name": record.name,
@@ -57,7 +57,28 @@ def write_manifest(directory: Path, record: MemoryRecord) -> None:
         "settings": record.settings.fields(),
         "created_unix_ms": record.created_unix_ms,
     }
-    text = json.dumps(body, indent=2).encode()
+    return json.dumps(body, indent=2)
+
+
+def record_from_json(text: str, name: str, where: str) -> MemoryRecord:
+    """Inverse of record_to_json. Raises CorruptMemory, that names `where`, unless it is a valid record of `name`."""
+    try:
+        record = _record_of(json.loads(text))
+        identity.validate(record.fingerprint)
+        memory_settings.validate(record.settings, record.fingerprint.num_layers)
+    except (ValueError, KeyError, TypeError, RecursionError, InvalidField) as error:
+        raise CorruptMemory(f"{where} cannot be read ({type(error).__name__}: {error})") from error
+    if record.name != name:
+        raise CorruptMemory(
+            f"{where} is the manifest of memory {record.name!r}, expected {name!r}; a copied memory "
+            "cannot be opened under another name"
+        )
+    return record
+
+
+def write_manifest(directory: Path, record: MemoryRecord) -> None:
+    """Writes the manifest so that it is either the old or the new one after a crash. Raises StorageError."""
+    text = record_to_json(record).encode()
     write_atomically(directory / FILE_NAME, lambda file: file.write(text))
 
 
@@ -65,20 +86,14 @@ def read_manifest(directory: Path) -> MemoryRecord:
     """Raises CorruptMemory on a file that is missing, of another format, or not what was written."""
     path = directory / FILE_NAME
     try:
-        record = _record_of(json.loads(path.read_text()))
-        identity.validate(record.fingerprint)
-        memory_settings.validate(record.settings, record.fingerprint.num_layers)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, InvalidField) as error:
-        raise CorruptMemory(
-            f"{path} cannot be read ({type(error).__name__}: {error}); restore it from a backup or move "
-            f"{directory} away"
-        ) from error
-    if record.name != directory.name:
-        raise CorruptMemory(
-            f"{path} is the manifest of memory {record.name!r}, expected {directory.name!r}; a copied memory "
-            "cannot be opened under another name"
-        )
-    return record
+        return record_from_json(path.read_text(), directory.name, str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{path} cannot be read ({type(error).__name__}: {error})"
+    except CorruptMemory as error:
+        if error.__cause__ is None:  # another memory's
+            raise
+        problem = str(error)
+    raise CorruptMemory(f"{problem}; restore it from a backup or move {directory} away")
 
 
 def _record_of(body: dict[str, object]) -> MemoryRecord:

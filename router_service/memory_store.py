@@ -1,4 +1,4 @@
-"""Every memory of a service: makes, finds and removes them, on disk or (with no directory) in RAM."""
+"""Every memory of a service: makes, finds and removes them, on disk, on a server, or in RAM."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 
 from router_service import identity, memory_settings
 from router_service.backends.base import Backend, Collection, CollectionSpec
-from router_service.backends.boundary import storage_call
-from router_service.backends.disk import fsync_directory, remove_tree
+from router_service.catalogue import DOOMED, Catalogue, FileCatalogue, RamCatalogue
 from router_service.errors import (
     CorruptMemory,
+    ForeignCollection,
     InvalidField,
     MemoryExists,
     MemoryNotFound,
@@ -29,29 +29,38 @@ from router_service.hit_counts import HitCounter
 from router_service.identity import ModelFingerprint
 from router_service.layer_memory import LayerMemory
 from router_service.maintenance.restored_files import hits_file, home_of, remove_strays
-from router_service.manifest import (
-    begin_creation,
-    finish_creation,
-    is_unfinished,
-    read_manifest,
-    write_manifest,
-)
 from router_service.memory_settings import MemorySettings
 from router_service.routing_memory import MemoryRecord, RoutingMemory
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# A deleted memory's directory until its files are gone.
-DOOMED = ".deleted"
+# Between two looks at a shared catalogue for a name that is not known.
+_LOOK_AGAIN_S = 1.0
 
 
 class MemoryStore:
     """Memories by name. Safe to call from several threads."""
 
-    def __init__(self, backend: Backend, directory: Path | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        directory: Path | None,
+        *,
+        shared: Catalogue | None = None,
+        hits: Path | None = None,
+    ) -> None:
+        """Memories under a directory, or with None in RAM, or those of a catalogue that other services share.
+
+        `hits`: where a shared memory's hit counts of this service lie; None: they end with it.
+        """
         self._backend = backend
         self._directory = directory
+        self._shared, self._looked = shared is not None, -_LOOK_AGAIN_S
+        self._catalogue: Catalogue = shared or (
+            FileCatalogue(directory) if directory is not None else RamCatalogue()
+        )
+        self._hits = hits if directory is None else directory
         self._memories: dict[str, RoutingMemory] = {}
         # Memories that could not be opened, with the reason: named in errors, never deleted.
         self.broken: dict[str, str] = {}
@@ -59,26 +68,45 @@ class MemoryStore:
 
     @property
     def directory(self) -> Path | None:
-        """Where the memories lie; None when they are in RAM."""
+        """Where the memories lie; None when they are in RAM or on a server."""
         return self._directory
+
+    @property
+    def shared(self) -> bool:
+        """Whether other services may change the memories too."""
+        return self._shared
 
     def exclusive(self) -> AbstractContextManager[bool]:
         """Inside, no other thread makes or removes a memory; look-ups and writes go on."""
         return self._lock
 
     def open_all(self) -> None:
-        """Opens what the directory holds; one that is corrupt is set aside with its reason, the others serve."""
-        if self._directory is None:
+        """Opens what there is; a memory that is corrupt is set aside with its reason, the others serve.
+
+        Raises ForeignCollection where a collection is not this service's: then it must not serve at all.
+        """
+        found = self._catalogue.read()
+        for name, reason in found.broken.items():
+            self._set_aside(name, reason)
+        for record in found.leftovers:
+            self._sweep(record)
+        for record in found.records:
+            self._open_one(record)
+
+    def refresh(self) -> None:
+        """Takes over what other services changed of shared memories. Raises StorageError."""
+        if not self._shared:
             return
-        with storage_call(f"open {self._directory}"):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            paths = sorted(p for p in self._directory.iterdir() if p.is_dir())
-        for path in paths:
-            if path.name.endswith(DOOMED) or is_unfinished(path):
-                log.warning("removing %s: its deletion or creation never ended", path)
-                remove_tree(path)
-            else:
-                self._open_one(path)
+        with self._lock:
+            self._looked = time.monotonic()
+            found = self._catalogue.read()
+            known = {record.name: record for record in found.records}
+            for name in set(self._memories) - set(known):
+                _close_all(self._memories.pop(name).layers)
+            self.broken = {name: why for name, why in self.broken.items() if name in known}
+            self.broken |= found.broken
+            for record in found.records:
+                self._catch_up(record)
 
     def names(self) -> list[str]:
         """Names of the memories that serve, sorted."""
@@ -91,6 +119,9 @@ class MemoryStore:
     def get(self, name: str) -> RoutingMemory:
         """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""
         memory = self._memories.get(name)
+        if memory is None and self._shared and time.monotonic() > self._looked + _LOOK_AGAIN_S:
+            self.refresh()  # it may be another service's, and new
+            memory = self._memories.get(name)
         if memory is None:
             if name in self.broken:
                 raise CorruptMemory(f"memory {name!r} was set aside at start: {self.broken[name]}")
@@ -105,6 +136,7 @@ class MemoryStore:
         identity.validate(fingerprint)
         memory_settings.validate(settings, fingerprint.num_layers)
         with self._lock:
+            self.refresh()
             if name in self._memories:
                 raise MemoryExists(name)
             if name in self.broken:
@@ -129,8 +161,7 @@ class MemoryStore:
             settings = memory_settings.changed(memory.record.settings, changes)
             memory_settings.validate(settings, memory.record.fingerprint.num_layers)
             record = replace(memory.record, settings=settings)
-            if self._directory is not None:
-                write_manifest(self._directory / name, record)
+            self._catalogue.commit(record)
             memory.change_settings(record)
         return memory
 
@@ -180,54 +211,64 @@ class MemoryStore:
     def _build(self, record: MemoryRecord) -> RoutingMemory:
         """Collections first, the manifest last."""
         layers: list[LayerMemory] = []
-        directory = self._directory / record.name if self._directory is not None else None
-        if directory is not None:
-            begin_creation(directory)
+        self._catalogue.begin(record)
         try:
             for number in range(record.fingerprint.num_layers):
                 name = _collection_name(record.name, number)
                 made = self._backend.create(name, _spec(record))
                 layers.append(self._layer(record, record.name, number, made))
-            if directory is not None:
-                finish_creation(directory, record)
+            self._catalogue.commit(record)
         except BaseException:
-            self._remove(record.name, layers)
+            self.discard_layers(record.name, layers)
+            self._catalogue.remove(record)
             raise
         return RoutingMemory(record, layers)
 
-    def _open_one(self, path: Path) -> None:
+    def _open_one(self, record: MemoryRecord) -> None:
         try:
-            record = read_manifest(path)
             opened = self.open_layers(record)
-            remove_strays(path.parent, record)  # only now: what serves is there
+            if self._directory is not None:
+                remove_strays(self._directory, record)  # only now: what serves is there
         except StorageError as error:
-            if not isinstance(error, CorruptMemory):
+            if isinstance(error, ForeignCollection) or not isinstance(error, CorruptMemory):
                 raise
-            self.broken[path.name] = str(error)
-            log.error("memory %s is set aside: %s", path.name, error)
+            self._set_aside(record.name, str(error))
             return
         self._memories[record.name] = RoutingMemory(record, opened)
 
-    def _discard(self, memory: RoutingMemory) -> None:
-        name = memory.record.name
-        if self._directory is None:
-            self._remove(name, memory.layers)
+    def _set_aside(self, name: str, reason: str) -> None:
+        self.broken[name] = reason
+        log.error("memory %s is set aside: %s", name, reason)
+
+    def _catch_up(self, record: MemoryRecord) -> None:
+        """Reads a shared memory as its record says now."""
+        memory = self._memories.get(record.name)
+        if memory is not None and memory.record == record:
             return
+        if memory is not None and memory.record.created_unix_ms == record.created_unix_ms:
+            memory.change_settings(record)
+            return
+        if memory is not None:  # deleted, and created again
+            _close_all(self._memories.pop(record.name).layers)
+        if record.name not in self.broken:
+            try:
+                self._open_one(record)
+            except ForeignCollection as error:
+                self._set_aside(record.name, str(error))
+
+    def _sweep(self, record: MemoryRecord) -> None:
+        log.warning("removing memory %s: its deletion or creation never ended", record.name)
+        for number in range(record.fingerprint.num_layers):
+            self._backend.drop(_collection_name(record.name, number))
+        self._catalogue.remove(record)
+
+    def _discard(self, memory: RoutingMemory) -> None:
         home = home_of(self._directory, memory.record)
         _close_all(memory.layers)
-        # The rename is the moment of deletion; what follows is repeated at the next start after a crash.
-        doomed = self._directory / f"{name}{DOOMED}"
-        with storage_call(f"delete {self._directory / name}"):
-            (self._directory / name).rename(doomed)
-            fsync_directory(self._directory)
+        # The moment of deletion; what follows is repeated at the next start after a crash.
+        self._catalogue.retire(memory.record)
         self._drop(home, memory.layers)
-        remove_tree(doomed)
-
-    def _remove(self, name: str, layers: Sequence[LayerMemory]) -> None:
-        """Drops the collections that were made, then what else is in the memory's directory."""
-        self.discard_layers(name, layers)
-        if self._directory is not None:
-            remove_tree(self._directory / name)
+        self._catalogue.remove(memory.record)
 
     def _drop(self, home: str, layers: Sequence[LayerMemory]) -> None:
         for layer in layers:
@@ -238,7 +279,7 @@ class MemoryStore:
         self, record: MemoryRecord, home: str, number: int, collection: Collection
     ) -> LayerMemory:
         model = record.fingerprint
-        directory = self._directory / home if self._directory is not None else None
+        directory = self._hits / home if self._hits is not None else None
         hits = HitCounter.load(directory / hits_file(number) if directory is not None else None)
         return LayerMemory(number, collection, model.num_experts, model.top_k, hits)
 

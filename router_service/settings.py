@@ -2,19 +2,133 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 from knnmoe.channels import MAX_MESSAGE_BYTES
-from pydantic import Field
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from router_service.backends.qdrant_server.options import (
+    PREFIX,
+    ServerOptions,
+    WriteOrdering,
+    is_url,
+    parse_url,
+)
+from router_service.errors import InvalidField
 
-class BackendName(StrEnum):
-    """Where entries live."""
+EDGE, EXACT = "edge", "exact"
+_OTHER_NAMES = {"embedded": EDGE}
 
-    EDGE = "edge"  # Qdrant Edge in this process, on disk
-    EXACT = "exact"  # NumPy in RAM; nothing is kept
+
+def check_backend(place: str) -> str:
+    """The name of a backend, or the URL of a server. Raises ValueError."""
+    place = _OTHER_NAMES.get(place, place)
+    if place in (EDGE, EXACT):
+        return place
+    if not is_url(place):
+        raise ValueError(f"got {place!r}, expected edge, exact, or the URL of a Qdrant server")
+    try:
+        parse_url(place)
+    except InvalidField as error:
+        raise ValueError(f"got {error.value}, expected {error.expected}") from error
+    return place
+
+
+class QdrantSettings(BaseSettings):
+    """How to use a Qdrant server; each is also an environment variable. Names are Qdrant's own."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ROUTER_SERVICE_QDRANT_", frozen=True, extra="forbid"
+    )
+
+    api_key: SecretStr | None = Field(None, description="From the environment only.")
+    api_key_file: Path | None = Field(
+        None,
+        description="File with the API key of the Qdrant server, e.g. /run/secrets/qdrant; or set "
+        "ROUTER_SERVICE_QDRANT_API_KEY.",
+    )
+    ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authority that signed the Qdrant server's certificate, e.g. /etc/ssl/qdrant.pem; "
+        "when not given, those that this machine trusts.",
+    )
+    prefix: str = Field(
+        "knnmoe",
+        pattern=f"^{PREFIX.pattern}$",
+        description="What the names of this service's collections begin with, e.g. knnmoe-test; services that share "
+        "memories share it.",
+    )
+    shard_number: int | None = Field(
+        None,
+        ge=1,
+        description="Shards of a new layer's collection, e.g. 3; the server's default when not given.",
+    )
+    replication_factor: int | None = Field(
+        None,
+        ge=1,
+        description="Copies of each shard on a cluster, e.g. 2; the server's default when not given.",
+    )
+    write_consistency_factor: int | None = Field(
+        None,
+        ge=1,
+        description="Copies that must have a write before it is acknowledged, e.g. 2; the server's default when not "
+        "given.",
+    )
+    on_disk: bool | None = Field(
+        None,
+        description="Keep keys on disk rather than in RAM; compressed search keys (quantize) stay in RAM.",
+    )
+    wait: bool = Field(
+        True,
+        description="Acknowledge writes when look-ups see them, not when the server has noted them.",
+    )
+    write_ordering: WriteOrdering = Field(
+        WriteOrdering.WEAK,
+        description="Ordering of writes to one entry: weak, medium or strong, e.g. medium.",
+    )
+    timeout_s: float = Field(
+        1.0, gt=0, description="Seconds that a look-up may take the Qdrant server, e.g. 0.2."
+    )
+    connections: int = Field(
+        4, ge=1, le=64, description="Connections to the Qdrant server, e.g. 8."
+    )
+
+    def options(self, url: str) -> ServerOptions:
+        """For the server at `url`. Raises InvalidField on a file that cannot be read."""
+        parse_url(url)
+        key = self.api_key.get_secret_value() if self.api_key else None
+        if self.api_key_file is not None:
+            key = _read("--qdrant-api-key-file", self.api_key_file).decode(errors="replace").strip()
+        ca = None if self.ca_file is None else _read("--qdrant-ca-file", self.ca_file)
+        if key is not None and not (key and key.isascii() and key.isprintable()):
+            raise InvalidField(
+                "ROUTER_SERVICE_QDRANT_API_KEY", "a key with odd characters", "printable ASCII"
+            )
+        return ServerOptions(
+            url=url,
+            api_key=key,
+            ca_certificate=ca,
+            prefix=self.prefix,
+            shard_number=self.shard_number,
+            replication_factor=self.replication_factor,
+            write_consistency_factor=self.write_consistency_factor,
+            on_disk=self.on_disk,
+            wait=self.wait,
+            ordering=self.write_ordering,
+            timeout_s=self.timeout_s,
+            connections=self.connections,
+        )
+
+
+def _read(setting: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidField(
+            setting, str(path), f"a file that can be read ({error.strerror})"
+        ) from error
 
 
 class ServiceSettings(BaseSettings):
@@ -22,16 +136,19 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROUTER_SERVICE_", frozen=True, extra="forbid")
 
-    data: Path = Field(
-        description="Directory of the memories, e.g. /var/lib/knnmoe; made when it is not there."
+    data: Path | None = Field(
+        None,
+        description="Directory of the memories, e.g. /var/lib/knnmoe; made when it is not there. With a Qdrant server "
+        "optional: only this service's hit counts are kept there.",
     )
     listen: str = Field(
         "127.0.0.1:50051",
         description="HOST:PORT (port 0: any free one) or unix:PATH, e.g. unix:/run/knnmoe.sock.",
     )
-    backend: BackendName = Field(
-        BackendName.EDGE,
-        description="Storage engine: edge (Qdrant Edge, on disk) or exact (NumPy in RAM, nothing is kept), e.g. exact.",
+    backend: Annotated[str, AfterValidator(check_backend)] = Field(
+        EDGE,
+        description="Where entries are kept: edge (Qdrant Edge, embedded, in --data), exact (NumPy in RAM, nothing is "
+        "kept), or the URL of a Qdrant server or cluster, e.g. http://localhost:6334.",
     )
     max_in_flight: int = Field(
         64,
@@ -77,6 +194,17 @@ class ServiceSettings(BaseSettings):
         description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")
+    qdrant: QdrantSettings = Field(default_factory=lambda: QdrantSettings(), exclude=True)
+
+    @model_validator(mode="after")
+    def _data_where_needed(self) -> ServiceSettings:
+        if self.data is None and not is_url(self.backend):
+            raise ValueError(f"--data: required with --backend {self.backend}")
+        return self
+
+    def on_disk(self, name: str) -> Path | None:
+        """A directory under `data`; None where memories are not kept there."""
+        return self.data / name if self.data is not None and self.backend == EDGE else None
 
     @property
     def min_free_bytes(self) -> int | None:

@@ -133,6 +133,9 @@ class SearchOptions:
     hnsw_ef: int = 64
     oversampling: float = 2.0
     exact: bool = False  # look at every entry, index or not
+    deadline: float | None = (
+        None  # of time.monotonic(); only a backend on another machine can miss it
+    )
 
 
 @dataclass(frozen=True, slots=True)

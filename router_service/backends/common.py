@@ -14,6 +14,8 @@ from router_service.errors import InvalidField
 # "gen-", CURRENT and LOCK are names of the Edge backend's own files.
 _PART = r"(?!gen-|CURRENT(?:/|$)|LOCK(?:/|$))[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _NAME = re.compile(rf"{_PART}(/{_PART}){{0,3}}")
+# Rounding a unit vector to f32 leaves its length within 2^-24 of 1.
+_UNIT_TOLERANCE = 2.0**-23
 
 
 def require_name(name: str) -> None:
@@ -27,6 +29,7 @@ def require_name(name: str) -> None:
 def as_stored(rows: F32, metric: Metric, field: str) -> F32:
     """Keys or queries [n, d] as the metric compares them: unit length in f32 under cosine, else unchanged.
 
+    Rows that are unit vectors as closely as f32 can tell stay bit for bit, so that a stored key is stored again as it is.
     Done here and not by the engine, which leaves vectors shorter than about 3e-4 as they are. Raises InvalidField that
     names the row when its length is 0 under cosine.
     """
@@ -38,6 +41,7 @@ def as_stored(rows: F32, metric: Metric, field: str) -> F32:
         raise InvalidField(
             f"{field}[{row}]", "a zero vector", "a length above 0 under the cosine metric"
         )
+    norms[np.abs(norms - 1.0) <= _UNIT_TOLERANCE] = 1.0
     stored: F32 = (rows / norms[:, None]).astype(np.float32)
     return stored
 

@@ -23,13 +23,6 @@ from router_service.backends.base import (
     SearchOptions,
 )
 from router_service.backends.boundary import storage_call
-from router_service.backends.edge_points import (
-    GENERATION,
-    VALUE,
-    Record,
-    entries_of,
-    payloads_of,
-)
 from router_service.backends.edge_requests import (
     FLOATS,
     KEY,
@@ -37,6 +30,13 @@ from router_service.backends.edge_requests import (
     configuration,
     payload_indexes,
     search_request,
+)
+from router_service.backends.points import (
+    GENERATION,
+    VALUE,
+    Record,
+    entries_of,
+    payloads_of,
 )
 from router_service.backends.search_keys import SearchKeys
 from router_service.backends.shard import ShardCounts

@@ -11,7 +11,7 @@ import qdrant_edge as qe
 from router_service.arrays import F32, ExampleRef
 from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
 from router_service.backends.boundary import storage_call
-from router_service.backends.edge_points import GENERATION
+from router_service.backends.points import GENERATION
 from router_service.backends.search_keys import SearchKeys
 
 _DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +15,11 @@ import typer
 from pydantic import ValidationError
 
 from router_service import __version__
+from router_service.backends.qdrant_server.options import WriteOrdering
 from router_service.cli.help_text import ExampleCommand, ExampleGroup
 from router_service.errors import InvalidRequest, RoutingServiceError
 from router_service.rpc.server import RoutingServer
-from router_service.settings import BackendName, ServiceSettings
+from router_service.settings import QdrantSettings, ServiceSettings
 
 app = typer.Typer(
     cls=ExampleGroup,
@@ -27,13 +30,15 @@ app = typer.Typer(
 
 # Python's 5 ms is what a look-up waits for the interpreter beside an upsert; with this, p99 falls from 9.6 to 8.6 ms.
 _SWITCH_INTERVAL_S = 0.0005
+_QDRANT = "qdrant_"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 
 
 def _help(name: str) -> str:
     """The setting's description, with its default and its environment variable."""
-    field = ServiceSettings.model_fields[name]
+    settings = QdrantSettings if name.startswith(_QDRANT) else ServiceSettings
+    field = settings.model_fields[name.removeprefix(_QDRANT)]
     default = "required" if field.is_required() else f"default: {field.get_default()}"
     return f"{field.description} [env var: ROUTER_SERVICE_{name.upper()}; {default}]"
 
@@ -70,7 +75,7 @@ def version() -> None:
 def serve(
     data: Annotated[Path | None, typer.Option(help=_help("data"), show_default=False)] = None,
     listen: Annotated[str | None, typer.Option(help=_help("listen"))] = None,
-    backend: Annotated[BackendName | None, typer.Option(help=_help("backend"))] = None,
+    backend: Annotated[str | None, typer.Option(help=_help("backend"))] = None,
     max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
     max_message_bytes: Annotated[int | None, typer.Option(help=_help("max_message_bytes"))] = None,
     flush_interval_s: Annotated[float | None, typer.Option(help=_help("flush_interval_s"))] = None,
@@ -81,16 +86,45 @@ def serve(
     optimize_above_mib: Annotated[
         int | None, typer.Option(help=_help("optimize_above_mib"))
     ] = None,
+    qdrant_api_key_file: Annotated[
+        Path | None, typer.Option(help=_help("qdrant_api_key_file"))
+    ] = None,
+    qdrant_ca_file: Annotated[Path | None, typer.Option(help=_help("qdrant_ca_file"))] = None,
+    qdrant_prefix: Annotated[str | None, typer.Option(help=_help("qdrant_prefix"))] = None,
+    qdrant_shard_number: Annotated[
+        int | None, typer.Option(help=_help("qdrant_shard_number"))
+    ] = None,
+    qdrant_replication_factor: Annotated[
+        int | None, typer.Option(help=_help("qdrant_replication_factor"))
+    ] = None,
+    qdrant_write_consistency_factor: Annotated[
+        int | None, typer.Option(help=_help("qdrant_write_consistency_factor"))
+    ] = None,
+    qdrant_on_disk: Annotated[
+        bool | None,
+        typer.Option("--qdrant-on-disk/--no-qdrant-on-disk", help=_help("qdrant_on_disk")),
+    ] = None,
+    qdrant_wait: Annotated[
+        bool | None, typer.Option("--qdrant-wait/--no-qdrant-wait", help=_help("qdrant_wait"))
+    ] = None,
+    qdrant_write_ordering: Annotated[
+        WriteOrdering | None, typer.Option(help=_help("qdrant_write_ordering"))
+    ] = None,
+    qdrant_timeout_s: Annotated[float | None, typer.Option(help=_help("qdrant_timeout_s"))] = None,
+    qdrant_connections: Annotated[
+        int | None, typer.Option(help=_help("qdrant_connections"))
+    ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
 ) -> None:
-    """Serve the memories of a directory until SIGTERM or Ctrl-C.
+    """Serve the memories of a directory, or of a Qdrant server, until SIGTERM or Ctrl-C.
 
     Prints one line with the address on stdout when it is ready; logs go to stderr.
 
     Example:
       router-service serve --data /var/lib/knnmoe --listen unix:/run/knnmoe.sock
       ROUTER_SERVICE_DATA=/var/lib/knnmoe router-service serve --listen 127.0.0.1:0
+      router-service serve --backend http://localhost:6334 --qdrant-replication-factor 2
 
     """
     flags = {name: value for name, value in locals().items() if value is not None}
@@ -107,12 +141,27 @@ def serve(
 
 
 def _settings(flags: dict[str, Any]) -> ServiceSettings:
+    qdrant = {name: value for name, value in flags.items() if name.startswith(_QDRANT)}
+    others = {name: value for name, value in flags.items() if name not in qdrant}
+    with _problems_of(_QDRANT):
+        stripped = {name.removeprefix(_QDRANT): value for name, value in qdrant.items()}
+        others["qdrant"] = QdrantSettings(**stripped)
+    with _problems_of(""):
+        return ServiceSettings(**others)
+
+
+@contextmanager
+def _problems_of(prefix: str) -> Iterator[None]:
+    """A line per setting that cannot be used, then the exit."""
     try:
-        return ServiceSettings(**flags)
+        yield
     except ValidationError as error:
         for problem in error.errors():
-            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            typer.echo(f"router-service: {flag}: {problem['msg']}", err=True)
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["loc"]:
+                name = prefix + "-".join(str(part) for part in problem["loc"])
+                message = f"--{name.replace('_', '-')}: {message}"
+            typer.echo(f"router-service: {message}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from error
 
 

@@ -8,13 +8,13 @@ from shlex import quote
 
 from router_service.backends.base import CollectionSpec
 from router_service.backends.edge_files import CollectionFiles
+from router_service.catalogue import DOOMED
 from router_service.doctor.findings import Finding, Findings, error, fine, warning
 from router_service.doctor.settings import check_settings
 from router_service.errors import CorruptMemory, StorageError
 from router_service.maintenance.restored_files import home_of, restored_directory
 from router_service.maintenance.snapshot_manifest import layer_directory
 from router_service.manifest import is_unfinished, read_manifest
-from router_service.memory_store import DOOMED
 from router_service.routing_memory import MemoryRecord
 
 

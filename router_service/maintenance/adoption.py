@@ -10,6 +10,7 @@ from pathlib import Path
 
 from router_service.backends.boundary import storage_call
 from router_service.backends.disk import fsync_directory, remove_tree
+from router_service.catalogue import DOOMED
 from router_service.errors import (
     Busy,
     CorruptMemory,
@@ -27,7 +28,7 @@ from router_service.maintenance.restored_files import (
     stamped,
 )
 from router_service.manifest import begin_creation, finish_creation, read_manifest, write_manifest
-from router_service.memory_store import DOOMED, MemoryStore, check_name
+from router_service.memory_store import MemoryStore, check_name
 from router_service.routing_memory import MemoryRecord, RoutingMemory
 
 log = logging.getLogger(__name__)

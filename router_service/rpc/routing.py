@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 from knnmoe.v1 import routing_pb2 as pb
@@ -34,7 +35,7 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:
             raise DeadlineTooShort("the deadline passed before the look-up began")
-        return self._route(request)
+        return self._route(request, None if remaining is None else time.monotonic() + remaining)
 
     def RouteStream(  # noqa: N802
         self, request_iterator: Iterator[pb.RouteRequest], context: grpc.ServicerContext
@@ -43,10 +44,10 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         for request in request_iterator:
             yield self._route(request)
 
-    def _route(self, request: pb.RouteRequest) -> pb.RouteResponse:
+    def _route(self, request: pb.RouteRequest, deadline: float | None = None) -> pb.RouteResponse:
         started = time.perf_counter_ns()
         memory = self._store.get(request.memory)
-        query = codec.decode_query(request)
+        query = replace(codec.decode_query(request), deadline=deadline)
         decoded = time.perf_counter_ns()
         answer = memory.route(request.layer, request.model_digest, query)
         answered = time.perf_counter_ns()

@@ -22,11 +22,9 @@ from knnmoe.v1.quantization_pb2_grpc import (
 from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server as add_retention
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
-from router_service.backends.base import Backend
-from router_service.errors import InvalidField, StorageError
+from router_service.errors import BackendUnavailable, InvalidField, StorageError
 from router_service.maintenance.snapshot_shelf import SnapshotShelf
 from router_service.maintenance.upkeep import Upkeep
-from router_service.memory_store import MemoryStore
 from router_service.operations import Operations
 from router_service.rpc.doctor import DoctorService
 from router_service.rpc.interceptors import Guard, Permits
@@ -36,7 +34,8 @@ from router_service.rpc.quantization import QuantizationService
 from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
-from router_service.settings import BackendName, ServiceSettings
+from router_service.settings import ServiceSettings
+from router_service.storage import make_store
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +69,10 @@ class RoutingServer:
         self.settings = settings
         _check_address(settings)
         self._permits = Permits(settings.max_in_flight)
-        self._backend = _backend(settings)
-        self._store = MemoryStore(self._backend, _on_disk(settings, "memories"))
+        self._backend, self._store = make_store(settings)
         self._operations = Operations()
         self._shelf = SnapshotShelf(
-            self._store, _on_disk(settings, "snapshots"), settings.min_free_bytes
+            self._store, settings.on_disk("snapshots"), settings.min_free_bytes
         )
         self._health = health.HealthServicer()
         self._grpc = self._make_server()
@@ -164,30 +162,13 @@ class RoutingServer:
         while not self._stopping.wait(self.settings.flush_interval_s):
             try:
                 self._store.flush()
+                self._store.refresh()
+            except BackendUnavailable as error:
+                log.warning("%s", error)
             except StorageError:
                 log.exception(
                     "background flush failed; the write-ahead log still holds every write"
                 )
-
-
-def _backend(settings: ServiceSettings) -> Backend:
-    # The engine is imported only where it is used: the oracle needs none.
-    if settings.backend is BackendName.EXACT:
-        from router_service.backends.exact import ExactBackend
-
-        return ExactBackend()
-    from router_service.backends.edge import EdgeBackend
-
-    return EdgeBackend(
-        settings.data / "memories",
-        min_free_bytes=settings.min_free_bytes,
-        isolate_above_bytes=settings.isolate_above_mib << 20,
-        workers=settings.workers,
-    )
-
-
-def _on_disk(settings: ServiceSettings, name: str) -> Path | None:
-    return None if settings.backend is BackendName.EXACT else settings.data / name
 
 
 def _check_address(settings: ServiceSettings) -> None:

@@ -30,6 +30,14 @@ _TABLE: dict[type[errors.RoutingServiceError], tuple[int, int]] = {
     errors.SnapshotNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
     errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
+    errors.BackendUnavailable: (
+        code_pb2.UNAVAILABLE,
+        reasons.ERROR_REASON_BACKEND_UNAVAILABLE,
+    ),
+    errors.BackendMisconfigured: (
+        code_pb2.FAILED_PRECONDITION,
+        reasons.ERROR_REASON_BACKEND_MISCONFIGURED,
+    ),
     errors.CorruptMemory: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.SnapshotInvalid: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_SNAPSHOT_INVALID),
     errors.DirectoryInUse: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_STORAGE),

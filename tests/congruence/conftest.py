@@ -6,19 +6,13 @@ from pathlib import Path
 import pytest
 
 from router_service.backends.base import Backend
-from router_service.backends.edge import EdgeBackend
-from router_service.backends.exact import ExactBackend
 from tests.congruence.fast_dir import fast_dir
+from tests.engines import ENGINES, backend_of
 
 __all__ = ["backend", "fast_dir"]
 
 
-@pytest.fixture(params=["exact", "edge"])
+@pytest.fixture(params=ENGINES)
 def backend(request: pytest.FixtureRequest, fast_dir: Path) -> Iterator[Backend]:
-    made: Backend = (
-        ExactBackend()
-        if request.param == "exact"
-        else EdgeBackend(fast_dir / "data", min_free_bytes=0)
-    )
-    yield made
-    made.close()
+    with backend_of(request.param, request, fast_dir / "data") as made:
+        yield made

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from router_service.arrays import Entries, ExampleRef
 from router_service.backends.base import Backend, Compression, Metric, Quantization, SearchOptions
+from router_service.backends.qdrant_server.backend import ServerBackend
+from router_service.errors import InvalidField
 from tests.congruence.knn_reference import (
     EUCLID,
     NAME,
@@ -18,6 +22,7 @@ from tests.congruence.knn_reference import (
     queries_near,
     true_distances,
 )
+from tests.engines import require_compression
 
 LABELS = [*Quantization, "pca12", "random24", "pca12+int8"]
 # Of 32 dimensions one bit each says little: of 128 and more it does better (docs/quantization.md).
@@ -32,6 +37,7 @@ def _options(label: str) -> SearchOptions:
 def test_each_compression_finds_the_nearest_at_exact_distances(
     backend: Backend, label: str
 ) -> None:
+    require_compression(backend, label)
     entries = clustered_entries(800, 32)
     collection, queries = filled(backend, entries), queries_near(entries, 200)
     true = true_distances(queries, entries.keys, Metric.EUCLID)
@@ -50,6 +56,7 @@ def test_each_compression_finds_the_nearest_at_exact_distances(
 
 @pytest.mark.parametrize("label", ["turbo4", "pca12+float16"])
 def test_under_the_cosine_metric(backend: Backend, label: str) -> None:
+    require_compression(backend, label)
     entries = clustered_entries(700, 32)
     collection = filled(backend, entries, Metric.COSINE)
     queries = queries_near(entries, 60)
@@ -61,6 +68,7 @@ def test_under_the_cosine_metric(backend: Backend, label: str) -> None:
 
 
 def test_entries_written_and_deleted_under_search_keys_apart(backend: Backend) -> None:
+    require_compression(backend, "pca8+float16")
     entries = clustered_entries(600, 16)
     collection = filled(backend, entries.slice(0, 500))
     collection.optimize(Compression.parse("pca8+float16"))
@@ -75,6 +83,7 @@ def test_entries_written_and_deleted_under_search_keys_apart(backend: Backend) -
 
 
 def test_exclusions_hold_under_search_keys_apart(backend: Backend) -> None:
+    require_compression(backend, "random8")
     entries = clustered_entries(600, 16)
     collection = filled(backend, entries)
     collection.optimize(Compression.parse("random8"))
@@ -84,12 +93,33 @@ def test_exclusions_hold_under_search_keys_apart(backend: Backend) -> None:
     assert not (rows // 10 == np.arange(600, dtype=np.uint64)[:, None] // np.uint64(10)).any()
 
 
+def test_search_keys_apart_are_kept_too(backend: Backend) -> None:
+    require_compression(backend, "pca8")
+    collection = filled(backend, clustered_entries(600, 16))
+    for wanted in (Compression.parse("pca8"), None):
+        collection.optimize(wanted)
+        assert collection.info().compression.label == "pca8"
+
+
+@pytest.mark.parametrize("label", ["float16", "pca8", "random8+int8"])
+def test_what_a_backend_does_not_have_is_refused_and_nothing_changes(
+    backend: Backend, label: str
+) -> None:
+    if not isinstance(backend, ServerBackend):
+        pytest.skip("this backend has every compression")
+    collection = filled(backend, clustered_entries(600, 16))
+    collection.optimize(Quantization.INT8)
+    with pytest.raises(InvalidField, match=f"{re.escape(label)}.*--backend edge"):
+        collection.optimize(Compression.parse(label))
+    assert collection.info().compression.label == "int8"
+
+
 def test_a_compression_is_kept_until_another_is_asked_for(backend: Backend) -> None:
     entries = clustered_entries(600, 16)
     collection = filled(backend, entries)
     for wanted, label in (
-        (Compression.parse("pca8"), "pca8"),
-        (None, "pca8"),
+        (Compression.parse("turbo4"), "turbo4"),
+        (None, "turbo4"),
         (Quantization.INT8, "int8"),
         (None, "int8"),
     ):
@@ -101,6 +131,7 @@ def test_a_compression_is_kept_until_another_is_asked_for(backend: Backend) -> N
 
 @pytest.mark.parametrize("label", ["turbo2", "pca8+float16"])
 def test_back_to_none_every_answer_is_what_it_was(backend: Backend, label: str) -> None:
+    require_compression(backend, label)
     entries = clustered_entries(900, 16)
     collection, queries = filled(backend, entries), queries_near(entries, 100)
     collection.optimize(Quantization.NONE)
@@ -114,6 +145,7 @@ def test_back_to_none_every_answer_is_what_it_was(backend: Backend, label: str) 
 
 
 def test_huge_and_tiny_keys_keep_their_exact_distances(backend: Backend) -> None:
+    require_compression(backend, "float16")
     entries = clustered_entries(300, 16)
     keys = entries.keys.copy()
     keys[:5] *= np.float32(1e15)

@@ -1,13 +1,15 @@
-"""Random histories of writes, searches, restarts and crashes: Qdrant Edge against the NumPy oracle.
+"""Random histories of writes, searches, restarts and crashes: every engine that keeps entries against the NumPy oracle.
 
-Keys lie on a small grid, so that ties and duplicates are common. A crash is a copy of the files of an open collection:
-what the page cache holds after SIGKILL.
+Keys lie on a small grid, so that ties and duplicates are common. A crash of the embedded engine is a copy of the files
+of an open collection: what the page cache holds after SIGKILL. In front of a server only the service can crash: it is
+gone from one call to the next.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,19 @@ from hypothesis.stateful import (
 )
 
 from router_service.arrays import F32, Entries, ExampleRef, Provenance
-from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
+from router_service.backends.base import (
+    Backend,
+    CollectionSpec,
+    Metric,
+    Quantization,
+    SearchOptions,
+)
 from router_service.backends.edge import EdgeBackend
 from router_service.backends.exact import ExactBackend
+from router_service.backends.qdrant_server.backend import ServerBackend
+from router_service.backends.qdrant_server.connection import Connection
 from tests.congruence.knn_reference import assert_nearest
+from tests.engines import ENGINES, fresh_prefix, options_for, remove_collections, url_of
 
 DIMENSION, WIDTH = 3, 2
 # Every entry is rescored: which of several close ones int8 keys let through is not the question here.
@@ -51,29 +62,67 @@ def entries_from(drawn: list[tuple[int, list[float], float, str]]) -> Entries:
     )
 
 
+class EdgeWorld:
+    """Collections in a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.directory, self.life = Path(tempfile.mkdtemp(dir=root)), 0
+
+    def start(self) -> Backend:
+        self.backend = EdgeBackend(self.directory / str(self.life), min_free_bytes=0)
+        return self.backend
+
+    def crash(self) -> None:
+        old = self.directory / str(self.life)
+        self.life += 1
+        shutil.copytree(old, self.directory / str(self.life))
+        self.backend.close()
+        shutil.rmtree(old)
+
+    def end(self) -> None:
+        shutil.rmtree(self.directory)
+
+
+class ServerWorld:
+    """Collections of a server, under a prefix of their own."""
+
+    def __init__(self, url: str) -> None:
+        self.options = options_for(url, fresh_prefix())
+
+    def start(self) -> Backend:
+        self.connection = Connection(self.options)
+        return ServerBackend(self.connection)
+
+    def crash(self) -> None:
+        self.connection.close()
+
+    def end(self) -> None:
+        remove_collections(self.options)
+
+
 class History(RuleBasedStateMachine):
-    root: Path
+    make_world: Callable[[], EdgeWorld | ServerWorld]
     metric: Metric
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp(dir=self.root))
-        self.life = 0
+        self.world = type(self).make_world()
         self.spec = CollectionSpec(DIMENSION, self.metric, WIDTH)
         self.oracle = ExactBackend().create(NAME, self.spec)
 
     @initialize()
     def begin(self) -> None:
-        self._start()
-        self.edge = self.backend.create(NAME, self.spec)
+        self.backend = self.world.start()
+        self.collection = self.backend.create(NAME, self.spec)
 
-    def _start(self) -> None:
-        self.backend = EdgeBackend(self.directory / str(self.life), min_free_bytes=0)
+    def _start_again(self) -> None:
+        self.backend = self.world.start()
+        self.collection = self.backend.open(NAME, self.spec)
 
     @rule(drawn=st.lists(entry, min_size=0, max_size=10), fsync=st.booleans())
     def upsert(self, drawn: list[tuple[int, list[float], float, str]], fsync: bool) -> None:
         if drawn:
-            self.edge.upsert(entries_from(drawn), fsync=fsync)
+            self.collection.upsert(entries_from(drawn), fsync=fsync)
             self.oracle.upsert(entries_from(drawn), fsync=fsync)
 
     @rule(queries=rows, k=st.integers(1, 20), example=st.none() | examples)
@@ -82,7 +131,7 @@ class History(RuleBasedStateMachine):
         refs = [] if example is None else [ExampleRef("s", example)]
         stored = self.oracle.scroll(None, 100)
         exclusions = [refs[0] if refs else None] * len(queries)
-        for backend in (self.edge, self.oracle):
+        for backend in (self.collection, self.oracle):
             found = backend.search(points, k, OPTIONS, refs)
             assert_nearest(found, stored, points, k, self.metric, exclusions)
 
@@ -90,7 +139,7 @@ class History(RuleBasedStateMachine):
     def scroll(self, after: int | None, limit: int, with_keys: bool) -> None:
         found, expected = (
             backend.scroll(after, limit, with_keys=with_keys)
-            for backend in (self.edge, self.oracle)
+            for backend in (self.collection, self.oracle)
         )
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.keys, expected.keys)
@@ -100,50 +149,58 @@ class History(RuleBasedStateMachine):
     @rule(ids=st.lists(identifiers, max_size=6), fsync=st.booleans())
     def delete(self, ids: list[int], fsync: bool) -> None:
         wanted = np.array(ids, np.uint64)
-        counts = [each.delete(wanted, fsync=fsync) for each in (self.edge, self.oracle)]
+        counts = [each.delete(wanted, fsync=fsync) for each in (self.collection, self.oracle)]
         assert counts[0] == counts[1]
 
     @rule()
     def flush(self) -> None:
-        self.edge.flush()
+        self.collection.flush()
 
     @rule()
     def restart(self) -> None:
         self.backend.close()
-        self._start()
-        self.edge = self.backend.open(NAME, self.spec)
+        self._start_again()
 
     @rule()
     def crash(self) -> None:
-        old = self.directory / str(self.life)
-        self.life += 1
-        shutil.copytree(old, self.directory / str(self.life))
-        self.backend.close()
-        shutil.rmtree(old)
-        self._start()
-        self.edge = self.backend.open(NAME, self.spec)
+        self.world.crash()
+        self._start_again()
 
     @precondition(lambda self: self.oracle.info().quantization is Quantization.NONE)
     @rule()
     def optimize(self) -> None:
-        for collection in (self.edge, self.oracle):
+        for collection in (self.collection, self.oracle):
             collection.optimize(Quantization.INT8)
 
     @invariant()
     def same_size(self) -> None:
-        if hasattr(self, "edge"):
-            info, expected = self.edge.info(), self.oracle.info()
+        if hasattr(self, "collection"):
+            info, expected = self.collection.info(), self.oracle.info()
             assert (info.entries, info.quantization) == (expected.entries, expected.quantization)
             assert 0 <= info.indexed_entries <= info.entries
 
     def teardown(self) -> None:
         self.backend.close()
-        shutil.rmtree(self.directory)
+        self.world.end()
+
+
+@pytest.fixture(params=ENGINES[1:])
+def make_world(
+    request: pytest.FixtureRequest, fast_dir: Path
+) -> Callable[[], EdgeWorld | ServerWorld]:
+    if request.param == "embedded":
+        return lambda: EdgeWorld(fast_dir)
+    url = url_of(request.param, request)
+    return lambda: ServerWorld(url)
 
 
 @pytest.mark.parametrize("metric", list(Metric))
-def test_edge_behaves_like_numpy_in_any_history(fast_dir: Path, metric: Metric) -> None:
-    machine = type("History", (History,), {"root": fast_dir, "metric": metric})
+def test_an_engine_behaves_like_numpy_in_any_history(
+    make_world: Callable[[], EdgeWorld | ServerWorld], metric: Metric
+) -> None:
+    machine = type(
+        "History", (History,), {"make_world": staticmethod(make_world), "metric": metric}
+    )
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -14,6 +14,7 @@ from router_service.backends.base import (
     Quantization,
     SearchOptions,
 )
+from tests.engines import require_compression
 
 SPEC = CollectionSpec(16, Metric.EUCLID, 1)
 ENTRIES = 3000
@@ -31,6 +32,7 @@ def numbered(ids: np.ndarray, seed: int) -> Entries:
 def test_entries_are_found_when_most_of_the_index_is_outdated(
     backend: Backend, how: str, quantization: Quantization
 ) -> None:
+    require_compression(backend, quantization)
     collection = backend.create("layer", SPEC)
     entries = numbered(np.arange(ENTRIES), 0)
     collection.upsert(entries)

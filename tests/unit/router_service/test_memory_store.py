@@ -94,7 +94,7 @@ def test_a_failed_manifest_leaves_nothing(
     def full(*_: object) -> None:
         raise StorageError("no room")
 
-    monkeypatch.setattr("router_service.memory_store.finish_creation", full)
+    monkeypatch.setattr("router_service.catalogue.write_manifest", full)
     with pytest.raises(StorageError, match="no room"):
         store.create("m", MODEL, SETTINGS)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from router_service.backends import edge_engine
 from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
 from router_service.backends.boundary import storage_call
 from router_service.backends.edge_engine import EngineShard, search_request
-from router_service.backends.edge_points import Record
+from router_service.backends.points import Record
 from router_service.errors import (
     CorruptMemory,
     DirectoryInUse,

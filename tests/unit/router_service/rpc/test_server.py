@@ -10,11 +10,11 @@ import pytest
 from router_service.errors import StorageError
 from router_service.rpc import server as server_module
 from router_service.rpc.server import RoutingServer
-from router_service.settings import BackendName, ServiceSettings
+from router_service.settings import EXACT, ServiceSettings
 
 
 def _settings(tmp_path: Path, listen: str = "127.0.0.1:0") -> ServiceSettings:
-    return ServiceSettings(data=tmp_path, listen=listen, backend=BackendName.EXACT, drain_s=0)
+    return ServiceSettings(data=tmp_path, listen=listen, backend=EXACT, drain_s=0)
 
 
 class LateCall:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries, Provenance
-from router_service.backends.edge_points import payloads_of, provenance_of, value_rows
+from router_service.backends.points import payloads_of, provenance_of, value_rows
 from router_service.errors import CorruptMemory
 
 

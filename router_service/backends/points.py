@@ -1,4 +1,4 @@
-"""Entries as the engine stores them: flat payloads, value rows as base64 of little-endian f32 bytes."""
+"""Entries as Qdrant stores them, embedded or not: flat payloads, value rows as base64 of little-endian f32 bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router_service.errors import CorruptMemory
 Payload = dict[str, Any]
 
 VALUE = "value"
-# The generation of files that an entry was written in: those of the current one are not indexed yet.
+# Embedded only: the generation of files that an entry was written in; those of the current one are not indexed yet.
 GENERATION = "generation"
 
 _ATTRIBUTE_OF_FIELD = {
@@ -34,16 +34,19 @@ class Record(NamedTuple):
 
     id: int
     payload: Payload
-    key: list[float] | None
+    key: Sequence[float] | F32 | None
+
+
+def payload_of(value: F32, provenance: Provenance) -> Payload:
+    """Payload of an entry with value row [W]; provenance fields that have their default value are left out."""
+    row = b64encode(value.astype("<f4").tobytes()).decode("ascii")
+    return {VALUE: row, **_fields(provenance)}
 
 
 def payloads_of(entries: Entries, generation: int) -> list[Payload]:
-    """One payload per entry; provenance fields that have their default value are left out."""
-    rows = entries.values.astype("<f4", order="C")
-    return [
-        {VALUE: b64encode(row).decode("ascii"), GENERATION: generation, **_fields(provenance)}
-        for row, provenance in zip(rows, entries.provenance, strict=True)
-    ]
+    """One payload per entry, marked with a generation of files."""
+    rows = zip(entries.values, entries.provenance, strict=True)
+    return [payload_of(row, origin) | {GENERATION: generation} for row, origin in rows]
 
 
 def provenance_of(payload: Payload) -> Provenance:

@@ -1,0 +1,180 @@
+"""Collections of a Qdrant server, each behind an alias, so that a rebuilt one takes its place in one step.
+
+PREFIX~bible~layer-003            the alias that everything asks
+PREFIX~bible~layer-003~~19b3f...  the collection, of which there may be another one for a while
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from typing import Any
+
+from qdrant_client import grpc as q
+
+from router_service.backends.base import CollectionSpec
+from router_service.backends.common import require_name
+from router_service.backends.qdrant_server import messages
+from router_service.backends.qdrant_server.collection import ServerCollection
+from router_service.backends.qdrant_server.connection import (
+    ADMIN_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    Connection,
+)
+from router_service.errors import CorruptMemory, ForeignCollection, StorageError
+
+# As in the embedded backend.
+_HNSW_LINKS = 24
+_HNSW_BUILD_EF = 128
+_GENERATION = "~~"
+# Payload indexes are for exclusions and for forgetting: links of their own in the graph would cost time.
+_NO_GRAPH = q.PayloadIndexParams(keyword_index_params=q.KeywordIndexParams(enable_hnsw=False))
+
+
+class ServerBackend:
+    """See Backend. Safe to call from several threads; several services may use one server."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._options = connection.options
+        self._open: dict[str, ServerCollection] = {}
+        self._lock = threading.Lock()
+
+    def create(self, name: str, spec: CollectionSpec) -> ServerCollection:
+        """See Backend.create."""
+        alias = self._alias(name)
+        if self._collection_behind(alias) is not None:
+            raise StorageError(f"the server already holds a collection {alias!r}")
+        collection = self.create_unnamed(name, spec)
+        self.publish({name: collection})
+        return self._opened(name, alias, spec)
+
+    def create_unnamed(self, name: str, spec: CollectionSpec) -> str:
+        """A new collection that is not yet what `name` leads to; see publish(). Returns its own name."""
+        collection = (
+            f"{self._alias(name)}{_GENERATION}{time.time_ns() // 1_000_000:x}{secrets.token_hex(2)}"
+        )
+        options = self._options
+        request = q.CreateCollection(
+            collection_name=collection,
+            vectors_config=messages.vector_params(spec, options.on_disk),
+            hnsw_config=q.HnswConfigDiff(m=_HNSW_LINKS, ef_construct=_HNSW_BUILD_EF),
+            shard_number=options.shard_number,
+            replication_factor=options.replication_factor,
+            write_consistency_factor=options.write_consistency_factor,
+        )
+        self._call("collections", "Create", request, repeat=False)
+        for field in ("source", "example"):
+            index = q.CreateFieldIndexCollection(
+                collection_name=collection,
+                wait=True,
+                field_name=field,
+                field_type=q.FieldType.FieldTypeKeyword,
+                field_index_params=_NO_GRAPH,
+            )
+            self._call("points", "CreateFieldIndex", index)
+        return collection
+
+    def unnamed(self, collection: str, spec: CollectionSpec) -> ServerCollection:
+        """What create_unnamed() made, to be filled."""
+        return ServerCollection(self._connection, collection, spec)
+
+    def publish(self, collections: dict[str, str]) -> list[str]:
+        """Lets names lead to collections from one call to the next; returns those that they led to, to be dropped."""
+        aliases = self._aliases()
+        actions, replaced = [], []
+        for name, collection in collections.items():
+            alias = self._alias(name)
+            if (before := aliases.get(alias)) is not None:
+                delete = q.AliasOperations(delete_alias=q.DeleteAlias(alias_name=alias))
+                actions.append(delete)
+                replaced.append(before)
+            create = q.CreateAlias(collection_name=collection, alias_name=alias)
+            actions.append(q.AliasOperations(create_alias=create))
+        self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
+        return replaced
+
+    def drop_unnamed(self, collection: str) -> None:
+        """Removes a collection that no name leads to. No error when it is not there."""
+        self._call("collections", "Delete", q.DeleteCollection(collection_name=collection))
+
+    def open(self, name: str, spec: CollectionSpec) -> ServerCollection:
+        """See Backend.open. Raises ForeignCollection on another dimension or distance."""
+        alias = self._alias(name)
+        with self._lock:
+            self._require_closed(name, f"collection {name!r} is already open")
+        if self._collection_behind(alias) is None:
+            for leftover in self._generations(alias):
+                self._require_spec(leftover, spec)
+            raise CorruptMemory(
+                f"the server at {self._options.url} has no collection {alias!r}; restore the memory from a snapshot, "
+                "or delete it"
+            )
+        self._require_spec(alias, spec)
+        return self._opened(name, alias, spec)
+
+    def drop(self, name: str) -> None:
+        """See Backend.drop."""
+        alias = self._alias(name)
+        with self._lock:
+            self._require_closed(name, f"collection {name!r} is open; close it before dropping it")
+            self._open.pop(name, None)
+        if self._collection_behind(alias) is not None:
+            delete = q.AliasOperations(delete_alias=q.DeleteAlias(alias_name=alias))
+            self._call("collections", "UpdateAliases", q.ChangeAliases(actions=[delete]))
+        for collection in self._generations(alias):
+            self.drop_unnamed(collection)
+
+    def close(self) -> None:
+        """See Backend.close."""
+        with self._lock:
+            for collection in self._open.values():
+                collection.close()
+        self._connection.close()
+
+    def _opened(self, name: str, alias: str, spec: CollectionSpec) -> ServerCollection:
+        collection = ServerCollection(self._connection, alias, spec)
+        with self._lock:
+            self._open[name] = collection
+        return collection
+
+    def _require_closed(self, name: str, problem: str) -> None:
+        if name in self._open and not self._open[name].closed:
+            raise StorageError(problem)
+
+    def _require_spec(self, collection: str, spec: CollectionSpec) -> None:
+        request = q.GetCollectionInfoRequest(collection_name=collection)
+        params = self._call("collections", "Get", request).result.config.params
+        vectors = params.vectors_config.params
+        found = vectors.size, messages.METRICS.get(vectors.distance)
+        if found != (spec.dimension, spec.metric):
+            distance = q.Distance.Name(vectors.distance)
+            raise ForeignCollection(
+                f"collection {collection!r} of the server at {self._options.url} has dimension {vectors.size} and "
+                f"distance {distance}, expected {spec.dimension} and {spec.metric.value}: another program's, or "
+                "another model's; choose another --qdrant-prefix (ROUTER_SERVICE_QDRANT_PREFIX), or remove it"
+            )
+
+    def _alias(self, name: str) -> str:
+        require_name(name)
+        return f"{self._options.prefix}~{name.replace('/', '~')}"
+
+    def _aliases(self) -> dict[str, str]:
+        """Alias -> collection, of the whole server."""
+        reply = self._call("collections", "ListAliases", q.ListAliasesRequest())
+        return {each.alias_name: each.collection_name for each in reply.aliases}
+
+    def _collection_behind(self, alias: str) -> str | None:
+        return self._aliases().get(alias)
+
+    def _generations(self, alias: str) -> list[str]:
+        """Every collection made for an alias, whether it leads there or not."""
+        reply = self._call("collections", "List", q.ListCollectionsRequest())
+        names = [each.name for each in reply.collections]
+        return sorted(each for each in names if each.startswith(f"{alias}{_GENERATION}"))
+
+    def _call(self, service: str, method: str, request: Any, *, repeat: bool = True) -> Any:
+        quick = method in ("Get", "List", "ListAliases")
+        timeout_s = WRITE_TIMEOUT_S if quick else ADMIN_TIMEOUT_S
+        return self._connection.call(service, method, request, timeout_s, repeat=repeat)

@@ -1,0 +1,280 @@
+"""One layer's entries in a collection of a Qdrant server. The server keeps the index up to date by itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from qdrant_client import grpc as q
+
+from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+from router_service.backends.base import (
+    CollectionInfo,
+    CollectionSpec,
+    Compression,
+    Quantization,
+    Report,
+    SearchOptions,
+    say_nothing,
+)
+from router_service.backends.common import as_stored, per_query
+from router_service.backends.points import VALUE, provenance_of
+from router_service.backends.qdrant_server import messages
+from router_service.backends.qdrant_server.compressions import (
+    compression_from,
+    quantization_diff,
+    require_own,
+)
+from router_service.backends.qdrant_server.connection import (
+    ADMIN_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    Connection,
+)
+from router_service.backends.qdrant_server.options import WriteOrdering
+from router_service.errors import Busy, CollectionClosed, DeadlineTooShort, StorageError
+
+# Queries per request; those of one look-up are under way together, for the server has more than one core.
+_QUERIES_PER_CALL = 64
+_FLOATS_PER_UPDATE = 1 << 19
+_FLOATS_PER_PAGE = 1 << 20
+_MOST_PER_CALL = 1024
+_POLL_S = 0.2
+_ORDERINGS = {
+    WriteOrdering.WEAK: q.WriteOrderingType.Weak,
+    WriteOrdering.MEDIUM: q.WriteOrderingType.Medium,
+    WriteOrdering.STRONG: q.WriteOrderingType.Strong,
+}
+
+
+class ServerCollection:
+    """See Collection. Ties in distance come in the server's order. `name` is that of a collection or an alias."""
+
+    def __init__(self, connection: Connection, name: str, spec: CollectionSpec) -> None:
+        self._connection, self._name, self._spec = connection, name, spec
+        self._options = connection.options
+        self._closed = False
+        self._optimizing = threading.Lock()
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    def search(
+        self,
+        queries: F32,
+        k: int,
+        options: SearchOptions,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Neighbours:
+        """See Collection.search."""
+        self._require_open()
+        stored = as_stored(queries, self._spec.metric, "queries")
+        excluded = per_query(exclude, len(queries))
+        if not len(queries):
+            return Neighbours.empty(0, k, self._spec.value_width)
+        wanted = messages.queries_of(self._name, stored, k, options, excluded)
+        results = self._query(wanted, options)
+        return messages.neighbours_from(results, k, self._spec.metric, self._spec.value_width)
+
+    def _query(self, queries: Sequence[Any], options: SearchOptions) -> list[Any]:
+        timeout_s = self._time_left(options)
+        parts = [
+            q.QueryBatchPoints(
+                collection_name=self._name, query_points=queries[start : start + _QUERIES_PER_CALL]
+            )
+            for start in range(0, len(queries), _QUERIES_PER_CALL)
+        ]
+        if len(parts) == 1:
+            replies = [self._connection.call("points", "QueryBatch", parts[0], timeout_s)]
+        else:
+            replies = self._together(parts, timeout_s)
+        return [result for reply in replies for result in reply.result]
+
+    def _together(self, requests: Sequence[Any], timeout_s: float) -> list[Any]:
+        begin = self._connection.begin
+        calls = [begin("points", "QueryBatch", each, timeout_s) for each in requests]
+        try:
+            with self._connection.failures(timeout_s):
+                return [call.result() for call in calls]
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def _time_left(self, options: SearchOptions) -> float:
+        """Seconds for a look-up. Raises DeadlineTooShort."""
+        if options.deadline is None:
+            return self._options.timeout_s
+        left = options.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineTooShort("the deadline passed before the search began")
+        return min(left, self._options.timeout_s)
+
+    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # the server's matter
+        """See Collection.upsert. What a return means is the server's write consistency, not fsync."""
+        self._require_open()
+        keys = as_stored(entries.keys, self._spec.metric, "keys")
+        _, last = np.unique(entries.ids[::-1], return_index=True)
+        kept = np.sort(len(entries) - 1 - last)
+        points = messages.points_of(
+            Entries(
+                entries.ids[kept],
+                keys[kept],
+                entries.values[kept],
+                [entries.provenance[int(row)] for row in kept],
+            )
+        )
+        step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), _MOST_PER_CALL)
+        for start in range(0, len(points), step):
+            request = q.UpsertPoints(
+                collection_name=self._name,
+                wait=self._options.wait,
+                points=points[start : start + step],
+                ordering=self._ordering,
+            )
+            self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
+
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:  # the server's matter
+        """See Collection.delete. What a return means is the server's write consistency, not fsync."""
+        self._require_open()
+        deleted, wanted = 0, np.unique(ids)
+        for start in range(0, len(wanted), _MOST_PER_CALL):
+            found = self._get(wanted[start : start + _MOST_PER_CALL], payload=False)
+            if found:
+                selector = q.PointsSelector(points=q.PointsIdsList(ids=[each.id for each in found]))
+                request = q.DeletePoints(
+                    collection_name=self._name,
+                    wait=self._options.wait,
+                    points=selector,
+                    ordering=self._ordering,
+                )
+                self._connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
+                deleted += len(found)
+        return deleted
+
+    def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
+        """See Collection.scroll."""
+        self._require_open()
+        dimension = self._spec.dimension if with_keys else 0
+        most = max(_FLOATS_PER_PAGE // max(dimension, self._spec.value_width), 16)
+        pages: list[Entries] = []
+        while limit > 0:
+            size = min(limit, most, _MOST_PER_CALL)
+            page = self._page(after, size, dimension)
+            pages.append(page)
+            limit -= size
+            if len(page) < size:
+                break
+            after = int(page.ids[-1])
+        return Entries.joined(pages, dimension, self._spec.value_width)
+
+    def _page(self, after: int | None, size: int, dimension: int) -> Entries:
+        request = q.ScrollPoints(
+            collection_name=self._name,
+            offset=None if after is None else q.PointId(num=after + 1),
+            limit=size,
+            with_payload=q.WithPayloadSelector(enable=True),
+            with_vectors=q.WithVectorsSelector(enable=bool(dimension)),
+        )
+        found = self._connection.call("points", "Scroll", request, WRITE_TIMEOUT_S).result
+        return messages.entries_from(found, dimension, self._spec.value_width)
+
+    def provenance(self, ids: U64) -> dict[int, Provenance]:
+        """See Collection.provenance."""
+        self._require_open()
+        found: dict[int, Provenance] = {}
+        for start in range(0, len(ids), _MOST_PER_CALL):
+            for point in self._get(ids[start : start + _MOST_PER_CALL], payload=True):
+                found[point.id.num] = provenance_of(messages.payload_from(point))
+        return found
+
+    def _get(self, ids: U64, *, payload: bool) -> list[Any]:
+        """Points of these ids without their values."""
+        but_values = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
+        request = q.GetPoints(
+            collection_name=self._name,
+            ids=messages.point_ids(ids),
+            with_payload=but_values if payload else q.WithPayloadSelector(enable=False),
+            with_vectors=q.WithVectorsSelector(enable=False),
+        )
+        return list(self._connection.call("points", "Get", request, WRITE_TIMEOUT_S).result)
+
+    def info(self) -> CollectionInfo:
+        """See Collection.info; how much disk the server uses is not known."""
+        self._require_open()
+        state = self._state()
+        count = q.CountPoints(collection_name=self._name, exact=True)
+        entries = int(self._connection.call("points", "Count", count, WRITE_TIMEOUT_S).result.count)
+        indexed = min(int(state.indexed_vectors_count), entries)
+        return CollectionInfo(entries, indexed, compression_from(state.config), 0)
+
+    def optimize(
+        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+    ) -> None:
+        """See Collection.optimize: tells the server what is wanted, and waits until it is done.
+
+        Raises InvalidField for search keys apart, which a server does not have.
+        """
+        self._require_open()
+        if not self._optimizing.acquire(blocking=False):
+            raise Busy(f"{self._name} is being optimized; try again when that is done")
+        try:
+            self._quantize(None if compression is None else Compression.of(compression))
+            self._wait_until_optimized(report)
+        finally:
+            self._optimizing.release()
+
+    def _quantize(self, wanted: Compression | None) -> None:
+        if wanted is None:
+            return
+        require_own(wanted)
+        if compression_from(self._state().config) == wanted:
+            return
+        diff = quantization_diff(wanted.quantization)
+        request = q.UpdateCollection(collection_name=self._name, quantization_config=diff)
+        self._connection.call("collections", "Update", request, ADMIN_TIMEOUT_S)
+        if (
+            compression_from(self._state().config) != wanted
+        ):  # an older server skips what it does not know
+            raise StorageError(
+                f"Qdrant {self._connection.version} at {self._options.url} does not know {wanted.label}; "
+                "upgrade it, or choose another quantization"
+            )
+
+    def _wait_until_optimized(self, report: Report) -> None:
+        """Until the server says so twice: it may not have begun at the first time."""
+        greens = 0
+        while greens < 2:
+            state = self._state()
+            if not state.optimizer_status.ok and state.optimizer_status.error:
+                raise StorageError(
+                    f"optimizing {self._name} failed: {state.optimizer_status.error}"
+                )
+            greens = greens + 1 if state.status == q.CollectionStatus.Green else 0
+            report("optimize", int(state.indexed_vectors_count), int(state.points_count))
+            if greens < 2:
+                time.sleep(_POLL_S)
+                self._require_open()
+
+    def flush(self) -> None:
+        """See Collection.flush: a server has no such call, its own write-ahead log and flushes do that."""
+        self._require_open()
+
+    def close(self) -> None:
+        """See Collection.close: nothing is left here that the server does not have."""
+        self._closed = True
+
+    @property
+    def _ordering(self) -> Any:
+        return q.WriteOrdering(type=_ORDERINGS[self._options.ordering])
+
+    def _state(self) -> Any:
+        request = q.GetCollectionInfoRequest(collection_name=self._name)
+        return self._connection.call("collections", "Get", request, WRITE_TIMEOUT_S).result
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CollectionClosed(self._name)

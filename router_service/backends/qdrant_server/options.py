@@ -1,0 +1,72 @@
+"""Where the server is, and what it is asked to do for a collection."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+from router_service.errors import InvalidField
+
+GRPC_PORT, REST_PORT = 6334, 6333
+PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+
+
+class WriteOrdering(StrEnum):
+    """Qdrant's write ordering: weak may reorder, medium goes through a leader, strong through a permanent one."""
+
+    WEAK = "weak"
+    MEDIUM = "medium"
+    STRONG = "strong"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Names are Qdrant's own; None leaves a value to the server."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    ca_certificate: bytes | None = field(default=None, repr=False)
+    prefix: str = "knnmoe"
+    shard_number: int | None = None
+    replication_factor: int | None = None
+    write_consistency_factor: int | None = None
+    on_disk: bool | None = None
+    wait: bool = True
+    ordering: WriteOrdering = WriteOrdering.WEAK
+    timeout_s: float = 1.0  # of a look-up
+    connections: int = 4
+
+    @property
+    def secure(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.url.startswith("https://")
+
+    @property
+    def targets(self) -> list[str]:
+        """HOST:PORT to try, the likeliest first: users give the REST port as often as that of gRPC."""
+        host, port = parse_url(self.url)
+        if port is None:
+            return [f"{host}:{GRPC_PORT}"]
+        ports = [port + 1, port] if port == REST_PORT else [port, port + 1]
+        return [f"{host}:{each}" for each in ports if each <= 65_535]
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is a server's, and not a name or a path."""
+    return place.startswith(("http://", "https://"))
+
+
+def parse_url(url: str) -> tuple[str, int | None]:
+    """Host (IPv6 in brackets) and port of http(s)://HOST[:PORT]. Raises InvalidField."""
+    expected = "http://HOST[:PORT] or https://HOST[:PORT] of a Qdrant server's gRPC port, e.g. http://localhost:6334"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise InvalidField("--backend", url, expected) from None
+    plain = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username)
+    if parts.scheme not in ("http", "https") or not host or not plain or port == 0:
+        raise InvalidField("--backend", url, expected)
+    return (f"[{host}]" if ":" in host else host), port

@@ -1,0 +1,68 @@
+"""Where memories are kept, by the settings: the one place that knows every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from router_service.backends.base import Backend
+from router_service.backends.qdrant_server.options import is_url
+from router_service.memory_store import MemoryStore
+from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
+
+
+def make_store(settings: ServiceSettings) -> tuple[Backend, MemoryStore]:
+    """A backend and the memories in it, which are not open yet. Raises InvalidField or StorageError."""
+    # An engine is imported only where it is used: the oracle needs none.
+    if is_url(settings.backend):
+        hits = settings.data / "hits" if settings.data is not None else None
+        return _on_server(settings.backend, settings.qdrant, hits)
+    if settings.backend == EXACT:
+        from router_service.backends.exact import ExactBackend
+
+        backend: Backend = ExactBackend()
+        return backend, MemoryStore(backend, None)
+    from router_service.backends.edge import EdgeBackend
+
+    memories = settings.on_disk("memories")
+    assert memories is not None  # noqa: S101  # ServiceSettings sees to it
+    backend = EdgeBackend(
+        memories,
+        min_free_bytes=settings.min_free_bytes,
+        isolate_above_bytes=settings.isolate_above_mib << 20,
+        workers=settings.workers,
+    )
+    return backend, MemoryStore(backend, memories)
+
+
+@contextmanager
+def opened_store(place: str, qdrant: QdrantSettings) -> Iterator[MemoryStore]:
+    """The memories of a directory that no service holds, or of a server, open. Raises InvalidField or StorageError."""
+    where: dict[str, Any] = {"backend": place, "data": None}
+    if not is_url(place):
+        where = {"backend": EDGE, "data": Path(place)}
+    backend, store = make_store(ServiceSettings(**where, qdrant=qdrant))
+    try:
+        store.open_all()
+        yield store
+    finally:
+        try:
+            store.close()
+        finally:
+            backend.close()
+
+
+def _on_server(url: str, qdrant: QdrantSettings, hits: Path | None) -> tuple[Backend, MemoryStore]:
+    from router_service.backends.qdrant_server.backend import ServerBackend
+    from router_service.backends.qdrant_server.catalogue import ServerCatalogue
+    from router_service.backends.qdrant_server.connection import Connection
+
+    connection = Connection(qdrant.options(url))
+    try:
+        backend = ServerBackend(connection)
+        return backend, MemoryStore(backend, None, shared=ServerCatalogue(connection), hits=hits)
+    except BaseException:
+        connection.close()
+        raise

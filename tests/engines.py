@@ -1,0 +1,167 @@
+"""The engines that one body of tests runs on, and what stands for each here.
+
+    numpy      the oracle
+    embedded   Qdrant Edge on files
+    standin    tests/qdrant_standin: the Qdrant wire in front of Qdrant Edge
+    server     a real Qdrant server: the one at QDRANT_TEST_URL (key: QDRANT_TEST_API_KEY), else one in a container
+
+Without either the last is skipped, and fails under REQUIRE_DOCKER=1. The end of a run says which were exercised.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from qdrant_client import grpc as q
+
+from router_service.backends.base import Backend, Compression
+from router_service.backends.edge import EdgeBackend
+from router_service.backends.exact import ExactBackend
+from router_service.backends.qdrant_server.backend import ServerBackend
+from router_service.backends.qdrant_server.connection import Connection
+from router_service.backends.qdrant_server.options import ServerOptions
+from tests.qdrant_image import QDRANT_IMAGE
+from tests.qdrant_standin import QdrantStandIn
+
+URL, API_KEY, REQUIRED = "QDRANT_TEST_URL", "QDRANT_TEST_API_KEY", "REQUIRE_DOCKER"
+ENGINES = [
+    "numpy",
+    "embedded",
+    "standin",
+    pytest.param("server", marks=pytest.mark.docker),
+]
+SERVERS = ENGINES[2:]
+READY_TIMEOUT_S = 60.0
+_exercised: dict[str, str] = {}
+_missing: dict[str, str] = {}
+
+
+@pytest.fixture(scope="session")
+def standin_url() -> Iterator[str]:
+    """One stand-in for all tests that leave it as it is."""
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(dir=memory) as directory,
+        QdrantStandIn(Path(directory)) as server,
+    ):
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """A real server, or a skip that says why not."""
+    if url := os.environ.get(URL):
+        _exercised["server"] = f"at {URL}"
+        yield url
+        return
+    if problem := _docker_problem():
+        _missing["server"] = problem
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{REQUIRED}=1, and there is no Docker engine: {problem}")
+        pytest.skip(f"no {URL}, and no Docker engine: {problem}")
+    from testcontainers.qdrant import QdrantContainer
+
+    with QdrantContainer(QDRANT_IMAGE) as container:
+        host = container.get_container_host_ip()
+        url = f"http://{host}:{container.get_exposed_port(6334)}"
+        _exercised["server"] = QDRANT_IMAGE
+        yield url
+
+
+def _docker_problem() -> str:
+    """Why containers cannot run here; empty when they can."""
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if host.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            if error := probe.connect_ex(host.removeprefix("unix://")):
+                return f"{host}: {os.strerror(error)}"
+    import docker
+
+    try:
+        client = docker.from_env()
+        client.ping()
+    except docker.errors.DockerException as error:
+        return f"{host}: {error}"
+    client.close()
+    return ""
+
+
+def options_for(url: str, prefix: str) -> ServerOptions:
+    """How tests talk to a server."""
+    key = os.environ.get(API_KEY) if url == os.environ.get(URL) else None
+    return ServerOptions(url=url, api_key=key, prefix=prefix, timeout_s=30.0)
+
+
+def fresh_prefix() -> str:
+    """Names that no other test has: servers are shared."""
+    return f"test-{secrets.token_hex(6)}"
+
+
+@contextmanager
+def clean_server(url: str) -> Iterator[ServerOptions]:
+    """A prefix of its own on a server, with nothing left of it afterwards."""
+    options = options_for(url, fresh_prefix())
+    try:
+        yield options
+    finally:
+        remove_collections(options)
+
+
+def remove_collections(options: ServerOptions) -> None:
+    """Drops every collection of a prefix."""
+    connection = Connection(options)
+    try:
+        reply = connection.call("collections", "List", q.ListCollectionsRequest(), 30.0)
+        for each in reply.collections:
+            if each.name.startswith(f"{options.prefix}~"):
+                request = q.DeleteCollection(collection_name=each.name)
+                connection.call("collections", "Delete", request, 60.0)
+    finally:
+        connection.close()
+
+
+def url_of(engine: str, request: pytest.FixtureRequest) -> str:
+    """The server that stands for `standin` or `server`."""
+    url: str = request.getfixturevalue(f"{engine}_url")
+    _exercised.setdefault(engine, "")
+    return url
+
+
+@contextmanager
+def backend_of(engine: str, request: pytest.FixtureRequest, directory: Path) -> Iterator[Backend]:
+    """A backend with nothing in it, closed afterwards."""
+    if engine in ("standin", "server"):
+        with clean_server(url_of(engine, request)) as options:
+            backend: Backend = ServerBackend(Connection(options))
+            try:
+                yield backend
+            finally:
+                backend.close()
+        return
+    backend = ExactBackend() if engine == "numpy" else EdgeBackend(directory, min_free_bytes=0)
+    _exercised.setdefault(engine, "")
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def require_compression(backend: Backend, label: str) -> None:
+    """Skips what a server does not have: search keys beside the keys."""
+    if isinstance(backend, ServerBackend) and Compression.parse(label).apart:
+        pytest.skip(f"a Qdrant server has no {label}: search keys apart are the embedded backend's")
+
+
+def summary() -> str:
+    """Which engines were exercised, and why others were not."""
+    done = [f"{name} ({detail})" if detail else name for name, detail in _exercised.items()]
+    lines = [f"engines exercised: {', '.join(done) or 'none'}"]
+    lines += [f"engine not exercised: {name}: {reason}" for name, reason in _missing.items()]
+    return "\n".join(lines)

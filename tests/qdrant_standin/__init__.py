@@ -1,0 +1,13 @@
+"""A Qdrant 1.x server on the wire for tests: the real messages and, through Qdrant Edge, the real engine.
+
+It differs from a real server in what follows. Every collection is one shard in one process, whatever its shard_number.
+Writes without `wait` are applied before they are acknowledged. Indexing stops the whole process while it runs.
+Sparse vectors, multi vectors, shard keys, and queries other than nearest (with prefetches) are UNIMPLEMENTED.
+"""
+
+from tests.qdrant_standin.faults import Fault, Faults
+from tests.qdrant_standin.process import StandInProcess
+from tests.qdrant_standin.server import QdrantStandIn
+from tests.qdrant_standin.tcp_faults import TcpFaults
+
+__all__ = ["Fault", "Faults", "QdrantStandIn", "StandInProcess", "TcpFaults"]
