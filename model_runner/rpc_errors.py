@@ -19,6 +19,8 @@ _PASSING = frozenset(
         reasons.ERROR_REASON_DISK_FULL,
         reasons.ERROR_REASON_SHUTTING_DOWN,
         reasons.ERROR_REASON_INTERNAL,
+        reasons.ERROR_REASON_BACKEND_UNAVAILABLE,
+        reasons.ERROR_REASON_BACKEND_MISCONFIGURED,
     )
 )
 _TRANSPORT_REFUSALS = frozenset(

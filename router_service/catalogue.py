@@ -39,7 +39,9 @@ class Catalogued:
 
 
 class Catalogue(Protocol):
-    """Every call raises StorageError when the storage fails."""
+    """Every call raises StorageError when the storage fails. `place` says where, for people."""
+
+    place: str
 
     def read(self) -> Catalogued:
         """What there is."""
@@ -65,6 +67,8 @@ class Catalogue(Protocol):
 class RamCatalogue:
     """Of memories that end with the service."""
 
+    place = "in RAM: nothing is kept"
+
     def read(self) -> Catalogued:
         """See Catalogue.read."""
         return Catalogued([], {}, [])
@@ -80,6 +84,7 @@ class FileCatalogue:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.place = str(directory)
 
     def read(self) -> Catalogued:
         """See Catalogue.read; leftovers are removed at once, for their collections are files among them."""

@@ -72,6 +72,11 @@ class MemoryStore:
         return self._directory
 
     @property
+    def place(self) -> str:
+        """Where the memories are, for people."""
+        return self._catalogue.place
+
+    @property
     def shared(self) -> bool:
         """Whether other services may change the memories too."""
         return self._shared
@@ -115,6 +120,11 @@ class MemoryStore:
     def memories(self) -> list[RoutingMemory]:
         """The memories that serve, by name."""
         return [memory for _, memory in sorted(self._memories.items())]
+
+    def latest(self) -> list[RoutingMemory]:
+        """memories(), with what other services changed until now. Raises StorageError."""
+        self.refresh()
+        return self.memories()
 
     def get(self, name: str) -> RoutingMemory:
         """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""

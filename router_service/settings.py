@@ -78,11 +78,11 @@ class QdrantSettings(BaseSettings):
     )
     on_disk: bool | None = Field(
         None,
-        description="Keep keys on disk rather than in RAM; compressed search keys (quantize) stay in RAM.",
+        description="Keep keys on disk rather than in RAM, e.g. --qdrant-on-disk; compressed search keys stay in RAM.",
     )
     wait: bool = Field(
         True,
-        description="Acknowledge writes when look-ups see them, not when the server has noted them.",
+        description="Acknowledge writes when look-ups see them, not when the server has noted them, e.g. --no-qdrant-wait.",
     )
     write_ordering: WriteOrdering = Field(
         WriteOrdering.WEAK,

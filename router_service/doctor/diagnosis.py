@@ -43,7 +43,7 @@ def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool
     yield from check_versions()
     yield from check_entries(store)
     if store.directory is None:
-        yield fine("data", "in RAM: nothing is kept")
+        yield fine("data", store.place)
         for memory in store.memories():
             yield from check_settings(memory.record)
         return

@@ -23,7 +23,7 @@ def check_entries(store: MemoryStore) -> Findings:
             f"router-admin snapshot restore {quote(name)} SNAPSHOT --replace",
         )
     with store.exclusive():  # a memory that is being deleted has no counts
-        for memory in store.memories():
+        for memory in store.latest():
             yield from _check_memory(memory, indexed=store.directory is not None)
 
 

@@ -140,7 +140,8 @@ def _task(
 def _copied(layer: LayerMemory, min_free_bytes: int | None) -> Iterator[Path]:
     """A directory with a copy of the layer's files; nothing is left of it afterwards."""
     if not isinstance(layer.collection, FileCollection):
-        raise InvalidField("memory", "a backend that keeps no files", "the edge backend")
+        expected = "a memory of the embedded backend; `router-admin migrate --to DIR` makes a copy to measure"
+        raise InvalidField("memory", "a memory that is not kept in files", expected)
     with layer.collection.paused_for_copy() as frozen:
         work = frozen.directory / _DIRECTORY
         try:

@@ -53,7 +53,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> pb.ListMemoriesResponse:
         """Every memory that serves."""
         with self._store.exclusive():  # a memory that is being deleted has no counts
-            memories = [codec.encode_memory(memory) for memory in self._store.memories()]
+            memories = [codec.encode_memory(memory) for memory in self._store.latest()]
         return pb.ListMemoriesResponse(memories=memories)
 
     def DescribeMemory(  # noqa: N802
@@ -157,7 +157,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """What the service holds and did since it started."""
         with self._store.exclusive():
-            asked = [self._store.get(request.memory)] if request.memory else self._store.memories()
+            asked = [self._store.get(request.memory)] if request.memory else self._store.latest()
             memories = [_memory_stats(memory) for memory in asked]
         return pb.StatsResponse(
             memories=memories,

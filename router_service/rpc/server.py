@@ -45,6 +45,7 @@ SPARE_THREADS = 8
 CANCEL_AGAIN_S = 1.0
 # How long the stop waits for cancelled operations; they look up a few times a second.
 OPERATIONS_END_S = 30.0
+_ROUTING = "knnmoe.v1.RoutingService"
 _SERVICES = (
     "",
     *(
@@ -165,10 +166,18 @@ class RoutingServer:
                 self._store.refresh()
             except BackendUnavailable as error:
                 log.warning("%s", error)
+                self._set_routing_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+                continue
             except StorageError:
                 log.exception(
                     "background flush failed; the write-ahead log still holds every write"
                 )
+            self._set_routing_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def _set_routing_health(self, status: int) -> None:
+        """Ready or not: the process itself stays healthy when only the server behind it is away."""
+        if not self._stopping.is_set():
+            self._health.set(_ROUTING, status)
 
 
 def _check_address(settings: ServiceSettings) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import clean_server, url_of
 from tests.integration.filled_memories import MemoryOf, filled_memories
 from tests.integration.refusals import Memories, fill
 from tests.sidecar import Sidecar, running_sidecar
@@ -39,11 +40,20 @@ def data(fast_dir: Path) -> Iterator[Path]:
     shutil.rmtree(parent)
 
 
-@pytest.fixture(scope="session", params=["exact", "edge"])
+@pytest.fixture(
+    scope="session",
+    params=["exact", "edge", "standin", pytest.param("server", marks=pytest.mark.docker)],
+)
 def sidecar(request: pytest.FixtureRequest, fast_dir: Path) -> Iterator[Sidecar]:
     """A service on each backend, on TCP; it must end cleanly after the last test."""
-    with running_sidecar(fast_dir / request.param, backend=request.param) as running:
-        yield running
+    if request.param in ("exact", "edge"):
+        with running_sidecar(fast_dir / request.param, backend=request.param) as running:
+            yield running
+        return
+    with clean_server(url_of(request.param, request)) as options:
+        flags = ["--qdrant-prefix", options.prefix, "--qdrant-timeout-s", "30"]
+        with running_sidecar(fast_dir / request.param, backend=options.url, flags=flags) as running:
+            yield running
 
 
 @pytest.fixture(scope="session")

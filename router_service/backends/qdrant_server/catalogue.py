@@ -31,7 +31,9 @@ class ServerCatalogue:
     def __init__(self, connection: Connection) -> None:
         """Makes the collection of records when it is not there. Raises StorageError."""
         self._connection = connection
-        self._name = f"{connection.options.prefix}~memories"
+        options = connection.options
+        self._name = f"{options.prefix}~memories"
+        self.place = f"Qdrant {connection.version} at {options.url}, collections {options.prefix}~*"
         exists = q.CollectionExistsRequest(collection_name=self._name)
         reply = connection.call("collections", "CollectionExists", exists, WRITE_TIMEOUT_S)
         if not reply.result.exists:

@@ -1,0 +1,326 @@
+"""A service in front of a Qdrant server: what a start tells, what several services share, what faults mean."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import routing_pb2 as pb
+from qdrant_client import grpc as q
+
+from router_service.backends.qdrant_server import catalogue
+from router_service.settings import QdrantSettings
+from router_service.storage import opened_store
+from tests.qdrant_standin import QdrantStandIn
+from tests.qdrant_standin.process import StandInProcess
+from tests.qdrant_standin.tcp_faults import TcpFaults
+from tests.sidecar import (
+    CALL_TIMEOUT_S,
+    EXPERTS,
+    LAYERS,
+    LOGIT_DELTA,
+    Sidecar,
+    exported,
+    make_fingerprint,
+    random_entries,
+    random_keys,
+    refusal,
+    route_request,
+    running_sidecar,
+    serve_and_fail,
+)
+
+ENTRIES = 64
+OFTEN = ["--flush-interval-s", "0.1"]
+PATIENCE_S = 20.0
+
+
+@pytest.fixture
+def server(data: Path) -> Iterator[QdrantStandIn]:
+    with QdrantStandIn(data.parent / "qdrant") as running:
+        yield running
+
+
+@pytest.fixture
+def service(server: QdrantStandIn, data: Path) -> Iterator[Sidecar]:
+    """With a memory `law` of 64 entries per layer."""
+    with running_sidecar(data, backend=server.url, flags=OFTEN) as running:
+        fill(running)
+        yield running
+
+
+def fill(service: Sidecar, name: str = "law") -> None:
+    service.create(name, kind=LOGIT_DELTA, gamma=[0.05])
+    for layer in range(LAYERS):
+        service.upsert(name, layer, random_entries(LOGIT_DELTA, ENTRIES, seed=layer))
+
+
+def request_of(service: Sidecar, name: str = "law", tokens: int = 3) -> pb.RouteRequest:
+    rng = np.random.default_rng(5)
+    digest = service.describe(name).model_digest
+    logits = random_keys(rng, tokens, EXPERTS)
+    return route_request(name, digest, random_keys(rng, tokens), logits)
+
+
+def answer_of(service: Sidecar, request: pb.RouteRequest) -> bytes:
+    reply = service.route(request)
+    return bytes(reply.router_logits.data) + bytes(reply.lambdas.data)
+
+
+def until(happened: Callable[[], object]) -> None:
+    give_up = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def names(service: Sidecar) -> list[str]:
+    reply = service.admin.ListMemories(admin_pb.ListMemoriesRequest(), timeout=CALL_TIMEOUT_S)
+    return [memory.name for memory in reply.memories]
+
+
+def refused(*arguments: str) -> str:
+    """What a start with these flags says, in one line."""
+    result = serve_and_fail("--listen", "127.0.0.1:0", *arguments)
+    assert result.returncode in (1, 2), result
+    lines = [line for line in result.stderr.splitlines() if line.startswith("router-service: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+class TestStarting:
+    def test_nobody_listens(self) -> None:
+        message = refused("--backend", "http://127.0.0.1:9")
+        assert "http://127.0.0.1:9 cannot be reached" in message
+        assert "--backend" in message
+
+    def test_another_kind_of_server(self, ram_sidecar: Sidecar) -> None:
+        message = refused("--backend", f"http://{ram_sidecar.target}")
+        assert "cannot be reached" in message
+        assert "--backend" in message
+
+    @pytest.mark.parametrize("key", [None, "wrong"])
+    def test_a_wrong_key(
+        self, data: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+    ) -> None:
+        with QdrantStandIn(data, api_key="right") as server:
+            if key:
+                monkeypatch.setenv("ROUTER_SERVICE_QDRANT_API_KEY", key)
+            message = refused("--backend", server.url)
+        assert "ROUTER_SERVICE_QDRANT_API_KEY" in message
+        assert "right" not in message
+        assert "wrong" not in message
+
+    @pytest.mark.parametrize("version", ["0.11.5", "1.7.4", "2.0.0", "nonsense"])
+    def test_a_wrong_version(self, data: Path, version: str) -> None:
+        with QdrantStandIn(data, version=version) as server:
+            message = refused("--backend", server.url)
+        assert version in message
+        assert "1.13" in message
+        assert "--backend" in message
+
+    @pytest.mark.parametrize(
+        "changed",
+        [{"size": 8}, {"distance": q.Distance.Cosine}],
+        ids=["dimension", "distance"],
+    )
+    def test_a_collection_of_another_program(
+        self, server: QdrantStandIn, service: Sidecar, changed: dict[str, int]
+    ) -> None:
+        service.stop_cleanly()
+        vectors = {"size": 16, "distance": q.Distance.Euclid} | changed
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            collections = q.CollectionsStub(channel)
+            [made] = [
+                each.collection_name
+                for each in collections.ListAliases(q.ListAliasesRequest()).aliases
+                if each.alias_name.endswith("~law~layer-001")
+            ]
+            collections.Delete(q.DeleteCollection(collection_name=made))
+            params = q.VectorsConfig(params=q.VectorParams(**vectors))
+            collections.Create(q.CreateCollection(collection_name=made, vectors_config=params))
+        message = refused("--backend", server.url)
+        assert made in message
+        assert "--qdrant-prefix" in message
+        assert "expected 16" in message
+
+    def test_the_key_from_a_file_and_the_rest_port(self, data: Path, tmp_path: Path) -> None:
+        (tmp_path / "key").write_text("right\n")
+        with QdrantStandIn(data.parent / "qdrant", api_key="right") as server:
+            url = f"http://localhost:{server.port - 1}"
+            flags = ["--qdrant-api-key-file", str(tmp_path / "key")]
+            with running_sidecar(data, backend=url, flags=flags) as service:
+                fill(service)
+                assert len(exported(service, "law", 0)[0].provenance) == ENTRIES
+
+
+class TestSharing:
+    def test_a_restart_finds_everything(
+        self, server: QdrantStandIn, service: Sidecar, data: Path
+    ) -> None:
+        request = request_of(service)
+        before = answer_of(service, request)
+        service.stop_cleanly()
+        with running_sidecar(data, backend=server.url) as again:
+            assert answer_of(again, request) == before
+
+    def test_a_memory_made_elsewhere_is_there_at_once_and_goes_soon(
+        self, server: QdrantStandIn, service: Sidecar, data: Path
+    ) -> None:
+        with running_sidecar(data.parent / "b", backend=server.url, flags=OFTEN) as other:
+            request = request_of(service)
+            assert answer_of(other, request) == answer_of(service, request)
+            fill(service, "tax")
+            assert answer_of(other, request_of(service, "tax")) == answer_of(
+                service, request_of(service, "tax")
+            )
+            service.admin.DeleteMemory(admin_pb.DeleteMemoryRequest(memory="law"))
+            until(lambda: names(other) == ["tax"])
+
+    def test_writes_are_seen_at_once_and_settings_soon(
+        self, server: QdrantStandIn, service: Sidecar, data: Path
+    ) -> None:
+        request = request_of(service)
+        with running_sidecar(data.parent / "b", backend=server.url, flags=OFTEN) as other:
+            before = answer_of(other, request)
+            service.upsert("law", 0, random_entries(LOGIT_DELTA, ENTRIES, seed=9))
+            assert answer_of(other, request) == answer_of(service, request) != before
+            settings = admin_pb.UpdateSettingsRequest(memory="law")
+            settings.settings.gamma.append(0.5)
+            service.admin.UpdateSettings(settings, timeout=CALL_TIMEOUT_S)
+            until(lambda: answer_of(other, request) == answer_of(service, request))
+
+    def test_prefixes_keep_services_apart(
+        self, server: QdrantStandIn, service: Sidecar, data: Path
+    ) -> None:
+        flags = ["--qdrant-prefix", "knnmoe-2"]
+        with running_sidecar(data.parent / "b", backend=server.url, flags=flags) as other:
+            assert names(other) == []
+            fill(other)
+            other.admin.DeleteMemory(admin_pb.DeleteMemoryRequest(memory="law"))
+        assert names(service) == ["law"]
+        assert len(exported(service, "law", 2)[0].provenance) == ENTRIES
+
+    def test_what_a_killed_creation_left_is_removed(
+        self, server: QdrantStandIn, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Sidecar(data, backend=server.url) as service:
+            fill(service)
+            indexes = server.faults.calls["CreateFieldIndex"]
+            fault = server.faults.black_hole("CreateFieldIndex")
+            request = admin_pb.CreateMemoryRequest(name="tax", fingerprint=make_fingerprint())
+            call = service.admin.CreateMemory.future(request)
+            until(lambda: server.faults.calls["CreateFieldIndex"] > indexes)
+            service.kill()
+            call.cancel()
+        fault.lift()
+        assert any("~tax~" in name for name in collections_of(server))
+        monkeypatch.setattr(catalogue, "_PATIENCE_MS", -1)
+        with opened_store(server.url, QdrantSettings()) as store:
+            assert store.names() == ["law"]
+        assert not any("~tax~" in name for name in collections_of(server))
+
+
+def collections_of(server: QdrantStandIn) -> list[str]:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        reply = q.CollectionsStub(channel).List(q.ListCollectionsRequest())
+    return [each.name for each in reply.collections]
+
+
+class TestFaults:
+    def test_one_failure_is_not_noticed(self, server: QdrantStandIn, service: Sidecar) -> None:
+        request = request_of(service)
+        before = answer_of(service, request)
+        for method in ("QueryBatch", "Upsert", "Scroll"):
+            server.faults.fail(grpc.StatusCode.UNAVAILABLE, method=method, calls=2)
+        assert answer_of(service, request) == before
+        service.upsert("law", 0, random_entries(LOGIT_DELTA, 3, first_id=1000))
+        assert len(exported(service, "law", 0)[0].provenance) == ENTRIES + 3
+
+    def test_a_server_that_asks_to_wait_is_waited_for_while_there_is_time(
+        self, server: QdrantStandIn, service: Sidecar
+    ) -> None:
+        request = request_of(service)
+        server.faults.rate_limit(1, "Upsert", calls=1)
+        service.upsert("law", 0, random_entries(LOGIT_DELTA, 3, first_id=1000))
+        server.faults.rate_limit(30, "QueryBatch")
+        error = refusal(service.routing.Route, request)
+        assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.reason == "ERROR_REASON_OVERLOADED"
+        assert server.url in error.message
+
+    def test_a_server_that_does_not_answer_is_not_waited_for(
+        self, server: QdrantStandIn, service: Sidecar
+    ) -> None:
+        request = request_of(service)
+        before = answer_of(service, request)
+        fault = server.faults.black_hole("QueryBatch")
+        with pytest.raises(grpc.RpcError) as late:
+            service.routing.Route(request, timeout=0.1)
+        assert late.value.code() in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+        )
+        error = refusal(service.routing.Route, request)
+        assert error.reason == "ERROR_REASON_BACKEND_UNAVAILABLE"
+        assert "--qdrant-timeout-s" in error.message
+        fault.lift()
+        assert answer_of(service, request) == before
+
+    def test_a_key_that_is_changed_meanwhile(self, data: Path) -> None:
+        with (
+            QdrantStandIn(data.parent / "q") as server,
+            running_sidecar(data, backend=server.url) as service,
+        ):
+            fill(service)
+            request = request_of(service)
+            server.faults.fail(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key or JWT")
+            error = refusal(service.routing.Route, request)
+            server.faults.lift()
+        assert error.reason == "ERROR_REASON_BACKEND_MISCONFIGURED"
+        assert "ROUTER_SERVICE_QDRANT_API_KEY" in error.message
+
+    def test_a_connection_that_is_reset_is_made_again(self, data: Path) -> None:
+        with (
+            QdrantStandIn(data.parent / "q") as server,
+            TcpFaults(server.port) as proxy,
+            running_sidecar(data, backend=proxy.url) as service,
+        ):
+            fill(service)
+            request = request_of(service)
+            before = answer_of(service, request)
+            proxy.reset()
+            assert answer_of(service, request) == before
+
+    def test_a_server_that_is_killed_and_comes_back(self, data: Path) -> None:
+        """What was acknowledged is there; the service says that it is not ready, and then that it is."""
+        with (
+            StandInProcess(data.parent / "q") as server,
+            running_sidecar(data, backend=server.url, flags=OFTEN) as service,
+        ):
+            fill(service)
+            request = request_of(service)
+            before = answer_of(service, request)
+            server.kill()
+            error = refusal(service.routing.Route, request)
+            assert error.code is grpc.StatusCode.UNAVAILABLE
+            assert error.reason == "ERROR_REASON_BACKEND_UNAVAILABLE"
+            until(lambda: not ready(service))
+            server.restart()
+            until(lambda: ready(service))
+            assert answer_of(service, request) == before
+
+
+def ready(service: Sidecar) -> bool:
+    stub = health_pb2_grpc.HealthStub(service.channel)
+    request = health_pb2.HealthCheckRequest(service="knnmoe.v1.RoutingService")
+    reply = stub.Check(request, timeout=CALL_TIMEOUT_S)
+    assert stub.Check(health_pb2.HealthCheckRequest()).status == reply.SERVING
+    return bool(reply.status == reply.SERVING)
