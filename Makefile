@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint types proto bench crash clean
+.PHONY: help setup demo test lint types proto bench crash docker-check clean
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## make .venv with everything pinned in constraints.txt
 
@@ -41,6 +41,10 @@ KILLS ?= 200
 SEED ?= 0
 crash: setup ## kill the service KILLS times at random moments of random work, and compare with what was acknowledged
 	$(BIN)/python -m tests.faults.crash --kills $(KILLS) --seed $(SEED)
+
+RUNNER ?=
+docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (root, Linux); RUNNER=--runner: the runner's too
+	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) demo-results build dist .mypy_cache .ruff_cache .pytest_cache
