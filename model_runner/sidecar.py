@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,12 @@ _READY = "listening on "
 
 
 @contextmanager
-def running_sidecar(data: Path, log: Path, listen: str = "127.0.0.1:0") -> Iterator[str]:
+def running_sidecar(
+    data: Path, log: Path, listen: str = "127.0.0.1:0", flags: Sequence[str] = ()
+) -> Iterator[str]:
     """The address of a sidecar that serves `data` until the block is left; its log goes to a file.
+
+    `flags`: more of `router-service serve`, e.g. --backend URL.
 
     Raises RoutingUnavailable with the end of the log when it does not start.
     """
@@ -29,6 +33,7 @@ def running_sidecar(data: Path, log: Path, listen: str = "127.0.0.1:0") -> Itera
         str(data),
         "--listen",
         listen,
+        *flags,
     ]
     with log.open("w") as log_file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, text=True)

@@ -268,6 +268,14 @@ def demo(
     seed: Annotated[
         int, typer.Option(help="Draws reference and test windows, and the controls.")
     ] = 0,
+    backend: Annotated[
+        str,
+        typer.Option(
+            envvar="KNNMOE_BACKEND",
+            help="Where the sidecar keeps the memories: edge (embedded), or the URL of a Qdrant server, where they are "
+            "removed at the end; its API key comes from ROUTER_SERVICE_QDRANT_API_KEY.",
+        ),
+    ] = "edge",
     model: options.Model = options.DEFAULT_MODEL,
     quiet: options.Quiet = False,
 ) -> None:
@@ -282,7 +290,7 @@ def demo(
     from model_runner.models import load_model
 
     loaded = load_model(model, device="cpu")
-    results = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet)).run()
+    results = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet), backend).run()
     table = Table()
     for heading in ("arm", "text", "NLL", "perplexity", "change in NLL", "lambda per layer"):
         table.add_column(heading, no_wrap=True)

@@ -39,6 +39,9 @@ ORACLE_STEP_SIZE = 30.0
 CONTROL_LAMBDA0 = 0.98
 LOOKUP_TIMEOUT_S = 60.0
 DOMAINS = ("shifted", "in_domain")
+EMBEDDED = "edge"
+# What the names of the demo's collections on a Qdrant server begin with.
+SERVER_PREFIX = "knnmoe-demo"
 # Arm of results.json -> preset of its memory.
 METHODS = {"knn_moe": "paper", "knn_moe_recommended": "recommended"}
 
@@ -90,10 +93,16 @@ class Demo:
     """One run; `run` writes results.json and the plots into `out` and returns the results."""
 
     def __init__(
-        self, loaded: LoadedModel, settings: DemoSettings, out: Path, progress: Progress
+        self,
+        loaded: LoadedModel,
+        settings: DemoSettings,
+        out: Path,
+        progress: Progress,
+        backend: str = EMBEDDED,
     ) -> None:
+        """`backend`: that of the sidecar, e.g. the URL of a Qdrant server, where nothing is left at the end."""
         self._loaded, self._settings, self._out = loaded, settings, out
-        self._progress = progress
+        self._progress, self._backend = progress, backend
         self._timings = Timings()
         self._arms: list[dict[str, Any]] = []
 
@@ -105,7 +114,12 @@ class Demo:
         if data.exists():
             shutil.rmtree(data)
         self._out.mkdir(parents=True, exist_ok=True)
-        with running_sidecar(data, self._out / "sidecar.log") as target:
+        flags = ["--backend", self._backend, "--qdrant-prefix", SERVER_PREFIX]
+        flags += ["--qdrant-timeout-s", str(LOOKUP_TIMEOUT_S)]
+        with (
+            running_sidecar(data, self._out / "sidecar.log", flags=flags) as target,
+            self._nothing_left(target),
+        ):
             report = self._build(target, texts)
             self._evaluate(target, texts)
         self._timings.seconds["total"] = time.monotonic() - started
@@ -114,6 +128,22 @@ class Demo:
         plot_deltas(self._arms, self._out / "delta_nll.png")
         plot_lambdas(self._arms, self._out / "lambda.png")
         return results
+
+    @contextmanager
+    def _nothing_left(self, target: str) -> Iterator[None]:
+        """Removes the memories, also those of a demo that was killed; those in a directory of its own stay."""
+        if "://" not in self._backend:
+            yield
+            return
+        with MemoryClient(target) as client:
+            self._remove_memories(client)
+            yield
+            self._remove_memories(client)
+
+    def _remove_memories(self, client: MemoryClient) -> None:
+        for name in (*METHODS, *CONTROLS):
+            if client.find(name) is not None:
+                client.delete(name)
 
     def _build(self, target: str, texts: Texts) -> BuildReport:
         full = [Target(arm, PRESETS[name].recipe) for arm, name in METHODS.items()]
@@ -247,6 +277,7 @@ class Demo:
                 "entries_per_layer": report.entries_per_layer,
             },
             "settings": asdict(self._settings),
+            "backend": self._backend,
             "arms": self._arms,
             "timings": {name: round(s, 2) for name, s in self._timings.seconds.items()},
         }
