@@ -194,7 +194,7 @@ class ServiceSettings(BaseSettings):
         description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")
-    qdrant: QdrantSettings = Field(default_factory=lambda: QdrantSettings(), exclude=True)
+    qdrant: QdrantSettings = Field(default_factory=lambda: QdrantSettings.model_validate({}), exclude=True)
 
     @model_validator(mode="after")
     def _data_where_needed(self) -> ServiceSettings:

@@ -17,6 +17,7 @@ from qdrant_client import grpc as q
 from router_service.backends.qdrant_server import catalogue
 from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
+from tests import qdrant_standin
 from tests.qdrant_standin import QdrantStandIn
 from tests.qdrant_standin.process import StandInProcess
 from tests.qdrant_standin.tcp_faults import TcpFaults
@@ -36,6 +37,9 @@ from tests.sidecar import (
     serve_and_fail,
 )
 
+# Of localhost, signed by itself.
+CERTIFICATE = Path(qdrant_standin.__file__).with_name("localhost.pem")
+KEY = CERTIFICATE.with_suffix(".key")
 ENTRIES = 64
 OFTEN = ["--flush-interval-s", "0.1"]
 PATIENCE_S = 20.0
@@ -150,6 +154,17 @@ class TestStarting:
         assert made in message
         assert "--qdrant-prefix" in message
         assert "expected 16" in message
+
+    def test_over_tls(self, data: Path) -> None:
+        pair = (KEY.read_bytes(), CERTIFICATE.read_bytes())
+        with QdrantStandIn(data.parent / "qdrant", certificate=pair) as server:
+            flags = ["--qdrant-ca-file", str(CERTIFICATE)]
+            with running_sidecar(data, backend=server.url, flags=flags) as service:
+                fill(service)
+                assert len(exported(service, "law", 0)[0].provenance) == ENTRIES
+            assert "cannot be reached" in refused("--backend", server.url)  # nobody trusts it
+            plain = server.url.replace("https", "http")
+            assert "cannot be reached" in refused("--backend", plain)
 
     def test_the_key_from_a_file_and_the_rest_port(self, data: Path, tmp_path: Path) -> None:
         (tmp_path / "key").write_text("right\n")

@@ -48,6 +48,7 @@ class ServerBackend:
             raise StorageError(f"the server already holds a collection {alias!r}")
         collection = self.create_unnamed(name, spec)
         self.publish({name: collection})
+        self._connection.wait_for(alias)
         return self._opened(name, alias, spec)
 
     def create_unnamed(self, name: str, spec: CollectionSpec) -> str:
@@ -65,6 +66,7 @@ class ServerBackend:
             write_consistency_factor=options.write_consistency_factor,
         )
         self._call("collections", "Create", request, repeat=False)
+        self._connection.wait_for(collection)
         for field in ("source", "example"):
             index = q.CreateFieldIndexCollection(
                 collection_name=collection,

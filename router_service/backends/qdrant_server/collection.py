@@ -253,11 +253,19 @@ class ServerCollection:
                 raise StorageError(
                     f"optimizing {self._name} failed: {state.optimizer_status.error}"
                 )
+            if state.status == q.CollectionStatus.Grey:
+                self._wake_optimizers()
             greens = greens + 1 if state.status == q.CollectionStatus.Green else 0
             report("optimize", int(state.indexed_vectors_count), int(state.points_count))
             if greens < 2:
                 time.sleep(_POLL_S)
                 self._require_open()
+
+    def _wake_optimizers(self) -> None:
+        """After a restart the server leaves its optimizers asleep until the collection is changed."""
+        nothing = q.OptimizersConfigDiff()
+        request = q.UpdateCollection(collection_name=self._name, optimizers_config=nothing)
+        self._connection.call("collections", "Update", request, ADMIN_TIMEOUT_S)
 
     def flush(self) -> None:
         """See Collection.flush: a server has no such call, its own write-ahead log and flushes do that."""

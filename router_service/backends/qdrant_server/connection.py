@@ -105,6 +105,26 @@ class Connection:
                 time.sleep(wait_s)
         raise AssertionError("unreachable")
 
+    def wait_for(self, collection: str) -> None:
+        """Until every connection finds a collection: they may lead to different nodes of a cluster."""
+        deadline = time.monotonic() + ADMIN_TIMEOUT_S
+        for stubs in self._pool:
+            while not self._finds(stubs, collection):
+                if time.monotonic() > deadline:
+                    raise BackendUnavailable(
+                        f"a node of {self.options.url} does not learn of {collection!r}; is the cluster whole?"
+                    )
+                time.sleep(_PAUSES_S[0])
+
+    def _finds(self, stubs: Stubs, collection: str) -> bool:
+        request = q.GetCollectionInfoRequest(collection_name=collection)
+        try:
+            with self.failures(WRITE_TIMEOUT_S):
+                stubs.collections.Get(request, timeout=WRITE_TIMEOUT_S, metadata=self._metadata)
+        except CollectionClosed:
+            return False
+        return True
+
     def begin(self, service: str, method: str, request: Any, timeout_s: float) -> Any:
         """A call under way; `result()` of what it returns within `failures()`."""
         stub = getattr(self._stubs(), service)

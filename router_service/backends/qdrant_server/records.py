@@ -1,0 +1,122 @@
+"""Small records that services share: a point for each in a collection without vectors of use, its payload flat."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qdrant_client import grpc as q
+
+from router_service.backends.qdrant_server.connection import (
+    ADMIN_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    Connection,
+)
+from router_service.errors import StorageError
+
+_PAGE = 256
+_STRONG = q.WriteOrdering(type=q.WriteOrderingType.Strong)
+
+
+class Records:
+    """Payloads by key in the collection `name`, each with the time of its last change. Raises StorageError."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection, self.name = connection, name
+
+    def ensure(self) -> None:
+        """Makes the collection when it is not there."""
+        if self.exist():
+            return
+        try:
+            self._create()
+        except StorageError:
+            if not self.exist():  # another service may have been first
+                raise
+
+    def exist(self) -> bool:
+        """Whether the collection is there."""
+        request = q.CollectionExistsRequest(collection_name=self.name)
+        reply = self.connection.call("collections", "CollectionExists", request, WRITE_TIMEOUT_S)
+        return bool(reply.result.exists)
+
+    def write(self, key: str, fields: Mapping[str, str]) -> None:
+        """Puts a record in the place of the one with this key, if there is one."""
+        payload = {name: q.Value(string_value=text) for name, text in fields.items()}
+        payload["changed"] = q.Value(integer_value=_now_ms())
+        vector = q.Vectors(vector=q.Vector(dense=q.DenseVector(data=[1.0])))
+        request = q.UpsertPoints(
+            collection_name=self.name,
+            wait=True,
+            points=[q.PointStruct(id=_point_id(key), vectors=vector, payload=payload)],
+            ordering=_STRONG,
+        )
+        self.connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """The record with this key, or None."""
+        request = q.GetPoints(
+            collection_name=self.name,
+            ids=[_point_id(key)],
+            with_payload=q.WithPayloadSelector(enable=True),
+        )
+        found = self.connection.call("points", "Get", request, WRITE_TIMEOUT_S).result
+        return _plain(found[0]) if found else None
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Every record."""
+        offset = None
+        while True:
+            request = q.ScrollPoints(
+                collection_name=self.name,
+                offset=offset,
+                limit=_PAGE,
+                with_payload=q.WithPayloadSelector(enable=True),
+            )
+            page = self.connection.call("points", "Scroll", request, WRITE_TIMEOUT_S)
+            yield from map(_plain, page.result)
+            if not page.HasField("next_page_offset"):
+                return
+            offset = page.next_page_offset
+
+    def remove(self, key: str) -> None:
+        """No error when there is none with this key."""
+        request = q.DeletePoints(
+            collection_name=self.name,
+            wait=True,
+            points=q.PointsSelector(points=q.PointsIdsList(ids=[_point_id(key)])),
+            ordering=_STRONG,
+        )
+        self.connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
+
+    def _create(self) -> None:
+        options = self.connection.options
+        nothing = q.VectorParams(size=1, distance=q.Distance.Euclid)
+        request = q.CreateCollection(
+            collection_name=self.name,
+            vectors_config=q.VectorsConfig(params=nothing),
+            shard_number=None if options.shard_number is None else 1,
+            replication_factor=options.replication_factor,
+            write_consistency_factor=options.write_consistency_factor,
+        )
+        self.connection.call("collections", "Create", request, ADMIN_TIMEOUT_S, repeat=False)
+
+
+def age_ms(fields: Mapping[str, Any]) -> int:
+    """Milliseconds since a record was written."""
+    return _now_ms() - int(fields.get("changed", 0))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _point_id(key: str) -> Any:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return q.PointId(num=int.from_bytes(digest, "big") >> 1)
+
+
+def _plain(point: Any) -> dict[str, Any]:
+    return {key: getattr(value, value.WhichOneof("kind")) for key, value in point.payload.items()}
