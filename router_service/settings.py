@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from router_service.backends.qdrant_server.options import (
+    BACKEND_SETTING,
     PREFIX,
     ServerOptions,
     WriteOrdering,
@@ -95,8 +96,8 @@ class QdrantSettings(BaseSettings):
         4, ge=1, le=64, description="Connections to the Qdrant server, e.g. 8."
     )
 
-    def options(self, url: str) -> ServerOptions:
-        """For the server at `url`. Raises InvalidField on a file that cannot be read."""
+    def options(self, url: str, named_by: str = BACKEND_SETTING) -> ServerOptions:
+        """For the server at `url`, which `named_by` named. Raises InvalidField on a file that cannot be read."""
         parse_url(url)
         key = self.api_key.get_secret_value() if self.api_key else None
         if self.api_key_file is not None:
@@ -119,6 +120,7 @@ class QdrantSettings(BaseSettings):
             ordering=self.write_ordering,
             timeout_s=self.timeout_s,
             connections=self.connections,
+            named_by=named_by,
         )
 
 
@@ -194,7 +196,9 @@ class ServiceSettings(BaseSettings):
         description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")
-    qdrant: QdrantSettings = Field(default_factory=lambda: QdrantSettings.model_validate({}), exclude=True)
+    qdrant: QdrantSettings = Field(
+        default_factory=lambda: QdrantSettings.model_validate({}), exclude=True
+    )
 
     @model_validator(mode="after")
     def _data_where_needed(self) -> ServiceSettings:

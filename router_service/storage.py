@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from router_service.backends.base import Backend
-from router_service.backends.qdrant_server.options import is_url
+from router_service.backends.qdrant_server.options import BACKEND_SETTING, ServerOptions, is_url
 from router_service.memory_store import MemoryStore
 from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
 
 
-def make_store(settings: ServiceSettings) -> tuple[Backend, MemoryStore]:
-    """A backend and the memories in it, which are not open yet. Raises InvalidField or StorageError."""
+def make_store(
+    settings: ServiceSettings, named_by: str = BACKEND_SETTING
+) -> tuple[Backend, MemoryStore]:
+    """A backend and the memories in it, which are not open yet. Raises InvalidField or StorageError.
+
+    `named_by`: the setting that errors about a server tell to change.
+    """
     # An engine is imported only where it is used: the oracle needs none.
     if is_url(settings.backend):
         hits = settings.data / "hits" if settings.data is not None else None
-        return _on_server(settings.backend, settings.qdrant, hits)
+        return _on_server(settings.qdrant.options(settings.backend, named_by), hits)
     if settings.backend == EXACT:
         from router_service.backends.exact import ExactBackend
 
@@ -38,12 +43,14 @@ def make_store(settings: ServiceSettings) -> tuple[Backend, MemoryStore]:
 
 
 @contextmanager
-def opened_store(place: str, qdrant: QdrantSettings) -> Iterator[MemoryStore]:
-    """The memories of a directory that no service holds, or of a server, open. Raises InvalidField or StorageError."""
+def opened_store(
+    place: str, qdrant: QdrantSettings, named_by: str = BACKEND_SETTING
+) -> Iterator[MemoryStore]:
+    """The memories of a directory that no service holds, or of a server, open. Raises as make_store()."""
     where: dict[str, Any] = {"backend": place, "data": None}
     if not is_url(place):
         where = {"backend": EDGE, "data": Path(place)}
-    backend, store = make_store(ServiceSettings(**where, qdrant=qdrant))
+    backend, store = make_store(ServiceSettings(**where, qdrant=qdrant), named_by)
     try:
         store.open_all()
         yield store
@@ -54,12 +61,12 @@ def opened_store(place: str, qdrant: QdrantSettings) -> Iterator[MemoryStore]:
             backend.close()
 
 
-def _on_server(url: str, qdrant: QdrantSettings, hits: Path | None) -> tuple[Backend, MemoryStore]:
+def _on_server(options: ServerOptions, hits: Path | None) -> tuple[Backend, MemoryStore]:
     from router_service.backends.qdrant_server.backend import ServerBackend
     from router_service.backends.qdrant_server.catalogue import ServerCatalogue
     from router_service.backends.qdrant_server.connection import Connection
 
-    connection = Connection(qdrant.options(url))
+    connection = Connection(options)
     try:
         backend = ServerBackend(connection)
         return backend, MemoryStore(backend, None, shared=ServerCatalogue(connection), hits=hits)

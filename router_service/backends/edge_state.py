@@ -98,7 +98,7 @@ class EdgeState:
         self._outdated += int(np.count_nonzero(self._table.holds(ids)))
         try:
             yield shard
-        except StorageError:
+        except BaseException:  # Ctrl-C too
             if shard.alive:  # else read when it is revived
                 self._table = read_table(shard, self._spec.value_width)  # some may be written
             raise

@@ -22,11 +22,12 @@ from knnmoe.v1 import (
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 
-from router_service.cli.admin_errors import AdminError, admin_error
+from router_service.cli.admin_errors import AdminError, ServiceRefused, admin_error
 
 DEFAULT_TIMEOUT_S = 10.0
 # Upsert requests on their way before the next acknowledgement is awaited.
 WINDOW = 4
+_NOT_FOUND = "ERROR_REASON_MEMORY_NOT_FOUND"
 
 
 class AdminClient:
@@ -89,6 +90,15 @@ class AdminClient:
         """What a memory is. Raises AdminError."""
         request = pb.DescribeMemoryRequest(memory=name)
         return self.unary(self.admin.DescribeMemory, request).memory
+
+    def find_memory(self, name: str) -> routing_pb.MemoryDescription | None:
+        """What a memory is; None when there is none of that name. Raises AdminError."""
+        try:
+            return self.memory(name)
+        except ServiceRefused as error:
+            if error.error.reason != _NOT_FOUND:
+                raise
+            return None
 
     def serving_status(self, service: str) -> str:
         """SERVING, NOT_SERVING or UNKNOWN, of a service's full name or of all ("")."""

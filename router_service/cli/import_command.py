@@ -14,15 +14,13 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import BadInput, ServiceRefused
+from router_service.cli.admin_errors import BadInput
 from router_service.cli.admin_session import Session, session_of
 from router_service.cli.entry_files import FileError, open_reader
 from router_service.cli.entry_files.batches import EntryReader, regroup
 from router_service.cli.entry_transfer import Upload, shape_of
 from router_service.cli.file_description import FileDescription, description_from, description_of
 from router_service.cli.same_memory import Described, require_same_entries, require_same_settings
-
-_NOT_FOUND = "ERROR_REASON_MEMORY_NOT_FOUND"
 
 
 def import_memory(
@@ -144,7 +142,7 @@ def _opened_as(
         )
     name = as_name if as_name is not None else described.name
     reader = _reader(file, described)  # what can be checked is checked before anything is made
-    memory = _found(session.client, name)
+    memory = session.client.find_memory(name)
     if memory is None:
         return _Import(_created(session.client, name, described), reader, made=True)
     require_same_entries(f"file {file}", described, f"memory {name}", memory)
@@ -159,15 +157,6 @@ def _reader(file: Path, of: routing_pb.MemoryDescription | FileDescription) -> E
         return open_reader(file, shape_of(of), None)
     except FileError as error:
         raise BadInput(str(error)) from error
-
-
-def _found(client: AdminClient, name: str) -> routing_pb.MemoryDescription | None:
-    try:
-        return client.memory(name)
-    except ServiceRefused as error:
-        if error.error.reason != _NOT_FOUND:
-            raise
-        return None
 
 
 def _created(client: AdminClient, name: str, described: Described) -> routing_pb.MemoryDescription:

@@ -42,6 +42,7 @@ USES: dict[str, Use] = {
     "export": Use("export {name} {out}", needs=True, reads=True),
     "merge": Use("merge other {name}", needs=True, grows=True),
     "merge/from": Use("merge {name} other", needs=True),
+    "migrate": Use("migrate {name} --from embedded --to {out}", needs=True),
     "calibrate": Use("calibrate {name}", needs=True),
     "optimize": Use("optimize {name}", needs=True, grows=True),
     "quantize": Use("quantize {name} --method int8", needs=True, grows=True),

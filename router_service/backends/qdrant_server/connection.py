@@ -144,7 +144,7 @@ class Connection:
         where = f"the Qdrant server at {self.options.url}"
         match code:
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
-                return _unreachable(self.options.url, text)
+                return self._unreachable(text)
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return BackendUnavailable(
                     f"{where} did not answer within {timeout_s:.3g} s (look-ups: --qdrant-timeout-s)"
@@ -164,6 +164,12 @@ class Connection:
         """Closing twice is allowed."""
         for stubs in self._pool:
             stubs.channel.close()
+
+    def _unreachable(self, details: str) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"the Qdrant server at {self.options.url} cannot be reached ({details}); start it, or change "
+            f"{self.options.named_by} to its gRPC port, which is 6334 unless the server is told otherwise"
+        )
 
     def _stubs(self) -> Stubs:
         return self._pool[next(self._next) % len(self._pool)]
@@ -188,7 +194,7 @@ class Connection:
                     continue
             self._require_version(reply.version)
             return target, reply.version
-        raise _unreachable(self.options.url, shorten("; ".join(failures), 300))
+        raise self._unreachable(shorten("; ".join(failures), 300))
 
     def _require_version(self, version: str) -> None:
         numbers = re.match(r"(\d+)\.(\d+)", version)
@@ -196,21 +202,13 @@ class Connection:
         if not OLDEST <= known < FIRST_TOO_NEW:
             raise BackendMisconfigured(
                 f"the server at {self.options.url} is Qdrant {shorten(version, 40)}, this service speaks to "
-                f"{OLDEST[0]}.{OLDEST[1]} and later 1.x; change --backend (ROUTER_SERVICE_BACKEND) to another server, "
-                "or upgrade this one"
+                f"{OLDEST[0]}.{OLDEST[1]} and later 1.x; change {self.options.named_by} to another server, or upgrade this one"
             )
 
 
 def _cause(error: Any) -> str:
     """What a failure says, without what gRPC says around it."""
     return _AROUND.sub("", error.details() or error.code().name)
-
-
-def _unreachable(url: str, details: str) -> BackendUnavailable:
-    return BackendUnavailable(
-        f"the Qdrant server at {url} cannot be reached ({details}); start it, or change --backend "
-        "(ROUTER_SERVICE_BACKEND) to its gRPC port, which is 6334 unless the server is told otherwise"
-    )
 
 
 def _wait_before_retry(error: Any, pause_s: float) -> float | None:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from router_service.errors import InvalidField
 
 GRPC_PORT, REST_PORT = 6334, 6333
+BACKEND_SETTING = "--backend (ROUTER_SERVICE_BACKEND)"
 PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 
@@ -37,6 +38,7 @@ class ServerOptions:
     ordering: WriteOrdering = WriteOrdering.WEAK
     timeout_s: float = 1.0  # of a look-up
     connections: int = 4
+    named_by: str = BACKEND_SETTING  # what errors tell to change
 
     @property
     def secure(self) -> bool:

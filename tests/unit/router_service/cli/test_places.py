@@ -1,0 +1,54 @@
+"""What a user means by --from and --to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from router_service.cli.admin_errors import BadInput
+from router_service.cli.places import place_name
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("embedded", "embedded"),
+        ("http://qdrant", "http://QDRANT:6334/"),
+        ("http://qdrant:6333", "https://qdrant:6334"),
+        ("a/b", "a/./c/../b/"),
+    ],
+)
+def test_names_of_the_same_place(one: str, other: str) -> None:
+    assert place_name("--from", one).identity == place_name("--to", other).identity
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("embedded", "./embedded"), ("http://a", "http://b"), ("a", "b")]
+)
+def test_names_of_two_places(one: str, other: str) -> None:
+    assert place_name("--from", one).identity != place_name("--to", other).identity
+
+
+def test_only_a_directory_has_one() -> None:
+    assert place_name("--to", "some/where").directory == Path("some/where")
+    assert place_name("--to", "embedded").directory is None
+    assert place_name("--to", "http://qdrant").directory is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ftp://x",
+        "qdrant:6334",
+        "127.0.0.1:6333",
+        "http://",
+        "http://x:99999",
+        "https://x/y",
+        "a\0b",
+    ],
+)
+def test_what_is_no_place(text: str) -> None:
+    with pytest.raises(BadInput, match=r"--to: got .*, expected "):
+        place_name("--to", text)
