@@ -38,9 +38,10 @@ ENGINES = [
     pytest.param("server", marks=pytest.mark.docker),
 ]
 SERVERS = ENGINES[2:]
-READY_TIMEOUT_S = 60.0
+TURBO_SINCE = (1, 18)
 _exercised: dict[str, str] = {}
 _missing: dict[str, str] = {}
+_rest_ports: dict[str, int] = {}  # by URL, where it is not the one before gRPC's
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def standin_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
     """A real server, or a skip that says why not."""
-    if url := os.environ.get(URL):
+    if url := _given_url():
         _exercised["server"] = f"at {URL}"
         yield url
         return
@@ -71,8 +72,15 @@ def server_url() -> Iterator[str]:
     with QdrantContainer(QDRANT_IMAGE) as container:
         host = container.get_container_host_ip()
         url = f"http://{host}:{container.get_exposed_port(6334)}"
+        _rest_ports[url] = int(container.get_exposed_port(6333))
         _exercised["server"] = QDRANT_IMAGE
         yield url
+
+
+def _given_url() -> str:
+    """QDRANT_TEST_URL, of plain HTTP unless it says otherwise; empty without it."""
+    url = os.environ.get(URL, "")
+    return url if "://" in url or not url else f"http://{url}"
 
 
 def _docker_problem() -> str:
@@ -95,8 +103,9 @@ def _docker_problem() -> str:
 
 def options_for(url: str, prefix: str) -> ServerOptions:
     """How tests talk to a server."""
-    key = os.environ.get(API_KEY) if url == os.environ.get(URL) else None
-    return ServerOptions(url=url, api_key=key, prefix=prefix, timeout_s=30.0)
+    key = os.environ.get(API_KEY) if url == _given_url() else None
+    rest_port = _rest_ports.get(url)
+    return ServerOptions(url=url, api_key=key, prefix=prefix, timeout_s=30.0, rest_port=rest_port)
 
 
 def fresh_prefix() -> str:
@@ -154,9 +163,14 @@ def backend_of(engine: str, request: pytest.FixtureRequest, directory: Path) -> 
 
 
 def require_compression(backend: Backend, label: str) -> None:
-    """Skips what a server does not have: search keys beside the keys."""
-    if isinstance(backend, ServerBackend) and Compression.parse(label).apart:
+    """Skips what a server does not have: search keys beside the keys, and before 1.18 TurboQuant."""
+    if not isinstance(backend, ServerBackend):
+        return
+    if Compression.parse(label).apart:
         pytest.skip(f"a Qdrant server has no {label}: search keys apart are the embedded backend's")
+    version = tuple(map(int, backend.version.split(".")[:2]))
+    if label.startswith("turbo") and version < TURBO_SINCE:
+        pytest.skip(f"Qdrant {backend.version} has no {label}")
 
 
 def summary() -> str:

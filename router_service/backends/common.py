@@ -29,7 +29,7 @@ def require_name(name: str) -> None:
 def as_stored(rows: F32, metric: Metric, field: str) -> F32:
     """Keys or queries [n, d] as the metric compares them: unit length in f32 under cosine, else unchanged.
 
-    Rows that are unit vectors as closely as f32 can tell stay bit for bit, so that a stored key is stored again as it is.
+    Rows that are unit vectors as closely as f32 can tell stay as they are, so that a stored key stays what it was.
     Done here and not by the engine, which leaves vectors shorter than about 3e-4 as they are. Raises InvalidField that
     names the row when its length is 0 under cosine.
     """

@@ -39,6 +39,7 @@ _TABLE: dict[type[errors.RoutingServiceError], tuple[int, int]] = {
         reasons.ERROR_REASON_BACKEND_MISCONFIGURED,
     ),
     errors.CorruptMemory: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
+    errors.ForeignCollection: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.SnapshotInvalid: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_SNAPSHOT_INVALID),
     errors.DirectoryInUse: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_STORAGE),
     errors.StorageError: (code_pb2.INTERNAL, reasons.ERROR_REASON_STORAGE),

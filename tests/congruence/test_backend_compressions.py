@@ -118,8 +118,8 @@ def test_a_compression_is_kept_until_another_is_asked_for(backend: Backend) -> N
     entries = clustered_entries(600, 16)
     collection = filled(backend, entries)
     for wanted, label in (
-        (Compression.parse("turbo4"), "turbo4"),
-        (None, "turbo4"),
+        (Compression.parse("binary"), "binary"),
+        (None, "binary"),
         (Quantization.INT8, "int8"),
         (None, "int8"),
     ):

@@ -2,6 +2,7 @@
 
 It differs from a real server in what follows. Every collection is one shard in one process, whatever its shard_number.
 Writes without `wait` are applied before they are acknowledged. Indexing stops the whole process while it runs.
+Strict mode is recorded and not enforced. Of REST there are the version and the snapshots of collections.
 Sparse vectors, multi vectors, shard keys, and queries other than nearest (with prefetches) are UNIMPLEMENTED.
 """
 

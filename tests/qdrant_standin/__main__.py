@@ -31,6 +31,7 @@ def main() -> None:
         signal.signal(number, lambda *_: ended.set())
     with server:
         _print(f"listening on {server.url}")
+        _print(f"REST on {server.rest_url}")
         threading.Thread(target=_take_faults, args=(server.faults,), daemon=True).start()
         ended.wait()
 

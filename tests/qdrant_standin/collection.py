@@ -18,7 +18,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 
 from tests.qdrant_standin.checks import vector_params
 from tests.qdrant_standin.configs import engine_config
-from tests.qdrant_standin.errors import engine_call, no_collection
+from tests.qdrant_standin.errors import ApiError, engine_call, no_collection
 from tests.qdrant_standin.field_indexes import schema_message
 
 _MANIFEST = "collection.json"
@@ -32,8 +32,10 @@ class Collection:
 
     def __init__(self, directory: Path, name: str, config: pb.CollectionConfig, created: float):
         self.directory, self.name, self.config, self.created = directory, name, config, created
-        self.pending = False  # work for the optimizer
-        self._configured = True
+        self.requests = 0  # for work that the optimizer has not done
+        self._asleep = False  # there is work, and nobody asked for it since the start
+        self._failure = ""  # of the optimizer
+        self._settled = True  # what is stored has the indexes of the configuration
         self._operations = 0
         self._flushed = time.monotonic()
         self._lock = threading.RLock()
@@ -60,12 +62,18 @@ class Collection:
         stored = json.loads(manifest.read_text())
         config = ParseDict(stored["config"], pb.CollectionConfig())
         collection = Collection(directory, stored["name"], config, stored["created"])
+        collection._settled = stored["settled"]
         collection._open()
+        collection._asleep = not collection._settled or collection.outgrown()
         return collection
 
     def _save(self) -> None:
-        config = MessageToDict(self.config, preserving_proto_field_name=True)
-        stored = {"name": self.name, "created": self.created, "config": config}
+        stored = {
+            "name": self.name,
+            "created": self.created,
+            "settled": self._settled,
+            "config": MessageToDict(self.config, preserving_proto_field_name=True),
+        }
         save_json(self.directory / _MANIFEST, stored)
 
     def _open(self) -> None:
@@ -92,24 +100,31 @@ class Collection:
     def configure(self, config: pb.CollectionConfig) -> None:
         """Takes another configuration; what is stored is indexed anew by the next optimize()."""
         with self._lock:
-            self.config, self._configured = config, False
+            self.config, self._settled = config, False
             self._save()
 
     def optimize(self) -> None:
         """Indexes and quantizes what the configuration wants. Blocks the whole process."""
         with self._lock:
-            if self._shard is not None:
-                self._reconfigure()
-                changed = self.call(lambda shard: shard.optimize())
-                if changed or time.monotonic() > self._flushed + _FLUSH_INTERVAL_S:
-                    self._flush()
-            self.pending = False
+            self._asleep = False
+            try:
+                self._optimize()
+            except ApiError as error:
+                self._failure = error.text
 
-    def _reconfigure(self) -> None:
-        if not self._configured:
+    def _optimize(self) -> None:
+        if self._shard is None:
+            return
+        if not self._settled:
+            self._flush()
             self._release()
             self._open()
-            self._configured = True
+        changed = self.call(lambda shard: shard.optimize())
+        if changed or time.monotonic() > self._flushed + _FLUSH_INTERVAL_S:
+            self._flush()
+        if not self._settled:
+            self._settled = True
+            self._save()
 
     def _flush(self) -> None:
         """Cuts the write-ahead log."""
@@ -119,11 +134,18 @@ class Collection:
     def outgrown(self) -> bool:
         """Whether points without an index are more than the indexing threshold."""
         threshold_kb = self.config.optimizer_config.indexing_threshold
-        bytes_per_point = 4 * sum(params.size for params in self.vectors.values())
+        kb_per_point = 4 * sum(params.size for params in self.vectors.values()) / 1024
         info = self.call(lambda shard: shard.info())
-        waiting = (info.points_count * len(self.vectors) - info.indexed_vectors_count) or 0
-        size_kb = waiting * bytes_per_point / max(1, len(self.vectors)) / 1024
-        return bool(threshold_kb) and size_kb > threshold_kb
+        points = info.points_count - info.indexed_vectors_count / max(1, len(self.vectors))
+        return bool(threshold_kb) and points * kb_per_point > threshold_kb
+
+    @property
+    def _status(self) -> pb.CollectionStatus.ValueType:
+        if self._failure:
+            return pb.Red
+        if self.requests:
+            return pb.Yellow
+        return pb.Grey if self._asleep else pb.Green
 
     @property
     def vectors(self) -> dict[str, pb.VectorParams]:
@@ -132,10 +154,13 @@ class Collection:
 
     def info(self) -> pb.CollectionInfo:
         """What Collections.Get answers."""
-        found = self.call(lambda shard: shard.info())
+        with self._lock:
+            return self._info(self.call(lambda shard: shard.info()))
+
+    def _info(self, found: Any) -> pb.CollectionInfo:
         message = pb.CollectionInfo(
-            status=pb.Yellow if self.pending else pb.Green,
-            optimizer_status=pb.OptimizerStatus(ok=True),
+            status=self._status,
+            optimizer_status=pb.OptimizerStatus(ok=not self._failure, error=self._failure),
             segments_count=found.segments_count,
             config=self.config,
             points_count=found.points_count,
@@ -167,14 +192,14 @@ class Collection:
     def close(self) -> None:
         """Releases the files; every later call finds no collection."""
         with self._lock:
-            self._release()
+            if self._shard is not None:
+                self._flush()
+                self._release()
 
     def _release(self) -> None:
-        if self._shard is not None:
-            with engine_call():
-                self._shard.flush()
-                self._shard.close()
-            self._shard = None
+        with engine_call():
+            self._shard.close()
+        self._shard = None
 
     def delete(self) -> None:
         """Removes the collection and its files."""

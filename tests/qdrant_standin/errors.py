@@ -32,6 +32,11 @@ def bad_input(text: str) -> ApiError:
     return invalid(f"Wrong input: {text}")
 
 
+def empty_update() -> ApiError:
+    """A write of no points at all."""
+    return invalid("Bad request: Empty update request")
+
+
 def validation(field: str, text: str) -> ApiError:
     """A field outside its limits."""
     return invalid(f"Validation error in body: [{field}: {text}]")

@@ -90,7 +90,7 @@ class Faults:
     ) -> Fault:
         """RESOURCE_EXHAUSTED with `retry-after`, as the real server's rate limiters send it."""
         text = (
-            "Rate limiting exceeded: Write rate limit exceeded: Operation requires 1 tokens "
+            "Rate limiting exceeded: Read rate limit exceeded: Operation requires 1 tokens "
             f"but only 0.0 were available. Retry after {retry_after_s}s"
         )
         trailing = (("retry-after", str(retry_after_s)),)

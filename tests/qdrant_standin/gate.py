@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -14,11 +14,30 @@ from tests.qdrant_standin.faults import Faults
 _OPEN = ("/qdrant.Qdrant/HealthCheck", "/grpc.health.v1.Health/Check")
 
 
+class ApiKey:
+    """The key that callers must have, if there is one."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key
+
+    def check(self, headers: Mapping[str, Any]) -> None:
+        """Raises ApiError (UNAUTHENTICATED); names of headers in small letters."""
+        if self._key is None:
+            return
+        key = headers.get("api-key")
+        if key is None and headers.get("authorization", "").startswith("Bearer "):
+            key = headers["authorization"].removeprefix("Bearer ")
+        if key is None:
+            raise unauthenticated("Must provide an API key or an Authorization bearer token")
+        if not hmac.compare_digest(key.encode(), self._key.encode()):
+            raise unauthenticated("Invalid API key or JWT")
+
+
 class Gate(grpc.ServerInterceptor):
     """Stands before all handlers of a server."""
 
-    def __init__(self, api_key: str | None, faults: Faults) -> None:
-        self._api_key, self._faults = api_key, faults
+    def __init__(self, key: ApiKey, faults: Faults) -> None:
+        self._key, self._faults = key, faults
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: Any
@@ -32,7 +51,8 @@ class Gate(grpc.ServerInterceptor):
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
             try:
                 self._faults.before(method, context)
-                self._check_key(method, dict(metadata))
+                if method not in _OPEN:
+                    self._key.check(dict(metadata))
                 return handler.unary_unary(request, context)
             except NotImplementedError:
                 refusal = unimplemented(method)
@@ -44,14 +64,3 @@ class Gate(grpc.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(
             answer, handler.request_deserializer, handler.response_serializer
         )
-
-    def _check_key(self, method: str, metadata: dict[str, Any]) -> None:
-        if self._api_key is None or method in _OPEN:
-            return
-        key = metadata.get("api-key")
-        if key is None and metadata.get("authorization", "").startswith("Bearer "):
-            key = metadata["authorization"].removeprefix("Bearer ")
-        if key is None:
-            raise unauthenticated("Must provide an API key or an Authorization bearer token")
-        if not hmac.compare_digest(key.encode(), self._api_key.encode()):
-            raise unauthenticated("Invalid API key or JWT")

@@ -10,7 +10,7 @@ import qdrant_edge as qe
 
 from tests.qdrant_standin import checks
 from tests.qdrant_standin.collection import Collection
-from tests.qdrant_standin.errors import bad_input, invalid, unimplemented, validation
+from tests.qdrant_standin.errors import bad_input, empty_update, invalid, unimplemented, validation
 from tests.qdrant_standin.field_indexes import index_schema
 from tests.qdrant_standin.filters import optional_filter
 from tests.qdrant_standin.queries import query_request, scroll_request, selected
@@ -42,6 +42,8 @@ class PointsService(pb.PointsServicer):
 
     def Upsert(self, request: pb.UpsertPoints, context: Any) -> Any:  # noqa: N802
         started, collection = self._begin(request)
+        if not request.points:
+            raise empty_update()
         condition = optional_filter(request, "update_filter")
         points = [_point(collection, message) for message in request.points]
         mode = _MODES[request.update_mode] if request.HasField("update_mode") else None
@@ -49,36 +51,22 @@ class PointsService(pb.PointsServicer):
         return self._write(collection, operation, request, started)
 
     def Delete(self, request: pb.DeletePoints, context: Any) -> Any:  # noqa: N802
-        if not request.HasField("points"):
-            raise invalid("PointSelector is missing")
-        made = qe.UpdateOperation
-        return self._select(
-            request, request.points, made.delete_points, made.delete_points_by_filter
-        )
+        return self._select(request, "points", "delete_points")
 
     def SetPayload(self, request: pb.SetPayloadPoints, context: Any) -> Any:  # noqa: N802
-        made = qe.UpdateOperation
-        by_ids, by_filter = made.set_payload, made.set_payload_by_filter
         key = request.key if request.HasField("key") else None
         fields = payload(request.payload)
-        return self._select(request, request.points_selector, by_ids, by_filter, fields, key)
+        return self._select(request, "points_selector", "set_payload", fields, key)
 
     def OverwritePayload(self, request: pb.SetPayloadPoints, context: Any) -> Any:  # noqa: N802
-        made = qe.UpdateOperation
-        by_ids, by_filter = made.overwrite_payload, made.overwrite_payload_by_filter
         fields = payload(request.payload)
-        return self._select(request, request.points_selector, by_ids, by_filter, fields)
+        return self._select(request, "points_selector", "overwrite_payload", fields)
 
     def DeletePayload(self, request: pb.DeletePayloadPoints, context: Any) -> Any:  # noqa: N802
-        made = qe.UpdateOperation
-        by_ids, by_filter = made.delete_payload, made.delete_payload_by_filter
-        return self._select(request, request.points_selector, by_ids, by_filter, list(request.keys))
+        return self._select(request, "points_selector", "delete_payload", list(request.keys))
 
     def ClearPayload(self, request: pb.ClearPayloadPoints, context: Any) -> Any:  # noqa: N802
-        made = qe.UpdateOperation
-        return self._select(
-            request, request.points, made.clear_payload, made.clear_payload_by_filter
-        )
+        return self._select(request, "points", "clear_payload")
 
     def CreateFieldIndex(self, request: pb.CreateFieldIndexCollection, context: Any) -> Any:  # noqa: N802
         started, collection = self._begin(request)
@@ -142,11 +130,13 @@ class PointsService(pb.PointsServicer):
             raise unimplemented("shard keys")
         return started, self._store.get(request.collection_name)
 
-    def _select(
-        self, request: Any, selector: pb.PointsSelector, by_ids: Any, by_filter: Any, *rest: Any
-    ) -> Any:
+    def _select(self, request: Any, field: str, name: str, *rest: Any) -> Any:
+        """Writes to the points that a field selects, by the engine's operation of this name."""
+        if not request.HasField(field):
+            missing = {"points": "PointSelector is missing"}
+            raise invalid(missing.get(field, f"{field} is expected"))
         started, collection = self._begin(request)
-        operation = selected(selector, by_ids, by_filter, *rest)
+        operation = selected(getattr(request, field), name, *rest)
         return self._write(collection, operation, request, started)
 
     def _write(

@@ -47,11 +47,6 @@ class StandInProcess:
             self.kill()
 
     @property
-    def url(self) -> str:
-        """What clients are given."""
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
     def stderr(self) -> str:
         """What the process complained of so far."""
         return self._log.read_text()
@@ -63,13 +58,15 @@ class StandInProcess:
         pipe = subprocess.PIPE
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=log, cwd=_ROOT, text=True
+                command, stdin=pipe, stdout=pipe, stderr=log, cwd=_ROOT, bufsize=0
             )
         line = self.read_line()
         if not line.startswith("listening on "):
             self.__exit__()
             raise AssertionError(f"the stand-in did not start: {line!r}\n{self.stderr}")
-        self.port = int(line.rsplit(":", 1)[1])
+        self.url = line.removeprefix("listening on ")
+        self.rest_url = self.read_line().removeprefix("REST on ")
+        self.port = int(self.url.rsplit(":", 1)[1])
 
     def kill(self) -> None:
         """SIGKILL: nothing is flushed or closed."""
@@ -85,13 +82,12 @@ class StandInProcess:
         """A line of its stdout; empty when it ended or took too long."""
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], READY_TIMEOUT_S)
-        return self.process.stdout.readline().strip() if ready else ""
+        return self.process.stdout.readline().decode().strip() if ready else ""
 
     def write_line(self, line: str) -> None:
         """A line to its stdin."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(f"{line}\n".encode())
 
     def _wait(self) -> int:
         code = self.process.wait(EXIT_TIMEOUT_S)
@@ -109,11 +105,11 @@ class RemoteFaults:
 
     def delay(self, seconds: float, method: str | None = None, calls: int | None = None) -> None:
         """See Faults.delay."""
-        self._send("delay", seconds=seconds, method=method, calls=calls)
+        self.send("delay", seconds=seconds, method=method, calls=calls)
 
     def black_hole(self, method: str | None = None, calls: int | None = None) -> None:
         """See Faults.black_hole."""
-        self._send("black_hole", method=method, calls=calls)
+        self.send("black_hole", method=method, calls=calls)
 
     def fail(
         self,
@@ -125,23 +121,24 @@ class RemoteFaults:
     ) -> None:
         """See Faults.fail."""
         pairs = list(map(list, trailing))
-        self._send("fail", code=code.name, text=text, method=method, calls=calls, trailing=pairs)
+        self.send("fail", code=code.name, text=text, method=method, calls=calls, trailing=pairs)
 
     def rate_limit(
         self, retry_after_s: int, method: str | None = None, calls: int | None = None
     ) -> None:
         """See Faults.rate_limit."""
-        self._send("rate_limit", retry_after_s=retry_after_s, method=method, calls=calls)
+        self.send("rate_limit", retry_after_s=retry_after_s, method=method, calls=calls)
 
     def version(self, version: str) -> None:
         """What HealthCheck says from now on."""
-        self._send("version", version=version)
+        self.send("version", version=version)
 
     def lift(self) -> None:
         """See Faults.lift."""
-        self._send("lift")
+        self.send("lift")
 
-    def _send(self, call: str, **arguments: Any) -> None:
+    def send(self, call: str, **arguments: Any) -> None:
+        """A line of JSON; AssertionError when the process did not take it."""
         self._process.write_line(json.dumps({"call": call, "arguments": arguments}))
         answer = self._process.read_line()
         assert answer == "ok", answer

@@ -8,12 +8,13 @@ import qdrant_client.grpc as pb
 import qdrant_edge as qe
 
 from tests.qdrant_standin.collection import Collection
-from tests.qdrant_standin.errors import bad_input, invalid, not_found, unimplemented
+from tests.qdrant_standin.errors import bad_input, empty_update, invalid, not_found, unimplemented
 from tests.qdrant_standin.filters import filter_of, optional_filter
 from tests.qdrant_standin.values import (
     DEFAULT_VECTOR,
     floats,
     point_id,
+    point_ids,
     with_payload,
     with_vectors,
 )
@@ -141,11 +142,15 @@ def scroll_request(message: pb.ScrollPoints) -> Any:
     )
 
 
-def selected(message: pb.PointsSelector, by_ids: Any, by_filter: Any, *rest: Any) -> Any:
-    """An update of points by their ids or by a filter."""
+def selected(message: pb.PointsSelector, name: str, *rest: Any) -> Any:
+    """The engine's operation of this name on points, by their ids or by a filter."""
+    operations = qe.UpdateOperation
     match message.WhichOneof("points_selector_one_of"):
         case "points":
-            return by_ids([point_id(each) for each in message.points.ids], *rest)
+            if not message.points.ids:
+                raise empty_update()
+            ids = point_ids(message.points.ids)
+            return getattr(operations, name)(ids, *rest)
         case "filter":
-            return by_filter(filter_of(message.filter), *rest)
+            return getattr(operations, f"{name}_by_filter")(filter_of(message.filter), *rest)
     raise invalid("Malformed PointsSelector type")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent import futures
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from tests.qdrant_standin.collections_service import CollectionsService
 from tests.qdrant_standin.faults import Faults
-from tests.qdrant_standin.gate import Gate
+from tests.qdrant_standin.gate import ApiKey, Gate
 from tests.qdrant_standin.points_service import PointsService
+from tests.qdrant_standin.rest import TITLE, RestServer
 from tests.qdrant_standin.snapshots import Snapshots
 from tests.qdrant_standin.snapshots_service import SnapshotsService
 from tests.qdrant_standin.store import Optimizers, Store
@@ -47,8 +49,9 @@ class QdrantStandIn:
         self.directory, self.port, self._api_key = directory, port, api_key
         self._certificate = certificate
         self.faults = Faults(version)
-        self._server: grpc.Server | None = None
+        self.rest_port = 0
         self._store: Store | None = None
+        self._running = ExitStack()
 
     def __enter__(self) -> QdrantStandIn:
         self.start()
@@ -60,8 +63,16 @@ class QdrantStandIn:
     @property
     def url(self) -> str:
         """What clients are given."""
-        scheme = "https" if self._certificate else "http"
-        return f"{scheme}://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
+
+    @property
+    def rest_url(self) -> str:
+        """The REST side, on the port before the other if that is free."""
+        return f"{self._scheme}://127.0.0.1:{self.rest_port}"
+
+    @property
+    def _scheme(self) -> str:
+        return "https" if self._certificate else "http"
 
     @property
     def optimizers(self) -> Optimizers:
@@ -71,29 +82,37 @@ class QdrantStandIn:
 
     def start(self) -> None:
         """Serves. Raises RuntimeError when the port is taken."""
-        assert self._server is None, "the stand-in is running"
-        self._store = Store(self.directory)
-        pool = futures.ThreadPoolExecutor(_WORKERS, "qdrant-standin")
-        gate = Gate(self._api_key, self.faults)
-        server = grpc.server(pool, interceptors=(gate,), options=_OPTIONS)
-        self._add_services(server, self._store)
-        self.port = self._bind(server)
-        server.start()
-        self._server = server
+        assert self._store is None, "the stand-in is running"
+        with ExitStack() as stack:
+            store = Store(self.directory)
+            stack.callback(store.close)
+            self._serve(store, stack)
+            self._store, self._running = store, stack.pop_all()
 
     def stop(self) -> None:
         """Ends connections and lets go of the directory. Stopping twice is allowed."""
-        if self._server is None or self._store is None:
-            return
-        self._server.stop(None).wait()
-        self._store.close()
-        self._server = self._store = None
+        self._running.close()
+        self._store = None
 
-    def _add_services(self, server: grpc.Server, store: Store) -> None:
+    def _serve(self, store: Store, stack: ExitStack) -> None:
+        pool = stack.enter_context(futures.ThreadPoolExecutor(_WORKERS, "qdrant-standin"))
+        key, snapshots = ApiKey(self._api_key), Snapshots(store)
+        gate = Gate(key, self.faults)
+        server = grpc.server(pool, interceptors=(gate,), options=_OPTIONS)
+        stack.callback(lambda: server.stop(None).wait())
+        self._add_services(server, store, snapshots)
+        self.port = self._bind(server)
+        rest_port = self.rest_port or self.port - 1
+        rest = RestServer(rest_port, snapshots, key, self.faults, self._certificate)
+        stack.callback(rest.close)
+        self.rest_port = rest.port
+        server.start()
+
+    def _add_services(self, server: grpc.Server, store: Store, snapshots: Snapshots) -> None:
         collections = CollectionsService(store, self.indexing_threshold_kb)
         pb.add_CollectionsServicer_to_server(collections, server)
         pb.add_PointsServicer_to_server(PointsService(store), server)
-        pb.add_SnapshotsServicer_to_server(SnapshotsService(Snapshots(store)), server)
+        pb.add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
         pb.add_QdrantServicer_to_server(_QdrantService(self.faults), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
 
@@ -110,5 +129,4 @@ class _QdrantService(pb.QdrantServicer):
         self._faults = faults
 
     def HealthCheck(self, request: pb.HealthCheckRequest, context: Any) -> Any:  # noqa: N802
-        title = "qdrant - vector search engine"
-        return pb.HealthCheckReply(title=title, version=self._faults.version)
+        return pb.HealthCheckReply(title=TITLE, version=self._faults.version)

@@ -1,17 +1,18 @@
-"""Snapshots of collections: a packed copy of the shard and the configuration, with its checksum beside it."""
+"""Snapshots of collections: an archive of the shard and the configuration, with its checksum beside it."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
 from urllib.parse import quote
 
 import grpc
@@ -23,8 +24,7 @@ from tests.qdrant_standin.errors import ApiError, bad_input, not_found
 from tests.qdrant_standin.store import PEER_ID, Store
 
 _CONFIG = "config.json"
-_BLOCK = 1 << 16
-_ZEROS = bytes(_BLOCK)
+_LENGTH = "standin.length"
 
 
 class Snapshots:
@@ -110,38 +110,48 @@ def _check_same(stored: pb.CollectionParams, found: pb.CollectionParams) -> None
 
 
 def _pack(collection: Collection, path: Path) -> None:
-    """Compressed, for the files of a shard are sparse; without its write-ahead log, which is flushed."""
+    """With its write-ahead log: without it the engine would count writes anew, and take later ones for old."""
     config = json.dumps(MessageToDict(collection.config, preserving_proto_field_name=True)).encode()
-    with collection.still() as shard, tarfile.open(path, "w:gz", compresslevel=1) as archive:
+    with collection.still() as shard, tarfile.open(path, "w") as archive:
         about = tarfile.TarInfo(_CONFIG)
         about.size = len(config)
         archive.addfile(about, io.BytesIO(config))
-        archive.add(shard, SHARD, filter=lambda info: None if _is_log(info.name) else info)
+        for source in sorted(shard.rglob("*")):
+            _add(archive, source, f"{SHARD}/{source.relative_to(shard)}")
 
 
-def _is_log(name: str) -> bool:
-    return name == f"{SHARD}/wal"
+def _add(archive: tarfile.TarFile, source: Path, name: str) -> None:
+    """Leaves out the hole at the end of a sparse file; its length goes into a header."""
+    about = archive.gettarinfo(source, name)
+    if source.is_dir():
+        archive.addfile(about)
+        return
+    with source.open("rb") as file:
+        about.pax_headers = {_LENGTH: str(about.size)}
+        about.size = _end_of_data(file.fileno(), about.size)
+        file.seek(0)
+        archive.addfile(about, file)
+
+
+def _end_of_data(file: int, size: int) -> int:
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole follows
+                return end
+            raise
+        end = os.lseek(file, start, os.SEEK_HOLE)
+    return end
 
 
 def _unpack(path: Path, directory: Path) -> None:
-    with tarfile.open(path, "r:*") as archive:
-        for member in archive:
-            inside = tarfile.data_filter(member, str(directory))
-            source = archive.extractfile(member)
-            if source is None:
-                (directory / inside.name).mkdir(parents=True, exist_ok=True)
-                continue
-            with (directory / inside.name).open("wb") as target:
-                _copy_sparsely(source, target)
-
-
-def _copy_sparsely(source: IO[bytes], target: IO[bytes]) -> None:
-    while block := source.read(_BLOCK):
-        if block == _ZEROS[: len(block)]:
-            target.seek(len(block), io.SEEK_CUR)
-        else:
-            target.write(block)
-    target.truncate()
+    with tarfile.open(path) as archive:
+        archive.extractall(directory, filter="data")
+        for member in archive.getmembers():
+            if _LENGTH in member.pax_headers:
+                os.truncate(directory / member.name, int(member.pax_headers[_LENGTH]))
 
 
 def _checksum(path: Path) -> Path:

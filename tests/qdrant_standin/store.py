@@ -25,7 +25,9 @@ class Optimizers:
     """One thread that indexes collections in the background, as the real server does."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Collection | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Collection, bool] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
         self._running = threading.Event()
         self._running.set()
         self._thread = threading.Thread(target=self._run, name="optimizers", daemon=True)
@@ -33,8 +35,9 @@ class Optimizers:
 
     def request(self, collection: Collection, *, pending: bool) -> None:
         """Returns at once; a collection with pending work is yellow until it is done."""
-        collection.pending |= pending
-        self._queue.put(collection)
+        with self._lock:
+            collection.requests += pending
+        self._queue.put((collection, pending))
 
     def pause(self) -> None:
         """Collections stay yellow until resume()."""
@@ -45,15 +48,21 @@ class Optimizers:
         self._running.set()
 
     def close(self) -> None:
-        """Returns when nothing is left to do."""
+        """Leaves what is not begun to the next start, where it stays until somebody asks for it again."""
+        self._closed = True
         self._running.set()
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while collection := self._queue.get():
+        while work := self._queue.get():
             self._running.wait()
+            if self._closed:
+                return
+            collection, pending = work
             collection.optimize()
+            with self._lock:
+                collection.requests -= pending
 
 
 class Store:
@@ -73,7 +82,7 @@ class Store:
         self.optimizers = Optimizers()
 
     def close(self) -> None:
-        """Finishes pending work and releases the files."""
+        """Releases the files."""
         self.optimizers.close()
         with self._lock:
             for collection in self._collections.values():

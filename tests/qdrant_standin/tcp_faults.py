@@ -26,8 +26,8 @@ class TcpFaults:
         self.port = 0
         self._target = (target_host, target_port)
         self._bytes_per_s: float | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._listener: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}
+        self._listener: socket.socket | None = None
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._thread = threading.Thread(
@@ -42,7 +42,6 @@ class TcpFaults:
     def __exit__(self, *_: object) -> None:
         self.refuse()
         self.reset()
-        self._do(_end_tasks)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_TIMEOUT_S)
         self._loop.close()
@@ -79,57 +78,65 @@ class TcpFaults:
 
     async def _listen(self) -> None:
         if self._listener is None:
-            self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-            self.port = self._listener.sockets[0].getsockname()[1]
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self._listener.setblocking(False)
+            self.port = self._listener.getsockname()[1]
+            self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _stop_listening(self) -> None:
         if self._listener is not None:
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
 
     async def _reset(self) -> None:
-        for writer in tuple(self._writers):
-            connection = writer.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-            writer.transport.abort()
+        for near in self._connections.values():
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        for task in tuple(self._connections):
+            await _cancelled(task)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            from_target, to_target = await asyncio.open_connection(*self._target)
+            near, _ = listener.accept()
         except OSError:
-            self._close(writer)
-            return
-        self._writers.add(to_target)
-        await asyncio.gather(self._pump(reader, to_target), self._pump(from_target, writer))
+            return  # the other side has gone already
+        near.setblocking(False)
+        task = self._loop.create_task(self._join(near))
+        self._connections[task] = near
+        task.add_done_callback(self._end)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while block := await reader.read(_BLOCK):
-                await self._pass_on(block, writer)
-        except OSError:
-            pass  # the other side sees its own end of it
-        finally:
-            self._close(writer)
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._connections.pop(task).close()
 
-    async def _pass_on(self, block: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _join(self, near: socket.socket) -> None:
+        with socket.socket() as far:
+            far.setblocking(False)
+            try:
+                await self._loop.sock_connect(far, self._target)
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._pump(near, far))
+                    both.create_task(self._pump(far, near))
+            except* OSError:
+                pass  # one side ended the connection, and now the other sees its end
+
+    async def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        while block := await self._loop.sock_recv(source, _BLOCK):
+            await self._pass_on(block, target)
+        target.shutdown(socket.SHUT_WR)
+
+    async def _pass_on(self, block: bytes, target: socket.socket) -> None:
         while block:
             await self._flowing.wait()
             piece = block
             if self._bytes_per_s is not None:
                 piece = block[: max(1, int(self._bytes_per_s / _PIECES_PER_S))]
                 await asyncio.sleep(len(piece) / self._bytes_per_s)
-            writer.write(piece)
-            await writer.drain()
+            await self._loop.sock_sendall(target, piece)
             block = block[len(piece) :]
 
-    def _close(self, writer: asyncio.StreamWriter) -> None:
-        self._writers.discard(writer)
-        writer.close()
 
-
-async def _end_tasks() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Returns when the task has ended and its callbacks have run."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await asyncio.sleep(0)

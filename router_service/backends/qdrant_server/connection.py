@@ -32,7 +32,7 @@ ADMIN_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
 # Tries after the first, of what failed with UNAVAILABLE, or with RESOURCE_EXHAUSTED and a time to wait.
 _RETRIES = 2
-_PAUSES_S = (0.02, 0.2)
+_PAUSES_S = (0.02, 0.35)  # in the end every channel has tried to connect again
 _RETRY_AFTER = "retry-after"
 _AROUND = re.compile(
     r"failed to connect to all addresses; last error: \w+: \S+: (Failed to connect to remote host: )?"
@@ -40,10 +40,10 @@ _AROUND = re.compile(
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # Back within a second of the server's return, and aware within some of a peer that only vanished.
+    # Back soon after the server's return, and aware within seconds of a peer that only vanished.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 250),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # Else channels with equal options share one connection.
@@ -202,7 +202,8 @@ class Connection:
         if not OLDEST <= known < FIRST_TOO_NEW:
             raise BackendMisconfigured(
                 f"the server at {self.options.url} is Qdrant {shorten(version, 40)}, this service speaks to "
-                f"{OLDEST[0]}.{OLDEST[1]} and later 1.x; change {self.options.named_by} to another server, or upgrade this one"
+                f"{OLDEST[0]}.{OLDEST[1]} and later 1.x; change {self.options.named_by} to another server, or "
+                "upgrade this one"
             )
 
 
