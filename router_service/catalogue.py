@@ -7,9 +7,9 @@ What was killed in between is a leftover.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from router_service.backends.boundary import storage_call
 from router_service.backends.disk import fsync_directory, remove_durably, remove_tree
@@ -30,12 +30,22 @@ DOOMED = ".deleted"
 
 
 @dataclass(frozen=True, slots=True)
+class Takeover:
+    """The memory `by` takes the place of the memory of that record, and its name is gone."""
+
+    record: MemoryRecord  # as it is afterwards
+    by: str
+    stale: bool = False  # whoever began it has been killed
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogued:
     """What a catalogue holds."""
 
     records: list[MemoryRecord]
     broken: dict[str, str]  # name -> why its record cannot be read
     leftovers: list[MemoryRecord]  # their collections go, then they are removed
+    takeovers: list[Takeover] = field(default_factory=list)  # under way, or cut short
 
 
 class Catalogue(Protocol):
@@ -64,6 +74,15 @@ class Catalogue(Protocol):
         ...
 
 
+@runtime_checkable
+class Announcing(Protocol):
+    """A Catalogue of memories that take the place of others without being moved."""
+
+    def begin_takeover(self, takeover: Takeover) -> None:
+        """Announces it; commit() of its record and remove() of the other complete it. Raises Busy and StorageError."""
+        ...
+
+
 class RamCatalogue:
     """Of memories that end with the service."""
 
@@ -77,6 +96,9 @@ class RamCatalogue:
         """See Catalogue.begin."""
 
     commit = retire = remove = begin
+
+    def begin_takeover(self, takeover: Takeover) -> None:
+        """See Announcing.begin_takeover."""
 
 
 class FileCatalogue:

@@ -56,8 +56,12 @@ class HitCounter:
         """Those that were saved; of a file that is not there or cannot be read, none."""
         counter = cls(path)
         try:
-            if path is not None and path.exists():
-                counter._counts = _read(path)
+            if path is not None:
+                path.parent.mkdir(
+                    parents=True, exist_ok=True
+                )  # layers on a server have no directory
+                if path.exists():
+                    counter._counts = _read(path)
         except _DAMAGE as error:
             log.warning("%s cannot be read (%s); counting hits from 0", path, error)
         return counter
@@ -113,6 +117,15 @@ class HitCounter:
                 log.warning(
                     "hit counts are not saved, and lost if the service is killed: %s", error
                 )
+
+    def move(self, path: Path | None) -> None:
+        """Counts go to another file from the next save() on. Raises StorageError when the one they were in stays."""
+        with self._file_lock:
+            before, self._path = self._path, path
+            with self._lock:
+                self._changed = True
+            if before is not None and before.exists():
+                remove_durably(before)
 
     def remove(self) -> None:
         """Removes the file and forgets everything. Raises StorageError."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from router_service import identity, memory_settings
-from router_service.backends.base import Backend, Collection, CollectionSpec
+from router_service.backends.base import Backend, Collection
 from router_service.catalogue import DOOMED, Catalogue, FileCatalogue, RamCatalogue
 from router_service.errors import (
     CorruptMemory,
@@ -28,7 +28,16 @@ from router_service.errors import (
 from router_service.hit_counts import HitCounter
 from router_service.identity import ModelFingerprint
 from router_service.layer_memory import LayerMemory
+from router_service.maintenance.moved_memories import settle
 from router_service.maintenance.restored_files import hits_file, home_of, remove_strays
+from router_service.maintenance.takeovers import Takeovers
+from router_service.memory_layers import (
+    are_read_alike,
+    close_all,
+    collection_name,
+    forget_hits,
+    spec_of,
+)
 from router_service.memory_settings import MemorySettings
 from router_service.routing_memory import MemoryRecord, RoutingMemory
 
@@ -36,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Between two looks at a shared catalogue for a name that is not known.
-_LOOK_AGAIN_S = 1.0
+_LOOK_AGAIN_S = 0.2
 
 
 class MemoryStore:
@@ -61,6 +70,7 @@ class MemoryStore:
             FileCatalogue(directory) if directory is not None else RamCatalogue()
         )
         self._hits = hits if directory is None else directory
+        self.takeovers = Takeovers(backend, self._catalogue)
         self._memories: dict[str, RoutingMemory] = {}
         # Memories that could not be opened, with the reason: named in errors, never deleted.
         self.broken: dict[str, str] = {}
@@ -90,7 +100,9 @@ class MemoryStore:
 
         Raises ForeignCollection where a collection is not this service's: then it must not serve at all.
         """
-        found = self._catalogue.read()
+        if self._directory is not None:
+            settle(self._directory)
+        found = self.takeovers.finished(self._let_go)
         for name, reason in found.broken.items():
             self._set_aside(name, reason)
         for record in found.leftovers:
@@ -103,11 +115,10 @@ class MemoryStore:
         if not self._shared:
             return
         with self._lock:
-            self._looked = time.monotonic()
-            found = self._catalogue.read()
+            found = self.takeovers.finished(self._let_go, stale_only=True)
             known = {record.name: record for record in found.records}
             for name in set(self._memories) - set(known):
-                _close_all(self._memories.pop(name).layers)
+                self._let_go(name)
             self.broken = {name: why for name, why in self.broken.items() if name in known}
             self.broken |= found.broken
             for record in found.records:
@@ -130,6 +141,7 @@ class MemoryStore:
         """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""
         memory = self._memories.get(name)
         if memory is None and self._shared and time.monotonic() > self._looked + _LOOK_AGAIN_S:
+            self._looked = time.monotonic()
             self.refresh()  # it may be another service's, and new
             memory = self._memories.get(name)
         if memory is None:
@@ -180,24 +192,32 @@ class MemoryStore:
         self._memories[memory.record.name] = memory
         self.broken.pop(memory.record.name, None)
 
+    def release(self, name: str) -> None:
+        """Lets no look-up go to a memory any more; it stays open."""
+        self._memories.pop(name, None)
+
+    def hits_path(self, home: str, layer: int) -> Path | None:
+        """Where the hit counts of a layer are kept; `home` as in home_of()."""
+        return None if self._hits is None else self._hits / home / hits_file(layer)
+
     def open_layers(self, record: MemoryRecord) -> list[LayerMemory]:
         """Every layer of a memory on disk, several at a time. Raises StorageError; then none is open."""
         home = home_of(self._directory, record)
 
         def opened(number: int) -> LayerMemory:
-            collection = self._backend.open(_collection_name(home, number), _spec(record))
+            collection = self._backend.open(collection_name(home, number), spec_of(record))
             return self._layer(record, home, number, collection)
 
         with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="open") as pool:
             layers = [pool.submit(opened, n) for n in range(record.fingerprint.num_layers)]
         if failures := [error for layer in layers if (error := layer.exception())]:
-            _close_all([layer.result() for layer in layers if layer.exception() is None])
+            close_all([layer.result() for layer in layers if layer.exception() is None])
             raise failures[0]
         return [layer.result() for layer in layers]
 
     def discard_layers(self, home: str, layers: Sequence[LayerMemory]) -> None:
         """Closes layers and removes their files; `home` as in home_of()."""
-        _close_all(layers)
+        close_all(layers)
         self._drop(home, layers)
 
     def flush(self) -> None:
@@ -214,7 +234,7 @@ class MemoryStore:
         with self._lock:
             layers = [layer for memory in self._memories.values() for layer in memory.layers]
             self._memories.clear()
-            failures = _close_all(layers)
+            failures = close_all(layers)
         if failures:
             raise failures[0]
 
@@ -224,8 +244,8 @@ class MemoryStore:
         self._catalogue.begin(record)
         try:
             for number in range(record.fingerprint.num_layers):
-                name = _collection_name(record.name, number)
-                made = self._backend.create(name, _spec(record))
+                name = collection_name(record.name, number)
+                made = self._backend.create(name, spec_of(record))
                 layers.append(self._layer(record, record.name, number, made))
             self._catalogue.commit(record)
         except BaseException:
@@ -244,9 +264,13 @@ class MemoryStore:
                 raise
             self._set_aside(record.name, str(error))
             return
-        self._memories[record.name] = RoutingMemory(record, opened)
+        memory = RoutingMemory(record, opened)
+        if (before := self._memories.get(record.name)) is not None:
+            memory.version = before.version + 1
+        self._memories[record.name] = memory
 
     def _set_aside(self, name: str, reason: str) -> None:
+        self._memories.pop(name, None)
         self.broken[name] = reason
         log.error("memory %s is set aside: %s", name, reason)
 
@@ -255,26 +279,34 @@ class MemoryStore:
         memory = self._memories.get(record.name)
         if memory is not None and memory.record == record:
             return
-        if memory is not None and memory.record.created_unix_ms == record.created_unix_ms:
+        if memory is not None and are_read_alike(memory.record, record):
+            if memory.record.created_unix_ms != record.created_unix_ms:  # other entries
+                forget_hits(memory.layers)
             memory.change_settings(record)
             return
-        if memory is not None:  # deleted, and created again
-            _close_all(self._memories.pop(record.name).layers)
+        if (
+            memory is not None
+        ):  # deleted and created again, or replaced: until it is open, callers are to try again
+            close_all(memory.layers)
         if record.name not in self.broken:
             try:
                 self._open_one(record)
             except ForeignCollection as error:
                 self._set_aside(record.name, str(error))
 
+    def _let_go(self, name: str) -> None:
+        if (memory := self._memories.pop(name, None)) is not None:
+            close_all(memory.layers)
+
     def _sweep(self, record: MemoryRecord) -> None:
         log.warning("removing memory %s: its deletion or creation never ended", record.name)
         for number in range(record.fingerprint.num_layers):
-            self._backend.drop(_collection_name(record.name, number))
+            self._backend.drop(collection_name(record.name, number))
         self._catalogue.remove(record)
 
     def _discard(self, memory: RoutingMemory) -> None:
         home = home_of(self._directory, memory.record)
-        _close_all(memory.layers)
+        close_all(memory.layers)
         # The moment of deletion; what follows is repeated at the next start after a crash.
         self._catalogue.retire(memory.record)
         self._drop(home, memory.layers)
@@ -282,29 +314,15 @@ class MemoryStore:
 
     def _drop(self, home: str, layers: Sequence[LayerMemory]) -> None:
         for layer in layers:
-            self._backend.drop(_collection_name(home, layer.layer))
+            self._backend.drop(collection_name(home, layer.layer))
             layer.hits.remove()
 
     def _layer(
         self, record: MemoryRecord, home: str, number: int, collection: Collection
     ) -> LayerMemory:
         model = record.fingerprint
-        directory = self._hits / home if self._hits is not None else None
-        hits = HitCounter.load(directory / hits_file(number) if directory is not None else None)
+        hits = HitCounter.load(self.hits_path(home, number))
         return LayerMemory(number, collection, model.num_experts, model.top_k, hits)
-
-
-def _close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
-    """Closes every layer's collection; those that fail do not keep the others open."""
-    failures = []
-    for layer in layers:
-        try:
-            layer.hits.save()
-            layer.collection.close()
-        except StorageError as error:
-            log.exception("closing layer %d failed", layer.layer)
-            failures.append(error)
-    return failures
 
 
 def check_name(name: str) -> None:
@@ -315,13 +333,3 @@ def check_name(name: str) -> None:
             name,
             "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
         )
-
-
-def _collection_name(home: str, layer: int) -> str:
-    return f"{home}/layer-{layer:03d}"
-
-
-def _spec(record: MemoryRecord) -> CollectionSpec:
-    return CollectionSpec(
-        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
-    )

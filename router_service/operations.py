@@ -69,6 +69,7 @@ class Operations:
     def __init__(self, keep_ended: int = KEEP_ENDED) -> None:
         self._keep_ended = keep_ended
         self._jobs: dict[str, _Job] = {}  # oldest first
+        self._alone: dict[str, threading.Event] = {}  # memory -> set when none_on() ends
         self._lock = threading.Lock()
         self._closed = False
 
@@ -100,9 +101,28 @@ class Operations:
         until = time.monotonic() + timeout_s
         with self._lock:
             threads = [job.thread for job in self._jobs.values() if job.thread is not None]
+            alone = list(self._alone.values())
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+        ended = [event.wait(max(0.0, until - time.monotonic())) for event in alone]
+        return all(ended) and not any(thread.is_alive() for thread in threads)
+
+    @contextmanager
+    def none_on(self, *memories: str) -> Iterator[None]:
+        """Inside, no operation runs on these memories, and none begins. Raises Busy and ShuttingDown."""
+        ended = threading.Event()
+        with self._lock:
+            self._require_open()
+            for memory in memories:
+                self._require_free(memory, alone=True)
+            self._alone |= dict.fromkeys(memories, ended)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for memory in memories:
+                    del self._alone[memory]
+            ended.set()
 
     def run(self, kind: str, memory: str, work: Work[T], *, exclusive: bool = True) -> Steps[T]:
         """Does `work` in a thread; yields the operation at once, then each result with it, and progress in between.
@@ -126,10 +146,8 @@ class Operations:
     @contextmanager
     def _registered(self, kind: str, memory: str, exclusive: bool) -> Iterator[_Job]:
         with self._lock:
-            if self._closed:
-                raise ShuttingDown("the service is shutting down; retry on another or later")
-            if exclusive:
-                self._refuse_second(memory)
+            self._require_open()
+            self._require_free(memory, exclusive=exclusive)
             job = _Job(Operation(_new_id(self._jobs), kind, memory, _now()), exclusive)
             self._jobs[job.operation.id] = job
         try:
@@ -137,10 +155,17 @@ class Operations:
         finally:
             self._forget_oldest()
 
-    def _refuse_second(self, memory: str) -> None:
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ShuttingDown("the service is shutting down; retry on another or later")
+
+    def _require_free(self, memory: str, *, exclusive: bool = True, alone: bool = False) -> None:
+        """Raises Busy while an operation runs that cannot be beside an `exclusive` one; beside one `alone` none can."""
+        if memory in self._alone:
+            raise Busy(f"memory {memory!r} is being replaced, or replaces another; try again soon")
         for job in self._jobs.values():
-            other = job.operation
-            if job.exclusive and other.memory == memory and other.state is State.RUNNING:
+            other, in_the_way = job.operation, alone or (exclusive and job.exclusive)
+            if in_the_way and other.memory == memory and other.state is State.RUNNING:
                 raise Busy(
                     f"memory {memory!r} is held by operation {other.id} ({other.kind}, {other.stage}); wait, or end "
                     f"it with: router-admin operations cancel {other.id}"

@@ -83,7 +83,8 @@ class QdrantSettings(BaseSettings):
     )
     wait: bool = Field(
         True,
-        description="Acknowledge writes when look-ups see them, not when the server has noted them, e.g. --no-qdrant-wait.",
+        description="Acknowledge writes when look-ups see them, not when the server has noted them, e.g. "
+        "--no-qdrant-wait.",
     )
     write_ordering: WriteOrdering = Field(
         WriteOrdering.WEAK,
@@ -94,6 +95,13 @@ class QdrantSettings(BaseSettings):
     )
     connections: int = Field(
         4, ge=1, le=64, description="Connections to the Qdrant server, e.g. 8."
+    )
+    rest_port: int | None = Field(
+        None,
+        ge=1,
+        le=65_535,
+        description="REST port of the Qdrant server, which the files of snapshots pass, e.g. 6333; the one before its "
+        "gRPC port when not given.",
     )
 
     def options(self, url: str, named_by: str = BACKEND_SETTING) -> ServerOptions:
@@ -120,6 +128,7 @@ class QdrantSettings(BaseSettings):
             ordering=self.write_ordering,
             timeout_s=self.timeout_s,
             connections=self.connections,
+            rest_port=self.rest_port,
             named_by=named_by,
         )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from router_service.backends.base import Backend
 from router_service.backends.qdrant_server.options import BACKEND_SETTING, ServerOptions, is_url
+from router_service.maintenance.shelf import Shelf
+from router_service.maintenance.snapshot_shelf import SnapshotShelf
 from router_service.memory_store import MemoryStore
 from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
 
@@ -40,6 +42,17 @@ def make_store(
         workers=settings.workers,
     )
     return backend, MemoryStore(backend, memories)
+
+
+def make_shelf(settings: ServiceSettings, backend: Backend, store: MemoryStore) -> Shelf:
+    """Where the snapshots of make_store()'s memories are kept."""
+    if not is_url(settings.backend):
+        return SnapshotShelf(store, settings.on_disk("snapshots"), settings.min_free_bytes)
+    from router_service.backends.qdrant_server.backend import ServerBackend
+    from router_service.maintenance.server_shelf import ServerShelf
+
+    assert isinstance(backend, ServerBackend)  # noqa: S101  # by make_store()
+    return ServerShelf(store, backend)
 
 
 @contextmanager

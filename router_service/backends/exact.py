@@ -7,7 +7,8 @@ a query is close to a long key. Nothing is written to disk.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,6 +176,16 @@ class ExactBackend:
             raise StorageError(f"collection {name!r} is already open")
         collection.reopen()
         return collection
+
+    @contextmanager
+    def taking_over(self, names: Mapping[str, str]) -> Iterator[None]:
+        """See Renaming.taking_over."""
+        yield
+        for name, other in names.items():
+            self._collections[name] = self._collections.pop(other)
+
+    def drop_replaced(self, name: str) -> None:
+        """See Renaming.drop_replaced: nobody holds them any more."""
 
     def drop(self, name: str) -> None:
         """See Backend.drop."""

@@ -98,7 +98,7 @@ def root(
         typer.Option(
             min=0.001,
             help="Longest wait for one reply in seconds, e.g. 60. When not given: 10, and no limit for "
-            "what takes long: calibrate, delete, memory delete, and operations.",
+            "what takes long: calibrate, delete, memory delete and replace, and operations.",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""`router-admin memory`: list, show, create, set, delete."""
+"""`router-admin memory`: list, show, create, set, delete, replace."""
 
 from __future__ import annotations
 
@@ -188,12 +188,50 @@ def delete(
     """
     session = session_of(context)
     if not yes:
-        confirm("delete", lambda: _question(session, name))
+        confirm("delete", lambda: f"{_deletion(session, name)}?")
     request = pb.DeleteMemoryRequest(memory=name)
     entries = session.client.unary(session.client.admin.DeleteMemory, request, long=True).entries
     session.output.emit(
         {"deleted": name, "entries": entries},
         lambda console: console.print(f"deleted {name} ({entries} entries)"),
+    )
+
+
+@app.command("replace", cls=ExampleCommand)
+def replace(
+    context: typer.Context,
+    name: options.MemoryName,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="OTHER", help="Memory that takes its place, e.g. law-2.", show_default=False
+        ),
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
+    ] = False,
+) -> None:
+    """Let a rebuilt memory take the place of another, from one look-up to the next. Asks first.
+
+    NAME has the entries, settings and hit counts of OTHER then, whose name is gone; the entries that NAME
+    had are removed. Both must be of the same model and kind.
+
+    Example:
+      router-admin memory replace law --by law-2
+      router-admin memory replace law --by law-2 --yes
+
+    """
+    session = session_of(context)
+    if not yes:
+        confirm("replace", lambda: f"{_deletion(session, name)}, and name {by} {name}?")
+    request = pb.ReplaceMemoryRequest(memory=name, by=by)
+    reply = session.client.unary(session.client.admin.ReplaceMemory, request, long=True)
+    entries = sum(layer.entries for layer in reply.memory.layers)
+    session.output.emit(
+        {"memory": name, "by": by, "entries": entries, "removed": reply.removed},
+        lambda console: console.print(
+            f"{by} is {name} now ({entries} entries; {reply.removed} removed)"
+        ),
     )
 
 
@@ -216,10 +254,10 @@ def _pick(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: given[name] for name in names}
 
 
-def _question(session: Session, name: str) -> str:
+def _deletion(session: Session, name: str) -> str:
     memory = session.client.memory(name)
     entries = sum(layer.entries for layer in memory.layers)
-    return f"Delete memory {name} with {entries} entries?"
+    return f"Delete memory {name} with {entries} entries"
 
 
 def _summary(memory: routing_pb.MemoryDescription) -> list[object]:

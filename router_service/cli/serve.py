@@ -114,6 +114,7 @@ def serve(
     qdrant_connections: Annotated[
         int | None, typer.Option(help=_help("qdrant_connections"))
     ] = None,
+    qdrant_rest_port: Annotated[int | None, typer.Option(help=_help("qdrant_rest_port"))] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
 ) -> None:

@@ -56,7 +56,8 @@ def create(
 ) -> None:
     """Copy a memory, all layers as they are at one moment, to the service's directory of snapshots.
 
-    Look-ups go on; writes wait while the files are copied.
+    Look-ups go on; writes wait while the files are copied. Of a memory on a Qdrant server, the server makes and keeps a
+    snapshot of each layer: each at a moment of its own, and writes go on too.
 
     Example:
       router-admin snapshot create bible --as monday
@@ -102,7 +103,7 @@ def list_snapshots(
 
 @app.command("verify", cls=ExampleCommand)
 def verify(context: typer.Context, name: MemoryName, snapshot: SnapshotOrPath) -> None:
-    """Read all of a snapshot and compare it with its manifest.
+    """Read all of a snapshot and compare it with its manifest, or with what the Qdrant server made.
 
     Example:
       router-admin snapshot verify bible monday
@@ -143,6 +144,7 @@ def restore(
 
     It is checked first: a damaged, truncated or foreign one is refused, and nothing changes. A snapshot from another
     machine is given by its path on the service's machine: copy its directory there, or the archive that `pack` made.
+    On a Qdrant server new collections are filled through the server's REST port, then all layers change over at once.
 
     Example:
       router-admin snapshot restore bible monday --as bible-monday
@@ -178,6 +180,8 @@ def pack(
     ],
 ) -> None:
     """Write a snapshot to one file, to carry it to another machine.
+
+    Not of a memory on a Qdrant server, whose snapshots are the server's: use export, or migrate.
 
     Example:
       router-admin snapshot pack bible monday /backup/monday.tar
@@ -240,7 +244,9 @@ def _last(found: list[Any]) -> list[Any]:
 def _emit(session: Session, verb: str, snapshot: pb.SnapshotDescription) -> None:
     mib = snapshot.content_bytes / 2**20
     line = f"{verb} {snapshot.memory} {snapshot.name}: {snapshot.entries} entries, {mib:.1f} MiB, {snapshot.path}"
-    session.output.emit(plain(snapshot), lambda console: console.print(line, soft_wrap=True))
+    lines = [line, *([f"note: {snapshot.remark}"] if snapshot.remark else [])]
+    text = "\n".join(lines)
+    session.output.emit(plain(snapshot), lambda console: console.print(text, soft_wrap=True))
 
 
 def _date(unix_ms: int) -> str:

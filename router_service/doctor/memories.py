@@ -12,7 +12,8 @@ from router_service.catalogue import DOOMED
 from router_service.doctor.findings import Finding, Findings, error, fine, warning
 from router_service.doctor.settings import check_settings
 from router_service.errors import CorruptMemory, StorageError
-from router_service.maintenance.restored_files import home_of, restored_directory
+from router_service.maintenance.moved_memories import Move, moves
+from router_service.maintenance.restored_files import home_of, is_stray, restored_directory
 from router_service.maintenance.snapshot_manifest import layer_directory
 from router_service.manifest import is_unfinished, read_manifest
 from router_service.routing_memory import MemoryRecord
@@ -20,7 +21,10 @@ from router_service.routing_memory import MemoryRecord
 
 def check_memories(memories: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
     """Every memory `but` those; leftovers are not looked for `in_use`, when they may be work under way."""
-    paths = sorted(p for p in memories.iterdir() if p.is_dir() and p.name not in but)
+    on_their_way = [] if in_use else [move for move in moves(memories) if move.home != move.origin]
+    yield from (_unfinished(move, memories) for move in on_their_way)
+    hidden = {*but, *(move.origin.relative_to(memories).parts[0] for move in on_their_way)}
+    paths = sorted(p for p in memories.iterdir() if p.is_dir() and p.name not in hidden)
     for path in paths:
         if path.name.endswith(DOOMED) or is_unfinished(path):
             if not in_use:
@@ -67,7 +71,7 @@ def _check_layer(path: Path, record: MemoryRecord, layer: int) -> Finding | None
 def _leftovers(path: Path, record: MemoryRecord) -> Iterator[Path]:
     """Files and directories of a memory that nothing leads to."""
     restored = restored_directory(path.parent, record)
-    yield from (found for found in path.glob("restored-*") if found != restored)
+    yield from (found for found in path.glob("restored-*") if is_stray(found, restored))
     known = {_files(path, record, layer).directory for layer in _layers(record)}
     home = path.parent / home_of(path.parent, record)
     yield from (
@@ -92,12 +96,24 @@ def _half_written(path: Path) -> Finding:
     return warning(path.parent.name, what, f"rm {quote(str(path))}")
 
 
+def _unfinished(move: Move, memories: Path) -> Finding:
+    name = move.origin.relative_to(memories).parts[0]
+    what = (
+        f"{move.home} came from {move.origin}, and a crash cut that short; the next start ends it"
+    )
+    return warning(name, what, _start(memories))
+
+
 def _leftover(memory: str, path: Path, memories: Path) -> Finding:
     return warning(
         memory,
         f"{path} is what a crash left behind; the next start removes it",
-        f"router-service serve --data {quote(str(memories.parent))}",
+        _start(memories),
     )
+
+
+def _start(memories: Path) -> str:
+    return f"router-service serve --data {quote(str(memories.parent))}"
 
 
 def _files(path: Path, record: MemoryRecord, layer: int) -> CollectionFiles:

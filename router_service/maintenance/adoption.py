@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -28,10 +28,14 @@ from router_service.maintenance.restored_files import (
     stamped,
 )
 from router_service.manifest import begin_creation, finish_creation, read_manifest, write_manifest
+from router_service.memory_layers import close_all
 from router_service.memory_store import MemoryStore, check_name
 from router_service.routing_memory import MemoryRecord, RoutingMemory
 
 log = logging.getLogger(__name__)
+
+# Told of a memory that takes the place of another, before it serves.
+Succeed = Callable[[RoutingMemory, RoutingMemory], None]
 
 
 @contextmanager
@@ -64,7 +68,8 @@ def require_room(store: MemoryStore, record: MemoryRecord, *, replacing: bool) -
     if not replacing:
         raise MemoryExists(record.name)
     if (present := _present(store, record.name)) is not None:
-        _require_same_model(present, record)
+        remedy = f"restore it under a name other than {record.name!r}"
+        require_same_model(present, record, "memory", "snapshot", remedy)
 
 
 def adopt(
@@ -74,12 +79,14 @@ def adopt(
     entries: Sequence[int],
     *,
     replacing: bool,
+    succeed: Succeed | None = None,
 ) -> RoutingMemory | None:
     """Serves the layers in `staged` as the memory `record.name`, created now, from one look-up to the next.
 
-    Returns the memory whose place it took, still open: retire() it when its readers are done. Raises what
-    require_room() raises, and StorageError when a layer cannot be opened or has not `entries[layer]` entries; then
-    nothing has changed.
+    `succeed`: takes on what goes on from the memory whose place it takes; None: version and counts. Returns that
+    memory, still open: retire() it when its readers are done. Raises what require_room() raises, and StorageError when
+    a layer cannot be opened or has not `entries[layer]` entries; then nothing has changed, and the layers are in
+    `staged` again.
     """
     memories = _directory_of(store)
     with store.exclusive():
@@ -89,7 +96,7 @@ def adopt(
         memory = _moved_in(store, staged, record, entries, present)
         old = store.get(record.name) if record.name in store.names() else None
         if old is not None:
-            _continue(memory, old)
+            (succeed or _continue)(memory, old)
         store.serve(memory)
         if old is None:
             with _left_to_the_next_start(record):
@@ -138,11 +145,12 @@ def _moved_in(
         _require_entries(layers, entries)
         finish_creation(directory, record)
     except BaseException:
-        home = home_of(memories, record)
         if present is not None and read_manifest(directory) != present:
             write_manifest(directory, present)
-        store.discard_layers(home, layers)
-        remove_tree(directory if is_new else target)
+        close_all(layers)
+        _move_back(target, staged)
+        if is_new:
+            remove_tree(directory)
         raise
     return RoutingMemory(record, layers)
 
@@ -158,6 +166,14 @@ def _move(source: Path, target: Path) -> None:
         source.rename(target)
         fsync_directory(target.parent)
         fsync_directory(source.parent)
+
+
+def _move_back(target: Path, source: Path) -> None:
+    if target.exists() and not source.exists():
+        with storage_call(f"move {target} back to {source}"):
+            target.rename(source)
+            fsync_directory(source.parent)
+            fsync_directory(target.parent)
 
 
 def _continue(memory: RoutingMemory, old: RoutingMemory) -> None:
@@ -177,22 +193,26 @@ def _present(store: MemoryStore, name: str) -> MemoryRecord | None:
     return None
 
 
-def _require_same_model(present: MemoryRecord, restored: MemoryRecord) -> None:
-    """Raises ModelMismatch or KindMismatch when the readers of `present` could not read `restored`."""
-    here, there = present.fingerprint, restored.fingerprint
+def require_same_model(
+    present: MemoryRecord, coming: MemoryRecord, ours: str, theirs: str, remedy: str
+) -> None:
+    """Raises ModelMismatch or KindMismatch when the readers of `present` could not read `coming`.
+
+    `ours`, `theirs`: what they are called in the error.
+    """
+    here, there = present.fingerprint, coming.fingerprint
     differing = [
-        f"{field.name}: snapshot {shorten(getattr(there, field.name), 40)}, "
-        f"memory {shorten(getattr(here, field.name), 40)}"
+        f"{field.name}: {theirs} {shorten(getattr(there, field.name), 40)}, "
+        f"{ours} {shorten(getattr(here, field.name), 40)}"
         for field in fields(here)
         if getattr(here, field.name) != getattr(there, field.name)
     ]
-    remedy = f"restore it under a name other than {present.name!r}"
     if differing:
-        problem = f"the snapshot was made for another model ({'; '.join(differing)})"
+        problem = f"the {theirs} was made for another model ({'; '.join(differing)})"
         raise ModelMismatch(f"{problem}; {remedy}")
-    kinds = restored.settings.kind, present.settings.kind
+    kinds = coming.settings.kind, present.settings.kind
     if kinds[0] is not kinds[1]:
-        raise KindMismatch(f"the snapshot holds {kinds[0]}s, the memory {kinds[1]}s; {remedy}")
+        raise KindMismatch(f"the {theirs} holds {kinds[0]}s, the {ours} {kinds[1]}s; {remedy}")
 
 
 def _directory_of(store: MemoryStore) -> Path:

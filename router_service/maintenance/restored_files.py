@@ -3,6 +3,7 @@
     DATA/memories/NAME/memory.json            the manifest; replacing it is the moment of a change
     DATA/memories/NAME/layer-LLL              the layers of a memory that was created here
     DATA/memories/NAME/restored-MS/layer-LLL  those of one that was restored; MS is its created_unix_ms in memory.json
+    DATA/memories/NAME/restored-MS/CAME-FROM  while they take the place of others: see moved_memories
     .../hits-LLL.npz                          beside a layer: how often its entries were retrieved
 
 What the manifest does not lead to is what a crash left behind, or what was replaced.
@@ -16,6 +17,9 @@ from pathlib import Path
 
 from router_service.backends.disk import remove_durably, remove_tree
 from router_service.routing_memory import MemoryRecord
+
+# In layers that are moved into the place of others, until they have arrived: where they came from.
+CAME_FROM = "CAME-FROM"
 
 
 def restored_directory(memories: Path, record: MemoryRecord) -> Path:
@@ -46,10 +50,15 @@ def stamped(memories: Path, record: MemoryRecord, present: MemoryRecord | None) 
     return record
 
 
+def is_stray(path: Path, restored: Path) -> bool:
+    """Whether layers at `path` are nobody's: neither those in force nor on their way, see moved_memories."""
+    return path != restored and not (path / CAME_FROM).exists()
+
+
 def remove_strays(memories: Path, record: MemoryRecord) -> None:
     """Removes every layer of a memory that its manifest does not lead to; none of them may be open."""
     restored = restored_directory(memories, record)
-    strays = [path for path in restored.parent.glob("restored-*") if path != restored]
+    strays = [path for path in restored.parent.glob("restored-*") if is_stray(path, restored)]
     if restored.is_dir():
         strays += restored.parent.glob("layer-*")
         for path in restored.parent.glob("hits-*.npz"):

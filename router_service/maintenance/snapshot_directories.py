@@ -38,11 +38,14 @@ _LOCK = "LOCK"
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """A snapshot in a list; `problem` says why one cannot be used, and the other fields are then empty."""
+    """A snapshot in a list; `problem` says why one cannot be used, and the other fields are then empty.
+
+    `path`: its directory, or the server that keeps it. `remark`: what is known less well, for people.
+    """
 
     memory: str
     name: str
-    path: Path
+    path: Path | str
     created_unix_ms: int = 0
     write_pause_ms: int = 0
     entries: int = 0
@@ -50,6 +53,7 @@ class SnapshotInfo:
     service_version: str = ""
     record: MemoryRecord | None = None
     problem: str = ""
+    remark: str = ""
 
 
 def list_snapshots(snapshots_dir: Path, memory_name: str | None = None) -> list[SnapshotInfo]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from router_service import checks
@@ -14,6 +14,7 @@ from router_service.backends.boundary import storage_call
 from router_service.backends.disk import remove_tree
 from router_service.errors import InvalidField, SnapshotNotFound, shorten
 from router_service.maintenance import snapshots
+from router_service.maintenance.shelf import SnapshotRef
 from router_service.maintenance.snapshots import SnapshotInfo
 from router_service.memory_store import MemoryStore
 from router_service.routing_memory import RoutingMemory
@@ -22,17 +23,8 @@ from router_service.routing_memory import RoutingMemory
 _UNPACKING = ".unpacking-"
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotRef:
-    """The snapshot `name` of `memory`; or a directory or an archive at an absolute `path`."""
-
-    memory: str = ""
-    name: str = ""
-    path: str = ""
-
-
 class SnapshotShelf:
-    """Snapshots in one directory. Raises InvalidField from every call where memories are kept in RAM (no directory)."""
+    """See Shelf: snapshots in one directory. Without one (memories in RAM) every call raises InvalidField."""
 
     def __init__(
         self, store: MemoryStore, directory: Path | None, min_free_bytes: int | None = None
@@ -94,7 +86,10 @@ class SnapshotShelf:
 
     def _shelf(self) -> Path:
         if self._directory is None:
-            expected = "edge: memories that are kept in RAM have no snapshots; start the service with --backend edge"
+            expected = (
+                "edge: memories that are kept in RAM have no snapshots; start the service with --backend edge, or with "
+                "the URL of a Qdrant server"
+            )
             raise InvalidField("backend", "exact", expected)
         with storage_call(f"create {self._directory}"):
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -119,7 +114,8 @@ class SnapshotShelf:
     def _unpack(self, archive: Path, target: Path, report: Report) -> Path:
         on_file = _files(report, "unpack ")
         least = self._min_free_bytes
-        return snapshots.unpack(archive, target, min_free_bytes=least, report=on_file).path
+        info = snapshots.unpack(archive, target, min_free_bytes=least, report=on_file)
+        return Path(info.path)
 
 
 def _absolute(text: str) -> Path:

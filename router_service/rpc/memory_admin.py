@@ -15,6 +15,7 @@ from knnmoe.v1 import memory_admin_pb2_grpc
 from router_service import __version__, checks
 from router_service.errors import InvalidField
 from router_service.maintenance.optimizing import optimized
+from router_service.maintenance.replacing import replace_memory
 from router_service.memory_store import MemoryStore
 from router_service.operations import Operations
 from router_service.routing_memory import LayerCalibration, RoutingMemory
@@ -31,7 +32,7 @@ EXPORT_BYTES = 4 * 1024 * 1024
 
 
 class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
-    """Create, list, describe, delete, fill, count, export, calibrate, optimize."""
+    """Create, list, describe, delete, replace, fill, count, export, calibrate, optimize."""
 
     def __init__(self, store: MemoryStore, operations: Operations, permits: Permits) -> None:
         self._store, self._operations, self._permits = store, operations, permits
@@ -68,6 +69,15 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> pb.DeleteMemoryResponse:
         """Removes a memory and its files."""
         return pb.DeleteMemoryResponse(entries=self._store.delete(request.memory))
+
+    def ReplaceMemory(  # noqa: N802
+        self, request: pb.ReplaceMemoryRequest, context: grpc.ServicerContext
+    ) -> pb.ReplaceMemoryResponse:
+        """Lets a memory take the place of another."""
+        done = replace_memory(self._store, self._operations, request.memory, request.by)
+        return pb.ReplaceMemoryResponse(
+            memory=codec.encode_memory(done.memory), removed=done.removed
+        )
 
     def UpdateSettings(  # noqa: N802
         self, request: pb.UpdateSettingsRequest, context: grpc.ServicerContext

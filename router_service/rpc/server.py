@@ -23,7 +23,6 @@ from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server 
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
 from router_service.errors import BackendUnavailable, InvalidField, StorageError
-from router_service.maintenance.snapshot_shelf import SnapshotShelf
 from router_service.maintenance.upkeep import Upkeep
 from router_service.operations import Operations
 from router_service.rpc.doctor import DoctorService
@@ -35,7 +34,7 @@ from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
 from router_service.settings import ServiceSettings
-from router_service.storage import make_store
+from router_service.storage import make_shelf, make_store
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +71,7 @@ class RoutingServer:
         self._permits = Permits(settings.max_in_flight)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
-        self._shelf = SnapshotShelf(
-            self._store, settings.on_disk("snapshots"), settings.min_free_bytes
-        )
+        self._shelf = make_shelf(settings, self._backend, self._store)
         self._health = health.HealthServicer()
         self._grpc = self._make_server()
         self._stopping = threading.Event()

@@ -10,7 +10,7 @@ from knnmoe.v1 import snapshots_pb2 as pb
 from knnmoe.v1 import snapshots_pb2_grpc
 
 from router_service.errors import InvalidField
-from router_service.maintenance.snapshot_shelf import SnapshotRef, SnapshotShelf
+from router_service.maintenance.shelf import Shelf, SnapshotRef
 from router_service.maintenance.snapshots import SnapshotInfo
 from router_service.operations import Operations
 from router_service.rpc import codec
@@ -20,7 +20,7 @@ from router_service.rpc.operations import encoded
 class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
     """Create, list, verify, restore, pack, delete."""
 
-    def __init__(self, shelf: SnapshotShelf, operations: Operations) -> None:
+    def __init__(self, shelf: Shelf, operations: Operations) -> None:
         self._shelf, self._operations = shelf, operations
 
     def CreateSnapshot(  # noqa: N802
@@ -110,4 +110,5 @@ def _encode(info: SnapshotInfo) -> pb.SnapshotDescription:
         write_pause_ms=info.write_pause_ms,
         service_version=info.service_version,
         problem=info.problem,
+        remark=info.remark,
     )

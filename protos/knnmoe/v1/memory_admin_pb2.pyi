@@ -69,6 +69,22 @@ class DeleteMemoryResponse(_message.Message):
     entries: int
     def __init__(self, entries: _Optional[int] = ...) -> None: ...
 
+class ReplaceMemoryRequest(_message.Message):
+    __slots__ = ("memory", "by")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    by: str
+    def __init__(self, memory: _Optional[str] = ..., by: _Optional[str] = ...) -> None: ...
+
+class ReplaceMemoryResponse(_message.Message):
+    __slots__ = ("memory", "removed")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    memory: _routing_pb2.MemoryDescription
+    removed: int
+    def __init__(self, memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ..., removed: _Optional[int] = ...) -> None: ...
+
 class UpdateSettingsRequest(_message.Message):
     __slots__ = ("memory", "settings")
     MEMORY_FIELD_NUMBER: _ClassVar[int]

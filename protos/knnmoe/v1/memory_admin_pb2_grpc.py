@@ -54,6 +54,11 @@ class MemoryAdminServiceStub:
                 request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.DeleteMemoryRequest.SerializeToString,
                 response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.DeleteMemoryResponse.FromString,
                 _registered_method=True)
+        self.ReplaceMemory = channel.unary_unary(
+                '/knnmoe.v1.MemoryAdminService/ReplaceMemory',
+                request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ReplaceMemoryRequest.SerializeToString,
+                response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ReplaceMemoryResponse.FromString,
+                _registered_method=True)
         self.UpdateSettings = channel.unary_unary(
                 '/knnmoe.v1.MemoryAdminService/UpdateSettings',
                 request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.UpdateSettingsRequest.SerializeToString,
@@ -114,6 +119,14 @@ class MemoryAdminServiceServicer:
 
     def DeleteMemory(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplaceMemory(self, request, context):
+        """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+        name is gone then. The entries that it had are removed before the response.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -188,6 +201,11 @@ def add_MemoryAdminServiceServicer_to_server(servicer, server):
                     servicer.DeleteMemory,
                     request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.DeleteMemoryRequest.FromString,
                     response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.DeleteMemoryResponse.SerializeToString,
+            ),
+            'ReplaceMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaceMemory,
+                    request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ReplaceMemoryRequest.FromString,
+                    response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ReplaceMemoryResponse.SerializeToString,
             ),
             'UpdateSettings': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateSettings,
@@ -333,6 +351,33 @@ class MemoryAdminService:
             '/knnmoe.v1.MemoryAdminService/DeleteMemory',
             knnmoe_dot_v1_dot_memory__admin__pb2.DeleteMemoryRequest.SerializeToString,
             knnmoe_dot_v1_dot_memory__admin__pb2.DeleteMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaceMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnmoe.v1.MemoryAdminService/ReplaceMemory',
+            knnmoe_dot_v1_dot_memory__admin__pb2.ReplaceMemoryRequest.SerializeToString,
+            knnmoe_dot_v1_dot_memory__admin__pb2.ReplaceMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class MemoryAdminServiceStub:
     ListMemories: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.ListMemoriesRequest, _memory_admin_pb2.ListMemoriesResponse]
     DescribeMemory: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.DescribeMemoryRequest, _memory_admin_pb2.DescribeMemoryResponse]
     DeleteMemory: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.DeleteMemoryRequest, _memory_admin_pb2.DeleteMemoryResponse]
+    ReplaceMemory: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.ReplaceMemoryRequest, _memory_admin_pb2.ReplaceMemoryResponse]
+    """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+    name is gone then. The entries that it had are removed before the response.
+    """
     UpdateSettings: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.UpdateSettingsRequest, _memory_admin_pb2.UpdateSettingsResponse]
     """Changes how a memory is read. Kind and similarity are fixed at creation."""
     Upsert: _grpc.StreamStreamMultiCallable[_memory_admin_pb2.UpsertRequest, _memory_admin_pb2.UpsertResponse]
@@ -57,6 +61,10 @@ class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
     ListMemories: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.ListMemoriesRequest, _memory_admin_pb2.ListMemoriesResponse]  # type: ignore[assignment]
     DescribeMemory: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.DescribeMemoryRequest, _memory_admin_pb2.DescribeMemoryResponse]  # type: ignore[assignment]
     DeleteMemory: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.DeleteMemoryRequest, _memory_admin_pb2.DeleteMemoryResponse]  # type: ignore[assignment]
+    ReplaceMemory: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.ReplaceMemoryRequest, _memory_admin_pb2.ReplaceMemoryResponse]  # type: ignore[assignment]
+    """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+    name is gone then. The entries that it had are removed before the response.
+    """
     UpdateSettings: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.UpdateSettingsRequest, _memory_admin_pb2.UpdateSettingsResponse]  # type: ignore[assignment]
     """Changes how a memory is read. Kind and similarity are fixed at creation."""
     Upsert: _aio.StreamStreamMultiCallable[_memory_admin_pb2.UpsertRequest, _memory_admin_pb2.UpsertResponse]  # type: ignore[assignment]
@@ -100,6 +108,16 @@ class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_admin_pb2.DeleteMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_admin_pb2.DeleteMemoryResponse, _abc.Awaitable[_memory_admin_pb2.DeleteMemoryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReplaceMemory(
+        self,
+        request: _memory_admin_pb2.ReplaceMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_admin_pb2.ReplaceMemoryResponse, _abc.Awaitable[_memory_admin_pb2.ReplaceMemoryResponse]]:
+        """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+        name is gone then. The entries that it had are removed before the response.
+        """
 
     @_abc_1.abstractmethod
     def UpdateSettings(

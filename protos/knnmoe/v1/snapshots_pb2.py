@@ -26,7 +26,7 @@ from knnmoe.v1 import operations_pb2 as knnmoe_dot_v1_dot_operations__pb2
 from knnmoe.v1 import routing_pb2 as knnmoe_dot_v1_dot_routing__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19knnmoe/v1/snapshots.proto\x12\tknnmoe.v1\x1a\x1aknnmoe/v1/operations.proto\x1a\x17knnmoe/v1/routing.proto\"F\n\x0bSnapshotRef\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0e\n\x04path\x18\x02 \x01(\tH\x00\x12\x0e\n\x06memory\x18\x03 \x01(\tB\x07\n\x05place\"\xc4\x01\n\x13SnapshotDescription\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x17\n\x0f\x63reated_unix_ms\x18\x04 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x04\x12\x15\n\rcontent_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ewrite_pause_ms\x18\x07 \x01(\x04\x12\x17\n\x0fservice_version\x18\x08 \x01(\t\x12\x0f\n\x07problem\x18\t \x01(\t\"5\n\x15\x43reateSnapshotRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"s\n\x16\x43reateSnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"&\n\x14ListSnapshotsRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"J\n\x15ListSnapshotsResponse\x12\x31\n\tsnapshots\x18\x01 \x03(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"A\n\x15VerifySnapshotRequest\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.knnmoe.v1.SnapshotRef\"s\n\x16VerifySnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"f\n\x16RestoreSnapshotRequest\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.knnmoe.v1.SnapshotRef\x12\x11\n\tas_memory\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"p\n\x17RestoreSnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"A\n\x13PackSnapshotRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"q\n\x14PackSnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"5\n\x15\x44\x65leteSnapshotRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"J\n\x16\x44\x65leteSnapshotResponse\x12\x30\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription2\x9d\x04\n\x0fSnapshotService\x12W\n\x0e\x43reateSnapshot\x12 .knnmoe.v1.CreateSnapshotRequest\x1a!.knnmoe.v1.CreateSnapshotResponse0\x01\x12R\n\rListSnapshots\x12\x1f.knnmoe.v1.ListSnapshotsRequest\x1a .knnmoe.v1.ListSnapshotsResponse\x12W\n\x0eVerifySnapshot\x12 .knnmoe.v1.VerifySnapshotRequest\x1a!.knnmoe.v1.VerifySnapshotResponse0\x01\x12Z\n\x0fRestoreSnapshot\x12!.knnmoe.v1.RestoreSnapshotRequest\x1a\".knnmoe.v1.RestoreSnapshotResponse0\x01\x12Q\n\x0cPackSnapshot\x12\x1e.knnmoe.v1.PackSnapshotRequest\x1a\x1f.knnmoe.v1.PackSnapshotResponse0\x01\x12U\n\x0e\x44\x65leteSnapshot\x12 .knnmoe.v1.DeleteSnapshotRequest\x1a!.knnmoe.v1.DeleteSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19knnmoe/v1/snapshots.proto\x12\tknnmoe.v1\x1a\x1aknnmoe/v1/operations.proto\x1a\x17knnmoe/v1/routing.proto\"F\n\x0bSnapshotRef\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x0e\n\x04path\x18\x02 \x01(\tH\x00\x12\x0e\n\x06memory\x18\x03 \x01(\tB\x07\n\x05place\"\xd4\x01\n\x13SnapshotDescription\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x17\n\x0f\x63reated_unix_ms\x18\x04 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x04\x12\x15\n\rcontent_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ewrite_pause_ms\x18\x07 \x01(\x04\x12\x17\n\x0fservice_version\x18\x08 \x01(\t\x12\x0f\n\x07problem\x18\t \x01(\t\x12\x0e\n\x06remark\x18\n \x01(\t\"5\n\x15\x43reateSnapshotRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"s\n\x16\x43reateSnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"&\n\x14ListSnapshotsRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"J\n\x15ListSnapshotsResponse\x12\x31\n\tsnapshots\x18\x01 \x03(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"A\n\x15VerifySnapshotRequest\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.knnmoe.v1.SnapshotRef\"s\n\x16VerifySnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"f\n\x16RestoreSnapshotRequest\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.knnmoe.v1.SnapshotRef\x12\x11\n\tas_memory\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"p\n\x17RestoreSnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"A\n\x13PackSnapshotRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"q\n\x14PackSnapshotResponse\x12\'\n\toperation\x18\x01 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription\"5\n\x15\x44\x65leteSnapshotRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"J\n\x16\x44\x65leteSnapshotResponse\x12\x30\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.knnmoe.v1.SnapshotDescription2\x9d\x04\n\x0fSnapshotService\x12W\n\x0e\x43reateSnapshot\x12 .knnmoe.v1.CreateSnapshotRequest\x1a!.knnmoe.v1.CreateSnapshotResponse0\x01\x12R\n\rListSnapshots\x12\x1f.knnmoe.v1.ListSnapshotsRequest\x1a .knnmoe.v1.ListSnapshotsResponse\x12W\n\x0eVerifySnapshot\x12 .knnmoe.v1.VerifySnapshotRequest\x1a!.knnmoe.v1.VerifySnapshotResponse0\x01\x12Z\n\x0fRestoreSnapshot\x12!.knnmoe.v1.RestoreSnapshotRequest\x1a\".knnmoe.v1.RestoreSnapshotResponse0\x01\x12Q\n\x0cPackSnapshot\x12\x1e.knnmoe.v1.PackSnapshotRequest\x1a\x1f.knnmoe.v1.PackSnapshotResponse0\x01\x12U\n\x0e\x44\x65leteSnapshot\x12 .knnmoe.v1.DeleteSnapshotRequest\x1a!.knnmoe.v1.DeleteSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,31 +36,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SNAPSHOTREF']._serialized_start=93
   _globals['_SNAPSHOTREF']._serialized_end=163
   _globals['_SNAPSHOTDESCRIPTION']._serialized_start=166
-  _globals['_SNAPSHOTDESCRIPTION']._serialized_end=362
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=364
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=417
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=419
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=534
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=536
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=574
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=576
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=650
-  _globals['_VERIFYSNAPSHOTREQUEST']._serialized_start=652
-  _globals['_VERIFYSNAPSHOTREQUEST']._serialized_end=717
-  _globals['_VERIFYSNAPSHOTRESPONSE']._serialized_start=719
-  _globals['_VERIFYSNAPSHOTRESPONSE']._serialized_end=834
-  _globals['_RESTORESNAPSHOTREQUEST']._serialized_start=836
-  _globals['_RESTORESNAPSHOTREQUEST']._serialized_end=938
-  _globals['_RESTORESNAPSHOTRESPONSE']._serialized_start=940
-  _globals['_RESTORESNAPSHOTRESPONSE']._serialized_end=1052
-  _globals['_PACKSNAPSHOTREQUEST']._serialized_start=1054
-  _globals['_PACKSNAPSHOTREQUEST']._serialized_end=1119
-  _globals['_PACKSNAPSHOTRESPONSE']._serialized_start=1121
-  _globals['_PACKSNAPSHOTRESPONSE']._serialized_end=1234
-  _globals['_DELETESNAPSHOTREQUEST']._serialized_start=1236
-  _globals['_DELETESNAPSHOTREQUEST']._serialized_end=1289
-  _globals['_DELETESNAPSHOTRESPONSE']._serialized_start=1291
-  _globals['_DELETESNAPSHOTRESPONSE']._serialized_end=1365
-  _globals['_SNAPSHOTSERVICE']._serialized_start=1368
-  _globals['_SNAPSHOTSERVICE']._serialized_end=1909
+  _globals['_SNAPSHOTDESCRIPTION']._serialized_end=378
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=380
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=433
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=435
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=550
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=552
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=590
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=592
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=666
+  _globals['_VERIFYSNAPSHOTREQUEST']._serialized_start=668
+  _globals['_VERIFYSNAPSHOTREQUEST']._serialized_end=733
+  _globals['_VERIFYSNAPSHOTRESPONSE']._serialized_start=735
+  _globals['_VERIFYSNAPSHOTRESPONSE']._serialized_end=850
+  _globals['_RESTORESNAPSHOTREQUEST']._serialized_start=852
+  _globals['_RESTORESNAPSHOTREQUEST']._serialized_end=954
+  _globals['_RESTORESNAPSHOTRESPONSE']._serialized_start=956
+  _globals['_RESTORESNAPSHOTRESPONSE']._serialized_end=1068
+  _globals['_PACKSNAPSHOTREQUEST']._serialized_start=1070
+  _globals['_PACKSNAPSHOTREQUEST']._serialized_end=1135
+  _globals['_PACKSNAPSHOTRESPONSE']._serialized_start=1137
+  _globals['_PACKSNAPSHOTRESPONSE']._serialized_end=1250
+  _globals['_DELETESNAPSHOTREQUEST']._serialized_start=1252
+  _globals['_DELETESNAPSHOTREQUEST']._serialized_end=1305
+  _globals['_DELETESNAPSHOTRESPONSE']._serialized_start=1307
+  _globals['_DELETESNAPSHOTRESPONSE']._serialized_end=1381
+  _globals['_SNAPSHOTSERVICE']._serialized_start=1384
+  _globals['_SNAPSHOTSERVICE']._serialized_end=1925
 # @@protoc_insertion_point(module_scope)

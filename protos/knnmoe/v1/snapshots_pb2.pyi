@@ -19,7 +19,7 @@ class SnapshotRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., memory: _Optional[str] = ...) -> None: ...
 
 class SnapshotDescription(_message.Message):
-    __slots__ = ("memory", "name", "path", "created_unix_ms", "entries", "content_bytes", "write_pause_ms", "service_version", "problem")
+    __slots__ = ("memory", "name", "path", "created_unix_ms", "entries", "content_bytes", "write_pause_ms", "service_version", "problem", "remark")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class SnapshotDescription(_message.Message):
     WRITE_PAUSE_MS_FIELD_NUMBER: _ClassVar[int]
     SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REMARK_FIELD_NUMBER: _ClassVar[int]
     memory: str
     name: str
     path: str
@@ -38,7 +39,8 @@ class SnapshotDescription(_message.Message):
     write_pause_ms: int
     service_version: str
     problem: str
-    def __init__(self, memory: _Optional[str] = ..., name: _Optional[str] = ..., path: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., entries: _Optional[int] = ..., content_bytes: _Optional[int] = ..., write_pause_ms: _Optional[int] = ..., service_version: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+    remark: str
+    def __init__(self, memory: _Optional[str] = ..., name: _Optional[str] = ..., path: _Optional[str] = ..., created_unix_ms: _Optional[int] = ..., entries: _Optional[int] = ..., content_bytes: _Optional[int] = ..., write_pause_ms: _Optional[int] = ..., service_version: _Optional[str] = ..., problem: _Optional[str] = ..., remark: _Optional[str] = ...) -> None: ...
 
 class CreateSnapshotRequest(_message.Message):
     __slots__ = ("memory", "name")

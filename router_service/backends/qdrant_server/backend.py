@@ -9,13 +9,15 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from qdrant_client import grpc as q
 
 from router_service.backends.base import CollectionSpec
 from router_service.backends.common import require_name
-from router_service.backends.qdrant_server import messages
+from router_service.backends.qdrant_server import messages, renames
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import (
     ADMIN_TIMEOUT_S,
@@ -36,10 +38,15 @@ class ServerBackend:
     """See Backend. Safe to call from several threads; several services may use one server."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = self._connection = connection
         self._options = connection.options
         self._open: dict[str, ServerCollection] = {}
         self._lock = threading.Lock()
+
+    @property
+    def version(self) -> str:
+        """Of the server, e.g. 1.20.0."""
+        return self._connection.version
 
     def create(self, name: str, spec: CollectionSpec) -> ServerCollection:
         """See Backend.create."""
@@ -53,10 +60,7 @@ class ServerBackend:
 
     def create_unnamed(self, name: str, spec: CollectionSpec) -> str:
         """A new collection that is not yet what `name` leads to; see publish(). Returns its own name."""
-        collection = (
-            f"{self._alias(name)}{_GENERATION}{time.time_ns() // 1_000_000:x}{secrets.token_hex(2)}"
-        )
-        options = self._options
+        collection, options = self.fresh_name(name), self._options
         request = q.CreateCollection(
             collection_name=collection,
             vectors_config=messages.vector_params(spec, options.on_disk),
@@ -67,6 +71,16 @@ class ServerBackend:
         )
         self._call("collections", "Create", request, repeat=False)
         self._connection.wait_for(collection)
+        self.index_fields(collection)
+        return collection
+
+    def fresh_name(self, name: str) -> str:
+        """What a new collection for `name` is to be called."""
+        moment = f"{time.time_ns() // 1_000_000:x}{secrets.token_hex(2)}"
+        return f"{self._alias(name)}{_GENERATION}{moment}"
+
+    def index_fields(self, collection: str) -> None:
+        """Sees to it that entries are found by source and example."""
         for field in ("source", "example"):
             index = q.CreateFieldIndexCollection(
                 collection_name=collection,
@@ -76,11 +90,22 @@ class ServerBackend:
                 field_index_params=_NO_GRAPH,
             )
             self._call("points", "CreateFieldIndex", index)
-        return collection
 
     def unnamed(self, collection: str, spec: CollectionSpec) -> ServerCollection:
         """What create_unnamed() made, to be filled."""
         return ServerCollection(self._connection, collection, spec)
+
+    def behind(self, names: Iterable[str]) -> dict[str, str]:
+        """What names lead to at the moment; those that lead nowhere are left out."""
+        aliases = self._aliases()
+        return {name: aliases[alias] for name in names if (alias := self._alias(name)) in aliases}
+
+    def unled(self, collections: Iterable[str]) -> list[str]:
+        """Those of these collections that are there, and that no alias of the server leads to."""
+        led = set(self._aliases().values())
+        reply = self._call("collections", "List", q.ListCollectionsRequest())
+        there = {each.name for each in reply.collections}
+        return [each for each in collections if each in there - led]
 
     def publish(self, collections: dict[str, str]) -> list[str]:
         """Lets names lead to collections from one call to the next; returns those that they led to, to be dropped."""
@@ -97,6 +122,58 @@ class ServerBackend:
         self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
         return replaced
 
+    @contextmanager
+    def held(self, collections: Mapping[str, str]) -> Iterator[None]:
+        """Open collections of these names ask the collections given, whatever their names lead to from now on.
+
+        For good, unless the inside raises: see opened_anew().
+        """
+        with self._lock:
+            held = {name: self._open[name] for name in collections if name in self._open}
+        for name, each in held.items():
+            each.ask(collections[name])
+        try:
+            yield
+        except BaseException:
+            for name, each in held.items():
+                each.ask(self._alias(name))
+            raise
+
+    def opened_anew(self, name: str, spec: CollectionSpec) -> ServerCollection:
+        """What a name leads to now, beside what was opened before and is held."""
+        return self._opened(name, self._alias(name), spec)
+
+    @contextmanager
+    def taking_over(self, names: Mapping[str, str]) -> Iterator[None]:
+        """See Renaming.taking_over; one call moves every alias."""
+        moves = {self._alias(name): self._alias(other) for name, other in names.items()}
+        for name in names:
+            self.drop_replaced(name)
+        aliases = self._aliases()
+        both = [*names, *names.values()]
+        with self.held({name: aliases[a] for name in both if (a := self._alias(name)) in aliases}):
+            if actions := renames.moved(moves, aliases):
+                self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
+                self._connection.wait_for(actions[-1].create_alias.alias_name)
+            yield
+        self._follow(names)
+
+    def _follow(self, names: Mapping[str, str]) -> None:
+        """Open collections of the other names have the names; what had them stays where it is until it is closed."""
+        with self._lock:
+            for name, other in names.items():
+                if self._open_now(other) is not None:
+                    self._open[name] = self._open.pop(other)
+                if (each := self._open_now(name)) is not None:
+                    each.ask(self._alias(name))
+
+    def drop_replaced(self, name: str) -> None:
+        """See Renaming.drop_replaced."""
+        aliases = self._aliases()
+        collection = aliases.pop(renames.replaced(self._alias(name)), None)
+        if collection is not None and collection not in aliases.values():
+            self.drop_unnamed(collection)
+
     def drop_unnamed(self, collection: str) -> None:
         """Removes a collection that no name leads to. No error when it is not there."""
         self._call("collections", "Delete", q.DeleteCollection(collection_name=collection))
@@ -108,12 +185,12 @@ class ServerBackend:
             self._require_closed(name, f"collection {name!r} is already open")
         if self._collection_behind(alias) is None:
             for leftover in self._generations(alias):
-                self._require_spec(leftover, spec)
+                self.require_spec(leftover, spec)
             raise CorruptMemory(
                 f"the server at {self._options.url} has no collection {alias!r}; restore the memory from a snapshot, "
                 "or delete it"
             )
-        self._require_spec(alias, spec)
+        self.require_spec(alias, spec)
         return self._opened(name, alias, spec)
 
     def drop(self, name: str) -> None:
@@ -122,11 +199,14 @@ class ServerBackend:
         with self._lock:
             self._require_closed(name, f"collection {name!r} is open; close it before dropping it")
             self._open.pop(name, None)
-        if self._collection_behind(alias) is not None:
-            delete = q.AliasOperations(delete_alias=q.DeleteAlias(alias_name=alias))
-            self._call("collections", "UpdateAliases", q.ChangeAliases(actions=[delete]))
-        for collection in self._generations(alias):
+        # Collections first: one that was another memory's is found by the alias only.
+        aliases = self._aliases()
+        own = {aliases.pop(each) for each in (alias, renames.replaced(alias)) if each in aliases}
+        for collection in sorted({*own, *self._generations(alias)} - set(aliases.values())):
             self.drop_unnamed(collection)
+        if self._collection_behind(alias) is not None:
+            actions = [renames.delete(alias)]
+            self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
 
     def close(self) -> None:
         """See Backend.close."""
@@ -141,11 +221,16 @@ class ServerBackend:
             self._open[name] = collection
         return collection
 
+    def _open_now(self, name: str) -> ServerCollection | None:
+        found = self._open.get(name)
+        return found if found is not None and not found.closed else None
+
     def _require_closed(self, name: str, problem: str) -> None:
         if name in self._open and not self._open[name].closed:
             raise StorageError(problem)
 
-    def _require_spec(self, collection: str, spec: CollectionSpec) -> None:
+    def require_spec(self, collection: str, spec: CollectionSpec) -> None:
+        """Raises ForeignCollection on another dimension or distance."""
         request = q.GetCollectionInfoRequest(collection_name=collection)
         params = self._call("collections", "Get", request).result.config.params
         vectors = params.vectors_config.params
@@ -172,9 +257,13 @@ class ServerBackend:
 
     def _generations(self, alias: str) -> list[str]:
         """Every collection made for an alias, whether it leads there or not."""
+        return [each for each in self._of_that_name(alias) if each != alias]
+
+    def _of_that_name(self, alias: str) -> list[str]:
+        """Those, and a collection in the alias's own place, which is another program's."""
         reply = self._call("collections", "List", q.ListCollectionsRequest())
         names = [each.name for each in reply.collections]
-        return sorted(each for each in names if each.startswith(f"{alias}{_GENERATION}"))
+        return sorted(n for n in names if n == alias or n.startswith(f"{alias}{_GENERATION}"))
 
     def _call(self, service: str, method: str, request: Any, *, repeat: bool = True) -> Any:
         quick = method in ("Get", "List", "ListAliases")

@@ -6,12 +6,12 @@ from contextlib import suppress
 
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.records import Records, age_ms
-from router_service.catalogue import Catalogued
+from router_service.catalogue import Catalogued, Takeover
 from router_service.errors import Busy, CorruptMemory, MemoryExists
 from router_service.manifest import record_from_json, record_to_json
 from router_service.routing_memory import MemoryRecord
 
-READY, CREATING, DELETING = "ready", "creating", "deleting"
+READY, CREATING, DELETING, MOVING = "ready", "creating", "deleting", "moving"
 # A creation or deletion that takes longer was killed.
 _PATIENCE_MS = 120_000
 
@@ -30,15 +30,19 @@ class ServerCatalogue:
         """See Catalogue.read."""
         found = Catalogued([], {}, [])
         for payload in self._records.all():
-            name = payload.get("name", "")
+            name, state = payload.get("name", ""), payload.get("state")
+            called = payload.get("becomes", name)  # the record is that of what it becomes
             try:
-                record = record_from_json(payload.get("record", ""), name, self._where(name))
+                record = record_from_json(payload.get("record", ""), called, self._where(name))
             except CorruptMemory as error:
                 found.broken[name] = str(error)
                 continue
-            if payload.get("state") == READY:
+            stale = age_ms(payload) > _PATIENCE_MS
+            if state == READY:
                 found.records.append(record)
-            elif age_ms(payload) > _PATIENCE_MS:
+            elif state == MOVING:
+                found.takeovers.append(Takeover(record, name, stale))
+            elif stale:
                 found.leftovers.append(record)
         return found
 
@@ -51,6 +55,16 @@ class ServerCatalogue:
                 problem = f"another service is {payload.get('state')} memory {record.name!r}"
                 raise Busy(f"{problem}; try again in {_PATIENCE_MS // 1000} s at the latest")
         self._write(record, CREATING)
+
+    def begin_takeover(self, takeover: Takeover) -> None:
+        """See Announcing.begin_takeover: the record of the one is that of the other to be, until it is removed."""
+        record, by = takeover.record, takeover.by
+        for name in (record.name, by):
+            payload = self._records.read(name)
+            if payload is None or payload.get("state") != READY:
+                raise Busy(f"another service makes, moves or removes memory {name!r}; try again")
+        fields = {"name": by, "state": MOVING, "becomes": record.name}
+        self._records.write(by, fields | {"record": record_to_json(record)})
 
     def commit(self, record: MemoryRecord) -> None:
         """See Catalogue.commit."""

@@ -63,6 +63,10 @@ class ServerCollection:
         """Whether close() was called."""
         return self._closed
 
+    def ask(self, name: str) -> None:
+        """From the next call on asks the collection or alias of this name, which holds the same kind of entries."""
+        self._name = name
+
     def search(
         self,
         queries: F32,

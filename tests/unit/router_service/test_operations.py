@@ -152,3 +152,25 @@ def test_the_last_that_ended_are_kept_and_all_that_run() -> None:
 def test_an_unknown_id() -> None:
     with pytest.raises(OperationNotFound, match="operation 'x' not found"):
         Operations().get("x")
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_nothing_begins_on_memories_that_are_taken(exclusive: bool) -> None:
+    operations = Operations()
+    with operations.none_on("a", "b"):
+        for memory in ("a", "b"):
+            with pytest.raises(Busy, match="being replaced"):
+                list(operations.run("count", memory, _counting, exclusive=exclusive))
+            with pytest.raises(Busy, match="being replaced"), operations.none_on("c", memory):
+                pass
+        assert list(operations.run("count", "c", _counting))
+        assert not operations.join(0.0)
+    assert operations.join(0.0)
+    assert list(operations.run("count", "a", _counting, exclusive=exclusive))
+
+
+def test_nothing_is_taken_while_the_service_stops() -> None:
+    operations = Operations()
+    operations.close()
+    with pytest.raises(ShuttingDown), operations.none_on("a"):
+        pass

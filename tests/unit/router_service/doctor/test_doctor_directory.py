@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,21 @@ def _manifest(data: Path, **changes: Any) -> None:
 def _pointer(data: Path, spec: CollectionSpec) -> None:
     files = CollectionFiles(data / "memories", "bible/layer-001")
     files.write(Pointer(3, spec, Compression()))
+
+
+def test_a_memory_that_was_to_take_the_place_of_another(data: Path) -> None:
+    """Its layers are no leftovers, and their memory is not damaged."""
+    memories = data / "memories"
+    moved = memories / "bible" / "restored-1700000000001"
+    shutil.copytree(memories / "bible", memories / "bible-2" / "restored-1700000000000")
+    write_manifest(memories / "bible-2", replace(RECORD, name="bible-2"))
+    assert problems(data) == []
+    (memories / "bible-2" / "restored-1700000000000").rename(moved)
+    (moved / "CAME-FROM").write_text("bible-2/restored-1700000000000")
+    [found] = problems(data)
+    assert found.severity is Severity.WARNING
+    assert f"{moved} came from {memories}/bible-2/restored-1700000000000" in found.what
+    assert "router-service serve" in found.remedy
 
 
 def test_a_sound_directory(data: Path) -> None:

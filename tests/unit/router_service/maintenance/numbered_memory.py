@@ -36,9 +36,9 @@ def fill(memory: RoutingMemory, start: int, stop: int) -> None:
 
 
 @contextmanager
-def open_store(data: Path) -> Iterator[MemoryStore]:
-    """The store of a service on `data`, as after a start."""
-    backend = EdgeBackend(data, min_free_bytes=0)
+def open_store(data: Path, **options: int) -> Iterator[MemoryStore]:
+    """The store of a service on `data`, as after a start; `options` of EdgeBackend."""
+    backend = EdgeBackend(data, min_free_bytes=0, **options)
     store = MemoryStore(backend, data)
     try:
         store.open_all()
