@@ -131,27 +131,31 @@ class TestStarting:
         assert "--backend" in message
 
     @pytest.mark.parametrize(
-        "changed",
-        [{"size": 8}, {"distance": q.Distance.Cosine}],
-        ids=["dimension", "distance"],
+        ("changed", "place"),
+        [
+            ({"size": 8}, "collection"),
+            ({"distance": q.Distance.Cosine}, "collection"),
+            ({"size": 8}, "alias"),
+        ],
     )
     def test_a_collection_of_another_program(
-        self, server: QdrantStandIn, service: Sidecar, changed: dict[str, int]
+        self, server: QdrantStandIn, service: Sidecar, changed: dict[str, int], place: str
     ) -> None:
         service.stop_cleanly()
         vectors = {"size": 16, "distance": q.Distance.Euclid} | changed
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             collections = q.CollectionsStub(channel)
-            [made] = [
-                each.collection_name
+            [(made, alias)] = [
+                (each.collection_name, each.alias_name)
                 for each in collections.ListAliases(q.ListAliasesRequest()).aliases
                 if each.alias_name.endswith("~law~layer-001")
             ]
             collections.Delete(q.DeleteCollection(collection_name=made))
             params = q.VectorsConfig(params=q.VectorParams(**vectors))
-            collections.Create(q.CreateCollection(collection_name=made, vectors_config=params))
+            name = made if place == "collection" else alias
+            collections.Create(q.CreateCollection(collection_name=name, vectors_config=params))
         message = refused("--backend", server.url)
-        assert made in message
+        assert repr(name) in message
         assert "--qdrant-prefix" in message
         assert "expected 16" in message
 

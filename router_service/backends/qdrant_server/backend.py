@@ -184,7 +184,7 @@ class ServerBackend:
         with self._lock:
             self._require_closed(name, f"collection {name!r} is already open")
         if self._collection_behind(alias) is None:
-            for leftover in self._generations(alias):
+            for leftover in self._of_that_name(alias):
                 self.require_spec(leftover, spec)
             raise CorruptMemory(
                 f"the server at {self._options.url} has no collection {alias!r}; restore the memory from a snapshot, "
