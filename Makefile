@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## watch a frozen MoE get better on text it was not trained for (writes demo-results/)
 	$(BIN)/model-runner demo --out demo-results --seed 0
 
-test: setup ## every test that runs here
-	$(BIN)/pytest
+WORKERS ?= 2
+test: setup ## every test that runs here, WORKERS=2 at a time
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: setup ## ruff, import contracts, protos
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,18 @@ settings.load_profile("shared_machine")
 # One thread: the tests share the machine with the sidecars that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells its engines to the process that sums up."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["engines"] = engines.seen()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """That process hears of them."""
+    engines.add(getattr(node, "workeroutput", {}).get("engines", engines.seen()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

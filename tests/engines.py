@@ -31,13 +31,9 @@ from tests.qdrant_image import QDRANT_IMAGE
 from tests.qdrant_standin import QdrantStandIn
 
 URL, API_KEY, REQUIRED = "QDRANT_TEST_URL", "QDRANT_TEST_API_KEY", "REQUIRE_DOCKER"
-ENGINES = [
-    "numpy",
-    "embedded",
-    "standin",
-    pytest.param("server", marks=pytest.mark.docker),
-]
-SERVERS = ENGINES[2:]
+NAMES = ("numpy", "embedded", "standin", "server")
+ENGINES = [*NAMES[:-1], pytest.param("server", marks=pytest.mark.docker)]
+REMOTE, SERVERS = NAMES[2:], ENGINES[2:]
 TURBO_SINCE = (1, 18)
 _exercised: dict[str, str] = {}
 _missing: dict[str, str] = {}
@@ -146,7 +142,7 @@ def url_of(engine: str, request: pytest.FixtureRequest) -> str:
 @contextmanager
 def backend_of(engine: str, request: pytest.FixtureRequest, directory: Path) -> Iterator[Backend]:
     """A backend with nothing in it, closed afterwards."""
-    if engine in ("standin", "server"):
+    if engine in REMOTE:
         with clean_server(url_of(engine, request)) as options:
             backend: Backend = ServerBackend(Connection(options))
             try:
@@ -173,9 +169,24 @@ def require_compression(backend: Backend, label: str) -> None:
         pytest.skip(f"Qdrant {backend.version} has no {label}")
 
 
+def seen() -> dict[str, dict[str, str]]:
+    """What this process exercised and what it missed."""
+    return {"exercised": _exercised, "missing": _missing}
+
+
+def add(others: dict[str, dict[str, str]]) -> None:
+    """Takes over what another process of the same run saw."""
+    _exercised.update(others["exercised"])
+    _missing.update(others["missing"])
+
+
 def summary() -> str:
     """Which engines were exercised, and why others were not."""
-    done = [f"{name} ({detail})" if detail else name for name, detail in _exercised.items()]
+    done = [
+        f"{name} ({_exercised[name]})" if _exercised[name] else name
+        for name in NAMES
+        if name in _exercised
+    ]
     lines = [f"engines exercised: {', '.join(done) or 'none'}"]
     lines += [f"engine not exercised: {name}: {reason}" for name, reason in _missing.items()]
     return "\n".join(lines)

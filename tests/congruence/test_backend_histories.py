@@ -204,7 +204,7 @@ def test_an_engine_behaves_like_numpy_in_any_history(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12,
+            max_examples=8,
             stateful_step_count=15,
             deadline=None,
             suppress_health_check=list(HealthCheck),

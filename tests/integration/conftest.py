@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.engines import clean_server, url_of
+from tests.engines import REMOTE, clean_server, url_of
 from tests.integration.filled_memories import MemoryOf, filled_memories
 from tests.integration.refusals import Memories, fill
 from tests.sidecar import Sidecar, running_sidecar
@@ -45,15 +46,16 @@ def data(fast_dir: Path) -> Iterator[Path]:
     params=["exact", "edge", "standin", pytest.param("server", marks=pytest.mark.docker)],
 )
 def sidecar(request: pytest.FixtureRequest, fast_dir: Path) -> Iterator[Sidecar]:
-    """A service on each backend, on TCP; it must end cleanly after the last test."""
-    if request.param in ("exact", "edge"):
-        with running_sidecar(fast_dir / request.param, backend=request.param) as running:
-            yield running
-        return
-    with clean_server(url_of(request.param, request)) as options:
-        flags = ["--qdrant-prefix", options.prefix, "--qdrant-timeout-s", "30"]
-        with running_sidecar(fast_dir / request.param, backend=options.url, flags=flags) as running:
-            yield running
+    """A service on each backend, on TCP; it must end cleanly after the last test, and leaves nothing in RAM."""
+    data = fast_dir / request.param
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, data, ignore_errors=True)
+        backend, flags = request.param, []
+        if request.param in REMOTE:
+            options = stack.enter_context(clean_server(url_of(request.param, request)))
+            backend = options.url
+            flags = ["--qdrant-prefix", options.prefix, "--qdrant-timeout-s", "30"]
+        yield stack.enter_context(running_sidecar(data, backend=backend, flags=flags))
 
 
 @pytest.fixture(scope="session")

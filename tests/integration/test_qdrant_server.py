@@ -13,8 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import routing_pb2 as pb
 from qdrant_client import grpc as q
+from typer.testing import CliRunner
 
 from router_service.backends.qdrant_server import catalogue
+from router_service.cli.serve import app
 from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
 from tests import qdrant_standin
@@ -89,13 +91,19 @@ def names(service: Sidecar) -> list[str]:
     return [memory.name for memory in reply.memories]
 
 
-def refused(*arguments: str) -> str:
-    """What a start with these flags says, in one line."""
-    result = serve_and_fail("--listen", "127.0.0.1:0", *arguments)
-    assert result.returncode in (1, 2), result
-    lines = [line for line in result.stderr.splitlines() if line.startswith("router-service: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
+def refused(*arguments: str, in_process: bool = True) -> str:
+    """What a start with these flags says, in one line; in this process where it ends before anything serves."""
+    flags = ("--listen", "127.0.0.1:0", *arguments)
+    if in_process:
+        result = CliRunner().invoke(app, ["serve", *flags])
+        code, stderr = result.exit_code, result.stderr
+    else:
+        ended = serve_and_fail(*flags)
+        code, stderr = ended.returncode, ended.stderr
+    assert code in (1, 2), stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("router-service: ")]
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
     return lines[0]
 
 
@@ -154,7 +162,7 @@ class TestStarting:
             params = q.VectorsConfig(params=q.VectorParams(**vectors))
             name = made if place == "collection" else alias
             collections.Create(q.CreateCollection(collection_name=name, vectors_config=params))
-        message = refused("--backend", server.url)
+        message = refused("--backend", server.url, in_process=False)
         assert repr(name) in message
         assert "--qdrant-prefix" in message
         assert "expected 16" in message

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import qdrant_client.grpc as pb
-
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.errors import unimplemented, validation
 
 _LONGEST_NAME = 255

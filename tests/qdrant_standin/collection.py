@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import qdrant_client.grpc as pb
 import qdrant_edge as qe
 from google.protobuf.json_format import MessageToDict, ParseDict
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.checks import vector_params
 from tests.qdrant_standin.configs import engine_config
 from tests.qdrant_standin.errors import ApiError, engine_call, no_collection

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import qdrant_client.grpc as pb
-
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin import checks
 from tests.qdrant_standin.configs import new_config
 from tests.qdrant_standin.errors import ApiError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import qdrant_client.grpc as pb
 import qdrant_edge as qe
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.checks import vector_params
 from tests.qdrant_standin.errors import bad_input
 

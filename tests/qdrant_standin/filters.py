@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import qdrant_client.grpc as pb
 import qdrant_edge as qe
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.errors import invalid, unimplemented, validation
 from tests.qdrant_standin.values import point_ids
 

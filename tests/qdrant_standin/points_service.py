@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import qdrant_client.grpc as pb
 import qdrant_edge as qe
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin import checks
 from tests.qdrant_standin.collection import Collection
 from tests.qdrant_standin.errors import bad_input, empty_update, invalid, unimplemented, validation

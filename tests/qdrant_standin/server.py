@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import qdrant_client.grpc as pb
 from grpc_health.v1 import health, health_pb2_grpc
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.collections_service import CollectionsService
 from tests.qdrant_standin.faults import Faults
 from tests.qdrant_standin.gate import ApiKey, Gate

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 import grpc
-import qdrant_client.grpc as pb
 from google.protobuf.json_format import MessageToDict, ParseDict
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.collection import SHARD, Collection
 from tests.qdrant_standin.errors import ApiError, bad_input, not_found
 from tests.qdrant_standin.store import PEER_ID, Store

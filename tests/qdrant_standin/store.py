@@ -7,8 +7,7 @@ import queue
 import threading
 from pathlib import Path
 
-import qdrant_client.grpc as pb
-
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.collection import Collection, save_json
 from tests.qdrant_standin.configs import changed
 from tests.qdrant_standin.errors import (

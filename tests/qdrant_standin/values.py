@@ -8,9 +8,9 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-import qdrant_client.grpc as pb
 import qdrant_edge as qe
 
+from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.errors import invalid, unimplemented
 
 DEFAULT_VECTOR = ""

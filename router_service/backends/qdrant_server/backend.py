@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from qdrant_client import grpc as q
-
 from router_service.backends.base import CollectionSpec
 from router_service.backends.common import require_name
 from router_service.backends.qdrant_server import messages, renames
@@ -24,6 +22,7 @@ from router_service.backends.qdrant_server.connection import (
     WRITE_TIMEOUT_S,
     Connection,
 )
+from router_service.backends.qdrant_server.wire import q
 from router_service.errors import CorruptMemory, ForeignCollection, StorageError
 
 # As in the embedded backend.

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from qdrant_client import grpc as q
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 from router_service.backends.base import (
@@ -34,6 +33,7 @@ from router_service.backends.qdrant_server.connection import (
     Connection,
 )
 from router_service.backends.qdrant_server.options import WriteOrdering
+from router_service.backends.qdrant_server.wire import q
 from router_service.errors import Busy, CollectionClosed, DeadlineTooShort, StorageError
 
 # Queries per request; those of one look-up are under way together, for the server has more than one core.

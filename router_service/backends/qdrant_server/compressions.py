@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdrant_client import grpc as q
-
 from router_service.backends.base import Compression, Quantization
+from router_service.backends.qdrant_server.wire import q
 from router_service.errors import InvalidField
 
 _TURBO_BITS = {

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from qdrant_client import grpc as q
 
 from router_service.backends.qdrant_server.options import ServerOptions
+from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
     BackendMisconfigured,
     BackendUnavailable,

@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from qdrant_client import grpc as q
 
 from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef, Neighbours
 from router_service.backends.base import CollectionSpec, Metric, SearchOptions
@@ -19,6 +18,7 @@ from router_service.backends.points import (
     payload_of,
     value_rows,
 )
+from router_service.backends.qdrant_server.wire import q
 
 _DISTANCES = {Metric.EUCLID: q.Distance.Euclid, Metric.COSINE: q.Distance.Cosine}
 METRICS = {number: metric for metric, number in _DISTANCES.items()}

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qdrant_client import grpc as q
-
 from router_service.backends.qdrant_server.connection import (
     ADMIN_TIMEOUT_S,
     WRITE_TIMEOUT_S,
     Connection,
 )
+from router_service.backends.qdrant_server.wire import q
 from router_service.errors import StorageError
 
 _PAGE = 256
@@ -35,6 +34,7 @@ class Records:
         except StorageError:
             if not self.exist():  # another service may have been first
                 raise
+        self.connection.wait_for(self.name)
 
     def exist(self) -> bool:
         """Whether the collection is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qdrant_client import grpc as q
+from router_service.backends.qdrant_server.wire import q
 
 # What a name led to before has this alias beside that of the name, so that it is found after a crash.
 _REPLACED = "~~replaced"

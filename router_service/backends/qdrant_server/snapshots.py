@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from qdrant_client import grpc as q
-
 from router_service.backends.qdrant_server.connection import (
     ADMIN_TIMEOUT_S,
     WRITE_TIMEOUT_S,
     Connection,
 )
 from router_service.backends.qdrant_server.rest import UPLOAD, RestSide, SnapshotFile
+from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
     BackendMisconfigured,
     CollectionClosed,
