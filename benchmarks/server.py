@@ -11,7 +11,7 @@ import json
 import os
 from base64 import b64decode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,24 +114,21 @@ def _filled(workload: Workload, url: str, progress: Progress) -> Iterator[tuple[
     try:
         backend.drop(NAME)
         spec = CollectionSpec(workload.keys.shape[1], Metric.EUCLID, NUM_EXPERTS)
-        collection = backend.create(NAME, spec)
-        _fill(collection, workload, progress)
-        host, _, port = connection.host_and_port.rpartition(":")
-        theirs = QdrantClient(
-            host=host,
-            grpc_port=int(port),
-            prefer_grpc=True,
-            https=options.secure,
-            api_key=key,
-            timeout=int(TIMEOUT_S),
-            check_compatibility=False,
-        )
-        yield Sides(collection, theirs, f"{PREFIX}~{NAME}"), connection.version
-        collection.close()
-    finally:
-        for each in backend._open.values():
-            each.close()
+        with closing(backend.create(NAME, spec)) as collection:
+            _fill(collection, workload, progress)
+            host, _, port = connection.host_and_port.rpartition(":")
+            theirs = QdrantClient(
+                host=host,
+                grpc_port=int(port),
+                prefer_grpc=True,
+                https=options.secure,
+                api_key=key,
+                timeout=int(TIMEOUT_S),
+                check_compatibility=False,
+            )
+            yield Sides(collection, theirs, f"{PREFIX}~{NAME}"), connection.version
         backend.drop(NAME)
+    finally:
         backend.close()
 
 
