@@ -29,8 +29,6 @@ from router_service.errors import CorruptMemory, ForeignCollection, StorageError
 _HNSW_LINKS = 24
 _HNSW_BUILD_EF = 128
 _GENERATION = "~~"
-# Payload indexes are for exclusions and for forgetting: links of their own in the graph would cost time.
-_NO_GRAPH = q.PayloadIndexParams(keyword_index_params=q.KeywordIndexParams(enable_hnsw=False))
 
 
 class ServerBackend:
@@ -86,7 +84,7 @@ class ServerBackend:
                 wait=True,
                 field_name=field,
                 field_type=q.FieldType.FieldTypeKeyword,
-                field_index_params=_NO_GRAPH,
+                field_index_params=_keyword_index(self._options.on_disk),
             )
             self._call("points", "CreateFieldIndex", index)
 
@@ -268,3 +266,9 @@ class ServerBackend:
         quick = method in ("Get", "List", "ListAliases")
         timeout_s = WRITE_TIMEOUT_S if quick else ADMIN_TIMEOUT_S
         return self._connection.call(service, method, request, timeout_s, repeat=repeat)
+
+
+def _keyword_index(on_disk: bool | None) -> Any:
+    """For exclusions and for forgetting: links of its own in the graph would cost time, RAM 95 bytes per entry."""
+    keyword = q.KeywordIndexParams(enable_hnsw=False, on_disk=on_disk)
+    return q.PayloadIndexParams(keyword_index_params=keyword)
