@@ -79,8 +79,8 @@ class QdrantSettings(BaseSettings):
     )
     on_disk: bool | None = Field(
         None,
-        description="Keep keys and payload indexes on disk rather than in RAM, e.g. --qdrant-on-disk; compressed search "
-        "keys stay in RAM.",
+        description="Keep keys and payload indexes on disk rather than in RAM, e.g. --qdrant-on-disk; compressed "
+        "search keys stay in RAM.",
     )
     wait: bool = Field(
         True,
