@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from tests.engines import REMOTE, clean_server, url_of
 from tests.integration.filled_memories import MemoryOf, filled_memories
 from tests.integration.refusals import Memories, fill
+from tests.integration.server_snapshots import KEY_VARIABLE
 from tests.sidecar import Sidecar, running_sidecar
 
 _NUMBERS = count()
@@ -50,12 +52,14 @@ def sidecar(request: pytest.FixtureRequest, fast_dir: Path) -> Iterator[Sidecar]
     data = fast_dir / request.param
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, data, ignore_errors=True)
-        backend, flags = request.param, []
+        backend, flags, environment = request.param, [], dict(os.environ)
         if request.param in REMOTE:
             options = stack.enter_context(clean_server(url_of(request.param, request)))
             backend = options.url
             flags = ["--qdrant-prefix", options.prefix, "--qdrant-timeout-s", "30"]
-        yield stack.enter_context(running_sidecar(data, backend=backend, flags=flags))
+            environment |= {KEY_VARIABLE: options.api_key} if options.api_key else {}
+        service = running_sidecar(data, backend=backend, flags=flags, env=environment)
+        yield stack.enter_context(service)
 
 
 @pytest.fixture(scope="session")
