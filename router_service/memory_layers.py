@@ -18,6 +18,12 @@ def collection_name(home: str, layer: int) -> str:
     return f"{home}/layer-{layer:03d}"
 
 
+def collection_names(record: MemoryRecord, home: str = "") -> list[str]:
+    """Of all layers, in their order; where no home is given they are under the memory's own name."""
+    numbers = range(record.fingerprint.num_layers)
+    return [collection_name(home or record.name, number) for number in numbers]
+
+
 def spec_of(record: MemoryRecord) -> CollectionSpec:
     """What the collections of a memory hold."""
     return CollectionSpec(

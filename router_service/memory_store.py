@@ -35,6 +35,7 @@ from router_service.memory_layers import (
     are_read_alike,
     close_all,
     collection_name,
+    collection_names,
     forget_hits,
     spec_of,
 )
@@ -85,11 +86,6 @@ class MemoryStore:
     def place(self) -> str:
         """Where the memories are, for people."""
         return self._catalogue.place
-
-    @property
-    def shared(self) -> bool:
-        """Whether other services may change the memories too."""
-        return self._shared
 
     def exclusive(self) -> AbstractContextManager[bool]:
         """Inside, no other thread makes or removes a memory; look-ups and writes go on."""
@@ -243,8 +239,7 @@ class MemoryStore:
         layers: list[LayerMemory] = []
         self._catalogue.begin(record)
         try:
-            for number in range(record.fingerprint.num_layers):
-                name = collection_name(record.name, number)
+            for number, name in enumerate(collection_names(record)):
                 made = self._backend.create(name, spec_of(record))
                 layers.append(self._layer(record, record.name, number, made))
             self._catalogue.commit(record)
@@ -284,9 +279,8 @@ class MemoryStore:
                 forget_hits(memory.layers)
             memory.change_settings(record)
             return
-        if (
-            memory is not None
-        ):  # deleted and created again, or replaced: until it is open, callers are to try again
+        # Deleted and created again, or replaced: until it is open, callers are to try again.
+        if memory is not None:
             close_all(memory.layers)
         if record.name not in self.broken:
             try:
@@ -300,8 +294,8 @@ class MemoryStore:
 
     def _sweep(self, record: MemoryRecord) -> None:
         log.warning("removing memory %s: its deletion or creation never ended", record.name)
-        for number in range(record.fingerprint.num_layers):
-            self._backend.drop(collection_name(record.name, number))
+        for name in collection_names(record):
+            self._backend.drop(name)
         self._catalogue.remove(record)
 
     def _discard(self, memory: RoutingMemory) -> None:

@@ -1,4 +1,4 @@
-"""How `router-admin` reaches a Qdrant server by itself: the flags of `router-service serve`, and its environment."""
+"""The flags that say how to use a Qdrant server, of every command that has them, and their environment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _PREFIX = "qdrant_"
 
 
 def _help(name: str) -> str:
-    """The setting's description, with its environment variable."""
-    text = QdrantSettings.model_fields[name].description
-    return f"{text} [env var: ROUTER_SERVICE_QDRANT_{name.upper()}]"
+    """The setting's description, with its default and its environment variable."""
+    field = QdrantSettings.model_fields[name]
+    variable = f"ROUTER_SERVICE_QDRANT_{name.upper()}"
+    return f"{field.description} [env var: {variable}; default: {field.get_default()}]"
 
 
 ApiKeyFile = Annotated[
@@ -44,6 +45,19 @@ OnDisk = Annotated[
 Ordering = Annotated[
     WriteOrdering | None, typer.Option("--qdrant-write-ordering", help=_help("write_ordering"))
 ]
+Wait = Annotated[bool | None, typer.Option("--qdrant-wait/--no-qdrant-wait", help=_help("wait"))]
+Timeout = Annotated[float | None, typer.Option("--qdrant-timeout-s", help=_help("timeout_s"))]
+Connections = Annotated[int | None, typer.Option("--qdrant-connections", help=_help("connections"))]
+RestPort = Annotated[int | None, typer.Option("--qdrant-rest-port", help=_help("rest_port"))]
+
+
+def qdrant_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a command's parameters those named qdrant_... that were given, without that prefix."""
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in parameters.items()
+        if name.startswith(_PREFIX) and value is not None
+    }
 
 
 def qdrant_settings(parameters: Mapping[str, Any]) -> QdrantSettings:
@@ -51,13 +65,8 @@ def qdrant_settings(parameters: Mapping[str, Any]) -> QdrantSettings:
 
     A write is acknowledged when it can be read, whatever the environment says: what was written is read again.
     """
-    given = {
-        name.removeprefix(_PREFIX): value
-        for name, value in parameters.items()
-        if name.startswith(_PREFIX) and value is not None
-    }
     try:
-        return QdrantSettings(**given | {"wait": True})
+        return QdrantSettings(**qdrant_fields(parameters) | {"wait": True})
     except ValidationError as error:
         problem = error.errors()[0]
         flag = "-".join(str(part) for part in problem["loc"]).replace("_", "-")

@@ -26,7 +26,7 @@ from router_service.layer_memory import LayerMemory
 from router_service.maintenance.adoption import require_same_model
 from router_service.maintenance.server_making import left_to_the_next_sweep, outcome_unknown
 from router_service.maintenance.snapshots import RETIRE_AFTER_S
-from router_service.memory_layers import collection_name, spec_of
+from router_service.memory_layers import collection_name, collection_names, spec_of
 from router_service.memory_store import MemoryStore, check_name
 from router_service.routing_memory import MemoryRecord, RoutingMemory
 
@@ -128,7 +128,7 @@ class Restorer:
         with self._store.exclusive():
             present = self._require_room(draft.restoring.record, replacing)
             record = _stamped(draft.restoring.record, present)
-            names = _names(record)
+            names = collection_names(record)
             led = self._backend.behind(names)
             with self._backend.held(led):  # look-ups go on there until the settings change too
                 draft.keep(record=record, replaced=tuple(led.get(name, "") for name in names))
@@ -145,7 +145,9 @@ class Restorer:
         """The restored memory in the place of the one that serves: versions go on, what was counted stays counted."""
         old, model, layers = self._store.get(record.name), record.fingerprint, []
         for number, before in enumerate(old.layers):
-            collection = self._backend.opened_anew(_names(record)[number], spec_of(record))
+            collection = self._backend.opened_anew(
+                collection_names(record)[number], spec_of(record)
+            )
             layer = LayerMemory(number, collection, model.num_experts, model.top_k, before.hits)
             layer.counters = before.counters
             layers.append(layer)
@@ -173,7 +175,7 @@ class Restorer:
             self._catalogue.remove(restoring.record)
 
     def _is_led_to(self, restoring: Restoring) -> bool:
-        names = _names(restoring.record)
+        names = collection_names(restoring.record)
         led = self._backend.behind(names)
         return [led.get(name) for name in names] == list(restoring.collections)
 
@@ -187,7 +189,7 @@ class Restorer:
 
     def _lead_back(self, restoring: Restoring) -> None:
         """Undoes a switch of which the server did a part only."""
-        names = _names(restoring.record)
+        names = collection_names(restoring.record)
         led = self._backend.behind(names)
         before = dict(zip(names, restoring.replaced, strict=False))
         for name in names:
@@ -219,10 +221,6 @@ class _Draft:
         """Shows now and then that it is alive."""
         if time.monotonic() > self._kept + RENEW_S:
             self.keep()
-
-
-def _names(record: MemoryRecord) -> list[str]:
-    return [collection_name(record.name, number) for number in range(record.fingerprint.num_layers)]
 
 
 def _stamped(record: MemoryRecord, present: MemoryRecord | None) -> MemoryRecord:

@@ -21,7 +21,7 @@ from router_service.maintenance.server_making import discard_files, left_to_the_
 from router_service.maintenance.server_restore import Restorer
 from router_service.maintenance.shelf import SnapshotRef
 from router_service.maintenance.snapshot_directories import SnapshotInfo, require_name
-from router_service.memory_layers import collection_name
+from router_service.memory_layers import collection_names
 from router_service.memory_store import MemoryStore
 from router_service.routing_memory import RoutingMemory
 
@@ -131,7 +131,7 @@ class ServerShelf:
 
     def _collections_of(self, memory: RoutingMemory) -> Sequence[str]:
         """Those that the names of a memory's layers lead to."""
-        names = [collection_name(memory.record.name, layer.layer) for layer in memory.layers]
+        names = collection_names(memory.record)
         led = self._backend.behind(names)
         if missing := [name for name in names if name not in led]:
             raise CorruptMemory(f"the server has no collection for {', '.join(missing)}")

@@ -10,7 +10,7 @@ from router_service.backends.base import Backend
 from router_service.backends.renaming import Renaming
 from router_service.catalogue import Announcing, Catalogue, Catalogued, Takeover
 from router_service.errors import BackendUnavailable, StorageError
-from router_service.maintenance.snapshot_manifest import layer_directory
+from router_service.memory_layers import collection_names
 from router_service.routing_memory import MemoryRecord
 
 log = logging.getLogger(__name__)
@@ -95,5 +95,5 @@ def _same_memory(one: MemoryRecord, other: MemoryRecord) -> bool:
 
 def _names(takeover: Takeover) -> dict[str, str]:
     """Collections by the names that they are to have."""
-    layers = map(layer_directory, range(takeover.record.fingerprint.num_layers))
-    return {f"{takeover.record.name}/{layer}": f"{takeover.by}/{layer}" for layer in layers}
+    record = takeover.record
+    return dict(zip(collection_names(record), collection_names(record, takeover.by), strict=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -23,11 +22,11 @@ from tests.integration.replaced_memories import (
     request_of,
     stats,
 )
+from tests.integration.server_snapshots import until
 from tests.qdrant_standin import QdrantStandIn
 from tests.sidecar import COSINE, LAYERS, Sidecar, refusal, running_sidecar
 
 OFTEN = ["--flush-interval-s", "0.1", "--qdrant-timeout-s", "30"]
-PATIENCE_S = 20.0
 REQUEST = admin_pb.ReplaceMemoryRequest(memory="law", by="law-2")
 
 
@@ -47,13 +46,6 @@ def service(server: QdrantStandIn, data: Path) -> Iterator[Sidecar]:
             running.stop_cleanly()
 
 
-def _until(happened: Callable[[], object]) -> None:
-    give_up = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
-
-
 def _collections(server: QdrantStandIn) -> list[str]:
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         reply = q.CollectionsStub(channel).List(q.ListCollectionsRequest())
@@ -68,7 +60,7 @@ def test_another_service_goes_on_without_an_error(
         old, version = answers(other, "law")[0], other.describe("law").version
         with asking(other, "law") as end:
             replace(service, "law", "law-2")
-            _until(lambda: answers(other, "law") == new)
+            until(lambda: answers(other, "law") == new)
             replies = [answer(reply) for reply in end()]
         assert (replies[0], replies[-1]) == (old, new[0])
         assert names(other) == ["law"]
@@ -88,7 +80,7 @@ def test_what_is_stored_follows_the_names(
         replace(service, "law", "law-2")
         replace(service, "law", "law-3")
         assert len(_collections(server)) == LAYERS
-        _until(lambda: other.describe("law").settings.similarity == COSINE)
+        until(lambda: other.describe("law").settings.similarity == COSINE)
         assert answers(other, "law") == expected
         assert other.describe("law").version > version
     hits = [layer[2] for layer in stats(service, "law")]
@@ -120,7 +112,7 @@ def test_what_a_killed_service_began_the_next_one_finishes(
     calls = server.faults.calls[method.rsplit("/", 1)[-1]]
     fault = server.faults.black_hole(method)
     call = service.admin.ReplaceMemory.future(REQUEST)
-    _until(lambda: server.faults.calls[method.rsplit("/", 1)[-1]] > calls)
+    until(lambda: server.faults.calls[method.rsplit("/", 1)[-1]] > calls)
     service.kill()
     call.cancel()
     fault.lift()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -20,6 +19,7 @@ from router_service.cli.serve import app
 from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
 from tests import qdrant_standin
+from tests.integration.server_snapshots import answer_of, until
 from tests.qdrant_standin import QdrantStandIn
 from tests.qdrant_standin.process import StandInProcess
 from tests.qdrant_standin.tcp_faults import TcpFaults
@@ -44,7 +44,6 @@ CERTIFICATE = Path(qdrant_standin.__file__).with_name("localhost.pem")
 KEY = CERTIFICATE.with_suffix(".key")
 ENTRIES = 64
 OFTEN = ["--flush-interval-s", "0.1"]
-PATIENCE_S = 20.0
 
 
 @pytest.fixture
@@ -72,18 +71,6 @@ def request_of(service: Sidecar, name: str = "law", tokens: int = 3) -> pb.Route
     digest = service.describe(name).model_digest
     logits = random_keys(rng, tokens, EXPERTS)
     return route_request(name, digest, random_keys(rng, tokens), logits)
-
-
-def answer_of(service: Sidecar, request: pb.RouteRequest) -> bytes:
-    reply = service.route(request)
-    return bytes(reply.router_logits.data) + bytes(reply.lambdas.data)
-
-
-def until(happened: Callable[[], object]) -> None:
-    give_up = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
 
 
 def names(service: Sidecar) -> list[str]:

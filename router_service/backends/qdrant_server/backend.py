@@ -35,7 +35,7 @@ class ServerBackend:
     """See Backend. Safe to call from several threads; several services may use one server."""
 
     def __init__(self, connection: Connection) -> None:
-        self.connection = self._connection = connection
+        self.connection = connection
         self._options = connection.options
         self._open: dict[str, ServerCollection] = {}
         self._lock = threading.Lock()
@@ -43,19 +43,19 @@ class ServerBackend:
     @property
     def version(self) -> str:
         """Of the server, e.g. 1.20.0."""
-        return self._connection.version
+        return self.connection.version
 
     def create(self, name: str, spec: CollectionSpec) -> ServerCollection:
         """See Backend.create."""
         alias = self._alias(name)
         if self._collection_behind(alias) is not None:
             raise StorageError(f"the server already holds a collection {alias!r}")
-        collection = self.create_unnamed(name, spec)
+        collection = self._create_unnamed(name, spec)
         self.publish({name: collection})
-        self._connection.wait_for(alias)
+        self.connection.wait_for(alias)
         return self._opened(name, alias, spec)
 
-    def create_unnamed(self, name: str, spec: CollectionSpec) -> str:
+    def _create_unnamed(self, name: str, spec: CollectionSpec) -> str:
         """A new collection that is not yet what `name` leads to; see publish(). Returns its own name."""
         collection, options = self.fresh_name(name), self._options
         request = q.CreateCollection(
@@ -67,7 +67,7 @@ class ServerBackend:
             write_consistency_factor=options.write_consistency_factor,
         )
         self._call("collections", "Create", request, repeat=False)
-        self._connection.wait_for(collection)
+        self.connection.wait_for(collection)
         self.index_fields(collection)
         return collection
 
@@ -87,10 +87,6 @@ class ServerBackend:
                 field_index_params=_keyword_index(self._options.on_disk),
             )
             self._call("points", "CreateFieldIndex", index)
-
-    def unnamed(self, collection: str, spec: CollectionSpec) -> ServerCollection:
-        """What create_unnamed() made, to be filled."""
-        return ServerCollection(self._connection, collection, spec)
 
     def behind(self, names: Iterable[str]) -> dict[str, str]:
         """What names lead to at the moment; those that lead nowhere are left out."""
@@ -151,7 +147,7 @@ class ServerBackend:
         with self.held({name: aliases[a] for name in both if (a := self._alias(name)) in aliases}):
             if actions := renames.moved(moves, aliases):
                 self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
-                self._connection.wait_for(actions[-1].create_alias.alias_name)
+                self.connection.wait_for(actions[-1].create_alias.alias_name)
             yield
         self._follow(names)
 
@@ -210,10 +206,10 @@ class ServerBackend:
         with self._lock:
             for collection in self._open.values():
                 collection.close()
-        self._connection.close()
+        self.connection.close()
 
     def _opened(self, name: str, alias: str, spec: CollectionSpec) -> ServerCollection:
-        collection = ServerCollection(self._connection, alias, spec)
+        collection = ServerCollection(self.connection, alias, spec)
         with self._lock:
             self._open[name] = collection
         return collection
@@ -265,7 +261,7 @@ class ServerBackend:
     def _call(self, service: str, method: str, request: Any, *, repeat: bool = True) -> Any:
         quick = method in ("Get", "List", "ListAliases")
         timeout_s = WRITE_TIMEOUT_S if quick else ADMIN_TIMEOUT_S
-        return self._connection.call(service, method, request, timeout_s, repeat=repeat)
+        return self.connection.call(service, method, request, timeout_s, repeat=repeat)
 
 
 def _keyword_index(on_disk: bool | None) -> Any:

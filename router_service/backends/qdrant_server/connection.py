@@ -105,6 +105,12 @@ class Connection:
                 time.sleep(wait_s)
         raise AssertionError("unreachable")
 
+    def exists(self, collection: str) -> bool:
+        """Whether the server has a collection. Raises StorageError."""
+        request = q.CollectionExistsRequest(collection_name=collection)
+        reply = self.call("collections", "CollectionExists", request, WRITE_TIMEOUT_S)
+        return bool(reply.result.exists)
+
     def wait_for(self, collection: str) -> None:
         """Until every connection finds a collection: they may lead to different nodes of a cluster."""
         deadline = time.monotonic() + ADMIN_TIMEOUT_S

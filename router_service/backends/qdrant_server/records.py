@@ -38,9 +38,7 @@ class Records:
 
     def exist(self) -> bool:
         """Whether the collection is there."""
-        request = q.CollectionExistsRequest(collection_name=self.name)
-        reply = self.connection.call("collections", "CollectionExists", request, WRITE_TIMEOUT_S)
-        return bool(reply.result.exists)
+        return self.connection.exists(self.name)
 
     def write(self, key: str, fields: Mapping[str, str]) -> None:
         """Puts a record in the place of the one with this key, if there is one."""

@@ -139,7 +139,7 @@ class CollectionSnapshots:
 
     def _make_empty(self, collection: str) -> bool:
         """Whether there was none of that name."""
-        if self._exists(collection):
+        if self._connection.exists(collection):
             return False
         nothing = q.VectorParams(size=1, distance=q.Distance.Euclid)
         request = q.CreateCollection(
@@ -150,14 +150,10 @@ class CollectionSnapshots:
         try:
             self._connection.call("collections", "Create", request, ADMIN_TIMEOUT_S, repeat=False)
         except StorageError:
-            if not self._exists(collection):  # another service may have been first
+            if not self._connection.exists(collection):  # another service may have been first
                 raise
             return False
         return True
-
-    def _exists(self, collection: str) -> bool:
-        request = q.CollectionExistsRequest(collection_name=collection)
-        return bool(self._call("collections", "CollectionExists", request).result.exists)
 
     def _call(self, service: str, method: str, request: Any) -> Any:
         timeout_s = ADMIN_TIMEOUT_S if method == "Delete" else WRITE_TIMEOUT_S
