@@ -94,7 +94,7 @@ def default_graphs(entries: int, dimension: int, indexing_threads: int = 8) -> i
 
 
 def added_ms(route: Row, layers: int, silent: int = 0) -> float:
-    """What look-ups add to a step: layers follow each other, and those that the memory is silent at are asked too.
+    """What lookups add to a step: layers follow each other, and those that the memory is silent at are asked too.
 
     `route`: a row of benchmarks.route; a layer that is silent takes its call but the search.
     """

@@ -88,7 +88,7 @@ def _demanded(measured: Measured, model: Model, load: Load) -> tuple[Any, ...]:
 
 def latency(routes: Sequence[Row]) -> Grid:
     """Measured ms of a call, times layers."""
-    columns = [Column("ms that look-ups add to a step")]
+    columns = [Column("ms that lookups add to a step")]
     columns += [
         Column("1 token" if row["tokens"] == 1 else f"{row['tokens']} tokens", decimal(0))
         for row in routes

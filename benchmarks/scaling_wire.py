@@ -1,4 +1,4 @@
-"""What look-ups weigh on the wire, and what a sidecar in front of a Qdrant server spends on their messages."""
+"""What lookups weigh on the wire, and what a sidecar in front of a Qdrant server spends on their messages."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def main(
     evict_mib: Annotated[int, typer.Option(min=0, help="MiB swept before each call.")] = 64,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
 ) -> None:
-    """Measure look-ups of the server backend next to qdrant-client's own, on one server."""
+    """Measure lookups of the server backend next to qdrant-client's own, on one server."""
     settings = {
         "url": url,
         "keys": keys,

@@ -1,6 +1,6 @@
 """Interleaved timing: every lane in every round, in a shuffled order, with cache-evicting work before each call.
 
-Warm loops flatter every index. A model reads hundreds of megabytes of weights between two look-ups, so here every core
+Warm loops flatter every index. A model reads hundreds of megabytes of weights between two lookups, so here every core
 sweeps its share of an array before a call is timed. The sweep uses plain threads and no BLAS: BLAS workers would go on
 spinning into the measurement.
 """

@@ -30,14 +30,14 @@ from model_runner.wire import encode_assignment, encode_fingerprint, encode_floa
 log = logging.getLogger(__name__)
 
 WARN_EVERY_S = 30.0
-# A connection may take longer than a look-up; text that is being generated waits less long than a score.
+# A connection may take longer than a lookup; text that is being generated waits less long than a score.
 CONNECT_TIMEOUT_S = {"fall_back": 0.5, "raise": 10.0}
 # A prompt's tokens are looked up in one go, at about a millisecond each in a large memory.
 TIMEOUT_S_PER_MORE_TOKEN = 0.002
 
 
 class OnError(StrEnum):
-    """What a look-up that fails does."""
+    """What a lookup that fails does."""
 
     FALL_BACK = "fall_back"  # the model's own router stands; counted, warned about once in a while
     RAISE = "raise"  # evaluation and building: scores never mix silently
@@ -49,7 +49,7 @@ class RouterClient:
     What fails with UNAVAILABLE is tried again at most twice inside the deadline: at once when on_error is FALL_BACK,
     after a pause when it is RAISE.
 
-    timeout_s bounds the look-up of one token; further ones add TIMEOUT_S_PER_MORE_TOKEN each, and the first look-up
+    timeout_s bounds the lookup of one token; further ones add TIMEOUT_S_PER_MORE_TOKEN each, and the first lookup
     over a connection may take CONNECT_TIMEOUT_S.
     """
 
@@ -65,7 +65,7 @@ class RouterClient:
     ) -> None:
         self.target, self.memory = target, memory
         self.on_error, self.timeout_s = on_error, timeout_s
-        # Look-ups that fell back, by layer and reason.
+        # Lookups that fell back, by layer and reason.
         self.fallbacks: Counter[tuple[int, str]] = Counter()
         self._fingerprint = fingerprint
         self._digest = fingerprint.digest()

@@ -88,7 +88,7 @@ class MemoryStore:
         return self._catalogue.place
 
     def exclusive(self) -> AbstractContextManager[bool]:
-        """Inside, no other thread makes or removes a memory; look-ups and writes go on."""
+        """Inside, no other thread makes or removes a memory; lookups and writes go on."""
         return self._lock
 
     def open_all(self) -> None:
@@ -184,12 +184,12 @@ class MemoryStore:
         return memory
 
     def serve(self, memory: RoutingMemory) -> None:
-        """Lets look-ups go to a memory, and no longer to the one that had its name."""
+        """Lets lookups go to a memory, and no longer to the one that had its name."""
         self._memories[memory.record.name] = memory
         self.broken.pop(memory.record.name, None)
 
     def release(self, name: str) -> None:
-        """Lets no look-up go to a memory any more; it stays open."""
+        """Lets no lookup go to a memory any more; it stays open."""
         self._memories.pop(name, None)
 
     def hits_path(self, home: str, layer: int) -> Path | None:

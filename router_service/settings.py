@@ -84,7 +84,7 @@ class QdrantSettings(BaseSettings):
     )
     wait: bool = Field(
         True,
-        description="Acknowledge writes when look-ups see them, not when the server has noted them, e.g. "
+        description="Acknowledge writes when lookups see them, not when the server has noted them, e.g. "
         "--no-qdrant-wait.",
     )
     write_ordering: WriteOrdering = Field(
@@ -92,7 +92,7 @@ class QdrantSettings(BaseSettings):
         description="Ordering of writes to one entry: weak, medium or strong, e.g. medium.",
     )
     timeout_s: float = Field(
-        1.0, gt=0, description="Seconds that a look-up may take the Qdrant server, e.g. 0.2."
+        1.0, gt=0, description="Seconds that a lookup may take the Qdrant server, e.g. 0.2."
     )
     connections: int = Field(
         4, ge=1, le=64, description="Connections to the Qdrant server, e.g. 8."

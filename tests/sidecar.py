@@ -145,7 +145,7 @@ class Sidecar:
         return self.admin.DescribeMemory(request, timeout=CALL_TIMEOUT_S).memory
 
     def route(self, request: routing_pb.RouteRequest) -> routing_pb.RouteResponse:
-        """One unary look-up."""
+        """One unary lookup."""
         return self.routing.Route(request, timeout=CALL_TIMEOUT_S)
 
     def _wait_until_ready(self) -> str:
@@ -257,7 +257,7 @@ def route_request(
     dtype: str = "f32",
     **fields: Any,
 ) -> routing_pb.RouteRequest:
-    """A look-up of tokens with the model's own assignments or logits."""
+    """A lookup of tokens with the model's own assignments or logits."""
     request = routing_pb.RouteRequest(
         memory=name,
         layer=layer,

@@ -211,7 +211,7 @@ def evaluate(
         ),
     ] = False,
     timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="Longest wait for one look-up.")
+        float, typer.Option(min=0.001, help="Longest wait for one lookup.")
     ] = 60.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file.")

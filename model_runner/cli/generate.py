@@ -81,7 +81,7 @@ def retrieval_policy(loaded: LoadedModel, options: GenerateOptions) -> Iterator[
         timeout_s=options.timeout_s,
         on_error=OnError.FALL_BACK,
     ) as client:
-        with suppress(RoutingUnavailable):  # each look-up will say so
+        with suppress(RoutingUnavailable):  # each lookup will say so
             client.describe()
         yield RetrievalPolicy(client)
 
@@ -142,4 +142,4 @@ def _summary(policy: RetrievalPolicy) -> str:
     for (_, reason), number in policy.client.fallbacks.items():
         by_reason[reason] += number
     fallbacks = ", ".join(f"{number} {reason}" for reason, number in sorted(by_reason.items()))
-    return f"mean lambda per layer: {lambdas}; look-ups that fell back: {fallbacks or 'none'}"
+    return f"mean lambda per layer: {lambdas}; lookups that fell back: {fallbacks or 'none'}"

@@ -66,7 +66,7 @@ def generate(
         float,
         typer.Option(
             min=0.001,
-            help="Longest wait for one token's look-up (a prompt's: 2 ms more for each further token); "
+            help="Longest wait for one token's lookup (a prompt's: 2 ms more for each further token); "
             "then the own router stands.",
         ),
     ] = 0.05,
@@ -167,7 +167,7 @@ def learn(
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Add text to a memory that is serving, example by example, each in the answer to the next look-up.
+    """Add text to a memory that is serving, example by example, each in the answer to the next lookup.
 
     Values are made as the memory's preset makes them, from the frozen model. Examples that are there already (same file
     name, `id` and tokens' places) are skipped, so that a run that was cut off goes on where it stopped. For example:

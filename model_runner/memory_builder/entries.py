@@ -1,4 +1,4 @@
-"""Entries on the wire: ids, provenance, and Upsert requests of a size that keeps no look-up waiting."""
+"""Entries on the wire: ids, provenance, and Upsert requests of a size that keeps no lookup waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adds examples to a memory while it serves: one at a time, acknowledged, and so in the answer to the next look-up."""
+"""Adds examples to a memory while it serves: one at a time, acknowledged, and so in the answer to the next lookup."""
 
 from __future__ import annotations
 

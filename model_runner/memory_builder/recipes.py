@@ -1,7 +1,7 @@
 """From a gradient to the value of an entry. Pure functions of a LayerTrace; T = B*S tokens, N logits.
 
 The paper's recipe steps the logits against the gradient and stores the family's assignment of the result. Ours stores a
-bounded step itself, a logit delta, and leaves the averaging to the look-up (docs/experiments.md).
+bounded step itself, a logit delta, and leaves the averaging to the lookup (docs/experiments.md).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from router_service.errors import Busy, StorageError
 # take 2 % longer (benchmarks/README.md).
 _QUERIES_PER_CALL = 64
 # An update of so many floats keeps the engine for 7 to 10 ms. Few large ones and long rests (see pacing) delay fewer
-# look-ups than many small ones: at 2,048 floats per key p99 is 7.4 ms rather than 9.5.
+# lookups than many small ones: at 2,048 floats per key p99 is 7.4 ms rather than 9.5.
 _FLOATS_PER_UPDATE = 131_072
 _IDS_PER_DELETE = 128
 _ENTRIES_PER_PAGE = 2048

@@ -9,7 +9,7 @@ from collections.abc import Callable
 _RECENT_S = 0.5
 # While it is, writes rest this many times as long as they worked: they take 2 % of the engine.
 _REST = 50.0
-# And they wait while the service indexes what is new, so that look-ups share the cores with one of the two at a time;
+# And they wait while the service indexes what is new, so that lookups share the cores with one of the two at a time;
 # not longer than a caller's patience.
 _PATIENCE_S = 5.0
 _POLL_S = 0.02

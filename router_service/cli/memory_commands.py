@@ -155,7 +155,7 @@ def set_settings(
     hnsw_ef: options.HnswEf = None,
     oversampling: options.Oversampling = None,
 ) -> None:
-    """Change how a memory is read, from the next look-up on.
+    """Change how a memory is read, from the next lookup on.
 
     What is not given stays. Kind and similarity are fixed at creation.
 
@@ -211,7 +211,7 @@ def replace(
         bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
     ] = False,
 ) -> None:
-    """Let a rebuilt memory take the place of another, from one look-up to the next. Asks first.
+    """Let a rebuilt memory take the place of another, from one lookup to the next. Asks first.
 
     NAME has the entries, settings and hit counts of OTHER then, whose name is gone; the entries that NAME
     had are removed. Both must be of the same model and kind.

@@ -106,7 +106,7 @@ def prune(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of --by random and of the sample of look-ups, e.g. 7.")
+        int, typer.Option(min=0, help="Of --by random and of the sample of lookups, e.g. 7.")
     ] = 0,
     layer: Annotated[
         list[int] | None,
@@ -225,7 +225,7 @@ def _render(console: Console, layers: list[dict[str, Any]], *, dry_run: bool) ->
     console.print(table(columns, rows))
     effects = [_effect(layer) for layer in layers if layer["expected_effect"]]
     if effects:
-        console.print("expected effect on look-ups, before -> after:")
+        console.print("expected effect on lookups, before -> after:")
         console.print(table(tuple(effects[0]), [list(effect.values()) for effect in effects]))
 
 
@@ -238,5 +238,5 @@ def _effect(layer: dict[str, Any]) -> dict[str, object]:
     }
     size = f"{means['contribution_before']:.4g}, changed by {means['contribution_change']:.4g}"
     return {
-        "layer": layer["layer"], "look-ups": int(means["queries"]), **pairs, "contribution": size
+        "layer": layer["layer"], "lookups": int(means["queries"]), **pairs, "contribution": size
     }  # fmt: skip

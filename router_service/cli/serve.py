@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Python's 5 ms is what a look-up waits for the interpreter beside an upsert; with this, p99 falls from 9.6 to 8.6 ms.
+# Python's 5 ms is what a lookup waits for the interpreter beside an upsert; with this, p99 falls from 9.6 to 8.6 ms.
 _SWITCH_INTERVAL_S = 0.0005
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1

@@ -56,7 +56,7 @@ def create(
 ) -> None:
     """Copy a memory, all layers as they are at one moment, to the service's directory of snapshots.
 
-    Look-ups go on; writes wait while the files are copied. Of a memory on a Qdrant server, the server makes and keeps a
+    Lookups go on; writes wait while the files are copied. Of a memory on a Qdrant server, the server makes and keeps a
     snapshot of each layer: each at a moment of its own, and writes go on too.
 
     Example:

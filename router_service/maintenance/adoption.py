@@ -81,7 +81,7 @@ def adopt(
     replacing: bool,
     succeed: Succeed | None = None,
 ) -> RoutingMemory | None:
-    """Serves the layers in `staged` as the memory `record.name`, created now, from one look-up to the next.
+    """Serves the layers in `staged` as the memory `record.name`, created now, from one lookup to the next.
 
     `succeed`: takes on what goes on from the memory whose place it takes; None: version and counts. Returns that
     memory, still open: retire() it when its readers are done. Raises what require_room() raises, and StorageError when

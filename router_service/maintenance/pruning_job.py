@@ -26,7 +26,7 @@ from router_service.retention import (
 from router_service.routing_memory import RoutingMemory
 from router_service.write_gate import Watch
 
-# Searches of one engine call: look-ups of others wait no longer than for a request of as many tokens.
+# Searches of one engine call: lookups of others wait no longer than for a request of as many tokens.
 PAGE_ENTRIES = 256
 
 

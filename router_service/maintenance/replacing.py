@@ -1,7 +1,7 @@
 """A memory takes the place of another, under whose name clients go on to ask: a rebuilt one, when it has proved good.
 
 In RAM and on a server its collections take the names of the others while they are used. On disk its layers are closed,
-moved and opened again; look-ups of the other memory go on meanwhile.
+moved and opened again; lookups of the other memory go on meanwhile.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def replace_memory(
     *,
     retire_after_s: float = RETIRE_AFTER_S,
 ) -> Replacement:
-    """From one look-up to the next the memory `name` has the entries and settings of `by`, whose name is gone then.
+    """From one lookup to the next the memory `name` has the entries and settings of `by`, whose name is gone then.
 
-    What it had itself goes on for `retire_after_s` to look-ups that had begun, and is removed. Raises MemoryNotFound,
+    What it had itself goes on for `retire_after_s` to lookups that had begun, and is removed. Raises MemoryNotFound,
     InvalidField, ModelMismatch, KindMismatch, Busy (an operation works on either) or StorageError; then nothing has
     changed.
     """

@@ -130,7 +130,7 @@ class Restorer:
             record = _stamped(draft.restoring.record, present)
             names = collection_names(record)
             led = self._backend.behind(names)
-            with self._backend.held(led):  # look-ups go on there until the settings change too
+            with self._backend.held(led):  # lookups go on there until the settings change too
                 draft.keep(record=record, replaced=tuple(led.get(name, "") for name in names))
                 if present is None and record.name not in self._store.broken:
                     self._catalogue.begin(record)

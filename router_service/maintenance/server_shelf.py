@@ -1,6 +1,6 @@
 """The snapshots of memories on a Qdrant server: the server keeps the files, and a record says which belong together.
 
-Each layer is copied at a moment of its own, while look-ups and writes go on.
+Each layer is copied at a moment of its own, while lookups and writes go on.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def create(
     min_free_bytes: int | None = None,
     report: Report = say_nothing,
 ) -> SnapshotInfo:
-    """Copies a memory as it is at one moment. Writes to it wait while its files are copied, look-ups go on.
+    """Copies a memory as it is at one moment. Writes to it wait while its files are copied, lookups go on.
 
     `min_free_bytes` stays free: default max(1 GiB, 5 % of the file system). `report` is called before each file, and
     ends the work by raising. Raises MemoryNotFound, InvalidField, DiskFull, Busy (another snapshot of the memory, or an
@@ -111,7 +111,7 @@ def restore(
     """Serves a copy of the snapshot at `path` as a memory; the snapshot itself stays as it is.
 
     `replacing` puts it in the place of the memory of that name, which serves until the copy has been checked and
-    opened, and `retire_after_s` longer to look-ups that had begun. Settings are those of the snapshot; the creation
+    opened, and `retire_after_s` longer to lookups that had begun. Settings are those of the snapshot; the creation
     time is now. Raises SnapshotInvalid, MemoryExists, ModelMismatch, KindMismatch, InvalidField, DiskFull, Busy or
     StorageError; then nothing has changed.
     """

@@ -34,7 +34,7 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         """Blends one layer's tokens."""
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:
-            raise DeadlineTooShort("the deadline passed before the look-up began")
+            raise DeadlineTooShort("the deadline passed before the lookup began")
         return self._route(request, None if remaining is None else time.monotonic() + remaining)
 
     def RouteStream(  # noqa: N802

@@ -134,7 +134,7 @@ class CrashLoop:
         return [file.read_bytes() for file in files if file.exists()]
 
     def check(self, sidecar: Sidecar, *, deep: bool) -> None:
-        """Every entry, some look-ups, and now and then every snapshot."""
+        """Every entry, some lookups, and now and then every snapshot."""
         found: list[dict[int, int]] = []
         for layer in range(LAYERS):
             ids, stamps, keys = _exported(sidecar, layer)

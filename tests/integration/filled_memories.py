@@ -1,4 +1,4 @@
-"""Filled memories, look-ups in them, and what those must answer."""
+"""Filled memories, lookups in them, and what those must answer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Memory:
         self.sidecar.admin.UpdateSettings(request, timeout=CALL_TIMEOUT_S)
 
     def request(self, tokens: int, seed: int, dtype: str = "f32", **fields: Any) -> Any:
-        """A look-up, and what it must answer: lambdas and blended."""
+        """A lookup, and what it must answer: lambdas and blended."""
         rng = np.random.default_rng(seed)
         inputs = as_sent(random_keys(rng, tokens), dtype)
         own = self.own(rng, tokens, dtype)

@@ -44,7 +44,7 @@ class Memories(NamedTuple):
     digest: str
 
     def route(self, kind: int = LOGIT_DELTA) -> routing_pb.RouteRequest:
-        """A valid look-up."""
+        """A valid lookup."""
         rng = np.random.default_rng(kind)
         own = (
             random_keys(rng, TOKENS, EXPERTS)

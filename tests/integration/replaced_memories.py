@@ -1,4 +1,4 @@
-"""Two memories of which one takes the place of the other, and look-ups that show which of them answered."""
+"""Two memories of which one takes the place of the other, and lookups that show which of them answered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fill_both(sidecar: Sidecar, name: str, by: str) -> None:
 
 
 def request_of(sidecar: Sidecar, name: str, layer: int = 0) -> routing_pb.RouteRequest:
-    """The same look-up whatever the name."""
+    """The same lookup whatever the name."""
     rng = np.random.default_rng(5)
     digest = sidecar.describe(name).model_digest
     logits = random_keys(rng, 3, EXPERTS)
@@ -77,7 +77,7 @@ def names(sidecar: Sidecar) -> list[str]:
 
 
 def stats(sidecar: Sidecar, name: str) -> list[tuple[int, int, int]]:
-    """Entries, look-ups and hits of each layer."""
+    """Entries, lookups and hits of each layer."""
     request = admin_pb.StatsRequest(memory=name)
     [memory] = sidecar.admin.Stats(request, timeout=CALL_TIMEOUT_S).memories
     return [(layer.entries, layer.route_requests, layer.hits) for layer in memory.layers]
@@ -85,7 +85,7 @@ def stats(sidecar: Sidecar, name: str) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def asking(sidecar: Sidecar, name: str) -> Iterator[Callable[[], list[routing_pb.RouteResponse]]]:
-    """Look-ups of a memory without pause; what is yielded ends them and returns the replies. None may fail."""
+    """Lookups of a memory without pause; what is yielded ends them and returns the replies. None may fail."""
     request, done = request_of(sidecar, name), threading.Event()
     replies: list[routing_pb.RouteResponse] = []
     failures: list[grpc.RpcError] = []

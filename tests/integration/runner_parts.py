@@ -93,7 +93,7 @@ def build(
 
 
 def client_of(target: str, name: str, on_error: OnError = OnError.RAISE) -> RouterClient:
-    """A client whose look-ups wait for a busy machine."""
+    """A client whose lookups wait for a busy machine."""
     return RouterClient(target, name, loaded_model().fingerprint, on_error=on_error, timeout_s=30.0)
 
 

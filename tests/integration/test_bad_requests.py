@@ -1,4 +1,4 @@
-"""A look-up that cannot be served gets a clear error, changes nothing, and the service goes on."""
+"""A lookup that cannot be served gets a clear error, changes nothing, and the service goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look-ups, writes, settings, exports and deletions at the same time: every call is answered, or says why not."""
+"""Lookups, writes, settings, exports and deletions at the same time: every call is answered, or says why not."""
 
 from __future__ import annotations
 

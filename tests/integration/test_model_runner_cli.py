@@ -110,7 +110,7 @@ def test_build_evaluate_generate(
     text = run("generate", "--prompt", PROMPT, *where, "--max-new-tokens", 4, "--timeout-s", 30)
     assert text.code == 0
     assert text.out.startswith(PROMPT)
-    assert "look-ups that fell back: none" in text.err
+    assert "lookups that fell back: none" in text.err
 
 
 def test_calibrate(run: Run, edge_sidecar: Sidecar, built: str, texts: Path, model: Path) -> None:

@@ -201,7 +201,7 @@ def test_generate_learns_each_answer_before_the_next_prompt(
     assert [f"learnt {size} entries" in done.err for size in sizes] == [True, True]
     assert entries_of(edge_sidecar, memory) == sum(sizes)
     assert "mean lambda per layer: 0.00" not in done.err
-    assert "look-ups that fell back: none" in done.err
+    assert "lookups that fell back: none" in done.err
     origins = [origin for _, _, origin in stored(edge_sidecar, memory, 0).values()]
     assert {origin.source for origin in origins} == {"answers.jsonl"}
 

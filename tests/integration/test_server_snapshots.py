@@ -1,4 +1,4 @@
-"""Snapshots of memories on a Qdrant server: made, checked, restored while look-ups go on; refusals change nothing."""
+"""Snapshots of memories on a Qdrant server: made, checked, restored while lookups go on; refusals change nothing."""
 
 from __future__ import annotations
 

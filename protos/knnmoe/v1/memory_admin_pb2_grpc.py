@@ -124,7 +124,7 @@ class MemoryAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReplaceMemory(self, request, context):
-        """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+        """From one lookup to the next a memory has the entries and settings of another one of the same model and kind, whose
         name is gone then. The entries that it had are removed before the response.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -36,7 +36,7 @@ class MemoryAdminServiceStub:
     DescribeMemory: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.DescribeMemoryRequest, _memory_admin_pb2.DescribeMemoryResponse]
     DeleteMemory: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.DeleteMemoryRequest, _memory_admin_pb2.DeleteMemoryResponse]
     ReplaceMemory: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.ReplaceMemoryRequest, _memory_admin_pb2.ReplaceMemoryResponse]
-    """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+    """From one lookup to the next a memory has the entries and settings of another one of the same model and kind, whose
     name is gone then. The entries that it had are removed before the response.
     """
     UpdateSettings: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.UpdateSettingsRequest, _memory_admin_pb2.UpdateSettingsResponse]
@@ -62,7 +62,7 @@ class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
     DescribeMemory: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.DescribeMemoryRequest, _memory_admin_pb2.DescribeMemoryResponse]  # type: ignore[assignment]
     DeleteMemory: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.DeleteMemoryRequest, _memory_admin_pb2.DeleteMemoryResponse]  # type: ignore[assignment]
     ReplaceMemory: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.ReplaceMemoryRequest, _memory_admin_pb2.ReplaceMemoryResponse]  # type: ignore[assignment]
-    """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+    """From one lookup to the next a memory has the entries and settings of another one of the same model and kind, whose
     name is gone then. The entries that it had are removed before the response.
     """
     UpdateSettings: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.UpdateSettingsRequest, _memory_admin_pb2.UpdateSettingsResponse]  # type: ignore[assignment]
@@ -115,7 +115,7 @@ class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_admin_pb2.ReplaceMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_admin_pb2.ReplaceMemoryResponse, _abc.Awaitable[_memory_admin_pb2.ReplaceMemoryResponse]]:
-        """From one look-up to the next a memory has the entries and settings of another one of the same model and kind, whose
+        """From one lookup to the next a memory has the entries and settings of another one of the same model and kind, whose
         name is gone then. The entries that it had are removed before the response.
         """
 

@@ -72,7 +72,7 @@ class SnapshotServiceServicer:
     """
 
     def CreateSnapshot(self, request, context):
-        """Copies all layers as they are at one moment. Writes wait while files are copied; look-ups go on. On a Qdrant server
+        """Copies all layers as they are at one moment. Writes wait while files are copied; lookups go on. On a Qdrant server
         each layer is copied at a moment of its own, and writes go on too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

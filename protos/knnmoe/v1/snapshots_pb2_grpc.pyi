@@ -36,7 +36,7 @@ class SnapshotServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SnapshotServiceAsyncStub: ...
     CreateSnapshot: _grpc.UnaryStreamMultiCallable[_snapshots_pb2.CreateSnapshotRequest, _snapshots_pb2.CreateSnapshotResponse]
-    """Copies all layers as they are at one moment. Writes wait while files are copied; look-ups go on. On a Qdrant server
+    """Copies all layers as they are at one moment. Writes wait while files are copied; lookups go on. On a Qdrant server
     each layer is copied at a moment of its own, and writes go on too.
     """
     ListSnapshots: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.ListSnapshotsRequest, _snapshots_pb2.ListSnapshotsResponse]
@@ -54,7 +54,7 @@ class SnapshotServiceAsyncStub(SnapshotServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSnapshot: _aio.UnaryStreamMultiCallable[_snapshots_pb2.CreateSnapshotRequest, _snapshots_pb2.CreateSnapshotResponse]  # type: ignore[assignment]
-    """Copies all layers as they are at one moment. Writes wait while files are copied; look-ups go on. On a Qdrant server
+    """Copies all layers as they are at one moment. Writes wait while files are copied; lookups go on. On a Qdrant server
     each layer is copied at a moment of its own, and writes go on too.
     """
     ListSnapshots: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.ListSnapshotsRequest, _snapshots_pb2.ListSnapshotsResponse]  # type: ignore[assignment]
@@ -75,7 +75,7 @@ class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _snapshots_pb2.CreateSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_snapshots_pb2.CreateSnapshotResponse], _abc.AsyncIterator[_snapshots_pb2.CreateSnapshotResponse]]:
-        """Copies all layers as they are at one moment. Writes wait while files are copied; look-ups go on. On a Qdrant server
+        """Copies all layers as they are at one moment. Writes wait while files are copied; lookups go on. On a Qdrant server
         each layer is copied at a moment of its own, and writes go on too.
         """
 

@@ -36,7 +36,7 @@ from router_service.backends.qdrant_server.options import WriteOrdering
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import Busy, CollectionClosed, DeadlineTooShort, StorageError
 
-# Queries per request; those of one look-up are under way together, for the server has more than one core.
+# Queries per request; those of one lookup are under way together, for the server has more than one core.
 _QUERIES_PER_CALL = 64
 _FLOATS_PER_UPDATE = 1 << 19
 _FLOATS_PER_PAGE = 1 << 20
@@ -109,7 +109,7 @@ class ServerCollection:
                 call.cancel()
 
     def _time_left(self, options: SearchOptions) -> float:
-        """Seconds for a look-up. Raises DeadlineTooShort."""
+        """Seconds for a lookup. Raises DeadlineTooShort."""
         if options.deadline is None:
             return self._options.timeout_s
         left = options.deadline - time.monotonic()

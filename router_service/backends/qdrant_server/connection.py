@@ -153,7 +153,7 @@ class Connection:
                 return self._unreachable(text)
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return BackendUnavailable(
-                    f"{where} did not answer within {timeout_s:.3g} s (look-ups: --qdrant-timeout-s)"
+                    f"{where} did not answer within {timeout_s:.3g} s (lookups: --qdrant-timeout-s)"
                 )
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
                 given = "the API key" if self.options.api_key else "a call without an API key"

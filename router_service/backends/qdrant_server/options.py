@@ -36,7 +36,7 @@ class ServerOptions:
     on_disk: bool | None = None
     wait: bool = True
     ordering: WriteOrdering = WriteOrdering.WEAK
-    timeout_s: float = 1.0  # of a look-up
+    timeout_s: float = 1.0  # of a lookup
     connections: int = 4
     rest_port: int | None = None  # None: the one before gRPC's
     named_by: str = BACKEND_SETTING  # what errors tell to change

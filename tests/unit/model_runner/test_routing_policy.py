@@ -27,7 +27,7 @@ EMPTY = 1
 
 @dataclass(frozen=True)
 class Asked:
-    """One look-up."""
+    """One lookup."""
 
     layer: int
     router_input: Tensor
