@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_runner.evaluation.nll import Scores, difference, score
-from model_runner.memory_builder.known_tokens import KnownTokens
-from model_runner.memory_builder.learner import OnlineLearner
+from model_runner.memory_builder.learner import KnownTokens, OnlineLearner
 from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel, load_model
 from model_runner.presets import PRESETS

@@ -31,7 +31,7 @@ from benchmarks.lanes import (
 from benchmarks.sidecars import LAMBDA0, QUANTIZATION, TOP_K, Sidecars, running_sidecars
 from benchmarks.timing import CacheSweep, Lane, batches, measure
 from model_runner.progress import Progress
-from router_service.memory_settings import PRESETS
+from router_service.memories.settings import PRESETS
 
 QUERIES = 2048
 HELD_OUT = 256

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.scaling_sizes import METHOD, Measured, Model, Row, line, value_floats
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,11 @@ from router_service.backends.base import (
     SearchOptions,
 )
 from router_service.backends.disk import allocated_bytes, copy_tree
-from router_service.backends.edge_engine import EngineShard, forget_configuration
-from router_service.backends.edge_requests import payload_indexes
+from router_service.backends.edge.engine import (
+    EngineShard,
+    forget_configuration,
+    payload_indexes,
+)
 from router_service.backends.points import GENERATION, Payload, Record, payload_of
 
 NEIGHBOURS, HNSW_EF = 32, 100

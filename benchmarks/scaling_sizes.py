@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 Row = dict[str, Any]
 GIB = 2**30

@@ -28,7 +28,7 @@ from benchmarks.scaling_sizes import (
     shards_per_layer,
     value_floats,
 )
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 # Share of entries or layers that is kept, and what the step is.
 LESS = (

@@ -20,7 +20,6 @@ from rich.table import Table
 from torch import Tensor
 
 from model_runner.architectures import Assignment
-from model_runner.batches import make_batch, token_nll
 from model_runner.evaluation.demo import DemoSettings, draw_texts
 from model_runner.evaluation.nll import Scores, difference, score
 from model_runner.memory_builder.layer_trace import LayerTrace
@@ -32,7 +31,7 @@ from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall
 from model_runner.router_inputs import collect_router_inputs
 from model_runner.small_moe import MODEL_DIR, data_file
-from model_runner.texts import Window, batched, read_windows
+from model_runner.texts import Window, batched, make_batch, read_windows, token_nll
 
 
 @dataclass(frozen=True, slots=True)

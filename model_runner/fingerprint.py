@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_runner.architectures.decoder import decoder_of
-from model_runner.architectures.discovery import find_router_sites
+from model_runner.architectures.discovery import decoder_of, find_router_sites
 from model_runner.architectures.site import RouterSite
 from model_runner.errors import UnsupportedModel
 

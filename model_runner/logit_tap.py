@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import find_router_sites
-from model_runner.architectures.logit_swap import swapped_logits
+from model_runner.architectures.generic import swapped_logits
 from model_runner.architectures.site import Assignment, RouterSite
 from model_runner.errors import HooksInUse
 

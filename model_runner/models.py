@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model_runner.architectures.decoder import decoder_of
+from model_runner.architectures.discovery import decoder_of
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint, model_fingerprint
 from model_runner.router_hooks import verify_hooks

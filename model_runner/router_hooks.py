@@ -20,8 +20,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from model_runner.architectures.decoder import BatchWatch, decoder_of
-from model_runner.architectures.discovery import find_router_sites
+from model_runner.architectures.discovery import BatchWatch, decoder_of, find_router_sites
 from model_runner.architectures.site import (
     Assignment,
     RouterArgs,

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model_runner.batches import make_batch
 from model_runner.router_hooks import RouterCall, RouterHooks
-from model_runner.texts import Window, batched
+from model_runner.texts import Window, batched, make_batch
 
 
 def collect_router_inputs(

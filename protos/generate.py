@@ -3,6 +3,7 @@
 The generated code is committed so that users need no compiler; a test regenerates it and compares.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parent
 
 def generate(out: Path) -> list[Path]:
     """Compiles every proto below ROOT into `out`; returns the files written. Raises RuntimeError on a proto error."""
+    # The plugins lie beside the interpreter, on the PATH or not.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.proto"))
     outputs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
     well_known = str(Path(protoc.__file__).parent / "_proto")

@@ -5,10 +5,18 @@ T tokens, K neighbours, N experts, k = top-k. A token with lambda 0 keeps its ow
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import numpy as np
 
 from router_service.arrays import F32, I32, Assignment, Bool
-from router_service.memory_settings import Support
+
+
+class Support(StrEnum):
+    """Which experts a blended assignment names."""
+
+    UNION = "union"
+    TOP_K = "top_k"
 
 
 def blend_assignments(

@@ -9,10 +9,10 @@ from typing import Any
 
 from router_service.backends.base import Backend
 from router_service.backends.qdrant_server.options import BACKEND_SETTING, ServerOptions, is_url
-from router_service.maintenance.shelf import Shelf
-from router_service.maintenance.snapshot_shelf import SnapshotShelf
-from router_service.memory_store import MemoryStore
+from router_service.memories.store import MemoryStore
 from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
+from router_service.snapshots.base import Shelf
+from router_service.snapshots.local import SnapshotShelf
 
 
 def make_store(
@@ -31,7 +31,7 @@ def make_store(
 
         backend: Backend = ExactBackend()
         return backend, MemoryStore(backend, None)
-    from router_service.backends.edge import EdgeBackend
+    from router_service.backends.edge.backend import EdgeBackend
 
     memories = settings.on_disk("memories")
     assert memories is not None  # noqa: S101  # ServiceSettings sees to it
@@ -49,7 +49,7 @@ def make_shelf(settings: ServiceSettings, backend: Backend, store: MemoryStore) 
     if not is_url(settings.backend):
         return SnapshotShelf(store, settings.on_disk("snapshots"), settings.min_free_bytes)
     from router_service.backends.qdrant_server.backend import ServerBackend
-    from router_service.maintenance.server_shelf import ServerShelf
+    from router_service.snapshots.server import ServerShelf
 
     assert isinstance(backend, ServerBackend)  # noqa: S101  # by make_store()
     return ServerShelf(store, backend)
@@ -76,8 +76,8 @@ def opened_store(
 
 def _on_server(options: ServerOptions, hits: Path | None) -> tuple[Backend, MemoryStore]:
     from router_service.backends.qdrant_server.backend import ServerBackend
-    from router_service.backends.qdrant_server.catalogue import ServerCatalogue
     from router_service.backends.qdrant_server.connection import Connection
+    from router_service.memories.server_catalogue import ServerCatalogue
 
     connection = Connection(options)
     try:

@@ -22,7 +22,7 @@ import pytest
 from qdrant_client import grpc as q
 
 from router_service.backends.base import Backend, Compression
-from router_service.backends.edge import EdgeBackend
+from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.exact import ExactBackend
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.connection import Connection

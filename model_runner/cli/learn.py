@@ -18,8 +18,7 @@ from knnmoe.v1.types_pb2 import SIMILARITY_RBF
 from model_runner.cli.evaluate import require_writable
 from model_runner.evaluation.nll import score
 from model_runner.memory_builder.builder import Keep
-from model_runner.memory_builder.known_tokens import KnownTokens
-from model_runner.memory_builder.learner import Learnt, OnlineLearner, recipe_of
+from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner, recipe_of
 from model_runner.memory_builder.recipes import Norm, Recipe
 from model_runner.memory_client import MemoryClient, require_same_model
 from model_runner.models import LoadedModel, load_model, window_length

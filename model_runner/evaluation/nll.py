@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model_runner.batches import Batch, make_batch, token_nll
 from model_runner.errors import BadInput
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import ExampleRef, Window, batched
+from model_runner.texts import Batch, ExampleRef, Window, batched, make_batch, token_nll
 
 F64 = NDArray[np.float64]
 

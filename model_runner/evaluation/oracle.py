@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from model_runner.architectures import Assignment
-from model_runner.batches import Batch, make_batch, token_nll
 from model_runner.evaluation.nll import Scores
 from model_runner.memory_builder.objective import router_gradients
 from model_runner.memory_builder.recipes import Recipe, entry_values
 from model_runner.progress import Progress
 from model_runner.router_hooks import RouterCall, RouterHooks
-from model_runner.texts import Window, batched
+from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 
 
 def oracle_scores(

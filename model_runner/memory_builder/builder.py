@@ -16,7 +16,6 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from torch import Tensor, nn
 
 from model_runner.architectures import Assignment
-from model_runner.batches import Batch, make_batch, token_nll
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.entries import (
@@ -32,7 +31,7 @@ from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
 from model_runner.memory_client import MemoryClient
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
-from model_runner.texts import Window, batched
+from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 from model_runner.upserter import Upserter
 
 # Windows whose gradients set each layer's median norm.

@@ -1,9 +1,10 @@
-"""What the service needs of a storage engine. Every backend passes tests/congruence against the NumPy one."""
+"""How writes make way for searches of the same collection."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +12,56 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
-from router_service.backends.pacing import Pacing
+
+# A collection that was searched this long ago counts as being searched.
+_RECENT_S = 0.5
+# While it is, writes rest this many times as long as they worked: they take 2 % of the engine.
+_REST = 50.0
+# And they wait while the service indexes what is new, so that lookups share the cores with one of the two at a time;
+# not longer than a caller's patience.
+_PATIENCE_S = 5.0
+_POLL_S = 0.02
+
+
+class Pacing:
+    """When a collection was searched and written to."""
+
+    def __init__(self) -> None:
+        self._searched = self._wrote = -float("inf")
+
+    def searched(self) -> None:
+        """A search begins."""
+        self._searched = time.monotonic()
+
+    @property
+    def searched_ago_s(self) -> float:
+        """Seconds since the last search began."""
+        return time.monotonic() - self._searched
+
+    @property
+    def wrote_ago_s(self) -> float:
+        """Seconds since the last write ended."""
+        return time.monotonic() - self._wrote
+
+    def patience(self) -> float:
+        """When a caller whose write begins now should no longer be kept waiting, on the monotonic clock."""
+        return time.monotonic() + _PATIENCE_S
+
+    def rest(self, worked_s: float, until: float = float("inf")) -> None:
+        """After a write that kept the engine for `worked_s`; not when it is later than `until`."""
+        self._wrote = time.monotonic()
+        if self.being_searched and self._wrote < until:
+            time.sleep(_REST * worked_s)
+
+    @property
+    def being_searched(self) -> bool:
+        """Whether searches go on."""
+        return self.searched_ago_s < _RECENT_S
+
+    def wait_while(self, indexing: Callable[[], bool], until: float) -> None:
+        """Before a write: waits while the service indexes on its own account, and searches go on."""
+        while indexing() and self.being_searched and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
 
 class Metric(StrEnum):
@@ -220,6 +270,14 @@ class Collection(Protocol):
         ...
 
 
+def pages(collection: Collection, page_entries: int, *, with_keys: bool) -> Iterator[Entries]:
+    """Every entry in the order of ids, at most `page_entries` at a time; no empty page."""
+    after: int | None = None
+    while len(page := collection.scroll(after, page_entries, with_keys=with_keys)):
+        yield page
+        after = int(page.ids[-1])
+
+
 @dataclass(frozen=True, slots=True)
 class FrozenFiles:
     """The files of a collection while nothing writes to them."""
@@ -286,4 +344,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Closes every collection and gives the storage back. Closing twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class Renaming(Protocol):
+    """A Backend in which collections take the names of others. Raises StorageError."""
+
+    def taking_over(self, names: Mapping[str, str]) -> AbstractContextManager[None]:
+        """Inside, each of the names leads to the collection of the other name, which leads nowhere.
+
+        Collections that are open stay those they are; when the inside raises, they become those that their names lead
+        to. No error where the other name is not there: then that is done already.
+        """
+        ...
+
+    def drop_replaced(self, name: str) -> None:
+        """Removes the collection that `name` led to before taking_over(); nobody may search it any more."""
         ...

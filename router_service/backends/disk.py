@@ -1,18 +1,65 @@
-"""Files that survive a crash: atomic writes, fsync of trees, copies that keep holes, a lock on a directory."""
+"""The one place where exceptions of the engine and of the file system become StorageErrors."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from router_service.backends.boundary import storage_call
-from router_service.errors import DirectoryInUse, DiskFull
+from router_service.errors import (
+    CorruptMemory,
+    DirectoryInUse,
+    DiskFull,
+    RoutingServiceError,
+    StorageError,
+)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# An open that fails on one of these says nothing about the files themselves.
+_NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
+
+
+@contextmanager
+def storage_call(action: str, *, opening: bool = False) -> Iterator[None]:
+    """Maps whatever fails inside to a StorageError that says what was attempted, e.g. "open /data/x".
+
+    The engine raises bare Exceptions, and panics that are BaseExceptions and would pass any `except Exception`.
+    `opening`: a failure without another cause means that the files are damaged.
+    """
+    try:
+        yield
+    except (RoutingServiceError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise _storage_error(error, action, opening) from error
+
+
+def _storage_error(error: BaseException, action: str, opening: bool) -> StorageError:
+    text = f"cannot {action}: {type(error).__name__}: {error}"
+    if "WouldBlock" in text:
+        return DirectoryInUse(
+            f"cannot {action}: another process has it open; stop it, or choose another directory"
+        )
+    if _has_errno(error, _FULL) or "No space left" in text or "StorageFull" in text:
+        return DiskFull(text)
+    if opening and not _has_errno(error, _NOT_DAMAGE):
+        return CorruptMemory(f"{text}; restore the memory from a snapshot")
+    return StorageError(text)
+
+
+def _has_errno(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    """Whether an OSError, or the engine's text of one, carries one of these numbers."""
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"os error {number})" in str(error) for number in numbers)
+
 
 _COPY_BYTES = 1 << 22
 _GIB = 1 << 30
@@ -181,3 +228,84 @@ class DirectoryLock:
     def release(self) -> None:
         """Gives the directory back. Releasing twice is allowed."""
         self._file.close()
+
+
+_BLOCK_BYTES = 1 << 20
+_ZEROS = bytes(_BLOCK_BYTES)
+# The kernel does not copy between these two files by itself.
+_NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds: `content_bytes` bytes with this SHA-256 (hex), then zeros up to `size_bytes`."""
+
+    size_bytes: int
+    content_bytes: int
+    sha256: str
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file to the new file `target`, holes staying holes. Raises OSError."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        for start, stop in _sparse_data_ranges(reader.fileno()):
+            _copy_sparse_range(reader.fileno(), writer.fileno(), start, stop)
+        os.ftruncate(writer.fileno(), os.fstat(reader.fileno()).st_size)
+
+
+def read_content(path: Path) -> Content:
+    """Reads a file to its end. Raises OSError."""
+    digest, summed = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for offset, block in _data_blocks(file.fileno()):
+            for _ in range((offset - summed) // _BLOCK_BYTES):
+                digest.update(_ZEROS)
+            digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])
+            body = block.rstrip(b"\0")
+            digest.update(body)
+            summed = offset + len(body)
+        size = os.fstat(file.fileno()).st_size
+    return Content(size, summed, digest.hexdigest())
+
+
+def _data_blocks(descriptor: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of the blocks that are not all zeros."""
+    for start, stop in _sparse_data_ranges(descriptor):
+        while block := os.pread(descriptor, min(_BLOCK_BYTES, stop - start), start):
+            if block != _ZEROS[: len(block)]:
+                yield start, block
+            start += len(block)
+
+
+def _sparse_data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are not holes."""
+    stop = 0
+    while (start := _next_data(descriptor, stop)) is not None:
+        stop = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, stop
+
+
+def _next_data(descriptor: int, offset: int) -> int | None:
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # only a hole is left, or nothing
+            return None
+        raise
+
+
+def _copy_sparse_range(reader: int, writer: int, start: int, stop: int) -> None:
+    """One call for all of it, so as not to wait for the GIL in between; where it can, the file system only shares."""
+    while start < stop:
+        try:
+            copied = os.copy_file_range(reader, writer, stop - start, start, start)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            copied = 0
+        if not copied:
+            block = os.pread(reader, min(_BLOCK_BYTES, stop - start), start)
+            copied = os.pwrite(writer, block, start)
+        if not copied:
+            raise OSError(errno.EIO, "the file became shorter while it was copied")
+        start += copied

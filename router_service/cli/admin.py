@@ -8,7 +8,6 @@ import typer
 
 from router_service import __version__
 from router_service.cli import (
-    delete_command,
     doctor_command,
     entry_commands,
     import_command,
@@ -17,15 +16,15 @@ from router_service.cli import (
     merge_command,
     migrate_command,
     operation_commands,
-    prune_command,
-    quantize_command,
+    retention_commands,
     snapshot_commands,
 )
+from router_service.cli import job_commands as quantize_command
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import AdminError
-from router_service.cli.admin_output import Output
-from router_service.cli.admin_session import Session
+from router_service.cli.errors import AdminError
 from router_service.cli.help_text import ExampleCommand, ExampleGroup
+from router_service.cli.output import Output
+from router_service.cli.session import Session
 
 
 class AdminGroup(ExampleGroup):
@@ -52,14 +51,14 @@ app.add_typer(snapshot_commands.app, name="snapshot")
 app.add_typer(operation_commands.app, name="operations")
 for _command in (
     entry_commands.upsert,
-    delete_command.delete,
+    retention_commands.delete,
     entry_commands.count,
     entry_commands.export,
     merge_command.merge,
     migrate_command.migrate,
     job_commands.calibrate,
     job_commands.optimize,
-    prune_command.prune,
+    retention_commands.prune,
     quantize_command.quantize,
     job_commands.stats,
     job_commands.health,

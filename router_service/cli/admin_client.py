@@ -22,7 +22,7 @@ from knnmoe.v1 import (
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 
-from router_service.cli.admin_errors import AdminError, ServiceRefused, admin_error
+from router_service.cli.errors import AdminError, ServiceRefused, admin_error
 
 DEFAULT_TIMEOUT_S = 10.0
 # Upsert requests on their way before the next acknowledgement is awaited.

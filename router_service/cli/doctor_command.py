@@ -14,9 +14,9 @@ from rich.console import Console
 
 from router_service import __version__
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import BadInput, ExitCode, Unreachable
-from router_service.cli.admin_output import plain
-from router_service.cli.admin_session import session_of
+from router_service.cli.errors import BadInput, ExitCode, Unreachable
+from router_service.cli.output import plain
+from router_service.cli.session import session_of
 from router_service.doctor import Finding, Severity, diagnose_directory
 from router_service.doctor.findings import error, warning
 from router_service.settings import ServiceSettings

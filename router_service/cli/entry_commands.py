@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from knnmoe.v1 import memory_admin_pb2 as pb
 
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.admin_options import MemoryName
-from router_service.cli.admin_output import plain, table
-from router_service.cli.admin_session import session_of
 from router_service.cli.entry_files import FileError, format_of, open_reader
 from router_service.cli.entry_transfer import Upload, download, shape_of
+from router_service.cli.errors import BadInput
+from router_service.cli.options import MemoryName
+from router_service.cli.output import plain, table
+from router_service.cli.session import session_of
 
 
 def upsert(

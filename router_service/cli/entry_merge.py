@@ -15,8 +15,8 @@ from knnmoe.v1 import routing_pb2 as routing_pb
 
 from router_service.arrays import U64, Bool, Entries
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import ServiceRefused
 from router_service.cli.entry_transfer import shape_of
+from router_service.cli.errors import ServiceRefused
 from router_service.rpc import codec
 
 

@@ -13,11 +13,11 @@ from knnmoe.v1 import routing_pb2 as routing_pb
 from knnmoe.v1 import types_pb2 as types_pb
 
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import BadInput, ServiceRefused
 from router_service.cli.entry_files import EntryBatch, EntryShape, FileError, format_of, open_writer
 from router_service.cli.entry_files.batches import EntryReader, EntryWriter, regroup
+from router_service.cli.errors import BadInput, ServiceRefused
 from router_service.cli.file_description import FileDescription, metadata_for
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 from router_service.rpc import codec
 
 _ROW_OF_FIELD = re.compile(r"entries\.[a-z_.]+\[(\d+)\]")

@@ -10,9 +10,9 @@ from typing import Any
 from knnmoe.v1 import routing_pb2 as routing_pb
 from knnmoe.v1 import types_pb2 as types_pb
 
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.admin_output import parse_plain, plain
 from router_service.cli.entry_files import FileError, read_metadata
+from router_service.cli.errors import BadInput
+from router_service.cli.output import parse_plain, plain
 
 # The key in the file's metadata, and the version of what is found there.
 KEY = "knnmoe"

@@ -14,13 +14,13 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.admin_session import Session, session_of
 from router_service.cli.entry_files import FileError, open_reader
 from router_service.cli.entry_files.batches import EntryReader, regroup
 from router_service.cli.entry_transfer import Upload, shape_of
+from router_service.cli.errors import BadInput
 from router_service.cli.file_description import FileDescription, description_from, description_of
 from router_service.cli.same_memory import Described, require_same_entries, require_same_settings
+from router_service.cli.session import Session, session_of
 
 
 def import_memory(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from router_service.cli.admin_errors import Interrupted
+from router_service.cli.errors import Interrupted
 
 
 @contextmanager

@@ -11,12 +11,11 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 from rich.console import Console
 
-from router_service.cli import admin_options as options
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.admin_output import plain, table
-from router_service.cli.admin_session import Session, session_of
-from router_service.cli.confirmation import confirm
+from router_service.cli import options as options
+from router_service.cli.errors import BadInput
 from router_service.cli.help_text import ExampleCommand
+from router_service.cli.output import confirm, plain, table
+from router_service.cli.session import Session, session_of
 
 app = typer.Typer(
     help="Make, look at, change and remove memories.", no_args_is_help=True, rich_markup_mode=None

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.admin_output import table
-from router_service.cli.admin_session import session_of
 from router_service.cli.entry_merge import Conflict, Merge, MergeCounts, Side
+from router_service.cli.errors import BadInput
+from router_service.cli.output import table
 from router_service.cli.same_memory import require_same_entries
+from router_service.cli.session import session_of
 
 
 def merge(

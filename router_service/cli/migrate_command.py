@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from router_service.cli import migration_report, qdrant_options
-from router_service.cli.admin_errors import AdminError, BadInput, Interrupted
-from router_service.cli.admin_session import Session, session_of
+from router_service.cli import migration_report, options
+from router_service.cli.errors import AdminError, BadInput, Interrupted
 from router_service.cli.interrupts import interruptible
 from router_service.cli.migration_moves import (
     Ends,
@@ -23,9 +22,10 @@ from router_service.cli.migration_moves import (
     wanted_records,
 )
 from router_service.cli.places import opened_source, opened_target, place_name, store_errors
-from router_service.migration.moving import Progress
-from router_service.routing_memory import MemoryRecord
+from router_service.cli.session import Session, session_of
+from router_service.memories.memory import MemoryRecord
 from router_service.settings import QdrantSettings
+from router_service.transfer.moving import Progress
 
 _INTERRUPTED = "interrupted; what was written stays, and running the same command again goes on"
 
@@ -84,14 +84,14 @@ def migrate(
             "e.g. --no-optimize.",
         ),
     ] = True,
-    qdrant_api_key_file: qdrant_options.ApiKeyFile = None,
-    qdrant_ca_file: qdrant_options.CaFile = None,
-    qdrant_prefix: qdrant_options.Prefix = None,
-    qdrant_shard_number: qdrant_options.ShardNumber = None,
-    qdrant_replication_factor: qdrant_options.ReplicationFactor = None,
-    qdrant_write_consistency_factor: qdrant_options.WriteConsistencyFactor = None,
-    qdrant_on_disk: qdrant_options.OnDisk = None,
-    qdrant_write_ordering: qdrant_options.Ordering = None,
+    qdrant_api_key_file: options.ApiKeyFile = None,
+    qdrant_ca_file: options.CaFile = None,
+    qdrant_prefix: options.Prefix = None,
+    qdrant_shard_number: options.ShardNumber = None,
+    qdrant_replication_factor: options.ReplicationFactor = None,
+    qdrant_write_consistency_factor: options.WriteConsistencyFactor = None,
+    qdrant_on_disk: options.OnDisk = None,
+    qdrant_write_ordering: options.Ordering = None,
 ) -> None:
     """Move memories between a service, Qdrant servers and data directories; the source stays as it is.
 
@@ -107,7 +107,7 @@ def migrate(
       router-admin migrate law --from ./memories --to http://qdrant:6334 --as law-2
 
     """
-    qdrant = qdrant_options.qdrant_settings(locals())
+    qdrant = options.qdrant_settings(locals())
     session, started = session_of(context), time.monotonic()
     if as_name is not None and len(memory or ()) != 1:
         raise BadInput("--as names one memory in its new place; name that one memory, too")

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 from knnmoe.v1 import types_pb2 as types_pb
 
-from router_service.cli.admin_errors import AdminError, BadInput
+from router_service.cli.errors import AdminError, BadInput
 from router_service.cli.places import PlaceName
 from router_service.cli.same_memory import require_same_entries
 from router_service.errors import shorten
-from router_service.memory_settings import MemorySettings
-from router_service.migration import LayerIndex, Migration, Outcome, Place, Untouched, bring_indexes
-from router_service.migration.moving import Progress
-from router_service.routing_memory import MemoryRecord
+from router_service.memories.memory import MemoryRecord
+from router_service.memories.settings import MemorySettings
 from router_service.rpc import codec
+from router_service.transfer import LayerIndex, Migration, Outcome, Place, Untouched, bring_indexes
+from router_service.transfer.moving import Progress
 
 _NAMES_TOLD = 20
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from router_service.cli.admin_output import table
 from router_service.cli.migration_moves import Ends, Move
+from router_service.cli.output import table
 from router_service.errors import shorten
-from router_service.migration import LayerCounts
+from router_service.transfer import LayerCounts
 
 # Hex digits of a checksum in a table; --json has them all.
 _SHOWN_DIGITS = 16

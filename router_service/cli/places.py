@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from router_service.backends.exact import ExactBackend
 from router_service.backends.qdrant_server.options import GRPC_PORT, REST_PORT, is_url, parse_url
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import AdminError, BadInput, Unreachable
+from router_service.cli.errors import AdminError, BadInput, Unreachable
 from router_service.cli.service_place import ServicePlace
 from router_service.errors import (
     BackendUnavailable,
@@ -22,10 +22,10 @@ from router_service.errors import (
     RoutingServiceError,
     shorten,
 )
-from router_service.memory_store import MemoryStore
-from router_service.migration import Place, StorePlace
+from router_service.memories.store import MemoryStore
 from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
+from router_service.transfer import Place, StorePlace
 
 EMBEDDED = "embedded"
 _EXPECTED = "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server, or a data directory"

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from knnmoe.v1 import types_pb2 as types_pb
 
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.admin_output import plain
+from router_service.cli.errors import BadInput
+from router_service.cli.output import plain
 from router_service.errors import shorten
 
 

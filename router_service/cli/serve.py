@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from router_service import __version__
-from router_service.cli import qdrant_options
+from router_service.cli import options
 from router_service.cli.help_text import ExampleCommand, ExampleGroup
 from router_service.errors import InvalidRequest, RoutingServiceError
 from router_service.rpc.server import RoutingServer
@@ -84,18 +84,18 @@ def serve(
     optimize_above_mib: Annotated[
         int | None, typer.Option(help=_help("optimize_above_mib"))
     ] = None,
-    qdrant_api_key_file: qdrant_options.ApiKeyFile = None,
-    qdrant_ca_file: qdrant_options.CaFile = None,
-    qdrant_prefix: qdrant_options.Prefix = None,
-    qdrant_shard_number: qdrant_options.ShardNumber = None,
-    qdrant_replication_factor: qdrant_options.ReplicationFactor = None,
-    qdrant_write_consistency_factor: qdrant_options.WriteConsistencyFactor = None,
-    qdrant_on_disk: qdrant_options.OnDisk = None,
-    qdrant_wait: qdrant_options.Wait = None,
-    qdrant_write_ordering: qdrant_options.Ordering = None,
-    qdrant_timeout_s: qdrant_options.Timeout = None,
-    qdrant_connections: qdrant_options.Connections = None,
-    qdrant_rest_port: qdrant_options.RestPort = None,
+    qdrant_api_key_file: options.ApiKeyFile = None,
+    qdrant_ca_file: options.CaFile = None,
+    qdrant_prefix: options.Prefix = None,
+    qdrant_shard_number: options.ShardNumber = None,
+    qdrant_replication_factor: options.ReplicationFactor = None,
+    qdrant_write_consistency_factor: options.WriteConsistencyFactor = None,
+    qdrant_on_disk: options.OnDisk = None,
+    qdrant_wait: options.Wait = None,
+    qdrant_write_ordering: options.Ordering = None,
+    qdrant_timeout_s: options.Timeout = None,
+    qdrant_connections: options.Connections = None,
+    qdrant_rest_port: options.RestPort = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
 ) -> None:
@@ -125,7 +125,7 @@ def serve(
 def _settings(flags: dict[str, Any]) -> ServiceSettings:
     others = {name: value for name, value in flags.items() if not name.startswith("qdrant_")}
     with _problems_of("qdrant_"):
-        others["qdrant"] = QdrantSettings(**qdrant_options.qdrant_fields(flags))
+        others["qdrant"] = QdrantSettings(**options.qdrant_fields(flags))
     with _problems_of(""):
         return ServiceSettings(**others)
 

@@ -13,12 +13,12 @@ from knnmoe.v1 import routing_pb2 as routing_pb
 from router_service.arrays import U64, Entries
 from router_service.backends.base import Compression, Report
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.admin_errors import ServiceRefused
-from router_service.identity import ModelFingerprint
-from router_service.memory_settings import MemorySettings
-from router_service.migration import LayerState
-from router_service.routing_memory import MemoryRecord
+from router_service.cli.errors import ServiceRefused
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories.memory import MemoryRecord
+from router_service.memories.settings import MemorySettings
 from router_service.rpc import codec
+from router_service.transfer import LayerState
 
 _REFUSED = "ERROR_REASON_INVALID_FIELD"
 

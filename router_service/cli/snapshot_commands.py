@@ -8,13 +8,12 @@ from typing import Annotated, Any
 import typer
 from knnmoe.v1 import snapshots_pb2 as pb
 
-from router_service.cli.admin_errors import AdminError, BadInput
-from router_service.cli.admin_options import MemoryName
-from router_service.cli.admin_output import plain, table
-from router_service.cli.admin_session import Session, session_of
-from router_service.cli.confirmation import confirm
+from router_service.cli.errors import AdminError, BadInput
 from router_service.cli.help_text import ExampleCommand
-from router_service.cli.operation_stream import followed
+from router_service.cli.operation_commands import followed
+from router_service.cli.options import MemoryName
+from router_service.cli.output import confirm, plain, table
+from router_service.cli.session import Session, session_of
 
 app = typer.Typer(
     help="Whole copies of memories: make, check, restore and move them.",

@@ -3,6 +3,7 @@
 Nothing here reads a clock, logs or changes a collection: cut-off times, hit counts and seeds come from the caller.
 """
 
+from router_service.arrays import HitCounts, OwnAssignments
 from router_service.retention.plan import (
     Age,
     Agreement,
@@ -16,11 +17,10 @@ from router_service.retention.plan import (
     Strength,
     Use,
     reason_of,
+    validate,
 )
-from router_service.retention.plan_checks import validate
 from router_service.retention.pruning import PruneOptions, PruneResult, plan_prune
-from router_service.retention.reading import LayerReading
-from router_service.retention.tables import HitCounts, OwnAssignments
+from router_service.retention.scores import LayerReading
 
 __all__ = [
     "Age",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from router_service.arrays import U64, Bool
-from router_service.retention.tables import F64, Rows, rows_of
+from router_service.arrays import F32, F64, U64, Bool, Entries, Rows, rows_of
+from router_service.backends.base import Collection, pages
 
 U32 = NDArray[np.uint32]
 _STAYS = np.int8(127)
@@ -67,3 +69,37 @@ class Ledger:
         """Whether ids [...] are known and still in."""
         rows, known = self.rows_of(ids)
         return known & (self.reasons[rows] == 0) if len(self) else known
+
+
+def kept_pages(
+    collection: Collection, ledger: Ledger, page_entries: int
+) -> Iterator[tuple[Rows, Entries]]:
+    """Entries that are still in when their page comes, with keys, and their rows in the ledger."""
+    for page in pages(collection, page_entries, with_keys=True):
+        chosen = np.flatnonzero(ledger.keeps(page.ids))
+        if len(chosen):
+            rows, _ = ledger.rows_of(page.ids[chosen])
+            yield rows, page.take(chosen)
+
+
+def key_blocks(
+    parts: Iterator[tuple[Rows, Entries]], block_entries: int
+) -> Iterator[tuple[Rows, F32]]:
+    """Rows and keys in blocks of exactly `block_entries` (the last one less), however the pages fell."""
+    rows: list[Rows] = []
+    keys: list[F32] = []
+    for page_rows, page in parts:
+        rows.append(page_rows)
+        keys.append(page.keys)
+        while sum(map(len, rows)) >= block_entries:
+            joined_rows, joined_keys = np.concatenate(rows), np.concatenate(keys)
+            yield joined_rows[:block_entries], joined_keys[:block_entries]
+            rows, keys = [joined_rows[block_entries:]], [joined_keys[block_entries:]]
+    if sum(map(len, rows)):
+        yield np.concatenate(rows), np.concatenate(keys)
+
+
+def entries_of(collection: Collection, ids: Sequence[int]) -> list[Entries]:
+    """The entries of these ids, one by one and with keys; those that are gone are left out."""
+    found = [collection.scroll(number - 1 if number else None, 1) for number in ids]
+    return [one for one, number in zip(found, ids, strict=True) if list(one.ids) == [number]]

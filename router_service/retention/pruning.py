@@ -1,23 +1,23 @@
-"""Which entries of one layer a plan drops, found page by page.
-
-Of all n entries only ids, gains, reasons, a score per policy and the links between near-duplicates are in RAM; keys and
-values never more than a page, a coverage block or one search at a time. An entry that others write meanwhile is neither
-judged nor dropped, but one that they replace is judged as it was: hold writes while deleting.
-"""
+"""The stages of a run over one layer that look at keys or neighbours; each drops entries in the ledger."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from router_service.arrays import U64
-from router_service.backends.base import Collection
+from router_service.arrays import F64, NO_ID, U64, Bool, Entries, Neighbours, Rows, mixed_ids
+from router_service.backends.base import Collection, pages
 from router_service.errors import InvalidField
-from router_service.retention import scores, stages
-from router_service.retention.ledger import U32, Ledger
-from router_service.retention.pages import pages
+from router_service.retention import policies, scores
+from router_service.retention.ledger import (
+    U32,
+    Ledger,
+    entries_of,
+    kept_pages,
+    key_blocks,
+)
 from router_service.retention.plan import (
     Agreement,
     Coverage,
@@ -27,10 +27,120 @@ from router_service.retention.plan import (
     PrunePlan,
     RowPolicy,
     reason_of,
+    validate,
 )
-from router_service.retention.plan_checks import validate
-from router_service.retention.reading import LayerReading
-from router_service.retention.tables import F64
+from router_service.retention.policies import Search, expected_effect
+from router_service.retention.scores import LayerReading
+
+# Neighbours asked for at first when looking for duplicates: most entries have none.
+_FIRST_WIDTH = 8
+# Another stream of numbers than Random's: a sample of its victims would be no sample.
+_SAMPLE_SALT = 0x5EED0FEFFEC7
+
+
+@dataclass(slots=True)
+class Run:
+    """A run over one layer of n entries."""
+
+    collection: Collection
+    reading: LayerReading
+    page_entries: int
+    on_page: Callable[[str, int], None]
+    ledger: Ledger
+    gains: F64  # [n], in nats
+    # Rows whose neighbourhood was too full of dropped entries or of equals to be seen whole.
+    cut_off: Bool = field(init=False)  # [n]
+
+    def __post_init__(self) -> None:
+        self.cut_off = np.zeros(len(self.ledger), np.bool_)
+
+    @property
+    def search(self) -> Search:
+        """Searches among the entries that are still in."""
+        return self._search(self.ledger.keeps)
+
+    @property
+    def search_of_all(self) -> Search:
+        """Searches among all entries."""
+        return self._search(lambda ids: ids != NO_ID)
+
+    def _search(self, keeps: Callable[[U64], Bool]) -> Search:
+        options = self.reading.settings.search
+        return Search(self.collection, options, keeps, self.reading.num_experts)
+
+    def kept_pages(self, stage: str) -> Iterator[tuple[Rows, Entries]]:
+        """See pages.kept_pages; reports progress."""
+        done = 0
+        for rows, page in kept_pages(self.collection, self.ledger, self.page_entries):
+            yield rows, page
+            done += len(rows)
+            self.on_page(stage, done)
+
+
+def agreement_scores(run: Run, policy: Agreement) -> F64:
+    """See policies.leave_one_out_agreement, for all n entries; inf for those that are out."""
+    agreement = np.full(len(run.ledger), np.inf)
+    for rows, page in run.kept_pages(policy.name):
+        found, cut_off = run.search.nearest_elsewhere(page, policy.neighbours)
+        judged = policies.leave_one_out_agreement(page.values, found, run.reading, policy)
+        agreement[rows] = judged
+        run.cut_off[rows[cut_off]] = True
+    return agreement
+
+
+def redundant(run: Run, policy: NearDuplicates) -> Bool:
+    """See policies.redundant, for all n entries."""
+    place = policies.places(run.gains)
+    links = policies.joined(list(_links(run, policy, place)))
+    truncated = np.zeros(len(run.ledger), np.bool_)
+    truncated[links.truncated] = True
+    return policies.redundant(links, place, truncated)
+
+
+def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[policies.Links]:
+    """Links page by page; each entry sees every neighbour that is near enough, or is marked as truncated."""
+
+    def enough(found: Neighbours, _: Bool) -> Bool:
+        return ~policies.within(found.distances[:, -1], run.reading, policy)
+
+    for rows, page in run.kept_pages(policy.name):
+        for found in run.search.widening(page, _FIRST_WIDTH, enough, other_examples=False):
+            slots, mine = found.neighbours, page.values[found.rows]
+            near = policies.near_pairs(mine, slots.values, slots.distances, run.reading, policy)
+            others, _ = run.ledger.rows_of(slots.ids)
+            near &= found.counted
+            run.cut_off[rows[found.rows[found.cut_off]]] = True
+            yield policies.links_to_better(rows[found.rows], others, near, place, found.cut_off)
+
+
+def not_covering(run: Run, policy: Coverage, size: int) -> Bool:
+    """Which of the n entries go when `size` are to cover the keys: see policies.centres_by_block."""
+    going = run.ledger.kept
+    blocks = key_blocks(run.kept_pages(policy.name), policy.block_entries)
+    for centres in policies.centres_by_block(blocks, size, int(going.sum())):
+        going[centres] = False
+    return going
+
+
+def lowest(run: Run, ranked: F64, size: int) -> Bool:
+    """Which of the n entries go when the `size` highest scores stay."""
+    kept = run.ledger.kept
+    return scores.lowest(ranked, kept, int(kept.sum()) - size)
+
+
+def effect_on_sample(run: Run, queries: int, seed: int) -> dict[str, float]:
+    """See effect.expected_effect, on a random sample of the layer's own entries, dropped ones included."""
+    mixed = mixed_ids(run.ledger.ids, seed ^ _SAMPLE_SALT)
+    chosen = np.sort(np.argsort(mixed, kind="stable")[:queries])
+    parts = entries_of(run.collection, run.ledger.ids[chosen].tolist())
+    if not parts:
+        return {}
+    sample, k = Entries.concat(parts), run.reading.settings.neighbours
+    before, _ = run.search_of_all.nearest_elsewhere(sample, k)
+    after, cut_off = run.search.nearest_elsewhere(sample, k)
+    rows, _ = run.ledger.rows_of(sample.ids)
+    run.cut_off[rows[cut_off]] = True
+    return expected_effect(sample.values, before, after, run.reading)
 
 
 def _ignore(stage: str, entries: int) -> None:
@@ -79,9 +189,7 @@ def plan_prune(
     validate(plan, reading.settings.kind)
     columns = _read_columns(collection, plan, reading, options)
     ledger = Ledger(columns.ids)
-    run = stages.Run(
-        collection, reading, options.page_entries, options.on_page, ledger, columns.gains
-    )
+    run = Run(collection, reading, options.page_entries, options.on_page, ledger, columns.gains)
     forget = _forget_of(plan)
     _require_enough_left(plan, columns.scores.get(forget))
     for number, policy in plan.in_order():
@@ -123,32 +231,32 @@ def _read_columns(
     return _Columns(np.concatenate(ids), np.concatenate(gains), columns)
 
 
-def _apply(run: stages.Run, number: int, policy: Policy, row_scores: F64 | None) -> None:
+def _apply(run: Run, number: int, policy: Policy, row_scores: F64 | None) -> None:
     """Drops what a policy with a threshold drops."""
     if isinstance(policy, NearDuplicates):
-        run.ledger.drop(number, stages.redundant(run, policy), run.gains)
+        run.ledger.drop(number, redundant(run, policy), run.gains)
     elif not isinstance(policy, Coverage) and policy.threshold is not None:
         found = _scores_of(run, policy, row_scores)
         run.ledger.drop(number, found < policy.threshold, found)
 
 
-def _scores_of(run: stages.Run, policy: RowPolicy | Agreement, row_scores: F64 | None) -> F64:
+def _scores_of(run: Run, policy: RowPolicy | Agreement, row_scores: F64 | None) -> F64:
     """Scores [n]: those of the first pass, or a pass of their own."""
     if isinstance(policy, Agreement):
-        return stages.agreement_scores(run, policy)
+        return agreement_scores(run, policy)
     return np.zeros(len(run.ledger)) if row_scores is None else row_scores
 
 
-def _shrink(run: stages.Run, plan: PrunePlan, columns: _Columns) -> None:
+def _shrink(run: Run, plan: PrunePlan, columns: _Columns) -> None:
     """Drops the lowest of what is left, down to max_entries."""
     ranking, size = plan.ranking(), plan.max_entries
     if ranking is None or size is None or run.ledger.kept.sum() <= size:
         return
     number, policy = ranking
     if isinstance(policy, Coverage):
-        going = stages.not_covering(run, policy, size)
+        going = not_covering(run, policy, size)
     elif not isinstance(policy, NearDuplicates):
-        going = stages.lowest(run, _scores_of(run, policy, columns.scores.get(number)), size)
+        going = lowest(run, _scores_of(run, policy, columns.scores.get(number)), size)
     run.ledger.drop(number, going, np.zeros(len(run.ledger)))
 
 
@@ -170,14 +278,14 @@ def _require_enough_left(plan: PrunePlan, remembered: F64 | None) -> None:
         raise InvalidField("plan.keep_at_least", plan.keep_at_least, expected)
 
 
-def _result(run: stages.Run, plan: PrunePlan, rescued: int, options: PruneOptions) -> PruneResult:
+def _result(run: Run, plan: PrunePlan, rescued: int, options: PruneOptions) -> PruneResult:
     ledger = run.ledger
     dropped = ~ledger.kept
     reasons = {
         reason_of(policy): int(ledger.dropped_by(number).sum())
         for number, policy in enumerate(plan.policies)
     }
-    effect = stages.effect_on_sample(run, options.effect_queries, options.seed)
+    effect = effect_on_sample(run, options.effect_queries, options.seed)
     return PruneResult(
         entries=len(ledger),
         ids_to_drop=ledger.ids[dropped],

@@ -1,15 +1,95 @@
-"""How much an entry is worth keeping, from the entry alone: one number each, higher stays. Pure functions."""
+"""How a layer reads its entries, as far as retention needs it. Pure functions.
+
+T tokens, K neighbours, N experts, W = width of a value row. Values are compared dense: N logit deltas, or N weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection as Container
+from dataclasses import dataclass
 
 import numpy as np
 
-from router_service.arrays import Bool, Entries, ExampleRef
-from router_service.memory_settings import Kind
-from router_service.retention.reading import LayerReading, overlap
-from router_service.retention.tables import F64, HitCounts, OwnAssignments
+from router_service import blending, kernels
+from router_service.arrays import F32, F64, Bool, Entries, ExampleRef, HitCounts, OwnAssignments
+from router_service.memories.settings import Kind, MemorySettings, Similarity
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReading:
+    """One layer's place in its memory and the settings by which it is read."""
+
+    layer: int
+    num_experts: int
+    settings: MemorySettings
+
+    def similarities(self, distances: F32) -> F32:
+        """Kernel values of distances [...] as Collection.search reports them."""
+        if self.settings.similarity is Similarity.RBF:
+            return kernels.rbf_similarity(distances, self.settings.gamma_of(self.layer))
+        return kernels.cosine_similarity(distances)
+
+    def lambdas(self, similarities: F32) -> F32:
+        """Lambda [T] of similarities [T, K]; 0 where routing would abstain. As if the layer were switched on."""
+        if self.settings.kind is Kind.ASSIGNMENT:
+            lambdas = kernels.mean_lambda(similarities)
+        else:
+            lambdas = kernels.shrunk_lambda(similarities, self.settings.null_weight)
+        return np.where(lambdas > self.settings.min_lambda, lambdas, np.float32(0))
+
+    def dense(self, values: F32) -> F32:
+        """Value rows [..., W] as [..., N] logit deltas or expert weights."""
+        if self.settings.kind is Kind.LOGIT_DELTA:
+            return values
+        flat = values.reshape(-1, values.shape[-1])
+        top_k = flat.shape[1] // 2
+        experts = flat[:, :top_k].astype(np.int32)
+        rows = blending.scatter_dense(experts, flat[:, top_k:], self.num_experts)
+        return rows.reshape(*values.shape[:-1], self.num_experts)
+
+    def agreement(self, one: F32 | F64, other: F32 | F64) -> F64:
+        """How far dense values [..., N] say the same: cosine of deltas, overlap in [0, 1] of assignments."""
+        return (overlap if self.settings.kind is Kind.ASSIGNMENT else cosine)(one, other)
+
+    def contribution(self, values: F32, similarities: F32) -> F64:
+        """What neighbours' dense values [T, K, N] add to a token's own routing [T, N].
+
+        eta sum_j s_j u_j / (sum_j s_j + s0) for logit deltas, lambda a_mem for assignments; 0 for abstaining tokens.
+        """
+        deltas = self.settings.kind is Kind.LOGIT_DELTA
+        scale = self.settings.step_size_of(self.layer) if deltas else 1.0
+        lambdas = self.lambdas(similarities).astype(np.float64)
+        return scale * lambdas[:, None] * kernel_average(values, similarities)
+
+
+def kernel_average(values: F32, similarities: F32) -> F64:
+    """sum_j s_j v_j / sum_j s_j [T, N] of dense values [T, K, N], similarities [T, K]; 0 where all s_j are 0."""
+    wide = similarities.astype(np.float64)
+    total = wide.sum(axis=1, keepdims=True)
+    shares = np.divide(wide, total, out=np.zeros_like(wide), where=total > 0)
+    average: F64 = np.einsum("tk,tkn->tn", shares, values)
+    return average
+
+
+def cosine(one: F32 | F64, other: F32 | F64) -> F64:
+    """Cosine [...] of vectors [..., N]; exactly 1 for equal ones, 0 when one of them is zero."""
+    left, right = one.astype(np.float64), other.astype(np.float64)
+    dots = (left * right).sum(axis=-1)
+    norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    cosines = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return np.where((left == right).all(axis=-1), 1.0, np.clip(cosines, -1.0, 1.0))
+
+
+def overlap(one: F32 | F64, other: F32 | F64) -> F64:
+    """Sum of the smaller weights [...] of assignments [..., N] scaled to total 1, that is 1 - L1 / 2; in [0, 1]."""
+    shared = np.minimum(_to_total_one(one), _to_total_one(other)).sum(axis=-1)
+    return np.where((one == other).all(axis=-1), 1.0, np.clip(shared, 0.0, 1.0))
+
+
+def _to_total_one(weights: F32 | F64) -> F64:
+    wide = weights.astype(np.float64)
+    total = wide.sum(axis=-1, keepdims=True)
+    return np.divide(wide, total, out=np.zeros_like(wide), where=total > 0)
 
 
 def created_unix_ms(page: Entries) -> F64:

@@ -13,11 +13,12 @@ from knnmoe.v1 import types_pb2 as types_pb
 
 from router_service import __version__
 from router_service.arrays import F32, U64, AnyArray, Assignment, Entries, ExampleRef, Provenance
+from router_service.blending import Support
 from router_service.errors import InvalidField, InvalidTensor
-from router_service.identity import ModelFingerprint
-from router_service.layer_memory import RouteAnswer, RouteQuery
-from router_service.memory_settings import Kind, MemorySettings, Similarity, Support, preset
-from router_service.routing_memory import RoutingMemory
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories.layer import RouteAnswer, RouteQuery
+from router_service.memories.memory import RoutingMemory
+from router_service.memories.settings import Kind, MemorySettings, Similarity, preset
 
 _KINDS = {
     types_pb.MEMORY_KIND_ASSIGNMENT: Kind.ASSIGNMENT,

@@ -8,7 +8,7 @@ from knnmoe.v1 import doctor_pb2_grpc
 
 from router_service import __version__
 from router_service.doctor import Finding, Severity, diagnose_store
-from router_service.memory_store import MemoryStore
+from router_service.memories.store import MemoryStore
 
 _SEVERITIES = {
     Severity.OK: pb.SEVERITY_OK,

@@ -14,11 +14,11 @@ from knnmoe.v1 import memory_admin_pb2_grpc
 
 from router_service import __version__, checks
 from router_service.errors import InvalidField
-from router_service.maintenance.optimizing import optimized
-from router_service.maintenance.replacing import replace_memory
-from router_service.memory_store import MemoryStore
+from router_service.jobs.optimize import optimized
+from router_service.memories.memory import LayerCalibration, RoutingMemory
+from router_service.memories.store import MemoryStore
+from router_service.memories.swap import replace_memory
 from router_service.operations import Operations
-from router_service.routing_memory import LayerCalibration, RoutingMemory
 from router_service.rpc import codec
 from router_service.rpc.interceptors import Permits
 from router_service.rpc.operations import encoded

@@ -14,12 +14,12 @@ from router_service import checks
 from router_service.arrays import F32
 from router_service.backends.base import Compression, Quantization
 from router_service.errors import InvalidField
-from router_service.layer_memory import LayerMemory
-from router_service.maintenance.measuring import Measurement, Plan, measured
-from router_service.maintenance.quantizing import quantized
-from router_service.memory_store import MemoryStore
+from router_service.jobs.measure import Measurement, Plan, measured
+from router_service.jobs.optimize import quantized
+from router_service.memories.layer import LayerMemory
+from router_service.memories.memory import RoutingMemory
+from router_service.memories.store import MemoryStore
 from router_service.operations import Operations
-from router_service.routing_memory import RoutingMemory
 from router_service.rpc import codec
 from router_service.rpc.operations import encoded
 

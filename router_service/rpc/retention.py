@@ -1,23 +1,171 @@
-"""The handlers of what leaves a memory."""
+"""Plans of pruning from the wire, and their results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import grpc
+import numpy as np
 from knnmoe.v1 import retention_pb2 as pb
 from knnmoe.v1 import retention_pb2_grpc
 
 from router_service import checks
-from router_service.arrays import U64
-from router_service.deletion import EntryFilter, delete_entries
+from router_service.arrays import U64, ExampleRef
 from router_service.errors import InvalidField
-from router_service.maintenance.pruning_job import prune
-from router_service.memory_store import MemoryStore
+from router_service.jobs.prune import LayerPruning, PruneRequest, prune
+from router_service.memories.deletion import EntryFilter, delete_entries
+from router_service.memories.store import MemoryStore
 from router_service.operations import Operations
+from router_service.retention import (
+    Age,
+    Agreement,
+    Coverage,
+    Forget,
+    Gain,
+    HitCounts,
+    NearDuplicates,
+    Policy,
+    PrunePlan,
+    Random,
+    Strength,
+    Use,
+)
 from router_service.rpc import codec
 from router_service.rpc.operations import encoded
-from router_service.rpc.prune_codec import decode_filter, decode_plan, encode_pruning
+
+# The service puts each layer's own in this place.
+_NO_HITS = HitCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
+
+
+def decode_filter(field: str, message: pb.EntryFilter) -> EntryFilter:
+    """Raises InvalidField without a source."""
+    if not message.source:
+        raise InvalidField(f"{field}.source", "nothing", "the name of a source")
+    checks.require_text(f"{field}.source", message.source)
+    checks.require_text(f"{field}.example", message.example)
+    return EntryFilter(message.source, message.example if message.HasField("example") else None)
+
+
+def decode_plan(message: pb.PrunePlan) -> PruneRequest:
+    """Raises InvalidField on a field that is out of range; the memory checks the rest."""
+    policies = [*_with_thresholds(message), *_ranking(message)]
+    share = message.max_share if message.HasField("max_share") else None
+    if share is not None and not 0 < share <= 1:
+        raise InvalidField("plan.max_share", share, "a share in (0, 1], e.g. 0.5")
+    size = message.max_entries if message.HasField("max_entries") else None
+    # A plan for shares is checked as one for a number; the layer's own number replaces it.
+    keep = message.keep_at_least if message.HasField("keep_at_least") else 1
+    size = max(1, keep) if share is not None else size
+    return PruneRequest(PrunePlan(policies, keep, size), share, message.seed)
+
+
+def encode_pruning(done: LayerPruning) -> pb.LayerPruning:
+    """Field by field."""
+    result = done.result
+    return pb.LayerPruning(
+        layer=done.layer,
+        entries=result.entries,
+        dropped=len(result.ids_to_drop),
+        kept=result.kept,
+        rescued=result.rescued,
+        bytes_estimate=result.bytes_estimate,
+        reasons=result.reasons,
+        expected_effect=result.expected_effect,
+        incomplete_searches=result.incomplete_searches,
+        deleted=done.deleted,
+        spared=done.spared,
+        elapsed_s=done.elapsed_s,
+    )
+
+
+def _with_thresholds(message: pb.PrunePlan) -> list[Policy]:
+    policies: list[Policy] = []
+    if message.forget:
+        policies.append(_forget(message))
+    if message.HasField("older_than_unix_ms"):
+        policies.append(Age(message.older_than_unix_ms))
+    if message.HasField("unused_below"):
+        policies.append(Use(_NO_HITS, message.unused_below, _spare(message)))
+    if message.HasField("gain_below"):
+        policies.append(Gain(_finite("gain_below", message.gain_below)))
+    if message.HasField("strength_below"):
+        policies.append(Strength(_finite("strength_below", message.strength_below)))
+    if message.HasField("agreement_below"):
+        policies.append(Agreement(_within("agreement_below", message.agreement_below, -1, 1)))
+    if message.HasField("near_duplicate_similarity"):
+        policies.append(_near_duplicates(message))
+    elif message.HasField("near_duplicate_agreement"):
+        _refuse_alone(
+            "near_duplicate_agreement",
+            message.near_duplicate_agreement,
+            "near_duplicate_similarity",
+        )
+    if message.HasField("spare_newer_than_unix_ms") and not _uses_hits(message):
+        _refuse_alone("spare_newer_than_unix_ms", message.spare_newer_than_unix_ms, "unused_below")
+    return policies
+
+
+def _forget(message: pb.PrunePlan) -> Forget:
+    wanted = [decode_filter(f"plan.forget[{n}]", one) for n, one in enumerate(message.forget)]
+    examples = [ExampleRef(one.source, one.example) for one in wanted if one.example is not None]
+    sources = [one.source for one in wanted if one.example is None]
+    return Forget(frozenset(examples), frozenset(sources))
+
+
+def _near_duplicates(message: pb.PrunePlan) -> NearDuplicates:
+    similarity = message.near_duplicate_similarity
+    agreement = 0.9
+    if message.HasField("near_duplicate_agreement"):
+        agreement = message.near_duplicate_agreement
+    if not 0 < similarity <= 1:
+        raise InvalidField("plan.near_duplicate_similarity", similarity, "in (0, 1], e.g. 0.98")
+    return NearDuplicates(similarity, _within("near_duplicate_agreement", agreement, -1, 1))
+
+
+def _ranking(message: pb.PrunePlan) -> list[Policy]:
+    if not message.WhichOneof("size"):
+        if message.by:
+            _refuse_alone("by", message.by, "max_entries or max_share")
+        return []
+    make: dict[int, Callable[[], Policy]] = {
+        pb.PRUNE_RANKING_AGE: Age,
+        pb.PRUNE_RANKING_USE: lambda: Use(_NO_HITS, None, _spare(message)),
+        pb.PRUNE_RANKING_GAIN: Gain,
+        pb.PRUNE_RANKING_STRENGTH: Strength,
+        pb.PRUNE_RANKING_DISAGREEMENT: Agreement,
+        pb.PRUNE_RANKING_COVERAGE: Coverage,
+        pb.PRUNE_RANKING_RANDOM: lambda: Random(message.seed),
+    }
+    if message.by not in make:
+        expected = ", ".join(pb.PruneRanking.keys()[1:])
+        raise InvalidField("plan.by", message.by or "nothing", f"who goes first: {expected}")
+    return [make[message.by]()]
+
+
+def _spare(message: pb.PrunePlan) -> int | None:
+    given = message.HasField("spare_newer_than_unix_ms")
+    return message.spare_newer_than_unix_ms if given else None
+
+
+def _uses_hits(message: pb.PrunePlan) -> bool:
+    return message.HasField("unused_below") or message.by == pb.PRUNE_RANKING_USE
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise InvalidField(f"plan.{name}", value, "a finite number")
+    return value
+
+
+def _within(name: str, value: float, least: float, most: float) -> float:
+    if not least <= value <= most:
+        raise InvalidField(f"plan.{name}", value, f"in [{least}, {most}]")
+    return value
+
+
+def _refuse_alone(name: str, value: object, needed: str) -> None:
+    raise InvalidField(f"plan.{name}", value, f"it together with plan.{needed}")
 
 
 class RetentionService(retention_pb2_grpc.RetentionServiceServicer):

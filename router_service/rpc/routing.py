@@ -11,7 +11,7 @@ from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import routing_pb2_grpc
 
 from router_service.errors import DeadlineTooShort
-from router_service.memory_store import MemoryStore
+from router_service.memories.store import MemoryStore
 from router_service.rpc import codec
 
 

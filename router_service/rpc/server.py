@@ -23,7 +23,7 @@ from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server 
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
 from router_service.errors import BackendUnavailable, InvalidField, StorageError
-from router_service.maintenance.upkeep import Upkeep
+from router_service.jobs.auto_optimizer import Upkeep
 from router_service.operations import Operations
 from router_service.rpc.doctor import DoctorService
 from router_service.rpc.interceptors import Guard, Permits

@@ -10,11 +10,11 @@ from knnmoe.v1 import snapshots_pb2 as pb
 from knnmoe.v1 import snapshots_pb2_grpc
 
 from router_service.errors import InvalidField
-from router_service.maintenance.shelf import Shelf, SnapshotRef
-from router_service.maintenance.snapshots import SnapshotInfo
 from router_service.operations import Operations
 from router_service.rpc import codec
 from router_service.rpc.operations import encoded
+from router_service.snapshots.base import Shelf, SnapshotRef
+from router_service.snapshots.files import SnapshotInfo
 
 
 class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):

@@ -33,7 +33,7 @@ from router_service.backends.base import (
     Quantization,
     SearchOptions,
 )
-from router_service.backends.edge import EdgeBackend
+from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.exact import ExactBackend
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.connection import Connection

@@ -13,7 +13,7 @@ from docs.generate_cli import PAGE, commands, options_of, page
 from router_service.arrays import Provenance
 from router_service.cli.entry_files import EntryShape, open_reader
 from router_service.cli.entry_files.fields import PROVENANCE_FIELDS
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 COMMANDS = dict(commands())
 # Options of typer, whose help is typer's. Those of model-runner are in the examples of its commands.
@@ -61,7 +61,7 @@ def test_every_option_has_help_with_an_example(name: str) -> None:
 
 
 def test_the_exit_codes_are_documented() -> None:
-    from router_service.cli.admin_errors import ExitCode
+    from router_service.cli.errors import ExitCode
 
     text = COMMANDS["router-admin"].help
     codes = {int(code) for code in re.findall(r"^  (\d+)  ", text, flags=re.MULTILINE)}

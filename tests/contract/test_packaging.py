@@ -32,6 +32,6 @@ def test_the_service_starts_where_torch_cannot_be_imported() -> None:
     blocked = (
         "import sys; sys.modules.update(torch=None, transformers=None);"
         "import router_service.rpc.server, router_service.cli.serve, router_service.cli.admin;"
-        "import router_service.backends.edge, router_service.backends.exact"
+        "import router_service.backends.edge.backend, router_service.backends.exact"
     )
     subprocess.run([sys.executable, "-c", blocked], check=True)

@@ -9,8 +9,8 @@ import sys
 from itertools import cycle
 from pathlib import Path
 
-from router_service.maintenance import snapshots
-from tests.unit.router_service.maintenance.numbered_memory import open_store
+from router_service.snapshots import local
+from tests.unit.router_service.numbered_memory import open_store
 
 
 def main(directory: Path) -> None:
@@ -18,12 +18,10 @@ def main(directory: Path) -> None:
         shelf = directory / "snapshots"
         for weekday in cycle(["monday", "tuesday"]):
             say(f"restoring {weekday}")
-            path = snapshots.find(shelf, "bible", weekday)
-            snapshots.restore(
-                store, path, "bible", replacing=True, min_free_bytes=0, retire_after_s=0
-            )
+            path = local.find(shelf, "bible", weekday)
+            local.restore(store, path, "bible", replacing=True, min_free_bytes=0, retire_after_s=0)
             say(f"restored {weekday}")
-            made = snapshots.create(store, "bible", shelf, min_free_bytes=0)
+            made = local.create(store, "bible", shelf, min_free_bytes=0)
             say(f"snapshot {made.name}")
 
 

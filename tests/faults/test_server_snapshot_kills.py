@@ -13,8 +13,8 @@ import pytest
 from knnmoe.v1 import snapshots_pb2 as pb
 from knnmoe.v1 import snapshots_pb2_grpc
 
-from router_service.backends.qdrant_server import snapshot_book
 from router_service.errors import Busy
+from router_service.snapshots import server_book
 from tests.congruence.fast_dir import fast_dir
 from tests.integration.server_snapshots import (
     KEY,
@@ -66,7 +66,7 @@ def changed(service: Sidecar) -> None:
 @pytest.fixture
 def much_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """No work that is written down can be under way any more."""
-    monkeypatch.setattr(snapshot_book, "PATIENCE_MS", -1)
+    monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
 
 
 def kill_at(
@@ -104,7 +104,7 @@ def test_while_a_snapshot_is_made(
         with pytest.raises(Busy, match="another snapshot of 'bible' is being made"):
             list(shelf.create(MEMORY, "monday", lambda *_: None))
         assert len(snapshots_of(server)) == LAYERS  # it could be another service's
-        monkeypatch.setattr(snapshot_book, "PATIENCE_MS", -1)
+        monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
         shelf.sweep()
         assert (files_of(server, MEMORY), records_of(server)) == ([], 0)
         [made] = shelf.create(MEMORY, "monday", lambda *_: None)
@@ -135,7 +135,7 @@ def test_between_the_names_and_the_record(
     with opened_shelf(server) as (shelf, store):
         shelf.sweep()
         assert store.get(MEMORY).record.settings.gamma == (0.05,)
-        monkeypatch.setattr(snapshot_book, "PATIENCE_MS", -1)
+        monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
         shelf.sweep()
         now = set(collections_of(server, MEMORY))
         assert len(now) == LAYERS

@@ -10,9 +10,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from router_service.maintenance import snapshots
+from router_service.snapshots import local
 from tests.congruence.fast_dir import fast_dir
-from tests.unit.router_service.maintenance.numbered_memory import (
+from tests.unit.router_service.numbered_memory import (
     MODEL,
     SETTINGS,
     answers,
@@ -35,7 +35,7 @@ def make_two_snapshots(directory: Path) -> None:
         for weekday, (entries, neighbours) in STATES.items():
             fill(memory, start, entries)
             store.change_settings("bible", {"neighbours": neighbours})
-            snapshots.create(store, "bible", directory / "snapshots", weekday, min_free_bytes=0)
+            local.create(store, "bible", directory / "snapshots", weekday, min_free_bytes=0)
             start = entries
 
 
@@ -82,9 +82,9 @@ def check(directory: Path, said: list[str], before: str) -> str:
 
 
 def check_list(shelf: Path, said: list[str]) -> None:
-    listed = snapshots.list_snapshots(shelf, "bible")
+    listed = local.list_snapshots(shelf, "bible")
     for info in listed:
-        assert snapshots.verify(info.path) == info
+        assert local.verify(info.path) == info
     names = {info.name for info in listed}
     acknowledged = {line.split()[1] for line in said if line.startswith("snapshot ")}
     assert acknowledged | set(STATES) <= names

@@ -17,9 +17,9 @@ from qdrant_client import grpc as q
 from typer.testing import CliRunner
 
 from router_service.cli.admin import app
-from router_service.maintenance.shelf import Shelf
-from router_service.memory_store import MemoryStore
+from router_service.memories.store import MemoryStore
 from router_service.settings import ServiceSettings
+from router_service.snapshots.base import Shelf
 from router_service.storage import make_shelf, make_store
 from tests.qdrant_standin import QdrantStandIn
 from tests.sidecar import (

@@ -163,7 +163,7 @@ def test_delete(admin: Admin, memory: str) -> None:
 def test_delete_asks_on_a_terminal(
     admin: Admin, service: Sidecar, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router_service.cli.confirmation.on_terminal", lambda: True)
+    monkeypatch.setattr("router_service.cli.output.on_terminal", lambda: True)
     arguments = ["--target", service.target, "memory", "delete", memory]
     kept = CliRunner().invoke(app, arguments, input="n\n")
     assert kept.exit_code == 1

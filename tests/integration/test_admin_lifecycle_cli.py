@@ -41,7 +41,7 @@ def memory(ram_sidecar: Sidecar, name: str) -> str:
 
 @pytest.fixture
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router_service.cli.confirmation.on_terminal", lambda: True)
+    monkeypatch.setattr("router_service.cli.output.on_terminal", lambda: True)
 
 
 def _document(result: Any) -> Any:

@@ -121,7 +121,7 @@ def test_what_is_refused_changes_nothing(
 def test_the_command(sidecar: Sidecar, name: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     admin, words = admin_of(sidecar.target), ("memory", "replace", name, "--by", by)
     assert "stdin is no terminal; pass --yes" in admin(*words, code=2)
-    monkeypatch.setattr("router_service.cli.confirmation.on_terminal", lambda: True)
+    monkeypatch.setattr("router_service.cli.output.on_terminal", lambda: True)
     kept = CliRunner().invoke(app, ["--target", sidecar.target, *words], input="n\n")
     assert f"Delete memory {name} with {OLD * LAYERS} entries, and name {by} {name}?" in kept.stderr
     assert {name, by} <= set(names(sidecar))

@@ -10,8 +10,7 @@ from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner.errors import BadInput, HooksInUse, ModelMismatch, RoutingRefused
 from model_runner.evaluation.nll import score
-from model_runner.memory_builder.known_tokens import KnownTokens
-from model_runner.memory_builder.learner import Learnt, OnlineLearner
+from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner
 from model_runner.memory_builder.recipes import PAPER, RECOMMENDED
 from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS

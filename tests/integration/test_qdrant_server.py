@@ -14,8 +14,8 @@ from knnmoe.v1 import routing_pb2 as pb
 from qdrant_client import grpc as q
 from typer.testing import CliRunner
 
-from router_service.backends.qdrant_server import catalogue
 from router_service.cli.serve import app
+from router_service.memories import server_catalogue
 from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
 from tests import qdrant_standin
@@ -236,7 +236,7 @@ class TestSharing:
             call.cancel()
         fault.lift()
         assert any("~tax~" in name for name in collections_of(server))
-        monkeypatch.setattr(catalogue, "_PATIENCE_MS", -1)
+        monkeypatch.setattr(server_catalogue, "_PATIENCE_MS", -1)
         with opened_store(server.url, QdrantSettings()) as store:
             assert store.names() == ["law"]
         assert not any("~tax~" in name for name in collections_of(server))

@@ -1,8 +1,4 @@
-"""Collections of a Qdrant server, each behind an alias, so that a rebuilt one takes its place in one step.
-
-PREFIX~bible~layer-003            the alias that everything asks
-PREFIX~bible~layer-003~~19b3f...  the collection, of which there may be another one for a while
-"""
+"""Aliases that change places: what collections are called when a memory takes the place of another."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import Any
 
 from router_service.backends.base import CollectionSpec
 from router_service.backends.common import require_name
-from router_service.backends.qdrant_server import messages, renames
+from router_service.backends.qdrant_server import messages
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import (
     ADMIN_TIMEOUT_S,
@@ -24,6 +20,40 @@ from router_service.backends.qdrant_server.connection import (
 )
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import CorruptMemory, ForeignCollection, StorageError
+
+# What a name led to before has this alias beside that of the name, so that it is found after a crash.
+_REPLACED = "~~replaced"
+
+
+def replaced(alias: str) -> str:
+    """The alias of the collection that an alias led to before it was moved."""
+    return f"{alias}{_REPLACED}"
+
+
+def moved(moves: Mapping[str, str], aliases: Mapping[str, str]) -> list[Any]:
+    """Actions of one UpdateAliases: each alias leads to where another one leads, which goes.
+
+    The last action makes an alias that was not there. `aliases`: all there are, with what they lead to. Nothing for a
+    move whose other alias is not there.
+    """
+    actions = []
+    for alias, other in moves.items():
+        if other in aliases:
+            actions += [delete(alias), delete(other), _create(alias, aliases[other])]
+            if alias in aliases:
+                actions.append(_create(replaced(alias), aliases[alias]))
+    return actions
+
+
+def delete(alias: str) -> Any:
+    """The action that removes an alias, if it is there."""
+    return q.AliasOperations(delete_alias=q.DeleteAlias(alias_name=alias))
+
+
+def _create(alias: str, collection: str) -> Any:
+    create = q.CreateAlias(collection_name=collection, alias_name=alias)
+    return q.AliasOperations(create_alias=create)
+
 
 # As in the embedded backend.
 _HNSW_LINKS = 24
@@ -145,7 +175,7 @@ class ServerBackend:
         aliases = self._aliases()
         both = [*names, *names.values()]
         with self.held({name: aliases[a] for name in both if (a := self._alias(name)) in aliases}):
-            if actions := renames.moved(moves, aliases):
+            if actions := moved(moves, aliases):
                 self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
                 self.connection.wait_for(actions[-1].create_alias.alias_name)
             yield
@@ -163,7 +193,7 @@ class ServerBackend:
     def drop_replaced(self, name: str) -> None:
         """See Renaming.drop_replaced."""
         aliases = self._aliases()
-        collection = aliases.pop(renames.replaced(self._alias(name)), None)
+        collection = aliases.pop(replaced(self._alias(name)), None)
         if collection is not None and collection not in aliases.values():
             self.drop_unnamed(collection)
 
@@ -194,11 +224,11 @@ class ServerBackend:
             self._open.pop(name, None)
         # Collections first: one that was another memory's is found by the alias only.
         aliases = self._aliases()
-        own = {aliases.pop(each) for each in (alias, renames.replaced(alias)) if each in aliases}
+        own = {aliases.pop(each) for each in (alias, replaced(alias)) if each in aliases}
         for collection in sorted({*own, *self._generations(alias)} - set(aliases.values())):
             self.drop_unnamed(collection)
         if self._collection_behind(alias) is not None:
-            actions = [renames.delete(alias)]
+            actions = [delete(alias)]
             self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from router_service.arrays import F32, Entries
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 # Bytes of keys and values in one batch, and its most entries.
 BATCH_BYTES = 4 * 1024 * 1024

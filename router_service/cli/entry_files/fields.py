@@ -12,7 +12,7 @@ from knnmoe.entry_ids import entry_id
 from router_service.arrays import F32, MAX_ENTRY_ID, Provenance
 from router_service.cli.entry_files.batches import EntryShape
 from router_service.errors import shorten
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 PROVENANCE_FIELDS = ("source", "example", "position", "token", "gain", "created_unix_ms")
 _F32_MAX = float(np.finfo(np.float32).max)

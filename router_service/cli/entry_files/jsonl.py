@@ -13,7 +13,7 @@ import numpy as np
 from router_service.arrays import F32, Entries, Provenance
 from router_service.cli.entry_files import fields
 from router_service.cli.entry_files.batches import EntryBatch, EntryShape, FileError, by_layer
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 _LINES_PER_BATCH = 256
 

@@ -22,7 +22,7 @@ from router_service.cli.entry_files.batches import (
     by_layer,
     first_not_finite,
 )
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 _ROWS_PER_BATCH = 1024
 _SCALARS = ("id", "layer", *fields.PROVENANCE_FIELDS)

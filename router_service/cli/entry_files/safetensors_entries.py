@@ -22,7 +22,7 @@ from router_service.cli.entry_files.batches import (
     first_not_finite,
 )
 from router_service.cli.entry_files.tensor_file import TensorFile
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 _NAME = re.compile(r"layers\.(\d{1,5})\.(ids|keys|values|experts|weights)")
 

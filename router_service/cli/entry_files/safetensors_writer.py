@@ -17,7 +17,7 @@ from router_service.arrays import AnyArray, Entries
 from router_service.cli.entry_files import fields
 from router_service.cli.entry_files.batches import EntryShape, FileError
 from router_service.cli.entry_files.tensor_file import MAX_HEADER_BYTES
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 FORMAT = "knnmoe-entries-1"
 _DTYPES = {np.dtype("<u8"): "U64", np.dtype("<i4"): "I32", np.dtype("<f4"): "F32"}

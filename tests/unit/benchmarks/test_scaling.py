@@ -46,7 +46,7 @@ from benchmarks.scaling_sizes import (
     value_floats,
 )
 from model_runner.progress import Progress
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 TOY = Model("toy", layers=3, dimension=2048, experts=10, top_k=2)

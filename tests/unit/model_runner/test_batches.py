@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model_runner.batches import Batch, make_batch, token_nll
-from model_runner.texts import ExampleRef, Window
+from model_runner.texts import Batch, ExampleRef, Window, make_batch, token_nll
 
 VOCABULARY = 11
 CPU = torch.device("cpu")

@@ -17,8 +17,12 @@ from knnmoe.v1.types_pb2 import (
 
 from model_runner.cli.lessons import lesson, lessons_of, talk
 from model_runner.errors import BadInput, RoutingUnavailable
-from model_runner.memory_builder.known_tokens import KnownTokens
-from model_runner.memory_builder.learner import NORMS_REMEMBERED, RunningMedians, recipe_of
+from model_runner.memory_builder.learner import (
+    NORMS_REMEMBERED,
+    KnownTokens,
+    RunningMedians,
+    recipe_of,
+)
 from model_runner.memory_builder.recipes import PAPER, RECOMMENDED
 from model_runner.texts import Example
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model_runner.architectures import Assignment
-from model_runner.batches import make_batch, token_nll
 from model_runner.errors import BadInput
 from model_runner.memory_builder.layer_trace import LayerTrace
 from model_runner.memory_builder.objective import router_gradients
@@ -27,7 +26,7 @@ from model_runner.memory_builder.recipes import (
     step,
 )
 from model_runner.router_hooks import RouterCall, RouterHooks
-from model_runner.texts import ExampleRef, Window
+from model_runner.texts import ExampleRef, Window, make_batch, token_nll
 from tests.families import prompt, shared_model
 
 FAMILIES = pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "mixtral"])

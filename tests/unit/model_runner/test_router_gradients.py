@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from model_runner.architectures import RouterSite
 from model_runner.errors import BadInput, HookBypassed, UnsupportedModel
 from model_runner.logit_tap import LogitTap, family_assignment
-from model_runner.memory_builder.objective import LayerTrace, router_gradients
-from model_runner.memory_builder.straight_through import dense_assignment
+from model_runner.memory_builder.objective import LayerTrace, dense_assignment, router_gradients
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from tests.families import CORE_FAMILIES, FAMILIES, prompt, shared_model, tiny_model
 

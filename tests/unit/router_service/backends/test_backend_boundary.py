@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries, Provenance
-from router_service.backends import edge_engine
 from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
-from router_service.backends.boundary import storage_call
-from router_service.backends.edge_engine import EngineShard, search_request
+from router_service.backends.disk import storage_call
+from router_service.backends.edge import engine
+from router_service.backends.edge.engine import EngineShard, search_request
 from router_service.backends.points import Record
 from router_service.errors import (
     CorruptMemory,
@@ -129,7 +129,7 @@ def test_no_engine_call_lets_a_foreign_exception_out(
     method: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = EngineShard(BrokenEngine(error), tmp_path, SPEC)
-    monkeypatch.setattr(edge_engine.qe, "EdgeShard", BrokenEngine(error))
+    monkeypatch.setattr(engine.qe, "EdgeShard", BrokenEngine(error))
     with pytest.raises(StorageError, match="boom"):
         engine_calls(shard, tmp_path)[method]()  # type: ignore[operator]
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries
-from router_service.backends import value_table
 from router_service.backends.base import Quantization
-from router_service.backends.edge import EdgeBackend
-from router_service.backends.edge_collection import EdgeCollection
-from router_service.backends.edge_engine import EngineShard, forget_configuration
+from router_service.backends.edge import values
+from router_service.backends.edge.backend import EdgeBackend
+from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.engine import EngineShard, forget_configuration
 from router_service.errors import CorruptMemory, DirectoryInUse, DiskFull, StorageError
 from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds, numbered_entries
 
@@ -130,7 +130,7 @@ def test_entries_that_vanished_while_closed_are_noticed(
 ) -> None:
     collection.close()
     path = values_file(data_dir)
-    table = value_table.ValueTable.load(path, 3)
+    table = values.ValueTable.load(path, 3)
     assert table is not None
     table.with_rows(np.array([9999], np.uint64), np.ones((1, 3), np.float32)).save(path)
     with pytest.raises(CorruptMemory, match="600 entries, 601 when it was closed"):
@@ -165,7 +165,7 @@ def test_a_second_backend_is_refused_with_the_directory_and_the_remedy(
         EdgeBackend(data_dir)
     script = (
         "import sys; from pathlib import Path\n"
-        "from router_service.backends.edge import EdgeBackend\n"
+        "from router_service.backends.edge.backend import EdgeBackend\n"
         "from router_service.errors import DirectoryInUse\n"
         "try: EdgeBackend(Path(sys.argv[1]))\n"
         "except DirectoryInUse: sys.exit(42)"

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.backends import edge_files, edge_generation, optimize_job
 from router_service.backends.base import Quantization, say_nothing
-from router_service.backends.edge import EdgeBackend
-from router_service.backends.edge_collection import EdgeCollection
-from router_service.backends.edge_engine import EngineShard
-from router_service.backends.optimize_job import OptimizeJob
-from router_service.backends.value_table import ValueTable
+from router_service.backends.edge import files as edge_files
+from router_service.backends.edge import generation, optimizer
+from router_service.backends.edge.backend import EdgeBackend
+from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.engine import EngineShard
+from router_service.backends.edge.optimizer import OptimizeJob
+from router_service.backends.edge.values import ValueTable
 from router_service.errors import Busy, StorageError
 from tests.unit.router_service.backends.numbered_entries import (
     OPTIONS,
@@ -78,7 +79,7 @@ def fail(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (edge_generation, "copy_tree"),
+        (generation, "copy_tree"),
         (OptimizeJob, "run"),
         (EngineShard, "load"),
         (EngineShard, "counts"),
@@ -135,7 +136,7 @@ def test_a_child_that_fails_tells_why(
         "import sys; print('x' * 5000, 'no memory left', file=sys.stderr); sys.exit(3)"
     )
     monkeypatch.syspath_prepend(data_dir)
-    monkeypatch.setattr(optimize_job, "_CHILD", "failing_child")
+    monkeypatch.setattr(optimizer, "_CHILD", "failing_child")
     with pytest.raises(StorageError, match=r"status 3: x+ no memory left$") as caught:
         collection.optimize(Quantization.INT8)
     assert len(str(caught.value)) < 3000
@@ -150,12 +151,12 @@ def slow_child(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data_dir.mkdir(exist_ok=True)
     (data_dir / "slow_child.py").write_text(
         "import pathlib, sys, time\n"
-        "from router_service.backends.optimize_child import main\n"
+        "from router_service.backends.edge.optimize_child import main\n"
         f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
         "main(*sys.argv[1:])\n"
     )
     monkeypatch.syspath_prepend(data_dir)
-    monkeypatch.setattr(optimize_job, "_CHILD", "slow_child")
+    monkeypatch.setattr(optimizer, "_CHILD", "slow_child")
     return go
 
 
@@ -229,7 +230,7 @@ def test_what_two_generations_share_is_never_changed(
 ) -> None:
     """Large files of indexed segments are linked, not copied."""
     collection.optimize(Quantization.INT8)
-    shared = [p for name in edge_generation._NEVER_CHANGED for p in data_dir.glob(f"**/{name}")]
+    shared = [p for name in generation._NEVER_CHANGED for p in data_dir.glob(f"**/{name}")]
     assert shared
     links = [data_dir / str(number) for number in range(len(shared))]
     for path, link in zip(shared, links, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from router_service.backends.edge import EdgeBackend
+from router_service.backends.edge.backend import EdgeBackend
 from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds
 
 SERVICE = """
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
 from router_service.backends.base import Quantization
-from router_service.backends.edge import EdgeBackend
+from router_service.backends.edge.backend import EdgeBackend
 from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
 
 backend = EdgeBackend(Path(sys.argv[1]), min_free_bytes=0)

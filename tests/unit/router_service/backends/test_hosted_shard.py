@@ -13,10 +13,10 @@ import pytest
 
 from router_service.arrays import ExampleRef
 from router_service.backends.base import Compression, Quantization
-from router_service.backends.edge import EdgeBackend
-from router_service.backends.edge_collection import EdgeCollection
-from router_service.backends.edge_engine import EngineShard
-from router_service.backends.hosted_shard import HostedShard
+from router_service.backends.edge.backend import EdgeBackend
+from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.engine import EngineShard
+from router_service.backends.edge.hosted_shard import HostedShard
 from router_service.errors import CorruptMemory, DirectoryInUse, StorageError
 from tests.unit.router_service.backends.numbered_entries import (
     OPTIONS,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from router_service.backends import pacing
-from router_service.backends.pacing import Pacing
+from router_service.backends import base
+from router_service.backends.base import Pacing
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(pacing, "time", made)
+    monkeypatch.setattr(base, "time", made)
     return made
 
 
@@ -58,7 +58,7 @@ def test_a_write_waits_for_the_index_while_others_search(clock: Clock) -> None:
 
 def test_patience_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = Pacing()
-    monkeypatch.setattr(pacing, "_RECENT_S", 1e9)
+    monkeypatch.setattr(base, "_RECENT_S", 1e9)
     pace.searched()
     pace.wait_while(lambda: True, pace.patience())
     assert clock.slept == pytest.approx(5.0, abs=0.05)

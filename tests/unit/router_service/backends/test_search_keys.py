@@ -9,7 +9,7 @@ import pytest
 
 from router_service.arrays import F32
 from router_service.backends.base import Compression
-from router_service.backends.search_keys import FILE, SearchKeys, fitted
+from router_service.backends.edge.search_keys import FILE, SearchKeys, fitted
 from router_service.errors import CorruptMemory
 
 RNG = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from router_service.cli.entry_files import (
     FileError,
     open_reader,
 )
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 
 DELTAS = EntryShape(Kind.LOGIT_DELTA, hidden_size=3, num_experts=4, top_k=2)
 SPARSE = EntryShape(Kind.ASSIGNMENT, hidden_size=3, num_experts=4, top_k=2)

@@ -18,7 +18,7 @@ from router_service.cli.entry_files import (
     open_writer,
 )
 from router_service.cli.entry_files.batches import regroup
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 from tests.unit.router_service.cli.entry_rows import (
     DELTAS,
     SPARSE,

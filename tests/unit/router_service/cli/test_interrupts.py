@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from router_service.cli.admin_errors import Interrupted
+from router_service.cli.errors import Interrupted
 from router_service.cli.interrupts import interruptible
 
 

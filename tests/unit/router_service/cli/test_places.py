@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from router_service.cli.admin_errors import BadInput
+from router_service.cli.errors import BadInput
 from router_service.cli.places import place_name
 
 

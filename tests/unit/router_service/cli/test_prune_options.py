@@ -7,8 +7,8 @@ import time
 import pytest
 from knnmoe.v1 import retention_pb2 as pb
 
-from router_service.cli.admin_errors import BadInput
-from router_service.cli.prune_options import RankingName, filters, moment, size
+from router_service.cli.errors import BadInput
+from router_service.cli.retention_commands import RankingName, filters, moment, size
 
 
 def test_filters() -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from router_service.backends.base import CollectionSpec, Compression, Metric
-from router_service.backends.edge_files import CollectionFiles, Pointer
+from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.doctor import Finding, Severity, diagnose_directory
-from router_service.identity import ModelFingerprint
-from router_service.manifest import UNFINISHED, write_manifest
-from router_service.memory_settings import Kind, MemorySettings
-from router_service.routing_memory import MemoryRecord
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories.manifest import UNFINISHED, write_manifest
+from router_service.memories.memory import MemoryRecord
+from router_service.memories.settings import Kind, MemorySettings
 
 RECORD = MemoryRecord(
     "bible",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from router_service.doctor import Severity, diagnose_directory
-from router_service.maintenance import snapshots
-from tests.unit.router_service.maintenance.numbered_memory import MODEL, SETTINGS, fill, open_store
+from router_service.snapshots import local
+from tests.unit.router_service.numbered_memory import MODEL, SETTINGS, fill, open_store
 
 
 def _errors(data: Path, *, deep: bool) -> list[str]:
@@ -19,7 +19,7 @@ def test_a_snapshot_that_was_changed(tmp_path: Path) -> None:
     with open_store(data / "memories") as store:
         fill(store.create("bible", MODEL, SETTINGS), 0, 20)
         shelf = data / "snapshots"
-        path = snapshots.create(store, "bible", shelf, "monday", min_free_bytes=0).path
+        path = local.create(store, "bible", shelf, "monday", min_free_bytes=0).path
     assert _errors(data, deep=True) == []
 
     file = path / "layer-000" / "CURRENT"

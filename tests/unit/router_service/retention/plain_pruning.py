@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from router_service.arrays import Entries
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 from router_service.retention import Agreement, LayerReading, NearDuplicates
 
 

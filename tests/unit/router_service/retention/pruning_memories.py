@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from router_service.arrays import F32, Entries, Provenance
 from router_service.backends.base import Collection, CollectionSpec, Metric
 from router_service.backends.exact import ExactCollection
-from router_service.memory_settings import Kind, MemorySettings, preset
+from router_service.memories.settings import Kind, MemorySettings, preset
 from router_service.retention import LayerReading, PruneOptions, PrunePlan, PruneResult, plan_prune
 
 DIMENSION = 3

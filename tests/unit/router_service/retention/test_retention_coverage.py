@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from router_service.arrays import Entries, Provenance
 from router_service.retention import Coverage, Random
-from router_service.retention.coverage import (
+from router_service.retention.policies import (
     block_share,
     centres_by_block,
     covering_radius,

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from router_service.arrays import Entries, Provenance
 from router_service.backends.base import Metric
-from router_service.memory_settings import Similarity
+from router_service.memories.settings import Similarity
 from router_service.retention import (
     Forget,
     LayerReading,
     NearDuplicates,
     PruneOptions,
     PrunePlan,
-    duplicates,
     plan_prune,
+    policies,
 )
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
@@ -123,8 +123,8 @@ def test_cosine_memories_compare_directions() -> None:
 def test_a_group_too_large_to_see_whole_shrinks_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router_service.retention.neighbourhood.MAX_WIDTH", 16)
-    monkeypatch.setattr(duplicates, "MAX_LINKS", 8)
+    monkeypatch.setattr("router_service.retention.policies.MAX_WIDTH", 16)
+    monkeypatch.setattr(policies, "MAX_LINKS", 8)
     entries = groups_of(1, 300, DELTAS, spread=0.0)
     rounds = []
     while True:
@@ -155,11 +155,11 @@ def test_everyone_who_goes_is_linked_to_one_that_stays(n: int, seed: int) -> Non
     random = np.random.default_rng(seed)
     near = np.triu(random.random((n, n)) < 0.3, 1)
     near |= near.T
-    place = duplicates.places(random.integers(0, 3, n).astype(float))
+    place = policies.places(random.integers(0, 3, n).astype(float))
     rows = np.arange(n)
     neighbour_rows = np.broadcast_to(rows, (n, n))
-    links = duplicates.links_to_better(rows, neighbour_rows, near, place, np.zeros(n, np.bool_))
-    gone = duplicates.redundant(duplicates.joined([links]), place, np.zeros(n, np.bool_))
+    links = policies.links_to_better(rows, neighbour_rows, near, place, np.zeros(n, np.bool_))
+    gone = policies.redundant(policies.joined([links]), place, np.zeros(n, np.bool_))
     for row in rows:
         better = near[row] & ~gone & (place < place[row])
         assert gone[row] == better.any()

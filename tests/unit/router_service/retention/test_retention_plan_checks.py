@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from router_service.errors import InvalidRequest
-from router_service.memory_settings import Kind
+from router_service.memories.settings import Kind
 from router_service.retention import (
     Age,
     Agreement,

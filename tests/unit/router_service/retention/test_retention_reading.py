@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from router_service.arrays import Assignment, Entries, Neighbours
 from router_service.backends.base import Metric
 from router_service.blending import scatter_dense
-from router_service.layer_memory import LayerMemory, RouteQuery
-from router_service.memory_settings import Similarity
-from router_service.retention.effect import expected_effect
-from router_service.retention.reading import LayerReading, cosine, kernel_average, overlap
+from router_service.memories.layer import LayerMemory, RouteQuery
+from router_service.memories.settings import Similarity
+from router_service.retention.policies import expected_effect
+from router_service.retention.scores import LayerReading, cosine, kernel_average, overlap
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,

@@ -11,7 +11,7 @@ import pytest
 import router_service.retention as retention
 from router_service.arrays import F32, Entries, ExampleRef, Neighbours
 from router_service.backends.base import CollectionSpec, Metric, SearchOptions
-from router_service.backends.edge import EdgeBackend
+from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.exact import ExactCollection
 from router_service.retention import (
     Age,
@@ -168,7 +168,7 @@ class Sized(ExactCollection):
 def test_no_call_asks_for_more_than_a_page(
     plan: PrunePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router_service.retention.neighbourhood._MAX_NUMBERS", 512)
+    monkeypatch.setattr("router_service.retention.policies._MAX_NUMBERS", 512)
     entries = random_entries(100)
     collection = Sized(filled(entries).spec)
     collection.upsert(entries)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from router_service.arrays import Assignment, Entries, Neighbours, Provenance
 from router_service.errors import InvalidField, InvalidTensor
-from router_service.identity import ModelFingerprint
-from router_service.layer_memory import RouteAnswer
-from router_service.memory_settings import PRESETS, Kind, MemorySettings, Similarity, Support
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories.layer import RouteAnswer
+from router_service.memories.settings import PRESETS, Kind, MemorySettings, Similarity, Support
 from router_service.rpc import codec
 
 F32 = NDArray[np.float32]

@@ -20,7 +20,7 @@ from router_service.retention import (
     Strength,
     Use,
 )
-from router_service.rpc.prune_codec import decode_plan
+from router_service.rpc.retention import decode_plan
 
 
 def test_every_threshold() -> None:

@@ -9,7 +9,7 @@ from knnmoe.channels import service_error
 from knnmoe.v1 import errors_pb2
 
 from router_service import errors
-from router_service.rpc.status import _TABLE, internal_status, status_of
+from router_service.rpc.interceptors import _TABLE, internal_status, status_of
 
 # Bases that say nothing by themselves; the service raises their children.
 ABSTRACT = {errors.RoutingServiceError, errors.InvalidRequest}

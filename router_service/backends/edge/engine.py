@@ -1,0 +1,383 @@
+"""What the adapter of Qdrant Edge asks of the engine: configurations, filters, queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qdrant_edge as qe
+
+from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
+from router_service.backends.base import (
+    CollectionSpec,
+    Compression,
+    Metric,
+    Quantization,
+    SearchOptions,
+)
+from router_service.backends.disk import storage_call
+from router_service.backends.edge.search_keys import SearchKeys
+from router_service.backends.edge.shard import ShardCounts
+from router_service.backends.points import (
+    GENERATION,
+    VALUE,
+    Record,
+    entries_of,
+    payloads_of,
+)
+
+_DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}
+# Against 16: a quarter as many lambdas off by 1e-3 at K = 32, 8 % more work at K = 1 (benchmarks/README.md).
+_HNSW_LINKS = 24
+_HNSW_BUILD_EF = 128
+# Names of the vectors of a point: the key is the engine's default vector.
+KEY = ""
+SEARCH_KEY = "search"
+# Candidates by search keys at the least: rescoring them costs less than finding them.
+_FEWEST_CANDIDATES = 16
+# A row [d] of f32 as the engine takes it: any sequence will do, and this one makes no list (its stubs say list).
+FLOATS: Any = memoryview
+# Below this many entries a full scan is as fast as the graph, and exact.
+_FULL_SCAN_ENTRIES = 512
+# 1 KB is the least the engine takes: optimize() indexes whatever holds more than that.
+_INDEXING_THRESHOLD_KB = 1
+# 1 TB: one segment per collection, whatever the number of cores (the default is 200 MB for each).
+_MAX_SEGMENT_KB = 10**9
+
+
+def search_request(
+    queries: F32,
+    limit: int,
+    options: SearchOptions,
+    excluded: Sequence[ExampleRef | None],
+    search_keys: SearchKeys | None = None,
+) -> Any:
+    """The engine's form of a batch of queries [t, d], each without the entries of its excluded example."""
+    if search_keys is not None and not options.exact:
+        return _two_stage_request(queries, limit, options, excluded, search_keys)
+    with storage_call("prepare queries"):
+        quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
+        params = qe.SearchParams(options.hnsw_ef, options.exact, quantized)
+        filters = {ref: _without(ref) for ref in set(excluded)}
+        nearest, request = qe.Query.Nearest, qe.QueryRequest
+        return qe.QueryBatchRequest(
+            [
+                request(limit, None, nearest(query), None, False, False, filters[ref], None, params)
+                for query, ref in zip(map(FLOATS, queries), excluded, strict=True)
+            ]
+        )
+
+
+def _two_stage_request(
+    queries: F32,
+    limit: int,
+    options: SearchOptions,
+    excluded: Sequence[ExampleRef | None],
+    search_keys: SearchKeys,
+) -> Any:
+    """Candidates by their search keys, of which the nearest by their keys are taken, exactly as stored."""
+    with storage_call("prepare queries"):
+        candidates = max(math.ceil(limit * options.oversampling), _FEWEST_CANDIDATES)
+        quantized = qe.QuantizationSearchParams(rescore=False)  # the keys do it
+        params = qe.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
+        filters = {ref: _without(ref) for ref in set(excluded)}
+        nearest, request, prefetch = qe.Query.Nearest, qe.QueryRequest, qe.Prefetch
+        rows = zip(
+            map(FLOATS, queries), map(FLOATS, search_keys.of(queries)), excluded, strict=True
+        )
+        return qe.QueryBatchRequest(
+            [
+                request(
+                    limit,
+                    None,
+                    nearest(query, KEY),
+                    [prefetch(candidates, nearest(short, SEARCH_KEY), None, params, filters[ref])],
+                )
+                for query, short, ref in rows
+            ]
+        )
+
+
+def configuration(
+    spec: CollectionSpec,
+    quantization: Quantization,
+    search_threads: int,
+    search_keys: SearchKeys | None,
+    segments: int = 1,
+) -> Any:
+    """The engine's form of what a shard is and how it is indexed; search keys apart are what is quantized then.
+
+    `segments`: that optimize() leaves at most, if that is more than 1, with the one that is written to.
+    """
+    apart = search_keys is not None
+    return qe.EdgeConfig(
+        vectors=_vectors(spec, quantization, search_keys),
+        hnsw_config=_graph(spec.dimension * 4),
+        quantization_config=None if apart else _quantization(quantization),
+        optimizers=qe.EdgeOptimizersConfig(
+            default_segment_number=segments,
+            max_segment_size=_MAX_SEGMENT_KB,
+            indexing_threshold=_INDEXING_THRESHOLD_KB,
+            prevent_unoptimized=False,  # True would hide the tail from searches
+        ),
+        max_search_threads=search_threads,
+    )
+
+
+def _graph(bytes_per_key: int) -> Any:
+    full_scan_kb = max(1, _FULL_SCAN_ENTRIES * bytes_per_key // 1024)
+    return qe.HnswIndexConfig(_HNSW_LINKS, _HNSW_BUILD_EF, full_scan_kb)
+
+
+def _vectors(
+    spec: CollectionSpec, quantization: Quantization, search_keys: SearchKeys | None
+) -> Any:
+    """The key, and beside it the search key if it is stored apart: then only that one has a graph."""
+    metric = _DISTANCES[spec.metric]
+    if search_keys is None:
+        return qe.EdgeVectorParams(spec.dimension, metric)
+    half, kinds = search_keys.half, qe.VectorStorageDatatype
+    without_graph = qe.HnswIndexConfig(0, _HNSW_BUILD_EF, 1)
+    short = qe.EdgeVectorParams(
+        search_keys.dimension,
+        qe.Distance.Euclid,  # of unit vectors it has the order of the cosine
+        datatype=kinds.Float16 if half else kinds.Float32,
+        quantization_config=_quantization(quantization),
+        hnsw_config=_graph(search_keys.dimension * (2 if half else 4)),
+    )
+    key = qe.EdgeVectorParams(spec.dimension, metric, hnsw_config=without_graph)
+    return {KEY: key, SEARCH_KEY: short}
+
+
+def _quantization(quantization: Quantization) -> Any:
+    """What the engine itself quantizes, held in RAM; None for the rest."""
+    ram, bits = qe.Memory.Pinned, qe.TurboQuantBitSize
+    match quantization:
+        case Quantization.INT8:
+            return qe.ScalarQuantizationConfig(qe.ScalarType.Int8, memory=ram)
+        case Quantization.TURBO4:
+            return qe.TurboQuantQuantizationConfig(bits=bits.Bits4, memory=ram)
+        case Quantization.TURBO2:
+            return qe.TurboQuantQuantizationConfig(bits=bits.Bits2, memory=ram)
+        case Quantization.TURBO1:
+            return qe.TurboQuantQuantizationConfig(bits=bits.Bits1, memory=ram)
+        case Quantization.BINARY:
+            return qe.BinaryQuantizationConfig(memory=ram)
+        case Quantization.PRODUCT:
+            return qe.ProductQuantizationConfig(qe.CompressionRatio.X16, memory=ram)
+        case _:
+            return None
+
+
+def payload_indexes() -> dict[str, Any]:
+    """For exclusions, for forgetting a document, for counting the tail; no HNSW links of their own: they cost time."""
+    keyword = qe.KeywordIndexParams(enable_hnsw=False)
+    number = qe.IntegerIndexParams(lookup=True, range=False, enable_hnsw=False)
+    return {"source": keyword, "example": keyword, GENERATION: number}
+
+
+def _without(ref: ExampleRef | None) -> Any:
+    if ref is None:
+        return None
+    same = qe.Filter(must=[_equals("source", ref.source), _equals("example", ref.example)])
+    return qe.Filter(must_not=[same])
+
+
+def _equals(field: str, value: str) -> Any:
+    """Empty strings are not stored."""
+    if not value:
+        return qe.IsEmptyCondition(field)
+    return qe.FieldCondition(field, match=qe.MatchValue(value))
+
+
+def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
+    """Ids and engine scores [t, k] of a search, best first; NO_ID and inf where there are fewer than k."""
+    flat = list(chain.from_iterable(hits))
+    found = np.fromiter(map(len, hits), np.intp, len(hits))
+    filled = np.arange(k) < found[:, None]
+    ids = np.full((len(hits), k), NO_ID, np.uint64)
+    scores = np.full((len(hits), k), np.inf, np.float32)
+    ids[filled] = np.fromiter(map(attrgetter("id"), flat), np.uint64, len(flat))
+    scores[filled] = np.fromiter(map(attrgetter("score"), flat), np.float32, len(flat))
+    return ids, scores
+
+
+class EngineShard:
+    """A Shard in this process."""
+
+    def __init__(
+        self,
+        shard: Any,
+        directory: Path,
+        spec: CollectionSpec,
+        search_keys: SearchKeys | None = None,
+    ) -> None:
+        self._shard, self._directory, self._spec = shard, directory, spec
+        self._search_keys = search_keys
+        self._vectors: bool | list[str] = True if search_keys is None else [KEY]
+
+    @staticmethod
+    def create(
+        directory: Path,
+        spec: CollectionSpec,
+        search_threads: int,
+        search_keys: SearchKeys | None = None,
+    ) -> EngineShard:
+        """A new shard in a directory that is not there yet, with its payload indexes."""
+        with storage_call(f"create {directory}"):
+            directory.mkdir(parents=True)
+            if search_keys is not None:
+                search_keys.save(directory)
+            config = configuration(spec, Quantization.NONE, search_threads, search_keys)
+            shard = qe.EdgeShard.create(str(directory), config)
+            for field, schema in payload_indexes().items():
+                shard.update(qe.UpdateOperation.create_field_index(field, schema))
+        return EngineShard(shard, directory, spec, search_keys)
+
+    @staticmethod
+    def load(
+        directory: Path,
+        spec: CollectionSpec,
+        wanted: Compression | Quantization,
+        search_threads: int,
+        segments: int = 1,
+    ) -> EngineShard:
+        """Opens a shard. Raises DirectoryInUse when a process has it open, CorruptMemory when it cannot be read.
+
+        `wanted` is what the next optimize() builds; Quantization.NONE keeps what the shard has (see
+        forget_configuration), and `segments` how many it leaves. Search keys that are stored apart must be there.
+        """
+        compression = Compression.of(wanted)
+        search_keys = SearchKeys.load(directory) if compression.apart else None
+        with storage_call(f"open {directory}", opening=True):
+            quantization = compression.quantization
+            config = configuration(spec, quantization, search_threads, search_keys, segments)
+            shard = qe.EdgeShard.load(str(directory), config)
+        return EngineShard(shard, directory, spec, search_keys)
+
+    @staticmethod
+    def load_as_it_is(directory: Path, spec: CollectionSpec) -> EngineShard:
+        """Opens a shard whose compression does not matter, to copy its entries."""
+        with storage_call(f"open {directory}", opening=True):
+            return EngineShard(qe.EdgeShard.load(str(directory)), directory, spec)
+
+    @property
+    def alive(self) -> bool:
+        """See Shard.alive: as long as this process."""
+        return True
+
+    def search(
+        self,
+        queries: F32,
+        limit: int,
+        options: SearchOptions,
+        excluded: Sequence[ExampleRef | None],
+    ) -> tuple[U64, F32]:
+        """See Shard.search."""
+        request = search_request(queries, limit, options, excluded, self._search_keys)
+        with storage_call(f"search {self._directory}"):
+            return read_hits(self._shard.query_batch(request), limit)
+
+    def upsert(self, entries: Entries, generation: int) -> None:
+        """See Shard.upsert; of repeated ids the last counts."""
+        with storage_call(f"write to {self._directory}"):
+            rows, payloads = self._points(entries.keys), payloads_of(entries, generation)
+            points = list(map(qe.Point, entries.ids.tolist(), rows, payloads))
+            self._shard.update(qe.UpdateOperation.upsert_points(points))
+
+    def _points(self, keys: F32) -> Iterator[Any]:
+        """The vectors of points with these keys [n, d]."""
+        if self._search_keys is None:
+            return map(FLOATS, keys)
+        pairs = zip(map(FLOATS, keys), map(FLOATS, self._search_keys.of(keys)), strict=True)
+        return ({KEY: key, SEARCH_KEY: short} for key, short in pairs)
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Writes records of another shard with the payloads that they have there."""
+        with storage_call(f"write to {self._directory}"):
+            keys = np.array([record.key for record in records], np.float32)
+            points = [
+                qe.Point(record.id, vectors, record.payload)
+                for record, vectors in zip(records, self._points(keys), strict=True)
+            ]
+            self._shard.update(qe.UpdateOperation.upsert_points(points))
+
+    def pages(self, size: int, *, payloads: bool) -> Iterator[list[Record]]:
+        """Every record, in the order of ids."""
+        start = None
+        while True:
+            with storage_call(f"read {self._directory}"):
+                request = qe.ScrollRequest(start, size, None, payloads, self._vectors)
+                found, start = self._shard.scroll(request)
+            if found:
+                yield list(map(_record, found))
+            if start is None:
+                return
+
+    def delete(self, ids: U64) -> None:
+        """See Shard.delete."""
+        with storage_call(f"write to {self._directory}"):
+            self._shard.update(qe.UpdateOperation.delete_points(ids.tolist()))
+
+    def scroll(
+        self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
+    ) -> Entries:
+        """See Shard.scroll."""
+        offset = None if after is None else after + 1
+        fields: bool | list[str] = True if provenance else [VALUE]
+        with storage_call(f"read {self._directory}"):
+            request = qe.ScrollRequest(offset, limit, None, fields, keys and self._vectors)
+            records, _ = self._shard.scroll(request)
+        return self._entries(records, keys)
+
+    def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
+        """See Shard.retrieve."""
+        with storage_call(f"read {self._directory}"):
+            records = self._shard.retrieve(ids.tolist(), True, keys and self._vectors)
+        return self._entries(records, keys)
+
+    def _entries(self, records: Sequence[Any], keys: bool) -> Entries:
+        dimension = self._spec.dimension if keys else 0
+        return entries_of(list(map(_record, records)), dimension, self._spec.value_width)
+
+    def counts(self, generation: int) -> ShardCounts:
+        """See Shard.counts."""
+        written = qe.FieldCondition(GENERATION, match=qe.MatchValue(generation))
+        with storage_call(f"count {self._directory}"):
+            tail = self._shard.count(qe.CountRequest(exact=True, filter=qe.Filter(must=[written])))
+            entries = self._shard.count(qe.CountRequest(exact=True, filter=None))
+            vectors = int(self._shard.info().indexed_vectors_count)
+        return ShardCounts(
+            int(entries), int(tail), vectors // (1 if self._search_keys is None else 2)
+        )
+
+    def optimize(self) -> None:
+        """Builds indexes and quantized keys. Blocks the whole process: only for a process of its own."""
+        with storage_call(f"optimize {self._directory}"):
+            self._shard.optimize()
+
+    def flush(self) -> None:
+        """Fsyncs every write, and cuts the write-ahead log."""
+        with storage_call(f"flush {self._directory}"):
+            self._shard.flush()
+
+    def close(self) -> None:
+        """Releases the files. Closing twice is allowed."""
+        with storage_call(f"close {self._directory}"):
+            self._shard.close()
+
+
+def forget_configuration(directory: Path) -> None:
+    """Makes load() take its configuration as a whole: else the engine keeps a quantization that is no longer wanted."""
+    with storage_call(f"configure {directory}"):
+        (directory / "edge_config.json").unlink(missing_ok=True)
+
+
+def _record(found: Any) -> Record:
+    vector = found.vector[KEY] if isinstance(found.vector, dict) else found.vector
+    return Record(found.id, found.payload, vector)

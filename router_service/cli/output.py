@@ -1,0 +1,187 @@
+"""What `router-admin` prints: one JSON document, or tables for people. Progress and remarks go to stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from knnmoe.v1 import operations_pb2 as operations_pb
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from router_service.cli.errors import BadInput
+
+# Wide enough that a table is not cut when stdout is a file or a pipe.
+PIPE_WIDTH = 160
+
+
+class Output:
+    """Where results go. With `as_json`, stdout gets exactly one JSON document."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
+        """Prints the document, or lets `render` show it."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            sys.stdout.flush()
+        else:
+            render(_console())
+
+    def remark(self, text: str) -> None:
+        """A line for people, on stderr."""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+    @contextmanager
+    def progress(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """A bar on stderr when that is a terminal; yields the function that advances it."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
+
+    @contextmanager
+    def operation(self) -> Iterator[Callable[[operations_pb.Operation], None]]:
+        """A bar on stderr when that is a terminal; yields the function that shows how far an operation is."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+
+            def show(now: operations_pb.Operation) -> None:
+                told, total = f"{now.kind}, {now.stage}", now.total or None
+                bar.update(task, description=told, completed=now.done, total=total)
+
+            yield show
+
+
+def _console() -> Console:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> Table:
+    """A plain table; numbers to the right."""
+    made = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    for number, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_cell(value)) for value in row))  # Text: no markup
+    return made
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value) or "all"
+    return str(value)
+
+
+def plain(message: Any) -> dict[str, Any]:
+    """A protobuf message as JSON values: every field, integers as numbers, enums as `rbf` or `logit_delta`."""
+    return {
+        field.name: _plain_field(field, getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+        if not field.has_presence or message.HasField(field.name)
+    }
+
+
+def _plain_field(field: Any, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return {
+            key: _plain_value(field.message_type.fields_by_name["value"], value[key])
+            for key in sorted(value)
+        }
+    if field.is_repeated:
+        return [_plain_value(field, item) for item in value]
+    return _plain_value(field, value)
+
+
+def _plain_value(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return plain(value)
+    if field.enum_type is not None:
+        return _enum_name(field.enum_type, value)
+    return value
+
+
+def _enum_name(enum: Any, number: int) -> str:
+    """`rbf` of Similarity.SIMILARITY_RBF."""
+    if number not in enum.values_by_number:
+        return str(number)
+    prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"
+    return enum.values_by_number[number].name.removeprefix(prefix).lower()
+
+
+def parse_plain(document: Any, message: Message) -> None:
+    """Fills a message from what plain() made of one. Raises ValueError on what is no such thing."""
+    if not isinstance(document, dict):
+        raise ValueError(f"got {type(document).__name__}, expected an object")
+    fields = message.DESCRIPTOR.fields_by_name
+    named = {
+        name: _enum_number(fields[name].enum_type, value)
+        if name in fields and fields[name].enum_type is not None
+        else value
+        for name, value in document.items()
+    }
+    try:
+        json_format.ParseDict(named, message)
+    except json_format.ParseError as error:
+        raise ValueError(str(error)) from error
+
+
+def _enum_number(enum: Any, name: Any) -> int:
+    known = {_enum_name(enum, number): number for number in enum.values_by_number}
+    if name not in known:
+        raise ValueError(f"{enum.name}: got {ascii(name)[:50]}, expected one of {', '.join(known)}")
+    return int(known[name])
+
+
+__all__ = ["confirm", "on_terminal"]
+
+
+def confirm(command: str, question: Callable[[], str]) -> None:
+    """Asks on a terminal, and ends the command on anything but yes. Raises BadInput where nobody can be asked."""
+    if not on_terminal():
+        raise BadInput(
+            f"{command} asks before it removes anything, and stdin is no terminal; pass --yes"
+        )
+    typer.confirm(question(), abort=True, err=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody can answer."""
+    return sys.stdin.isatty()

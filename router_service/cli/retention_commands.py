@@ -1,0 +1,413 @@
+"""`router-admin delete`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from knnmoe import tensors
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import retention_pb2 as pb
+from rich.console import Console
+
+from router_service.arrays import MAX_ENTRY_ID
+from router_service.cli.errors import BadInput
+from router_service.cli.operation_commands import followed
+from router_service.cli.options import MemoryName
+from router_service.cli.output import confirm, plain, table
+from router_service.cli.session import Session, session_of
+
+
+def delete(
+    context: typer.Context,
+    name: MemoryName,
+    entry_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--id",
+            min=0,
+            max=MAX_ENTRY_ID,
+            help="The entry of this id, in every layer; repeat it for more (--id 17 --id 18).",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="All entries of this source, e.g. genesis.txt.")
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the source, only those of this example, e.g. --source kjv --example 3."
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Only in this layer, counted from 0, e.g. 15.")
+    ] = None,
+    fsync: Annotated[
+        bool,
+        typer.Option(
+            "--fsync",
+            help="Return when the deletion would survive loss of power, not only of the service, "
+            "e.g. --fsync.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count; delete nothing, e.g. --dry-run.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
+    ] = False,
+) -> None:
+    """Delete entries of a memory: some ids, or all of a source or of one of its examples. Asks first.
+
+    Example:
+      router-admin delete bible --source genesis.txt --dry-run
+      router-admin delete bible --source genesis.txt --example 3 --yes
+      router-admin delete bible --id 17 --id 18 --layer 15 --yes
+
+    """
+    request = _request(entry_id, source, example)
+    request.memory = name
+    if layer is not None:
+        request.layer = layer
+    request.durability = admin_pb.DURABILITY_FSYNC if fsync else admin_pb.DURABILITY_PROCESS
+    session = session_of(context)
+    if dry_run or not yes:
+        counted = _send(session, request, dry_run=True)
+        if dry_run:
+            _emit_deleted(session, name, counted, dry_run=True)
+            return
+        confirm(f"delete ({counted.deleted} entries)", lambda: _delete_question(name, counted))
+    _emit_deleted(session, name, _send(session, request, dry_run=False), dry_run=False)
+
+
+def _request(ids: list[int] | None, source: str | None, example: str | None) -> pb.DeleteRequest:
+    if bool(ids) == (source is not None):
+        raise BadInput("say what to delete: either --id (repeated for more) or --source")
+    if ids and example is not None:
+        raise BadInput("--example names an example of a --source; it does not go with --id")
+    if ids:
+        unique = np.unique(np.array(ids, np.uint64))
+        return pb.DeleteRequest(ids=tensors.to_tensor(unique))
+    return pb.DeleteRequest(filter=pb.EntryFilter(source=source, example=example))
+
+
+def _send(session: Session, request: pb.DeleteRequest, *, dry_run: bool) -> pb.DeleteResponse:
+    request.dry_run = dry_run
+    reply: pb.DeleteResponse = session.client.unary(
+        session.client.retention.Delete, request, long=True
+    )
+    return reply
+
+
+def _delete_question(name: str, counted: pb.DeleteResponse) -> str:
+    layers = sum(1 for layer in counted.layers if layer.deleted)
+    return f"Delete {counted.deleted} entries of {layers} layer(s) of {name}?"
+
+
+def _emit_deleted(session: Session, name: str, reply: pb.DeleteResponse, *, dry_run: bool) -> None:
+    document = {"memory": name, "dry_run": dry_run, **plain(reply)}
+    verb = "would delete" if dry_run else "deleted"
+    rows: list[list[object]] = [
+        [layer.layer, layer.deleted, layer.entries - layer.deleted] for layer in reply.layers
+    ]
+    columns = ("layer", verb, "left")
+
+    def render(console: Console) -> None:
+        console.print(f"{verb} {reply.deleted} entries of {name}")
+        console.print(table(columns, rows))
+
+    session.output.emit(document, render)
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class RankingName(StrEnum):
+    """PruneRanking, as a flag."""
+
+    AGE = "age"
+    USE = "use"
+    GAIN = "gain"
+    STRENGTH = "strength"
+    DISAGREEMENT = "disagreement"
+    COVERAGE = "coverage"
+    RANDOM = "random"
+
+    @property
+    def wire_name(self) -> str:
+        """Of the enum on the wire."""
+        return f"PRUNE_RANKING_{self.value.upper()}"
+
+
+def filters(texts: Sequence[str] | None) -> list[pb.EntryFilter]:
+    """SOURCE or SOURCE/EXAMPLE; the first slash divides. Raises BadInput."""
+    found = []
+    for text in texts or ():
+        source, slash, example = text.partition("/")
+        if not source or (slash and not example):
+            raise BadInput(f"--forget: got {text!r}, expected SOURCE or SOURCE/EXAMPLE")
+        found.append(pb.EntryFilter(source=source, example=example if slash else None))
+    return found
+
+
+def moment(flag: str, text: str | None) -> int | None:
+    """Milliseconds since the epoch of a time, or of an age before now. Raises BadInput."""
+    if text is None:
+        return None
+    age = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text)
+    try:
+        if age is not None:
+            unix_s = time.time() - float(age[1]) * _SECONDS[age[2]]
+        else:
+            given = datetime.fromisoformat(text)
+            unix_s = (given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError) as error:
+        expected = "an age such as 30d, 12h or 90s, or a time such as 2026-01-31T12:00 (UTC)"
+        raise BadInput(f"{flag}: got {text!r}, expected {expected}") from error
+    if unix_s < 0:
+        raise BadInput(f"{flag}: got {text!r}, expected a time after 1970")
+    return int(unix_s * 1000)
+
+
+def size(text: str | None) -> tuple[int | None, float | None]:
+    """A number of entries, or a share of them, of `5000` or `50%`. Raises BadInput."""
+    if text is None:
+        return None, None
+    share = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", text)
+    if share is not None and 0 < float(share[1]) <= 100:
+        return None, float(share[1]) / 100
+    if re.fullmatch(r"\d{1,18}", text) and int(text) > 0:
+        return int(text), None
+    raise BadInput(f"--max-entries: got {text!r}, expected a number such as 5000, or 1% to 100%")
+
+
+_NOTHING = (
+    "say what goes: --forget, --older-than, --unused-below, --gain-below, --strength-below, --disagreeing-below, "
+    "--near-duplicates, or --max-entries with --by"
+)
+
+
+def prune(
+    context: typer.Context,
+    name: MemoryName,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE[/EXAMPLE]",
+            help="Entries of this source, or of one of its examples; repeat it for more, "
+            "e.g. --forget genesis.txt. `delete` names sources with a slash.",
+        ),
+    ] = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE|TIME",
+            help="Entries made longer ago than 30d (also s, m, h, w), or before 2026-01-31T12:00 (UTC), "
+            "e.g. --older-than 30d.",
+        ),
+    ] = None,
+    unused_below: Annotated[
+        int | None,
+        typer.Option(min=0, help="Entries that were retrieved fewer times than this, e.g. 1."),
+    ] = None,
+    spare_newer_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE|TIME",
+            help="Entries made since then are not dropped for lack of use, e.g. 7d.",
+        ),
+    ] = None,
+    gain_below: Annotated[
+        float | None,
+        typer.Option(help="Entries that saved fewer nats than this when they were made, e.g. 0."),
+    ] = None,
+    strength_below: Annotated[
+        float | None,
+        typer.Option(
+            help="Entries that hardly move routing: norm of the logit deltas, or half the L1 distance of the "
+            "assignment to the uniform one, e.g. 0.05."
+        ),
+    ] = None,
+    disagreeing_below: Annotated[
+        float | None,
+        typer.Option(
+            help="Entries that contradict their neighbours from other examples: cosine of the deltas, or overlap "
+            "of the assignments, below this, e.g. 0."
+        ),
+    ] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIMILARITY",
+            help="Of entries with keys this similar, and values that agree, the best one stays, e.g. 0.98.",
+        ),
+    ] = None,
+    value_agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Cosine or overlap of the values of near-duplicates; 0.9 when not given, e.g. 0.95."
+        ),
+    ] = None,
+    max_entries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|P%",
+            help="What a layer keeps at most, with --by, e.g. --max-entries 50% --by gain.",
+        ),
+    ] = None,
+    by: Annotated[
+        RankingName | None,
+        typer.Option(
+            help="Who goes first when a layer has more than --max-entries: the oldest, the least used, of least "
+            "gain or strength, those that disagree most, those that others cover best, or chance, e.g. gain."
+        ),
+    ] = None,
+    keep_at_least: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Entries that stay in each layer whatever the policies say, except --forget; 1 when not given, "
+            "e.g. 1000.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of --by random and of the sample of lookups, e.g. 7.")
+    ] = 0,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            help="Only this layer; repeat it for more (--layer 14 --layer 15). All when not given.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would go; delete nothing, e.g. --dry-run."),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
+    ] = False,
+) -> None:
+    """Delete the entries of a memory that any of the given policies drops. Asks first.
+
+    The service answers meanwhile; entries that are written meanwhile stay. Ctrl-C ends it: what was deleted until
+    then stays deleted. Disk space comes back with `optimize`.
+
+    To shrink a memory take --max-entries with --by strength for logit deltas, with --by gain for assignments: they
+    kept most of the gain (docs/experiments.md).
+
+    Example:
+      router-admin prune bible --near-duplicates 0.98 --dry-run
+      router-admin prune bible --max-entries 50% --by strength --yes
+      router-admin prune bible --older-than 90d --unused-below 1 --spare-newer-than 7d --yes
+      router-admin prune bible --forget genesis.txt --keep-at-least 0 --yes
+
+    """
+    entries, share = size(max_entries)
+    plan = pb.PrunePlan(
+        forget=filters(forget),
+        older_than_unix_ms=moment("--older-than", older_than),
+        unused_below=unused_below,
+        spare_newer_than_unix_ms=moment("--spare-newer-than", spare_newer_than),
+        gain_below=gain_below,
+        strength_below=strength_below,
+        agreement_below=disagreeing_below,
+        near_duplicate_similarity=near_duplicates,
+        near_duplicate_agreement=value_agreement,
+        max_entries=entries,
+        max_share=share,
+        by=by.wire_name if by is not None else None,
+        keep_at_least=keep_at_least,
+        seed=seed,
+    )
+    _check(plan)
+    request = pb.PruneRequest(memory=name, layers=layer, plan=plan, dry_run=dry_run)
+    session = session_of(context)
+    if not dry_run and not yes:
+        confirm("prune", lambda: _question(session, request))
+    _emit(session, request, _run(session, request))
+
+
+def _check(plan: pb.PrunePlan) -> None:
+    """Refuses flags that mean nothing without others, by their own names. Raises BadInput."""
+    sized = plan.WhichOneof("size") is not None
+    if sized != bool(plan.by):
+        raise BadInput("--max-entries and --by go together: how many may stay, and who goes first")
+    if plan.HasField("near_duplicate_agreement") and not plan.HasField("near_duplicate_similarity"):
+        raise BadInput("--value-agreement says more about --near-duplicates; give both")
+    by_use = plan.HasField("unused_below") or plan.by == pb.PRUNE_RANKING_USE
+    if plan.HasField("spare_newer_than_unix_ms") and not by_use:
+        raise BadInput("--spare-newer-than goes with --unused-below, or with --by use")
+    other = {"spare_newer_than_unix_ms", "near_duplicate_agreement", "keep_at_least", "seed", "by"}
+    if not {field.name for field, _ in plan.ListFields()} - other:
+        raise BadInput(_NOTHING)
+
+
+def _run(session: Session, request: pb.PruneRequest) -> list[dict[str, Any]]:
+    """What became of each layer."""
+    replies = followed(session, session.client.retention.Prune, request)
+    return [plain(reply.layer) for reply in replies if reply.HasField("layer")]
+
+
+def _question(session: Session, request: pb.PruneRequest) -> str:
+    """Asks the service what would go, and shows it."""
+    dry = pb.PruneRequest()
+    dry.CopyFrom(request)
+    dry.dry_run = True
+    layers = _run(session, dry)
+    _render(Console(stderr=True, highlight=False), layers, dry_run=True)
+    dropped, entries = _total(layers, "dropped"), _total(layers, "entries")
+    return f"Delete these {dropped} of {entries} entries of {request.memory}?"
+
+
+def _emit(session: Session, request: pb.PruneRequest, layers: list[dict[str, Any]]) -> None:
+    names = ("entries", "dropped", "deleted", "spared", "bytes_estimate")
+    document = {"memory": request.memory, "dry_run": request.dry_run}
+    document |= {name: _total(layers, name) for name in names}
+    session.output.emit(
+        document | {"layers": layers},
+        lambda console: _render(console, layers, dry_run=request.dry_run),
+    )
+
+
+def _total(layers: list[dict[str, Any]], name: str) -> int:
+    return sum(layer[name] for layer in layers)
+
+
+def _render(console: Console, layers: list[dict[str, Any]], *, dry_run: bool) -> None:
+    gone = "dropped" if dry_run else "deleted"
+    columns = ("layer", "entries", gone, "kept", "rescued", "spared", "MiB", "unseen", "reasons")
+    rows = [
+        [
+            *(layer[name] for name in ("layer", "entries", gone, "kept", "rescued", "spared")),
+            round(layer["bytes_estimate"] / 2**20, 3),
+            layer["incomplete_searches"],
+            ", ".join(f"{name} {count}" for name, count in layer["reasons"].items()),
+        ]
+        for layer in layers
+    ]
+    console.print("would be deleted; nothing was:" if dry_run else "deleted:")
+    console.print(table(columns, rows))
+    effects = [_effect(layer) for layer in layers if layer["expected_effect"]]
+    if effects:
+        console.print("expected effect on lookups, before -> after:")
+        console.print(table(tuple(effects[0]), [list(effect.values()) for effect in effects]))
+
+
+def _effect(layer: dict[str, Any]) -> dict[str, object]:
+    """One row, in the words of the settings."""
+    means = layer["expected_effect"]
+    pairs = {
+        name: f"{means[f'{name}_before']:.4g} -> {means[f'{name}_after']:.4g}"
+        for name in ("lambda", "abstained", "agreement")
+    }
+    size = f"{means['contribution_before']:.4g}, changed by {means['contribution_change']:.4g}"
+    return {
+        "layer": layer["layer"], "lookups": int(means["queries"]), **pairs, "contribution": size
+    }  # fmt: skip

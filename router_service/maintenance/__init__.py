@@ -1,1 +1,0 @@
-"""What is done to memories beside reading and writing them: snapshots."""

@@ -1,0 +1,1 @@
+"""The memories of a service: which there are, how they are stored, read, written and swapped."""

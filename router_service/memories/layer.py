@@ -1,0 +1,240 @@
+"""The memory of one MoE layer: looks up, blends or abstains, counts. Knows nothing of the wire or of other layers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+import numpy as np
+
+from router_service import blending, kernels
+from router_service.arrays import (
+    F32,
+    NO_ID,
+    U8,
+    U64,
+    Assignment,
+    Entries,
+    ExampleRef,
+    Neighbours,
+    Provenance,
+)
+from router_service.backends.base import (
+    Collection,
+    CollectionInfo,
+    Compression,
+    Quantization,
+    Report,
+    say_nothing,
+)
+from router_service.memories.hit_counts import HitCounter
+from router_service.memories.settings import Kind, MemorySettings, Similarity
+from router_service.memories.write_gate import WriteGate
+
+# Tokens per engine call: the lock and the interpreter are free in between, so a long request delays no other for long.
+TOKENS_PER_SEARCH = 256
+
+
+class Abstain(IntEnum):
+    """Why a token kept the model's own routing; numbers of knnmoe.v1.AbstainReason."""
+
+    NO = 0
+    EMPTY = 1
+    TOO_FAR = 2
+    LAYER_OFF = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RouteQuery:
+    """One layer's tokens and the model's own routing of them."""
+
+    router_inputs: F32  # [T, d]
+    own: Assignment | F32  # [T, k] or logits [T, N]
+    neighbours: int | None = None  # overrides K
+    exclude: Sequence[ExampleRef] = ()
+    deadline: float | None = None  # of time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class RouteAnswer:
+    """The blended routing; `blended` is None when every token abstained."""
+
+    blended: Assignment | F32 | None
+    lambdas: F32  # [T]
+    abstained: U8  # [T], Abstain
+    neighbours: Neighbours
+    similarities: F32  # [T, K]
+    search_ns: int
+    blend_ns: int
+
+
+@dataclass(slots=True)
+class LayerCounters:
+    """What a layer did since the service started."""
+
+    requests: int = 0
+    tokens: int = 0
+    abstained: int = 0
+    lambda_sum: float = 0.0
+    search_ns: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, answer: RouteAnswer) -> None:
+        """Counts one answer."""
+        with self.lock:
+            self.requests += 1
+            self.tokens += len(answer.lambdas)
+            self.abstained += int(np.count_nonzero(answer.abstained))
+            self.lambda_sum += float(answer.lambdas.sum())
+            self.search_ns += answer.search_ns
+
+    def read(self) -> LayerCounters:
+        """A copy, consistent in itself."""
+        with self.lock:
+            return replace(self, lock=threading.Lock())
+
+
+class LayerMemory:
+    """Entries of one MoE layer and how they are read."""
+
+    def __init__(
+        self,
+        layer: int,
+        collection: Collection,
+        num_experts: int,
+        top_k: int,
+        hits: HitCounter | None = None,
+    ) -> None:
+        self.layer = layer
+        self.collection = collection
+        self.counters = LayerCounters()
+        self.hits = hits or HitCounter()
+        self.gate = WriteGate()
+        self._num_experts, self._top_k = num_experts, top_k
+
+    def route(self, query: RouteQuery, settings: MemorySettings) -> RouteAnswer:
+        """Looks the tokens up and blends. Raises StorageError when the engine fails."""
+        started = time.perf_counter_ns()
+        k = query.neighbours or settings.neighbours
+        if settings.speaks_for(self.layer):
+            found = self._search(query, k, settings)
+        else:
+            found = Neighbours.empty(len(query.router_inputs), k)
+        searched = time.perf_counter_ns()
+        answer = self._blend(query.own, found, settings)
+        answer = replace(
+            answer, search_ns=searched - started, blend_ns=time.perf_counter_ns() - searched
+        )
+        self.counters.add(answer)
+        self.hits.note(found.ids, answer.similarities, answer.abstained == Abstain.NO)
+        return answer
+
+    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
+        """Writes validated entries; see Collection.upsert."""
+        with self.gate.writing(entries.ids):
+            self.collection.upsert(entries, fsync=fsync)
+
+    def info(self) -> CollectionInfo:
+        """Exact state of the collection."""
+        return self.collection.info()
+
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:
+        """Removes entries; see Collection.delete."""
+        deleted = self.collection.delete(ids, fsync=fsync)
+        self.hits.forget(ids)
+        return deleted
+
+    def optimize(
+        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+    ) -> CollectionInfo:
+        """Builds index and search keys, as before unless told otherwise; returns the state afterwards."""
+        self.collection.optimize(compression, report)
+        return self.collection.info()
+
+    def provenance_of(self, ids: U64) -> dict[int, Provenance]:
+        """Where entries came from, by id; ids that are gone (or NO_ID) are left out."""
+        wanted = np.unique(ids)
+        return self.collection.provenance(wanted[wanted != NO_ID])
+
+    def count_of(self, ids: U64) -> int:
+        """How many of these ids the layer holds."""
+        return len(self.collection.provenance(ids))
+
+    def nearest_distances(
+        self, queries: F32, settings: MemorySettings, exclude: Sequence[ExampleRef] = ()
+    ) -> F32:
+        """Squared distance [T] to the nearest entry; inf where there is none."""
+        found = self._search(RouteQuery(queries, queries, 1, exclude), 1, settings)
+        return found.distances[:, 0]
+
+    def _search(self, query: RouteQuery, k: int, settings: MemorySettings) -> Neighbours:
+        parts, options = [], replace(settings.search, deadline=query.deadline)
+        for start in range(0, len(query.router_inputs), TOKENS_PER_SEARCH):
+            rows = slice(start, start + TOKENS_PER_SEARCH)
+            exclude = query.exclude if len(query.exclude) <= 1 else query.exclude[rows]
+            parts.append(self.collection.search(query.router_inputs[rows], k, options, exclude))
+        return (
+            parts[0]
+            if len(parts) == 1
+            else Neighbours(
+                np.concatenate([p.ids for p in parts]),
+                np.concatenate([p.distances for p in parts]),
+                np.concatenate([p.values for p in parts]),
+            )
+        )
+
+    def _blend(
+        self, own: Assignment | F32, found: Neighbours, settings: MemorySettings
+    ) -> RouteAnswer:
+        similarities = self._similarities(found.distances, settings)
+        lambdas = (
+            kernels.mean_lambda(similarities)
+            if settings.kind is Kind.ASSIGNMENT
+            else kernels.shrunk_lambda(similarities, settings.null_weight)
+        )
+        abstained = self._abstentions(found, lambdas, settings)
+        lambdas = np.where(abstained == Abstain.NO, lambdas, np.float32(0))
+        blended = None
+        if (abstained == Abstain.NO).any():
+            blended = self._blended(own, found, similarities, lambdas, settings)
+        return RouteAnswer(blended, lambdas, abstained, found, similarities, 0, 0)
+
+    def _similarities(self, distances: F32, settings: MemorySettings) -> F32:
+        if settings.similarity is Similarity.RBF:
+            return kernels.rbf_similarity(distances, settings.gamma_of(self.layer))
+        return kernels.cosine_similarity(distances)
+
+    def _abstentions(self, found: Neighbours, lambdas: F32, settings: MemorySettings) -> U8:
+        if not settings.speaks_for(self.layer):
+            return np.full(len(lambdas), Abstain.LAYER_OFF, dtype=np.uint8)
+        empty = np.isinf(found.distances).all(axis=1)
+        too_far = lambdas <= settings.min_lambda
+        far_or_not = np.where(too_far, np.uint8(Abstain.TOO_FAR), np.uint8(Abstain.NO))
+        return np.where(empty, np.uint8(Abstain.EMPTY), far_or_not)
+
+    def _blended(
+        self,
+        own: Assignment | F32,
+        found: Neighbours,
+        similarities: F32,
+        lambdas: F32,
+        settings: MemorySettings,
+    ) -> Assignment | F32:
+        if isinstance(own, Assignment):
+            neighbours = Assignment(
+                found.values[..., : self._top_k].astype(np.int32), found.values[..., self._top_k :]
+            )
+            return blending.blend_assignments(
+                own, neighbours, similarities, lambdas, self._num_experts, settings.support
+            )
+        return blending.blend_logits(
+            own,
+            found.values,
+            similarities,
+            settings.null_weight,
+            settings.step_size_of(self.layer),
+            lambdas > 0,
+        )

@@ -1,0 +1,166 @@
+"""The file that says what a memory is: DATA/memories/NAME/memory.json, replaced atomically.
+
+A directory with the file CREATING and no manifest is a creation that never ended; it holds nothing that was
+acknowledged. A directory with neither has lost its manifest and is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from router_service import fingerprint as identity
+from router_service.backends.disk import (
+    fsync_directory,
+    remove_durably,
+    remove_tree,
+    storage_call,
+    write_atomically,
+)
+from router_service.errors import CorruptMemory, InvalidField
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories import settings as memory_settings
+from router_service.memories.memory import MemoryRecord
+from router_service.memories.settings import settings_from_json
+
+FORMAT = 1
+FILE_NAME = "memory.json"
+UNFINISHED = "CREATING"
+
+
+def begin_creation(directory: Path) -> None:
+    """Makes the directory of a new memory, marked as unfinished. Raises StorageError, also when it is there."""
+    with storage_call(f"create {directory}"):
+        directory.mkdir()
+        try:
+            (directory / UNFINISHED).touch()
+            fsync_directory(directory)
+            fsync_directory(directory.parent)
+        except OSError:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+
+def finish_creation(directory: Path, record: MemoryRecord) -> None:
+    """Writes the first manifest; from here on the memory exists. Raises StorageError."""
+    write_manifest(directory, record)
+    remove_durably(directory / UNFINISHED)
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether the creation of a memory ended before there was anything to keep."""
+    return (directory / UNFINISHED).exists() and not (directory / FILE_NAME).exists()
+
+
+def record_to_json(record: MemoryRecord) -> str:
+    """A record as text."""
+    body = {
+        "format": FORMAT,
+        "name": record.name,
+        "fingerprint": asdict(record.fingerprint),
+        "settings": record.settings.fields(),
+        "created_unix_ms": record.created_unix_ms,
+    }
+    return json.dumps(body, indent=2)
+
+
+def record_from_json(text: str, name: str, where: str) -> MemoryRecord:
+    """Inverse of record_to_json. Raises CorruptMemory, that names `where`, unless it is a valid record of `name`."""
+    try:
+        record = _record_of(json.loads(text))
+        identity.validate(record.fingerprint)
+        memory_settings.validate(record.settings, record.fingerprint.num_layers)
+    except (ValueError, KeyError, TypeError, RecursionError, InvalidField) as error:
+        raise CorruptMemory(f"{where} cannot be read ({type(error).__name__}: {error})") from error
+    if record.name != name:
+        raise CorruptMemory(
+            f"{where} is the manifest of memory {record.name!r}, expected {name!r}; a copied memory "
+            "cannot be opened under another name"
+        )
+    return record
+
+
+def write_manifest(directory: Path, record: MemoryRecord) -> None:
+    """Writes the manifest so that it is either the old or the new one after a crash. Raises StorageError."""
+    text = record_to_json(record).encode()
+    write_atomically(directory / FILE_NAME, lambda file: file.write(text))
+
+
+def read_manifest(directory: Path) -> MemoryRecord:
+    """Raises CorruptMemory on a file that is missing, of another format, or not what was written."""
+    path = directory / FILE_NAME
+    try:
+        return record_from_json(path.read_text(), directory.name, str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{path} cannot be read ({type(error).__name__}: {error})"
+    except CorruptMemory as error:
+        if error.__cause__ is None:  # another memory's
+            raise
+        problem = str(error)
+    raise CorruptMemory(f"{problem}; restore it from a backup or move {directory} away")
+
+
+def _record_of(body: dict[str, object]) -> MemoryRecord:
+    if body["format"] != FORMAT:
+        raise ValueError(f"format {body['format']}, this version reads {FORMAT}")
+    fingerprint, settings = body["fingerprint"], body["settings"]
+    if not isinstance(fingerprint, dict) or not isinstance(settings, dict):
+        raise TypeError("fingerprint and settings must be objects")
+    return MemoryRecord(
+        str(body["name"]),
+        ModelFingerprint(**fingerprint),
+        settings_from_json(settings),
+        int(str(body["created_unix_ms"])),
+    )
+
+
+# In layers that are moved into the place of others, until they have arrived: where they came from.
+CAME_FROM = "CAME-FROM"
+
+
+def restored_directory(memories: Path, record: MemoryRecord) -> Path:
+    """Where the layers of a memory lie if it was restored."""
+    return memories / record.name / f"restored-{record.created_unix_ms}"
+
+
+def home_of(memories: Path | None, record: MemoryRecord) -> str:
+    """What the names of a memory's collections begin with."""
+    if memories is None or not (restored := restored_directory(memories, record)).is_dir():
+        return record.name
+    return f"{record.name}/{restored.name}"
+
+
+def hits_file(layer: int) -> str:
+    """Name of the file of a layer's hit counts, which lies beside its directory."""
+    return f"hits-{layer:03d}.npz"
+
+
+def stamped(memories: Path, record: MemoryRecord, present: MemoryRecord | None) -> MemoryRecord:
+    """The record with a creation time of its own: now, and none that leads to layers that are there."""
+    created = time.time_ns() // 1_000_000
+    if present is not None:
+        created = max(created, present.created_unix_ms + 1)
+    record = replace(record, created_unix_ms=created)
+    while restored_directory(memories, record).exists():
+        record = replace(record, created_unix_ms=record.created_unix_ms + 1)
+    return record
+
+
+def is_stray(path: Path, restored: Path) -> bool:
+    """Whether layers at `path` are nobody's: neither those in force nor on their way, see moved_memories."""
+    return path != restored and not (path / CAME_FROM).exists()
+
+
+def remove_strays(memories: Path, record: MemoryRecord) -> None:
+    """Removes every layer of a memory that its manifest does not lead to; none of them may be open."""
+    restored = restored_directory(memories, record)
+    strays = [path for path in restored.parent.glob("restored-*") if is_stray(path, restored)]
+    if restored.is_dir():
+        strays += restored.parent.glob("layer-*")
+        for path in restored.parent.glob("hits-*.npz"):
+            remove_durably(path)
+    for path in strays:
+        remove_tree(path)

@@ -1,0 +1,319 @@
+"""One memory: the identity of its model, its settings, and a LayerMemory per MoE layer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from router_service import checks, kernels
+from router_service.arrays import F32, U64, Assignment, Entries, ExampleRef
+from router_service.backends.base import CollectionSpec
+from router_service.errors import (
+    InvalidField,
+    InvalidTensor,
+    KindMismatch,
+    LayerNotFound,
+    StorageError,
+)
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories import settings as memory_settings
+from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
+from router_service.memories.settings import Kind, MemorySettings, Similarity
+
+# Numbers in the neighbours' values of one request: T x K x W, 512 MiB in f32.
+MAX_VALUES = 2**27
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRecord:
+    """What is written down about a memory beside its entries."""
+
+    name: str
+    fingerprint: ModelFingerprint
+    settings: MemorySettings
+    created_unix_ms: int
+
+    @property
+    def value_width(self) -> int:
+        """Width W of a value row: N logit deltas, or k experts and k weights."""
+        if self.settings.kind is Kind.LOGIT_DELTA:
+            return self.fingerprint.num_experts
+        return 2 * self.fingerprint.top_k
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCalibration:
+    """The bandwidth of one layer and the distance that set it."""
+
+    layer: int
+    squared_distance: float
+    gamma: float
+    queries: int
+
+
+class RoutingMemory:
+    """Validates what comes from outside against the memory's model, then asks the layer."""
+
+    def __init__(self, record: MemoryRecord, layers: Sequence[LayerMemory]) -> None:
+        self.record = record
+        self.layers = tuple(layers)
+        self.version = 1
+        self._lock = threading.Lock()
+
+    def layer(self, number: int) -> LayerMemory:
+        """Raises LayerNotFound."""
+        if not 0 <= number < len(self.layers):
+            raise LayerNotFound(number, len(self.layers))
+        return self.layers[number]
+
+    def chosen_layers(self, numbers: Sequence[int]) -> list[LayerMemory]:
+        """The layers of these numbers, each once, or all when there are none. Raises LayerNotFound."""
+        return [self.layer(number) for number in sorted(set(numbers))] or list(self.layers)
+
+    def route(self, layer: int, model_digest: str, query: RouteQuery) -> RouteAnswer:
+        """Blends T tokens of one layer. Raises what the checks raise, and StorageError."""
+        self.record.fingerprint.require_digest(model_digest)
+        memory = self.layer(layer)
+        self._check_query(query)
+        return memory.route(query, self.record.settings)
+
+    def upsert(
+        self, layer: int, model_digest: str, entries: Entries, *, fsync: bool = False
+    ) -> None:
+        """Writes entries of one layer, all or (on an error before the first write) none."""
+        self.record.fingerprint.require_digest(model_digest)
+        memory = self.layer(layer)
+        memory.upsert(self._checked_entries(entries), fsync=fsync)
+        self._touch()
+
+    def delete(self, layer: int, ids: U64, *, fsync: bool = False) -> int:
+        """Removes entries of one layer and returns how many were there."""
+        deleted = self.layer(layer).delete(ids, fsync=fsync)
+        if deleted:
+            self._touch()
+        return deleted
+
+    def change_settings(self, record: MemoryRecord) -> None:
+        """Reads by other settings from the next Route on."""
+        self.record = record
+        self._touch()
+
+    def calibrate(
+        self, layer: int, lambda0: float, quantile: float, inputs: F32 | None, sample: int
+    ) -> LayerCalibration:
+        """The gamma at which `quantile` of the nearest-neighbour distances has similarity lambda0.
+
+        inputs: router inputs [n, d] of held-out text; None: `sample` of the layer's own keys, each against the
+        entries of other examples. Raises InvalidField when the layer has nothing to measure.
+        """
+        memory = self.layer(layer)
+        self._require_bandwidth()
+        if inputs is None:
+            distances = self._leave_one_example_out(memory, sample)
+        else:
+            self._check_inputs("inputs.router_inputs", inputs)
+            distances = memory.nearest_distances(inputs, self.record.settings)
+        found = distances[np.isfinite(distances)]
+        if not len(found):
+            raise InvalidField(
+                "memory",
+                f"no neighbours in layer {layer}",
+                "a layer with entries of at least two examples; upsert first",
+            )
+        distance = float(np.quantile(found, quantile))
+        return LayerCalibration(
+            layer, distance, kernels.calibrated_gamma(distance, lambda0), len(found)
+        )
+
+    def _require_bandwidth(self) -> None:
+        if self.record.settings.similarity is not Similarity.RBF:
+            raise InvalidField(
+                "memory",
+                f"similarity {self.record.settings.similarity}",
+                "an rbf memory: cosine similarity has no bandwidth to calibrate",
+            )
+
+    def _leave_one_example_out(self, memory: LayerMemory, sample: int) -> F32:
+        entries = sample_entries(memory, sample)
+        if not len(entries):
+            return np.empty(0, dtype=np.float32)
+        own = [ExampleRef(p.source, p.example) for p in entries.provenance]
+        return memory.nearest_distances(entries.keys, self.record.settings, own)
+
+    def _check_query(self, query: RouteQuery) -> None:
+        self._check_inputs("router_inputs", query.router_inputs)
+        tokens, model = len(query.router_inputs), self.record.fingerprint
+        self._check_neighbours(query.neighbours, tokens)
+        if len(query.exclude) not in (0, 1, tokens):
+            raise InvalidField(
+                "exclude", len(query.exclude), f"none, 1, or {tokens} (one per token)"
+            )
+        if isinstance(query.own, Assignment) != (self.record.settings.kind is Kind.ASSIGNMENT):
+            self._refuse_kind(
+                "assignment" if isinstance(query.own, Assignment) else "router_logits"
+            )
+        if isinstance(query.own, Assignment):
+            self._check_assignment("assignment", query.own, tokens)
+        else:
+            checks.require_matrix(
+                "router_logits",
+                query.own,
+                tokens,
+                model.num_experts,
+                "num_experts of the memory's model",
+            )
+            checks.require_finite("router_logits", query.own)
+
+    def _check_neighbours(self, asked: int | None, tokens: int) -> None:
+        """K in range, and the neighbours' values of the whole request small enough to hold in RAM."""
+        if asked is not None and not 1 <= asked <= memory_settings.MAX_NEIGHBOURS:
+            raise InvalidField("neighbours", asked, f"1 to {memory_settings.MAX_NEIGHBOURS}")
+        k = asked or self.record.settings.neighbours
+        most = max(1, MAX_VALUES // (k * self.record.value_width))
+        if tokens > most:
+            raise InvalidField(
+                "router_inputs", f"{tokens} tokens", f"at most {most} per request with K = {k}"
+            )
+
+    def _check_inputs(self, field: str, inputs: F32) -> None:
+        checks.require_matrix(
+            field,
+            inputs,
+            None,
+            self.record.fingerprint.hidden_size,
+            "hidden_size of the memory's model",
+        )
+        checks.require_finite(field, inputs)
+
+    def _check_assignment(self, field: str, assignment: Assignment, rows: int) -> None:
+        model = self.record.fingerprint
+        for name in ("experts", "weights"):
+            checks.require_matrix(
+                f"{field}.{name}",
+                getattr(assignment, name),
+                rows,
+                model.top_k,
+                "top_k of the memory's model",
+            )
+        checks.require_assignment(field, assignment, model.num_experts)
+
+    def _refuse_kind(self, got: str) -> None:
+        kind = self.record.settings.kind
+        wanted = "assignment" if kind is Kind.ASSIGNMENT else "router_logits"
+        raise KindMismatch(
+            f"own: got {got}, expected {wanted} (memory {self.record.name!r} holds {kind}s)"
+        )
+
+    def _checked_entries(self, entries: Entries) -> Entries:
+        checks.require_matrix(
+            "entries.keys",
+            entries.keys,
+            None,
+            self.record.fingerprint.hidden_size,
+            "hidden_size of the memory's model",
+        )
+        rows = len(entries.keys)
+        if entries.ids.shape != (rows,):
+            raise InvalidTensor(
+                "entries.ids",
+                f"shape {list(entries.ids.shape)}",
+                f"shape [{rows}] (one id per key)",
+            )
+        checks.require_ids("entries.ids", entries.ids)
+        checks.require_finite("entries.keys", entries.keys)
+        self._check_values(entries.values, rows)
+        checks.require_provenance(entries.provenance, rows)
+        now = time.time_ns() // 1_000_000
+        stamped = [
+            p if p.created_unix_ms else replace(p, created_unix_ms=now) for p in entries.provenance
+        ]
+        return replace(entries, provenance=stamped)
+
+    def _check_values(self, values: F32, rows: int) -> None:
+        model = self.record.fingerprint
+        if self.record.settings.kind is Kind.LOGIT_DELTA:
+            checks.require_matrix(
+                "entries.logit_deltas",
+                values,
+                rows,
+                model.num_experts,
+                "num_experts of the memory's model",
+            )
+            checks.require_finite("entries.logit_deltas", values)
+            return
+        half = values.shape[-1] // 2
+        # 2^31 - 1 is 2^31 in f32 and wraps: refused below all the same.
+        with np.errstate(invalid="ignore"):
+            experts = values[..., :half].astype(np.int32)
+        assignment = Assignment(experts, values[..., half:])
+        self._check_assignment("entries.assignments", assignment, rows)
+
+    def _touch(self) -> None:
+        with self._lock:
+            self.version += 1
+
+
+def sample_entries(memory: LayerMemory, sample: int, seed: int = 0) -> Entries:
+    """Up to `sample` entries, spread evenly over the layer's ids (ids are hashes, so this is a random sample)."""
+    rng = np.random.default_rng(seed)
+    starts = np.sort(rng.integers(0, 2**63 - 1, size=max(1, sample // 64), dtype=np.int64))
+    parts = [memory.collection.scroll(int(start), 64) for start in starts]
+    parts = [p for p in parts if len(p)] or [memory.collection.scroll(None, sample)]
+    ids, first = np.unique(np.concatenate([p.ids for p in parts]), return_index=True)
+    del ids
+    keys = np.concatenate([p.keys for p in parts])[first]
+    values = np.concatenate([p.values for p in parts])[first]
+    provenance = [origin for p in parts for origin in p.provenance]
+    return Entries(
+        np.concatenate([p.ids for p in parts])[first], keys, values, [provenance[i] for i in first]
+    )
+
+
+log = logging.getLogger(__name__)
+
+
+def collection_name(home: str, layer: int) -> str:
+    """Of a layer; `home` as in restored_files.home_of()."""
+    return f"{home}/layer-{layer:03d}"
+
+
+def collection_names(record: MemoryRecord, home: str = "") -> list[str]:
+    """Of all layers, in their order; where no home is given they are under the memory's own name."""
+    numbers = range(record.fingerprint.num_layers)
+    return [collection_name(home or record.name, number) for number in numbers]
+
+
+def spec_of(record: MemoryRecord) -> CollectionSpec:
+    """What the collections of a memory hold."""
+    return CollectionSpec(
+        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
+    )
+
+
+def are_read_alike(one: MemoryRecord, other: MemoryRecord) -> bool:
+    """Whether open collections can stay as they are when the record of their memory becomes another."""
+    return one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
+
+
+def forget_hits(layers: Sequence[LayerMemory]) -> None:
+    """Counts from 0: the layers hold other entries now."""
+    for layer in layers:
+        layer.hits.forget(layer.hits.counts().ids)
+
+
+def close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
+    """Closes every layer's collection; those that fail, and are returned, do not keep the others open."""
+    failures = []
+    for layer in layers:
+        try:
+            layer.hits.save()
+            layer.collection.close()
+        except StorageError as error:
+            log.exception("closing layer %d failed", layer.layer)
+            failures.append(error)
+    return failures

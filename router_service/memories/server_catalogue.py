@@ -1,0 +1,95 @@
+"""Which memories a server holds: a point for each in the collection PREFIX~memories, which services share."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from router_service.backends.qdrant_server.connection import Connection
+from router_service.backends.qdrant_server.records import Records, age_ms
+from router_service.errors import Busy, CorruptMemory, MemoryExists
+from router_service.memories.catalogue import Catalogued, Takeover
+from router_service.memories.manifest import record_from_json, record_to_json
+from router_service.memories.memory import MemoryRecord
+
+READY, CREATING, DELETING, MOVING = "ready", "creating", "deleting", "moving"
+# A creation or deletion that takes longer was killed.
+_PATIENCE_MS = 120_000
+
+
+class ServerCatalogue:
+    """See Catalogue. A state beside each record takes the place of the marks that the embedded backend makes."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Makes the collection of records when it is not there. Raises StorageError."""
+        options = connection.options
+        self.place = f"Qdrant {connection.version} at {options.url}, collections {options.prefix}~*"
+        self._records = Records(connection, f"{options.prefix}~memories")
+        self._records.ensure()
+
+    def read(self) -> Catalogued:
+        """See Catalogue.read."""
+        found = Catalogued([], {}, [])
+        for payload in self._records.all():
+            name, state = payload.get("name", ""), payload.get("state")
+            called = payload.get("becomes", name)  # the record is that of what it becomes
+            try:
+                record = record_from_json(payload.get("record", ""), called, self._where(name))
+            except CorruptMemory as error:
+                found.broken[name] = str(error)
+                continue
+            stale = age_ms(payload) > _PATIENCE_MS
+            if state == READY:
+                found.records.append(record)
+            elif state == MOVING:
+                found.takeovers.append(Takeover(record, name, stale))
+            elif stale:
+                found.leftovers.append(record)
+        return found
+
+    def begin(self, record: MemoryRecord) -> None:
+        """See Catalogue.begin. Raises Busy while another service makes or removes a memory of that name."""
+        if (payload := self._records.read(record.name)) is not None:
+            if payload.get("state") == READY:
+                raise MemoryExists(record.name)
+            if age_ms(payload) <= _PATIENCE_MS:
+                problem = f"another service is {payload.get('state')} memory {record.name!r}"
+                raise Busy(f"{problem}; try again in {_PATIENCE_MS // 1000} s at the latest")
+        self._write(record, CREATING)
+
+    def begin_takeover(self, takeover: Takeover) -> None:
+        """See Announcing.begin_takeover: the record of the one is that of the other to be, until it is removed."""
+        record, by = takeover.record, takeover.by
+        for name in (record.name, by):
+            payload = self._records.read(name)
+            if payload is None or payload.get("state") != READY:
+                raise Busy(f"another service makes, moves or removes memory {name!r}; try again")
+        fields = {"name": by, "state": MOVING, "becomes": record.name}
+        self._records.write(by, fields | {"record": record_to_json(record)})
+
+    def commit(self, record: MemoryRecord) -> None:
+        """See Catalogue.commit."""
+        self._write(record, READY)
+
+    def retire(self, record: MemoryRecord) -> None:
+        """See Catalogue.retire."""
+        self._write(record, DELETING)
+
+    def remove(self, record: MemoryRecord) -> None:
+        """See Catalogue.remove."""
+        self._records.remove(record.name)
+
+    def find(self, name: str) -> MemoryRecord | None:
+        """The record of a memory that exists; None when there is none, or it cannot be read."""
+        payload = self._records.read(name)
+        if payload is None or payload.get("state") != READY:
+            return None
+        with suppress(CorruptMemory):
+            return record_from_json(payload.get("record", ""), name, self._where(name))
+        return None
+
+    def _write(self, record: MemoryRecord, state: str) -> None:
+        fields = {"name": record.name, "state": state, "record": record_to_json(record)}
+        self._records.write(record.name, fields)
+
+    def _where(self, name: str) -> str:
+        return f"the record of memory {name!r} in collection {self._records.name!r}"

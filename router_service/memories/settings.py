@@ -1,0 +1,155 @@
+"""How a memory is read: its kind, kernel, K, bandwidths and step sizes. Stored with the memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from router_service.backends.base import Metric, SearchOptions
+from router_service.blending import Support
+from router_service.errors import InvalidField
+
+MAX_NEIGHBOURS = 1024
+# Blended logits stay finite in f32: the norm of a stored delta is below 2e19.
+MAX_STEP_SIZE = 1e6
+
+
+class Kind(StrEnum):
+    """What the values are."""
+
+    ASSIGNMENT = "assignment"
+    LOGIT_DELTA = "logit_delta"
+
+
+class Similarity(StrEnum):
+    """The kernel."""
+
+    RBF = "rbf"
+    COSINE = "cosine"
+
+    @property
+    def metric(self) -> Metric:
+        """The distance that the kernel reads."""
+        return Metric.EUCLID if self is Similarity.RBF else Metric.COSINE
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """Every field of knnmoe.v1.MemorySettings, resolved. Lists hold one number for all layers, or one per layer."""
+
+    preset: str = "recommended"
+    kind: Kind = Kind.LOGIT_DELTA
+    similarity: Similarity = Similarity.RBF
+    neighbours: int = 32
+    gamma: tuple[float, ...] = (1.0,)
+    step_size: tuple[float, ...] = (1.0,)
+    null_weight: float = 0.5
+    min_lambda: float = 0.0
+    support: Support = Support.UNION
+    layers: tuple[int, ...] = ()
+    hnsw_ef: int = 100  # misses no nearest key in benchmarks.route, and 512 tokens take no longer than FAISS flat
+    oversampling: float = 2.0
+
+    def gamma_of(self, layer: int) -> float:
+        """RBF bandwidth of a layer."""
+        return self.gamma[layer if len(self.gamma) > 1 else 0]
+
+    def step_size_of(self, layer: int) -> float:
+        """Step size eta of a layer."""
+        return self.step_size[layer if len(self.step_size) > 1 else 0]
+
+    def speaks_for(self, layer: int) -> bool:
+        """Whether the memory is read at this layer."""
+        return not self.layers or layer in self.layers
+
+    @property
+    def search(self) -> SearchOptions:
+        """How collections are searched."""
+        return SearchOptions(self.hnsw_ef, self.oversampling)
+
+    def fields(self) -> dict[str, Any]:
+        """Field by field; plain JSON values but for tuples, which JSON turns into lists."""
+        return asdict(self)
+
+
+PRESETS: dict[str, MemorySettings] = {
+    # arXiv 2601.02144: assignments, K = 1, lambda = mean similarity.
+    "paper": MemorySettings(preset="paper", kind=Kind.ASSIGNMENT, neighbours=1, null_weight=0.0),
+    # One-pass logit deltas, 32 neighbours, a null neighbour of weight 0.5 (docs/experiments.md).
+    "recommended": MemorySettings(),
+}
+
+
+def preset(name: str) -> MemorySettings:
+    """Settings of a preset. Raises InvalidField on an unknown name."""
+    if name not in PRESETS:
+        raise InvalidField("settings.preset", name, "one of " + ", ".join(sorted(PRESETS)))
+    return PRESETS[name]
+
+
+def settings_from_json(values: dict[str, Any]) -> MemorySettings:
+    """Inverse of `fields`, from JSON; unknown keys are an error (TypeError), missing ones take their defaults."""
+    known = dict(values)
+    for name, convert in (("kind", Kind), ("similarity", Similarity), ("support", Support)):
+        if name in known:
+            known[name] = convert(known[name])
+    for name in ("gamma", "step_size", "layers"):
+        if name in known:
+            known[name] = tuple(known[name])
+    return MemorySettings(**known)
+
+
+def changed(settings: MemorySettings, changes: dict[str, Any]) -> MemorySettings:
+    """A copy with `changes` applied. Raises InvalidField for fields that are fixed at creation."""
+    for name in ("kind", "similarity", "preset"):
+        if name in changes and changes[name] != getattr(settings, name):
+            raise InvalidField(
+                f"settings.{name}",
+                str(changes[name]),
+                f"{getattr(settings, name)!s} (fixed at creation; create another memory instead)",
+            )
+    return replace(settings, **changes)
+
+
+def validate(settings: MemorySettings, num_layers: int) -> None:
+    """Raises InvalidField on the first field out of range for a model of `num_layers` MoE layers."""
+    _require(
+        "neighbours",
+        settings.neighbours,
+        1 <= settings.neighbours <= MAX_NEIGHBOURS,
+        f"1 to {MAX_NEIGHBOURS}",
+    )
+    for name in ("gamma", "step_size"):
+        _check_per_layer(name, getattr(settings, name), num_layers)
+    for number, gamma in enumerate(settings.gamma):
+        _require(f"gamma[{number}]", gamma, gamma > 0, "a number above 0")
+    for number, step_size in enumerate(settings.step_size):
+        within = abs(step_size) <= MAX_STEP_SIZE
+        _require(f"step_size[{number}]", step_size, within, f"at most {MAX_STEP_SIZE:g} in size")
+    _require("null_weight", settings.null_weight, 0 <= settings.null_weight < math.inf, "0 or more")
+    _require("min_lambda", settings.min_lambda, 0 <= settings.min_lambda < 1, "in [0, 1)")
+    _require(
+        "layers",
+        settings.layers,
+        all(0 <= i < num_layers for i in settings.layers),
+        f"layer numbers from 0 to {num_layers - 1}",
+    )
+    _require("hnsw_ef", settings.hnsw_ef, 1 <= settings.hnsw_ef <= 65_536, "1 to 65536")
+    _require("oversampling", settings.oversampling, 1 <= settings.oversampling <= 100, "1 to 100")
+
+
+def _check_per_layer(name: str, values: tuple[float, ...], num_layers: int) -> None:
+    _require(
+        name,
+        list(values),
+        len(values) in (1, num_layers),
+        f"1 number, or {num_layers} (one per MoE layer)",
+    )
+    _require(name, list(values), all(math.isfinite(v) for v in values), "finite numbers")
+
+
+def _require(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise InvalidField(f"settings.{name}", value, expected)

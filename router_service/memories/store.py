@@ -1,0 +1,330 @@
+"""Every memory of a service: makes, finds and removes them, on disk, on a server, or in RAM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from router_service import fingerprint as identity
+from router_service.backends.base import Backend, Collection
+from router_service.errors import (
+    CorruptMemory,
+    ForeignCollection,
+    InvalidField,
+    MemoryExists,
+    MemoryNotFound,
+    StorageError,
+)
+from router_service.fingerprint import ModelFingerprint
+from router_service.memories import settings as memory_settings
+from router_service.memories.catalogue import DOOMED, Catalogue, FileCatalogue, RamCatalogue
+from router_service.memories.hit_counts import HitCounter
+from router_service.memories.layer import LayerMemory
+from router_service.memories.manifest import hits_file, home_of, remove_strays
+from router_service.memories.memory import (
+    MemoryRecord,
+    RoutingMemory,
+    are_read_alike,
+    close_all,
+    collection_name,
+    collection_names,
+    forget_hits,
+    spec_of,
+)
+from router_service.memories.settings import MemorySettings
+from router_service.memories.unfinished_swaps import Takeovers, settle
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Between two looks at a shared catalogue for a name that is not known.
+_LOOK_AGAIN_S = 0.2
+
+
+class MemoryStore:
+    """Memories by name. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        directory: Path | None,
+        *,
+        shared: Catalogue | None = None,
+        hits: Path | None = None,
+    ) -> None:
+        """Memories under a directory, or with None in RAM, or those of a catalogue that other services share.
+
+        `hits`: where a shared memory's hit counts of this service lie; None: they end with it.
+        """
+        self._backend = backend
+        self._directory = directory
+        self._shared, self._looked = shared is not None, -_LOOK_AGAIN_S
+        self._catalogue: Catalogue = shared or (
+            FileCatalogue(directory) if directory is not None else RamCatalogue()
+        )
+        self._hits = hits if directory is None else directory
+        self.takeovers = Takeovers(backend, self._catalogue)
+        self._memories: dict[str, RoutingMemory] = {}
+        # Memories that could not be opened, with the reason: named in errors, never deleted.
+        self.broken: dict[str, str] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the memories lie; None when they are in RAM or on a server."""
+        return self._directory
+
+    @property
+    def place(self) -> str:
+        """Where the memories are, for people."""
+        return self._catalogue.place
+
+    def exclusive(self) -> AbstractContextManager[bool]:
+        """Inside, no other thread makes or removes a memory; lookups and writes go on."""
+        return self._lock
+
+    def open_all(self) -> None:
+        """Opens what there is; a memory that is corrupt is set aside with its reason, the others serve.
+
+        Raises ForeignCollection where a collection is not this service's: then it must not serve at all.
+        """
+        if self._directory is not None:
+            settle(self._directory)
+        found = self.takeovers.finished(self._let_go)
+        for name, reason in found.broken.items():
+            self._set_aside(name, reason)
+        for record in found.leftovers:
+            self._sweep(record)
+        for record in found.records:
+            self._open_one(record)
+
+    def refresh(self) -> None:
+        """Takes over what other services changed of shared memories. Raises StorageError."""
+        if not self._shared:
+            return
+        with self._lock:
+            found = self.takeovers.finished(self._let_go, stale_only=True)
+            known = {record.name: record for record in found.records}
+            for name in set(self._memories) - set(known):
+                self._let_go(name)
+            self.broken = {name: why for name, why in self.broken.items() if name in known}
+            self.broken |= found.broken
+            for record in found.records:
+                self._catch_up(record)
+
+    def names(self) -> list[str]:
+        """Names of the memories that serve, sorted."""
+        return sorted(self._memories)
+
+    def memories(self) -> list[RoutingMemory]:
+        """The memories that serve, by name."""
+        return [memory for _, memory in sorted(self._memories.items())]
+
+    def latest(self) -> list[RoutingMemory]:
+        """memories(), with what other services changed until now. Raises StorageError."""
+        self.refresh()
+        return self.memories()
+
+    def get(self, name: str) -> RoutingMemory:
+        """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""
+        memory = self._memories.get(name)
+        if memory is None and self._shared and time.monotonic() > self._looked + _LOOK_AGAIN_S:
+            self._looked = time.monotonic()
+            self.refresh()  # it may be another service's, and new
+            memory = self._memories.get(name)
+        if memory is None:
+            if name in self.broken:
+                raise CorruptMemory(f"memory {name!r} was set aside at start: {self.broken[name]}")
+            raise MemoryNotFound(name, self.names())
+        return memory
+
+    def create(
+        self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings
+    ) -> RoutingMemory:
+        """An empty memory. Raises InvalidField, MemoryExists or StorageError; then nothing is left behind."""
+        check_name(name)
+        identity.validate(fingerprint)
+        memory_settings.validate(settings, fingerprint.num_layers)
+        with self._lock:
+            self.refresh()
+            if name in self._memories:
+                raise MemoryExists(name)
+            if name in self.broken:
+                self.get(name)
+            record = MemoryRecord(name, fingerprint, settings, time.time_ns() // 1_000_000)
+            self._memories[name] = memory = self._build(record)
+        return memory
+
+    def delete(self, name: str) -> int:
+        """Removes a memory and its files; returns the entries it held."""
+        with self._lock:
+            memory = self.get(name)
+            entries = sum(layer.info().entries for layer in memory.layers)
+            del self._memories[name]
+            self._discard(memory)
+        return entries
+
+    def change_settings(self, name: str, changes: dict[str, Any]) -> RoutingMemory:
+        """Stores changed settings, then reads by them. Raises InvalidField; then nothing changes."""
+        with self._lock:
+            memory = self.get(name)
+            settings = memory_settings.changed(memory.record.settings, changes)
+            memory_settings.validate(settings, memory.record.fingerprint.num_layers)
+            record = replace(memory.record, settings=settings)
+            self._catalogue.commit(record)
+            memory.change_settings(record)
+        return memory
+
+    def serve(self, memory: RoutingMemory) -> None:
+        """Lets lookups go to a memory, and no longer to the one that had its name."""
+        self._memories[memory.record.name] = memory
+        self.broken.pop(memory.record.name, None)
+
+    def release(self, name: str) -> None:
+        """Lets no lookup go to a memory any more; it stays open."""
+        self._memories.pop(name, None)
+
+    def hits_path(self, home: str, layer: int) -> Path | None:
+        """Where the hit counts of a layer are kept; `home` as in home_of()."""
+        return None if self._hits is None else self._hits / home / hits_file(layer)
+
+    def open_layers(self, record: MemoryRecord) -> list[LayerMemory]:
+        """Every layer of a memory on disk, several at a time. Raises StorageError; then none is open."""
+        home = home_of(self._directory, record)
+
+        def opened(number: int) -> LayerMemory:
+            collection = self._backend.open(collection_name(home, number), spec_of(record))
+            return self._layer(record, home, number, collection)
+
+        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="open") as pool:
+            layers = [pool.submit(opened, n) for n in range(record.fingerprint.num_layers)]
+        if failures := [error for layer in layers if (error := layer.exception())]:
+            close_all([layer.result() for layer in layers if layer.exception() is None])
+            raise failures[0]
+        return [layer.result() for layer in layers]
+
+    def discard_layers(self, home: str, layers: Sequence[LayerMemory]) -> None:
+        """Closes layers and removes their files; `home` as in home_of()."""
+        close_all(layers)
+        self._drop(home, layers)
+
+    def flush(self) -> None:
+        """Makes every acknowledged write survive loss of power. Raises StorageError."""
+        for memory in self.memories():
+            for layer in memory.layers:
+                with self._lock:  # not while it is being deleted
+                    if self._memories.get(memory.record.name) is memory:
+                        layer.collection.flush()
+                        layer.hits.save()
+
+    def close(self) -> None:
+        """Flushes and closes every collection. Raises the first StorageError after it has tried them all."""
+        with self._lock:
+            layers = [layer for memory in self._memories.values() for layer in memory.layers]
+            self._memories.clear()
+            failures = close_all(layers)
+        if failures:
+            raise failures[0]
+
+    def _build(self, record: MemoryRecord) -> RoutingMemory:
+        """Collections first, the manifest last."""
+        layers: list[LayerMemory] = []
+        self._catalogue.begin(record)
+        try:
+            for number, name in enumerate(collection_names(record)):
+                made = self._backend.create(name, spec_of(record))
+                layers.append(self._layer(record, record.name, number, made))
+            self._catalogue.commit(record)
+        except BaseException:
+            self.discard_layers(record.name, layers)
+            self._catalogue.remove(record)
+            raise
+        return RoutingMemory(record, layers)
+
+    def _open_one(self, record: MemoryRecord) -> None:
+        try:
+            opened = self.open_layers(record)
+            if self._directory is not None:
+                remove_strays(self._directory, record)  # only now: what serves is there
+        except StorageError as error:
+            if isinstance(error, ForeignCollection) or not isinstance(error, CorruptMemory):
+                raise
+            self._set_aside(record.name, str(error))
+            return
+        memory = RoutingMemory(record, opened)
+        if (before := self._memories.get(record.name)) is not None:
+            memory.version = before.version + 1
+        self._memories[record.name] = memory
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        self._memories.pop(name, None)
+        self.broken[name] = reason
+        log.error("memory %s is set aside: %s", name, reason)
+
+    def _catch_up(self, record: MemoryRecord) -> None:
+        """Reads a shared memory as its record says now."""
+        memory = self._memories.get(record.name)
+        if memory is not None and memory.record == record:
+            return
+        if memory is not None and are_read_alike(memory.record, record):
+            if memory.record.created_unix_ms != record.created_unix_ms:  # other entries
+                forget_hits(memory.layers)
+            memory.change_settings(record)
+            return
+        # Deleted and created again, or replaced: until it is open, callers are to try again.
+        if memory is not None:
+            close_all(memory.layers)
+        if record.name not in self.broken:
+            try:
+                self._open_one(record)
+            except ForeignCollection as error:
+                self._set_aside(record.name, str(error))
+
+    def _let_go(self, name: str) -> None:
+        if (memory := self._memories.pop(name, None)) is not None:
+            close_all(memory.layers)
+
+    def _sweep(self, record: MemoryRecord) -> None:
+        log.warning("removing memory %s: its deletion or creation never ended", record.name)
+        for name in collection_names(record):
+            self._backend.drop(name)
+        self._catalogue.remove(record)
+
+    def _discard(self, memory: RoutingMemory) -> None:
+        home = home_of(self._directory, memory.record)
+        close_all(memory.layers)
+        # The moment of deletion; what follows is repeated at the next start after a crash.
+        self._catalogue.retire(memory.record)
+        self._drop(home, memory.layers)
+        self._catalogue.remove(memory.record)
+
+    def _drop(self, home: str, layers: Sequence[LayerMemory]) -> None:
+        for layer in layers:
+            self._backend.drop(collection_name(home, layer.layer))
+            layer.hits.remove()
+
+    def _layer(
+        self, record: MemoryRecord, home: str, number: int, collection: Collection
+    ) -> LayerMemory:
+        model = record.fingerprint
+        hits = HitCounter.load(self.hits_path(home, number))
+        return LayerMemory(number, collection, model.num_experts, model.top_k, hits)
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidField on a name that no memory can have."""
+    if not _NAME.fullmatch(name) or name.endswith(DOOMED):
+        raise InvalidField(
+            "name",
+            name,
+            "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
+        )

@@ -1,0 +1,201 @@
+"""Memories in RAM or on a server that take the place of others: the intent first, then the names, then the record."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from router_service.backends.base import Backend, Renaming
+from router_service.backends.disk import (
+    fsync_directory,
+    remove_durably,
+    remove_tree,
+    storage_call,
+    write_atomically,
+)
+from router_service.errors import BackendUnavailable, CorruptMemory, StorageError
+from router_service.memories.catalogue import DOOMED, Announcing, Catalogue, Catalogued, Takeover
+from router_service.memories.manifest import CAME_FROM, FILE_NAME, read_manifest, restored_directory
+from router_service.memories.memory import MemoryRecord, collection_names
+
+log = logging.getLogger(__name__)
+
+
+class Takeovers:
+    """Of one backend and its catalogue. Whoever reads the catalogue after a crash finishes what it announces."""
+
+    def __init__(self, backend: Backend, catalogue: Catalogue) -> None:
+        self._backend, self._catalogue = backend, catalogue
+
+    def begin(self, takeover: Takeover, other: MemoryRecord) -> None:
+        """The collections of the memory `other` have the names of those of `takeover.record` from here on.
+
+        end() it later. Raises Busy and StorageError; nothing has changed then, unless a server went away: it may be
+        finished later.
+        """
+        backend, catalogue = self._able()
+        try:
+            catalogue.begin_takeover(takeover)
+            self._switch(backend, takeover, other)
+        except BackendUnavailable as error:
+            raise BackendUnavailable(
+                f"{error}; whether {takeover.by!r} takes the place of {takeover.record.name!r} shows within minutes of "
+                "the server's return"
+            ) from error
+
+    def end(self, takeover: Takeover) -> None:
+        """Removes the collections that were replaced, and the other memory's record. Raises StorageError."""
+        backend, _ = self._able()
+        for name in _names(takeover):
+            backend.drop_replaced(name)
+        self._catalogue.remove(replace(takeover.record, name=takeover.by))
+
+    def finished(self, let_go: Callable[[str], None], *, stale_only: bool = False) -> Catalogued:
+        """What the catalogue holds, once those that a crash cut short are finished. Raises StorageError.
+
+        `let_go` closes the memory of a name, if it is open. `stale_only`: not those that may be under way elsewhere.
+        """
+        found = self._catalogue.read()
+        cut_short = [each for each in found.takeovers if each.stale or not stale_only]
+        for takeover in cut_short:
+            let_go(takeover.by)
+            self._resume(takeover, found.records)
+        return self._catalogue.read() if cut_short else found
+
+    def _resume(self, takeover: Takeover, records: Sequence[MemoryRecord]) -> None:
+        log.warning("memory %s takes the place of %s at last", takeover.by, takeover.record.name)
+        backend, _ = self._able()
+        committed = any(_same_memory(record, takeover.record) for record in records)
+        with backend.taking_over(_names(takeover)):
+            if not committed:
+                self._catalogue.commit(takeover.record)
+        self.end(takeover)
+
+    def _switch(self, backend: Renaming, takeover: Takeover, other: MemoryRecord) -> None:
+        switched = False
+        try:
+            with backend.taking_over(_names(takeover)):
+                switched = True
+                self._catalogue.commit(takeover.record)
+        except BackendUnavailable:  # who knows what it did: what is announced is finished
+            raise
+        except BaseException:
+            if not switched:
+                self._catalogue.commit(other)
+            raise
+
+    def _able(self) -> tuple[Renaming, Announcing]:
+        backend, catalogue = self._backend, self._catalogue
+        if isinstance(backend, Renaming) and isinstance(catalogue, Announcing):
+            return backend, catalogue
+        raise StorageError(
+            f"a memory cannot take the place of another here ({self._catalogue.place})"
+        )
+
+
+def _same_memory(one: MemoryRecord, other: MemoryRecord) -> bool:
+    """Settings aside, which may have been changed since."""
+    return (one.name, one.created_unix_ms) == (other.name, other.created_unix_ms)
+
+
+def _names(takeover: Takeover) -> dict[str, str]:
+    """Collections by the names that they are to have."""
+    record = takeover.record
+    return dict(zip(collection_names(record), collection_names(record, takeover.by), strict=True))
+
+
+_ORIGIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/restored-\d{1,20})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Layers at `home` that came from `origin`, or have not left it yet."""
+
+    home: Path
+    origin: Path
+    arrived: bool  # the manifest of the memory whose place they take leads to them
+
+
+def mark(memories: Path, home: Path) -> None:
+    """Lets the layers at `home` say where they lie, before they are moved. Raises StorageError."""
+    text = home.relative_to(memories).as_posix().encode()
+    write_atomically(home / CAME_FROM, lambda file: file.write(text))
+
+
+def unmark(home: Path) -> None:
+    """Undoes mark(), when the layers are where they were. Raises StorageError."""
+    if home.is_dir():
+        remove_durably(home / CAME_FROM)
+
+
+def moves(memories: Path) -> Iterator[Move]:
+    """Those that have not ended. Raises StorageError."""
+    with storage_call(f"list {memories}"):
+        marks = [
+            path
+            for pattern in (f"*/{CAME_FROM}", f"*/restored-*/{CAME_FROM}")
+            for path in sorted(memories.glob(pattern))
+            if not path.relative_to(memories).parts[0].endswith(DOOMED)
+        ]
+        for path in marks:
+            origin = path.read_text(errors="replace")
+            if _ORIGIN.fullmatch(origin):
+                yield _move(path.parent, memories / origin)
+            else:
+                log.error("%s does not say where its layers came from; left as it is", path)
+
+
+def settle(memories: Path) -> None:
+    """Ends every move that a crash cut short; none of the layers may be open. Raises StorageError."""
+    for move in moves(memories):
+        if move.arrived:
+            arrive(move)
+        elif move.home == move.origin:
+            unmark(move.home)
+        elif move.origin.exists():
+            log.error("%s came from %s, which is there again; both are kept", *_moved_names(move))
+        else:
+            _bring_back(move)
+
+
+def arrive(move: Move) -> None:
+    """Removes what is left of the memory that moved, at last the mark. Raises StorageError."""
+    rest = move.origin.parent
+    if move.origin.name.startswith("restored-") and _record_of(rest, move.origin) is not None:
+        doomed = rest.with_name(f"{rest.name}{DOOMED}")
+        with storage_call(f"delete {rest}"):
+            rest.rename(doomed)
+            fsync_directory(doomed.parent)
+        remove_tree(doomed)
+    remove_durably(move.home / FILE_NAME)
+    remove_durably(move.home / CAME_FROM)
+
+
+def _bring_back(move: Move) -> None:
+    log.warning("bringing %s back to %s: a replacement never ended", *_moved_names(move))
+    with storage_call(f"move {move.home} back"):
+        move.home.rename(move.origin)
+        fsync_directory(move.origin.parent)
+        fsync_directory(move.home.parent)
+    unmark(move.origin)
+
+
+def _move(home: Path, origin: Path) -> Move:
+    led_to = home.name.startswith("restored-") and _record_of(home.parent, home) is not None
+    return Move(home, origin, led_to and home != origin)
+
+
+def _record_of(directory: Path, restored: Path) -> MemoryRecord | None:
+    """The record in a memory's directory, if it is that of the layers at `restored`."""
+    try:
+        record = read_manifest(directory)
+    except CorruptMemory:
+        return None
+    return record if restored_directory(directory.parent, record) == restored else None
+
+
+def _moved_names(move: Move) -> tuple[Path, Path]:
+    return move.home, move.origin

@@ -1,0 +1,244 @@
+"""One file for a snapshot, to carry it to another machine: an uncompressed tar that GNU tar reads too.
+
+The manifest comes first, so that unpacking knows what may follow: only its files, each once, of its size.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from router_service.backends.disk import (
+    Content,
+    FreeSpace,
+    fsync_directory,
+    remove_durably,
+    storage_call,
+)
+from router_service.errors import InvalidField, RoutingServiceError, SnapshotInvalid
+from router_service.snapshots import files
+from router_service.snapshots.files import (
+    Report,
+    SnapshotInfo,
+    exclusive,
+    finish,
+    info_of,
+    say_nothing,
+    unfinished,
+)
+from router_service.snapshots.manifest import (
+    FILE_NAME,
+    MAX_BYTES,
+    SnapshotManifest,
+    from_json,
+    read_manifest,
+)
+
+# Apparent size of all files of an archive: 4 TiB, which no memory on one machine needs.
+MAX_UNPACKED_BYTES = 1 << 42
+
+_COPY_BYTES = 1 << 20
+_MAX_EXTENDED_HEADER_BYTES = 1 << 16
+
+
+def pack(path: Path, archive: Path, *, report: Report = say_nothing) -> None:
+    """Writes the snapshot at `path` to the new file `archive`. Raises SnapshotInvalid, InvalidField or StorageError."""
+    manifest = read_manifest(path)
+    files.check_listing(path, manifest)
+    files.check_contents(path, manifest, report)
+    if archive.exists():
+        raise InvalidField("archive", str(archive), "the name of a new file")
+    partial = archive.with_name(archive.name + ".partial")
+    try:
+        with storage_call(f"write {archive}"):
+            with partial.open("wb") as file:
+                _write(path, manifest, file, report)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(archive)
+            fsync_directory(archive.parent)
+    finally:
+        remove_durably(partial)
+
+
+def unpack(
+    archive: Path,
+    snapshots_dir: Path,
+    *,
+    min_free_bytes: int | None = None,
+    max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
+    report: Report = say_nothing,
+) -> SnapshotInfo:
+    """Makes the snapshot that `archive` holds one of `snapshots_dir`, under its own name.
+
+    Raises SnapshotInvalid, InvalidField when a snapshot of that name is there, DiskFull, Busy or StorageError; then
+    nothing is left behind.
+    """
+    with _open(archive) as tar:
+        manifest, text = _read_manifest(tar, archive)
+        if sum(c.size_bytes for c in manifest.files.values()) > max_unpacked_bytes:
+            problem = f"its files have more than {max_unpacked_bytes} bytes"
+            raise SnapshotInvalid(
+                f"{archive} is refused: {problem}; raise the limit if they should"
+            )
+        with exclusive(snapshots_dir / manifest.record.name) as home:
+            target = home / manifest.name
+            if target.exists():
+                raise InvalidField(
+                    "archive", str(archive), f"a snapshot that is not there: {target}"
+                )
+            FreeSpace(home, min_free_bytes).require(manifest.total_bytes)
+            with unfinished(home, target.name) as partial:
+                with storage_call(f"write {partial}"):
+                    (partial / FILE_NAME).write_bytes(text)
+                _extract(tar, archive, manifest, partial, report)
+                files.check_contents(partial, manifest, report, named=archive)
+                finish(partial, target)
+    return info_of(target, manifest)
+
+
+def _write(path: Path, manifest: SnapshotManifest, file: IO[bytes], report: Report) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        text = (path / FILE_NAME).read_bytes()
+        tar.addfile(_member(f"{manifest.name}/{FILE_NAME}", len(text)), io.BytesIO(text))
+        for name, content in manifest.files.items():
+            report(name)
+            with (path / name).open("rb") as source:
+                _add(tar, f"{manifest.name}/{name}", content, source)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: Content, source: IO[bytes]) -> None:
+    """A file without the zeros that end it: GNU sparse format 1.0, one extent of data and then the end."""
+    if content.content_bytes == content.size_bytes:
+        tar.addfile(_member(name, content.size_bytes), source)
+        return
+    numbers = (2, 0, content.content_bytes, content.size_bytes, 0)
+    extents = "".join(f"{number}\n" for number in numbers).encode().ljust(tarfile.BLOCKSIZE, b"\0")
+    member = _member(name, len(extents) + content.content_bytes)
+    member.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": name,
+        "GNU.sparse.realsize": str(content.size_bytes),
+    }
+    tar.addfile(member, _Joined(extents, source))
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o600
+    return member
+
+
+class _Joined(io.RawIOBase):
+    """Some bytes, then a file."""
+
+    def __init__(self, head: bytes, tail: IO[bytes]) -> None:
+        self._head, self._tail = io.BytesIO(head), tail
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; fewer only at the end."""
+        head = self._head.read(size)
+        return head + self._tail.read(size - len(head) if size >= 0 else -1)
+
+
+class _CheckedMember(tarfile.TarInfo):
+    """A member whose header cannot make tarfile loop (CVE-2025-8194) or read an extended header of any size into RAM.
+
+    The methods are tarfile's own, not public: tests hold that they are still called.
+    """
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        extended = not self.isreg() and self.type not in (tarfile.DIRTYPE, tarfile.SYMTYPE)
+        if extended and self.size > _MAX_EXTENDED_HEADER_BYTES:
+            raise tarfile.HeaderError(f"an extended header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.HeaderError(f"a size of {count} bytes")
+        return super()._block(count)  # type: ignore[misc]
+
+
+@contextmanager
+def _open(archive: Path) -> Iterator[tarfile.TarFile]:
+    """The archive. Raises StorageError when there is none, SnapshotInvalid when it is no tar."""
+    with storage_call(f"read {archive}"):
+        file = archive.open("rb")
+    with (
+        file,
+        _reading(archive),
+        tarfile.open(fileobj=file, mode="r:", tarinfo=_CheckedMember) as tar,
+    ):
+        yield tar
+
+
+@contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """Whatever tarfile makes of a damaged archive becomes SnapshotInvalid."""
+    try:
+        yield
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {ascii(str(error))[1:200]}"
+        raise _refused(archive, f"not a whole tar ({problem})") from error
+
+
+def _read_manifest(tar: tarfile.TarFile, archive: Path) -> tuple[SnapshotManifest, bytes]:
+    first = tar.next()
+    if first is None or not first.isreg() or not first.name.endswith(f"/{FILE_NAME}"):
+        raise _refused(archive, f"it does not begin with {FILE_NAME}")
+    if first.size > MAX_BYTES:
+        raise _refused(archive, f"its {FILE_NAME} has {first.size} bytes")
+    with _data_of(tar, first) as file:
+        text = file.read()
+    manifest = from_json(text, f"{archive}: {FILE_NAME}")
+    if first.name != f"{manifest.name}/{FILE_NAME}":
+        raise _refused(archive, f"it is not named after its snapshot, {manifest.name}")
+    return manifest, text
+
+
+def _extract(
+    tar: tarfile.TarFile, archive: Path, manifest: SnapshotManifest, target: Path, report: Report
+) -> None:
+    """The files of the manifest, and nothing else: no links, devices, directories, strangers or repetitions."""
+    expected = dict(manifest.files)
+    while (member := tar.next()) is not None:
+        path = member.name.removeprefix(f"{manifest.name}/")
+        content = expected.pop(path, None) if member.isreg() and path != member.name else None
+        if content is None:
+            raise _refused(archive, f"{ascii(member.name)[:200]} is not a file of its manifest")
+        if member.size != content.size_bytes:
+            raise _refused(archive, f"{path} has {member.size} bytes, not {content.size_bytes}")
+        report(path)
+        with _data_of(tar, member) as source, storage_call(f"write {target / path}"):
+            _write_file(archive, source, target / path, content)
+    files.refuse(archive, [f"{path} is missing" for path in expected])
+
+
+def _data_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = tar.extractfile(member)
+    if file is None:
+        raise tarfile.ReadError(f"{member.name} has no data")
+    return file
+
+
+def _write_file(archive: Path, source: IO[bytes], target: Path, content: Content) -> None:
+    """Writes a file without the zeros that end it; whether it is the right one is for the caller to check."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("xb") as file:
+        while left := content.content_bytes - file.tell():
+            with _reading(archive):
+                block = source.read(min(left, _COPY_BYTES))
+            if not block:
+                break
+            file.write(block)
+        file.truncate(content.size_bytes)
+
+
+def _refused(archive: Path, problem: str) -> RoutingServiceError:
+    return SnapshotInvalid(f"{archive} is refused: {problem}; use another archive")

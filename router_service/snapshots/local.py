@@ -1,0 +1,306 @@
+"""Snapshots: whole copies of a memory, all layers at one moment, that can be checked, moved and restored."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from router_service import __version__, checks
+from router_service.backends.base import FileCollection, FrozenFiles
+from router_service.backends.base import Report as StageReport
+from router_service.backends.disk import (
+    FreeSpace,
+    disk_bytes,
+    fsync_tree,
+    remove_tree,
+    storage_call,
+)
+from router_service.errors import (
+    CorruptMemory,
+    InvalidField,
+    SnapshotInvalid,
+    SnapshotNotFound,
+    shorten,
+)
+from router_service.memories.memory import MemoryRecord, RoutingMemory
+from router_service.memories.store import MemoryStore
+from router_service.memories.swap import RETIRE_AFTER_S, adopt, require_room, retire, staging
+from router_service.snapshots import files as snapshot_files
+from router_service.snapshots.archive import pack, unpack
+from router_service.snapshots.base import SnapshotRef
+from router_service.snapshots.files import (
+    Report,
+    SnapshotInfo,
+    describe,
+    exclusive,
+    find,
+    finish,
+    free_name,
+    info_of,
+    list_snapshots,
+    remove,
+    say_nothing,
+    unfinished,
+)
+from router_service.snapshots.manifest import (
+    SnapshotManifest,
+    layer_directory,
+    read_manifest,
+    write_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+
+def create(
+    store: MemoryStore,
+    memory_name: str,
+    snapshots_dir: Path,
+    snapshot_name: str | None = None,
+    *,
+    min_free_bytes: int | None = None,
+    report: Report = say_nothing,
+) -> SnapshotInfo:
+    """Copies a memory as it is at one moment. Writes to it wait while its files are copied, lookups go on.
+
+    `min_free_bytes` stays free: default max(1 GiB, 5 % of the file system). `report` is called before each file, and
+    ends the work by raising. Raises MemoryNotFound, InvalidField, DiskFull, Busy (another snapshot of the memory, or an
+    optimize of a layer, is under way) or StorageError; then nothing is left behind.
+    """
+    memory = store.get(memory_name)
+    collections = _collections_of(memory)
+    with exclusive(snapshots_dir / memory_name) as home:
+        target = home / free_name(home, snapshot_name, memory.version)
+        needed = sum(layer.info().disk_bytes for layer in memory.layers)
+        FreeSpace(home, min_free_bytes).require(needed)
+        with unfinished(home, target.name) as partial:
+            manifest = _copy(memory, collections, partial, target.name, report)
+            write_manifest(partial, manifest)
+            finish(partial, target)
+    pause_ms, entries = manifest.write_pause_ms, sum(manifest.entries)
+    log.info("snapshot %s: %d entries, writes waited %d ms", target, entries, pause_ms)
+    return info_of(target, manifest)
+
+
+def verify(path: Path, *, report: Report = say_nothing) -> SnapshotInfo:
+    """Reads all of a snapshot. Raises SnapshotInvalid that names what is missing, added, cut or changed."""
+    manifest = read_manifest(path)
+    snapshot_files.check_listing(path, manifest)
+    snapshot_files.check_contents(path, manifest, report)
+    return info_of(path, manifest)
+
+
+def restore(
+    store: MemoryStore,
+    path: Path,
+    as_name: str,
+    *,
+    replacing: bool = False,
+    min_free_bytes: int | None = None,
+    retire_after_s: float = RETIRE_AFTER_S,
+    report: Report = say_nothing,
+) -> RoutingMemory:
+    """Serves a copy of the snapshot at `path` as a memory; the snapshot itself stays as it is.
+
+    `replacing` puts it in the place of the memory of that name, which serves until the copy has been checked and
+    opened, and `retire_after_s` longer to lookups that had begun. Settings are those of the snapshot; the creation
+    time is now. Raises SnapshotInvalid, MemoryExists, ModelMismatch, KindMismatch, InvalidField, DiskFull, Busy or
+    StorageError; then nothing has changed.
+    """
+    manifest = read_manifest(path)
+    record = replace(manifest.record, name=as_name)
+    require_room(store, record, replacing=replacing)
+    snapshot_files.check_listing(path, manifest)
+    with staging(store, as_name) as staged:
+        FreeSpace(staged, min_free_bytes).require(disk_bytes(path))
+        snapshot_files.copy_files(path, manifest.files, staged, report)
+        # The copy is what will be read: when it is right, so was the snapshot.
+        snapshot_files.check_contents(staged, manifest, report, named=path)
+        with storage_call(f"sync {staged}"):
+            fsync_tree(staged)
+        old = _adopt(store, path, staged, record, manifest, replacing)
+    if old is not None:
+        time.sleep(retire_after_s)
+        retire(store, old)
+    return store.get(as_name)
+
+
+def _copy(
+    memory: RoutingMemory,
+    collections: Sequence[FileCollection],
+    partial: Path,
+    name: str,
+    report: Report,
+) -> SnapshotManifest:
+    for layer in memory.layers:  # so that little is left to be flushed in the pause
+        layer.collection.flush()
+    started = time.monotonic()
+    with ExitStack() as pause:
+        frozen = [pause.enter_context(each.paused_for_copy()) for each in collections]
+        record, created = memory.record, time.time_ns() // 1_000_000
+        for number, files in enumerate(frozen):
+            _copy_layer(files, partial / layer_directory(number), report)
+    pause_ms = round(1000 * (time.monotonic() - started))
+    for number, files in enumerate(frozen):
+        files.complete(partial / layer_directory(number))
+    contents = snapshot_files.contents_of(partial, report)
+    entries = tuple(files.entries for files in frozen)
+    return SnapshotManifest(name, __version__, created, pause_ms, record, entries, contents)
+
+
+def _copy_layer(files: FrozenFiles, target: Path, report: Report) -> None:
+    paths = snapshot_files.files_of(files.directory)
+    wanted = (path for path in paths if path.split("/")[0] in files.names)
+    snapshot_files.copy_files(files.directory, wanted, target, report)
+
+
+def _adopt(
+    store: MemoryStore,
+    path: Path,
+    staged: Path,
+    record: MemoryRecord,
+    manifest: SnapshotManifest,
+    replacing: bool,
+) -> RoutingMemory | None:
+    try:
+        return adopt(store, staged, record, manifest.entries, replacing=replacing)
+    except CorruptMemory as error:
+        raise SnapshotInvalid(
+            f"{path} is whole but cannot be opened ({error}); use another snapshot, or the version of router-service "
+            f"that wrote it ({manifest.service_version})"
+        ) from error
+
+
+def _collections_of(memory: RoutingMemory) -> Sequence[FileCollection]:
+    collections = [each.collection for each in memory.layers]
+    files = [each for each in collections if isinstance(each, FileCollection)]
+    if len(files) != len(collections):
+        wanted = "a memory of the embedded backend, whose entries are files"
+        raise InvalidField("memory", memory.record.name, wanted)
+    return files
+
+
+# Archives while they are unpacked; no memory's name begins with a dot.
+_UNPACKING = ".unpacking-"
+
+
+class SnapshotShelf:
+    """See Shelf: snapshots in one directory. Without one (memories in RAM) every call raises InvalidField."""
+
+    def __init__(
+        self, store: MemoryStore, directory: Path | None, min_free_bytes: int | None = None
+    ) -> None:
+        """`min_free_bytes`: see create."""
+        self._store, self._directory, self._min_free_bytes = store, directory, min_free_bytes
+
+    def sweep(self) -> None:
+        """Removes what archives left that were being unpacked when the service was killed. Raises StorageError."""
+        if self._directory is not None and self._directory.is_dir():
+            for leftover in self._directory.glob(f"{_UNPACKING}*"):
+                remove_tree(leftover)
+
+    def create(self, memory: str, name: str, report: StageReport) -> Iterator[SnapshotInfo]:
+        """See create; without a name, it is made of time and version."""
+        yield create(
+            self._store,
+            memory,
+            self._shelf(),
+            name or None,
+            min_free_bytes=self._min_free_bytes,
+            report=_files(report),
+        )
+
+    def list(self, memory: str) -> list[SnapshotInfo]:
+        """See list_snapshots; of all memories without a name."""
+        return list_snapshots(self._shelf(), memory or None)
+
+    def verify(self, ref: SnapshotRef, report: StageReport) -> Iterator[SnapshotInfo]:
+        """See verify."""
+        with self._opened(ref, report) as path:
+            info = verify(path, report=_files(report))
+            yield replace(info, path=Path(ref.path or path))  # an archive's own directory goes away
+
+    def restore(
+        self, ref: SnapshotRef, as_memory: str, replacing: bool, report: StageReport
+    ) -> Iterator[RoutingMemory]:
+        """See restore."""
+        with self._opened(ref, report) as path:
+            yield restore(
+                self._store,
+                path,
+                as_memory,
+                replacing=replacing,
+                min_free_bytes=self._min_free_bytes,
+                report=_files(report),
+            )
+
+    def pack(
+        self, memory: str, name: str, archive: str, report: StageReport
+    ) -> Iterator[SnapshotInfo]:
+        """See snapshot_archive.pack."""
+        target = _absolute(archive)
+        path = find(self._shelf(), memory, name)
+        pack(path, target, report=_files(report))
+        yield describe(path)
+
+    def delete(self, memory: str, name: str) -> SnapshotInfo:
+        """See snapshot_directories.remove."""
+        return remove(find(self._shelf(), memory, name))
+
+    def _shelf(self) -> Path:
+        if self._directory is None:
+            expected = (
+                "edge: memories that are kept in RAM have no snapshots; start the service with --backend edge, or with "
+                "the URL of a Qdrant server"
+            )
+            raise InvalidField("backend", "exact", expected)
+        with storage_call(f"create {self._directory}"):
+            self._directory.mkdir(parents=True, exist_ok=True)
+        return self._directory
+
+    @contextmanager
+    def _opened(self, ref: SnapshotRef, report: StageReport) -> Iterator[Path]:
+        """The directory of a snapshot; that of an archive is gone at the end."""
+        shelf = self._shelf()
+        if not ref.path:
+            yield find(shelf, ref.memory, ref.name)
+            return
+        path = _absolute(ref.path)
+        if not path.exists():
+            raise SnapshotNotFound(f"{shorten(ref.path)}: nothing there, on the service's machine")
+        if path.is_dir():
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix=_UNPACKING, dir=shelf) as unpacked:
+            yield self._unpack(path, Path(unpacked), report)
+
+    def _unpack(self, archive: Path, target: Path, report: StageReport) -> Path:
+        on_file = _files(report, "unpack ")
+        least = self._min_free_bytes
+        info = unpack(archive, target, min_free_bytes=least, report=on_file)
+        return Path(info.path)
+
+
+def _absolute(text: str) -> Path:
+    checks.require_text("path", text)
+    path = Path(text)
+    if not path.is_absolute():
+        raise InvalidField("path", text, "an absolute path on the service's machine")
+    return path
+
+
+def _files(report: StageReport, verb: str = "") -> Callable[[str], None]:
+    """Counts the files that snapshots report."""
+    done = 0
+
+    def on_file(path: str) -> None:
+        nonlocal done
+        report(f"{verb}{path}", done, 0)
+        done += 1
+
+    return on_file

@@ -1,0 +1,46 @@
+"""The target's search keys become those of the source, where they are not so already."""
+
+from __future__ import annotations
+
+import pytest
+
+from router_service.backends.base import Compression, Quantization
+from router_service.memories.memory import RoutingMemory
+from router_service.transfer import LayerIndex, StoreSide, bring_indexes
+from tests.unit.router_service.transfer.layer_models import memory_of, no_progress
+
+NONE, INT8 = Compression(), Compression(Quantization.INT8)
+
+
+@pytest.fixture
+def source() -> RoutingMemory:
+    """Layer 0 has compressed search keys."""
+    memory = memory_of({1: 0}, {1: 0})
+    memory.layer(0).optimize(INT8)
+    return memory
+
+
+def brought(
+    source: RoutingMemory, target: RoutingMemory, *, optimize: bool = True
+) -> list[LayerIndex]:
+    return bring_indexes(StoreSide(source), StoreSide(target), 2, no_progress, optimize=optimize)
+
+
+def test_compressions_move_once(source: RoutingMemory) -> None:
+    target = memory_of({1: 0}, {1: 0})
+    unchanged = LayerIndex(1, NONE, NONE, optimized=False)
+    assert brought(source, target) == [LayerIndex(0, INT8, INT8, optimized=True), unchanged]
+    assert target.layer(0).info().compression == INT8
+    assert brought(source, target) == [LayerIndex(0, INT8, INT8, optimized=False), unchanged]
+    assert brought(target, source)[0].optimized is False
+
+
+def test_none_is_a_compression_too(source: RoutingMemory) -> None:
+    plain = memory_of({1: 0}, {1: 0})
+    assert brought(plain, source)[0] == LayerIndex(0, NONE, NONE, optimized=True)
+
+
+def test_without_optimizing(source: RoutingMemory) -> None:
+    target = memory_of({1: 0}, {1: 0})
+    assert brought(source, target, optimize=False)[0] == LayerIndex(0, INT8, NONE, optimized=False)
+    assert target.layer(0).info().compression == NONE
