@@ -351,7 +351,7 @@ class Backend(Protocol):
 class Renaming(Protocol):
     """A Backend in which collections take the names of others. Raises StorageError."""
 
-    def taking_over(self, names: Mapping[str, str]) -> AbstractContextManager[None]:
+    def swapping(self, names: Mapping[str, str]) -> AbstractContextManager[None]:
         """Inside, each of the names leads to the collection of the other name, which leads nowhere.
 
         Collections that are open stay those they are; when the inside raises, they become those that their names lead
@@ -360,5 +360,5 @@ class Renaming(Protocol):
         ...
 
     def drop_replaced(self, name: str) -> None:
-        """Removes the collection that `name` led to before taking_over(); nobody may search it any more."""
+        """Removes the collection that `name` led to before swapping(); nobody may search it any more."""
         ...

@@ -178,8 +178,8 @@ class ExactBackend:
         return collection
 
     @contextmanager
-    def taking_over(self, names: Mapping[str, str]) -> Iterator[None]:
-        """See Renaming.taking_over."""
+    def swapping(self, names: Mapping[str, str]) -> Iterator[None]:
+        """See Renaming.swapping."""
         yield
         for name, other in names.items():
             self._collections[name] = self._collections.pop(other)

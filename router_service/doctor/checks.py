@@ -28,7 +28,7 @@ from router_service.memories.manifest import (
 from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.settings import MemorySettings, Similarity
 from router_service.memories.store import MemoryStore
-from router_service.memories.unfinished_swaps import Move, moves
+from router_service.memories.unfinished_swaps import FileSwap, file_swaps
 from router_service.snapshots import local
 from router_service.snapshots import manifest as snapshot_manifest
 from router_service.snapshots.files import check_listing
@@ -109,7 +109,9 @@ def _unfinished_snapshot(home: Path) -> Iterator[Finding]:
 
 def check_memories(memories: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
     """Every memory `but` those; leftovers are not looked for `in_use`, when they may be work under way."""
-    on_their_way = [] if in_use else [move for move in moves(memories) if move.home != move.origin]
+    on_their_way = (
+        [] if in_use else [move for move in file_swaps(memories) if move.home != move.origin]
+    )
     yield from (_unfinished(move, memories) for move in on_their_way)
     hidden = {*but, *(move.origin.relative_to(memories).parts[0] for move in on_their_way)}
     paths = sorted(p for p in memories.iterdir() if p.is_dir() and p.name not in hidden)
@@ -184,7 +186,7 @@ def _half_written(path: Path) -> Finding:
     return warning(path.parent.name, what, f"rm {quote(str(path))}")
 
 
-def _unfinished(move: Move, memories: Path) -> Finding:
+def _unfinished(move: FileSwap, memories: Path) -> Finding:
     name = move.origin.relative_to(memories).parts[0]
     what = (
         f"{move.home} came from {move.origin}, and a crash cut that short; the next start ends it"
@@ -381,7 +383,7 @@ def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool
     yield from check_versions()
     yield from check_entries(store)
     if store.directory is None:
-        yield fine("data", store.place)
+        yield fine("data", store.location)
         for memory in store.memories():
             yield from check_settings(memory.record)
         return

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from typing_extensions import override
+
 from router_service.backends.disk import fsync_directory, remove_durably, remove_tree, storage_call
 from router_service.errors import CorruptMemory
 from router_service.memories.manifest import (
@@ -29,7 +31,7 @@ DOOMED = ".deleted"
 
 
 @dataclass(frozen=True, slots=True)
-class Takeover:
+class Swap:
     """The memory `by` takes the place of the memory of that record, and its name is gone."""
 
     record: MemoryRecord  # as it is afterwards
@@ -44,13 +46,13 @@ class Catalogued:
     records: list[MemoryRecord]
     broken: dict[str, str]  # name -> why its record cannot be read
     leftovers: list[MemoryRecord]  # their collections go, then they are removed
-    takeovers: list[Takeover] = field(default_factory=list)  # under way, or cut short
+    swaps: list[Swap] = field(default_factory=list)  # under way, or cut short
 
 
 class Catalogue(Protocol):
-    """Every call raises StorageError when the storage fails. `place` says where, for people."""
+    """Every call raises StorageError when the storage fails. `location`: where, human-readable."""
 
-    place: str
+    location: str
 
     def read(self) -> Catalogued:
         """What there is."""
@@ -74,41 +76,42 @@ class Catalogue(Protocol):
 
 
 @runtime_checkable
-class Announcing(Protocol):
-    """A Catalogue of memories that take the place of others without being moved."""
+class SwapCatalogue(Protocol):
+    """A Catalogue of memories that are swapped by names, without being moved."""
 
-    def begin_takeover(self, takeover: Takeover) -> None:
+    def begin_swap(self, swap: Swap) -> None:
         """Announces it; commit() of its record and remove() of the other complete it. Raises Busy and StorageError."""
         ...
 
 
-class RamCatalogue:
+class RamCatalogue(Catalogue, SwapCatalogue):
     """Of memories that end with the service."""
 
-    place = "in RAM: nothing is kept"
+    location = "in RAM: nothing is kept"
 
+    @override
     def read(self) -> Catalogued:
-        """See Catalogue.read."""
         return Catalogued([], {}, [])
 
-    def begin(self, record: MemoryRecord) -> None:
-        """See Catalogue.begin."""
+    @override
+    def begin(self, record: MemoryRecord) -> None: ...
 
     commit = retire = remove = begin
 
-    def begin_takeover(self, takeover: Takeover) -> None:
-        """See Announcing.begin_takeover."""
+    @override
+    def begin_swap(self, swap: Swap) -> None: ...
 
 
-class FileCatalogue:
+class FileCatalogue(Catalogue):
     """DATA/memories/NAME/memory.json for each memory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.place = str(directory)
+        self.location = str(directory)
 
+    @override
     def read(self) -> Catalogued:
-        """See Catalogue.read; leftovers are removed at once, for their collections are files among them."""
+        """Leftovers are removed at once, for their collections are files among them."""
         with storage_call(f"open {self._directory}"):
             self._directory.mkdir(parents=True, exist_ok=True)
             paths = sorted(p for p in self._directory.iterdir() if p.is_dir())
@@ -124,24 +127,25 @@ class FileCatalogue:
                 found.broken[path.name] = str(error)
         return found
 
+    @override
     def begin(self, record: MemoryRecord) -> None:
-        """See Catalogue.begin."""
         begin_creation(self._of(record))
 
+    @override
     def commit(self, record: MemoryRecord) -> None:
-        """See Catalogue.commit."""
         write_manifest(self._of(record), record)
         if (mark := self._of(record) / UNFINISHED).exists():
             remove_durably(mark)
 
+    @override
     def retire(self, record: MemoryRecord) -> None:
-        """See Catalogue.retire; after a crash the next read() does the rest."""
+        """After a crash the next read() does the rest."""
         with storage_call(f"delete {self._of(record)}"):
             self._of(record).rename(self._doomed(record))
             fsync_directory(self._directory)
 
+    @override
     def remove(self, record: MemoryRecord) -> None:
-        """See Catalogue.remove."""
         remove_tree(self._doomed(record) if self._doomed(record).exists() else self._of(record))
 
     def _of(self, record: MemoryRecord) -> Path:

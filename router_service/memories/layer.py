@@ -30,12 +30,10 @@ from router_service.backends.base import (
     Report,
     say_nothing,
 )
+from router_service.errors import DeadlineTooShort
 from router_service.memories.hit_counts import HitCounter
 from router_service.memories.settings import Kind, MemorySettings, Similarity
 from router_service.memories.write_gate import WriteGate
-
-# Tokens per engine call: the lock and the interpreter are free in between, so a long request delays no other for long.
-TOKENS_PER_SEARCH = 256
 
 
 class Abstain(IntEnum):
@@ -171,20 +169,11 @@ class LayerMemory:
         return found.distances[:, 0]
 
     def _search(self, query: RouteQuery, k: int, settings: MemorySettings) -> Neighbours:
-        parts, options = [], replace(settings.search, deadline=query.deadline)
-        for start in range(0, len(query.router_inputs), TOKENS_PER_SEARCH):
-            rows = slice(start, start + TOKENS_PER_SEARCH)
-            exclude = query.exclude if len(query.exclude) <= 1 else query.exclude[rows]
-            parts.append(self.collection.search(query.router_inputs[rows], k, options, exclude))
-        return (
-            parts[0]
-            if len(parts) == 1
-            else Neighbours(
-                np.concatenate([p.ids for p in parts]),
-                np.concatenate([p.distances for p in parts]),
-                np.concatenate([p.values for p in parts]),
-            )
-        )
+        """All tokens in one call: how many an engine gets at a time is the backend's to say."""
+        if query.deadline is not None and time.monotonic() >= query.deadline:
+            raise DeadlineTooShort("the deadline passed before the lookup began")
+        options = replace(settings.search, deadline=query.deadline)
+        return self.collection.search(query.router_inputs, k, options, query.exclude)
 
     def _blend(
         self, own: Assignment | F32, found: Neighbours, settings: MemorySettings

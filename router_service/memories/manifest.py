@@ -1,7 +1,14 @@
-"""The file that says what a memory is: DATA/memories/NAME/memory.json, replaced atomically.
+"""What a memory's directory holds.
 
-A directory with the file CREATING and no manifest is a creation that never ended; it holds nothing that was
-acknowledged. A directory with neither has lost its manifest and is never touched.
+    DATA/memories/NAME/memory.json            the manifest; replacing it is the moment of a change
+    DATA/memories/NAME/CREATING               a creation that has not ended: holds nothing acknowledged
+    DATA/memories/NAME/layer-LLL              the layers of a memory that was created here
+    DATA/memories/NAME/restored-MS/layer-LLL  those of one that was restored; MS is its created_unix_ms in memory.json
+    DATA/memories/NAME/restored-MS/CAME-FROM  while they are being swapped in: see unfinished_swaps
+    .../hits-LLL.npz                          beside a layer: how often its entries were retrieved
+
+A directory with neither manifest nor CREATING has lost its manifest and is never touched. Layers that the manifest does
+not lead to are what a crash left behind, or what was replaced.
 """
 
 from __future__ import annotations
@@ -150,7 +157,7 @@ def stamped(memories: Path, record: MemoryRecord, present: MemoryRecord | None) 
 
 
 def is_stray(path: Path, restored: Path) -> bool:
-    """Whether layers at `path` are nobody's: neither those in force nor on their way, see moved_memories."""
+    """Whether layers at `path` are nobody's: neither those in force nor in the middle of a swap."""
     return path != restored and not (path / CAME_FROM).exists()
 
 

@@ -1,4 +1,7 @@
-"""One memory: the identity of its model, its settings, and a LayerMemory per MoE layer."""
+"""One memory: the identity of its model, its settings, and a LayerMemory per MoE layer.
+
+What comes from outside is checked here, against the memory's model; layers and backends get arrays that are sound.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from router_service.memories import settings as memory_settings
 from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
 from router_service.memories.settings import Kind, MemorySettings, Similarity
 
+log = logging.getLogger(__name__)
+
 # Numbers in the neighbours' values of one request: T x K x W, 512 MiB in f32.
 MAX_VALUES = 2**27
 
@@ -44,6 +49,29 @@ class MemoryRecord:
         if self.settings.kind is Kind.LOGIT_DELTA:
             return self.fingerprint.num_experts
         return 2 * self.fingerprint.top_k
+
+
+def collection_name(home: str, layer: int) -> str:
+    """Of a layer; `home` as in manifest.home_of()."""
+    return f"{home}/layer-{layer:03d}"
+
+
+def collection_names(record: MemoryRecord, home: str = "") -> list[str]:
+    """Of all layers, in their order; where no home is given they are under the memory's own name."""
+    numbers = range(record.fingerprint.num_layers)
+    return [collection_name(home or record.name, number) for number in numbers]
+
+
+def spec_of(record: MemoryRecord) -> CollectionSpec:
+    """What the collections of a memory hold."""
+    return CollectionSpec(
+        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
+    )
+
+
+def are_read_alike(one: MemoryRecord, other: MemoryRecord) -> bool:
+    """Whether open collections can stay as they are when the record of their memory becomes another."""
+    return one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,40 +292,8 @@ def sample_entries(memory: LayerMemory, sample: int, seed: int = 0) -> Entries:
     starts = np.sort(rng.integers(0, 2**63 - 1, size=max(1, sample // 64), dtype=np.int64))
     parts = [memory.collection.scroll(int(start), 64) for start in starts]
     parts = [p for p in parts if len(p)] or [memory.collection.scroll(None, sample)]
-    ids, first = np.unique(np.concatenate([p.ids for p in parts]), return_index=True)
-    del ids
-    keys = np.concatenate([p.keys for p in parts])[first]
-    values = np.concatenate([p.values for p in parts])[first]
-    provenance = [origin for p in parts for origin in p.provenance]
-    return Entries(
-        np.concatenate([p.ids for p in parts])[first], keys, values, [provenance[i] for i in first]
-    )
-
-
-log = logging.getLogger(__name__)
-
-
-def collection_name(home: str, layer: int) -> str:
-    """Of a layer; `home` as in restored_files.home_of()."""
-    return f"{home}/layer-{layer:03d}"
-
-
-def collection_names(record: MemoryRecord, home: str = "") -> list[str]:
-    """Of all layers, in their order; where no home is given they are under the memory's own name."""
-    numbers = range(record.fingerprint.num_layers)
-    return [collection_name(home or record.name, number) for number in numbers]
-
-
-def spec_of(record: MemoryRecord) -> CollectionSpec:
-    """What the collections of a memory hold."""
-    return CollectionSpec(
-        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
-    )
-
-
-def are_read_alike(one: MemoryRecord, other: MemoryRecord) -> bool:
-    """Whether open collections can stay as they are when the record of their memory becomes another."""
-    return one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
+    entries = Entries.concat(parts)
+    return entries.take(np.unique(entries.ids, return_index=True)[1])  # starts may overlap
 
 
 def forget_hits(layers: Sequence[LayerMemory]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from typing_extensions import override
+
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.records import Records, age_ms
 from router_service.errors import Busy, CorruptMemory, MemoryExists
-from router_service.memories.catalogue import Catalogued, Takeover
+from router_service.memories.catalogue import Catalogue, Catalogued, Swap, SwapCatalogue
 from router_service.memories.manifest import record_from_json, record_to_json
 from router_service.memories.memory import MemoryRecord
 
@@ -16,18 +18,20 @@ READY, CREATING, DELETING, MOVING = "ready", "creating", "deleting", "moving"
 _PATIENCE_MS = 120_000
 
 
-class ServerCatalogue:
-    """See Catalogue. A state beside each record takes the place of the marks that the embedded backend makes."""
+class ServerCatalogue(Catalogue, SwapCatalogue):
+    """A state beside each record takes the place of the marks that the embedded backend makes."""
 
     def __init__(self, connection: Connection) -> None:
         """Makes the collection of records when it is not there. Raises StorageError."""
         options = connection.options
-        self.place = f"Qdrant {connection.version} at {options.url}, collections {options.prefix}~*"
+        self.location = (
+            f"Qdrant {connection.version} at {options.url}, collections {options.prefix}~*"
+        )
         self._records = Records(connection, f"{options.prefix}~memories")
         self._records.ensure()
 
+    @override
     def read(self) -> Catalogued:
-        """See Catalogue.read."""
         found = Catalogued([], {}, [])
         for payload in self._records.all():
             name, state = payload.get("name", ""), payload.get("state")
@@ -41,13 +45,14 @@ class ServerCatalogue:
             if state == READY:
                 found.records.append(record)
             elif state == MOVING:
-                found.takeovers.append(Takeover(record, name, stale))
+                found.swaps.append(Swap(record, name, stale))
             elif stale:
                 found.leftovers.append(record)
         return found
 
+    @override
     def begin(self, record: MemoryRecord) -> None:
-        """See Catalogue.begin. Raises Busy while another service makes or removes a memory of that name."""
+        """Raises Busy while another service makes or removes a memory of that name."""
         if (payload := self._records.read(record.name)) is not None:
             if payload.get("state") == READY:
                 raise MemoryExists(record.name)
@@ -56,9 +61,10 @@ class ServerCatalogue:
                 raise Busy(f"{problem}; try again in {_PATIENCE_MS // 1000} s at the latest")
         self._write(record, CREATING)
 
-    def begin_takeover(self, takeover: Takeover) -> None:
-        """See Announcing.begin_takeover: the record of the one is that of the other to be, until it is removed."""
-        record, by = takeover.record, takeover.by
+    @override
+    def begin_swap(self, swap: Swap) -> None:
+        """The record of the one is that of the other to be, until it is removed."""
+        record, by = swap.record, swap.by
         for name in (record.name, by):
             payload = self._records.read(name)
             if payload is None or payload.get("state") != READY:
@@ -66,16 +72,16 @@ class ServerCatalogue:
         fields = {"name": by, "state": MOVING, "becomes": record.name}
         self._records.write(by, fields | {"record": record_to_json(record)})
 
+    @override
     def commit(self, record: MemoryRecord) -> None:
-        """See Catalogue.commit."""
         self._write(record, READY)
 
+    @override
     def retire(self, record: MemoryRecord) -> None:
-        """See Catalogue.retire."""
         self._write(record, DELETING)
 
+    @override
     def remove(self, record: MemoryRecord) -> None:
-        """See Catalogue.remove."""
         self._records.remove(record.name)
 
     def find(self, name: str) -> MemoryRecord | None:

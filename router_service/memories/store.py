@@ -41,7 +41,7 @@ from router_service.memories.memory import (
     spec_of,
 )
 from router_service.memories.settings import MemorySettings
-from router_service.memories.unfinished_swaps import Takeovers, settle
+from router_service.memories.unfinished_swaps import NameSwaps, finish_file_swaps
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class MemoryStore:
             FileCatalogue(directory) if directory is not None else RamCatalogue()
         )
         self._hits = hits if directory is None else directory
-        self.takeovers = Takeovers(backend, self._catalogue)
+        self.swaps = NameSwaps(backend, self._catalogue)
         self._memories: dict[str, RoutingMemory] = {}
         # Memories that could not be opened, with the reason: named in errors, never deleted.
         self.broken: dict[str, str] = {}
@@ -84,9 +84,9 @@ class MemoryStore:
         return self._directory
 
     @property
-    def place(self) -> str:
-        """Where the memories are, for people."""
-        return self._catalogue.place
+    def location(self) -> str:
+        """Where the memories are, human-readable."""
+        return self._catalogue.location
 
     def exclusive(self) -> AbstractContextManager[bool]:
         """Inside, no other thread makes or removes a memory; lookups and writes go on."""
@@ -98,8 +98,8 @@ class MemoryStore:
         Raises ForeignCollection where a collection is not this service's: then it must not serve at all.
         """
         if self._directory is not None:
-            settle(self._directory)
-        found = self.takeovers.finished(self._let_go)
+            finish_file_swaps(self._directory)
+        found = self.swaps.finished(self._let_go)
         for name, reason in found.broken.items():
             self._set_aside(name, reason)
         for record in found.leftovers:
@@ -112,14 +112,14 @@ class MemoryStore:
         if not self._shared:
             return
         with self._lock:
-            found = self.takeovers.finished(self._let_go, stale_only=True)
+            found = self.swaps.finished(self._let_go, stale_only=True)
             known = {record.name: record for record in found.records}
             for name in set(self._memories) - set(known):
                 self._let_go(name)
             self.broken = {name: why for name, why in self.broken.items() if name in known}
             self.broken |= found.broken
             for record in found.records:
-                self._catch_up(record)
+                self._follow(record)
 
     def names(self) -> list[str]:
         """Names of the memories that serve, sorted."""
@@ -270,7 +270,7 @@ class MemoryStore:
         self.broken[name] = reason
         log.error("memory %s is set aside: %s", name, reason)
 
-    def _catch_up(self, record: MemoryRecord) -> None:
+    def _follow(self, record: MemoryRecord) -> None:
         """Reads a shared memory as its record says now."""
         memory = self._memories.get(record.name)
         if memory is not None and memory.record == record:

@@ -1,4 +1,9 @@
-"""Makes a memory of layers that came from elsewhere, in the place of another or in one that is free."""
+"""One memory in the place of another, from one lookup to the next: a restored copy, or a rebuilt one that proved good.
+
+swap_in() serves layers that lie in a staged directory (a restored snapshot). replace_memory() lets the memory `by` have
+the name of another: in RAM and on a server its collections take the names of the others while they are used; on disk
+its layers are closed, moved and opened again, and lookups of the other memory go on meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,7 @@ from router_service.errors import (
     StorageError,
     shorten,
 )
-from router_service.memories.catalogue import DOOMED, Takeover
+from router_service.memories.catalogue import DOOMED, Swap
 from router_service.memories.layer import LayerMemory
 from router_service.memories.manifest import (
     begin_creation,
@@ -35,7 +40,7 @@ from router_service.memories.manifest import (
 )
 from router_service.memories.memory import MemoryRecord, RoutingMemory, close_all
 from router_service.memories.store import MemoryStore, check_name
-from router_service.memories.unfinished_swaps import arrive, mark, moves, unmark
+from router_service.memories.unfinished_swaps import arrive, file_swaps, mark, unmark
 from router_service.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -43,13 +48,13 @@ log = logging.getLogger(__name__)
 # How long the readers of a replaced memory may finish what they began.
 RETIRE_AFTER_S = 1.0
 
-# Told of a memory that takes the place of another, before it serves.
+# Called with the new memory and the one that it replaces, before the new one serves.
 Succeed = Callable[[RoutingMemory, RoutingMemory], None]
 
 
 @contextmanager
 def staging(store: MemoryStore, name: str) -> Iterator[Path]:
-    """A new directory for the layers of a memory; adopt() takes it, else it is gone at the end.
+    """A new directory for the layers of a memory; swap_in() takes it, else it is gone at the end.
 
     Raises Busy while there is one for that name, InvalidField, or StorageError when the store has no directory.
     """
@@ -70,7 +75,7 @@ def staging(store: MemoryStore, name: str) -> Iterator[Path]:
 
 
 def require_room(store: MemoryStore, record: MemoryRecord, *, replacing: bool) -> None:
-    """Raises InvalidField, MemoryExists, ModelMismatch or KindMismatch where adopt() would."""
+    """Raises InvalidField, MemoryExists, ModelMismatch or KindMismatch where swap_in() would."""
     check_name(record.name)
     if record.name not in store.names() and record.name not in store.broken:
         return
@@ -81,7 +86,7 @@ def require_room(store: MemoryStore, record: MemoryRecord, *, replacing: bool) -
         require_same_model(present, record, "memory", "snapshot", remedy)
 
 
-def adopt(
+def swap_in(
     store: MemoryStore,
     staged: Path,
     record: MemoryRecord,
@@ -105,7 +110,7 @@ def adopt(
         memory = _moved_in(store, staged, record, entries, present)
         old = store.get(record.name) if record.name in store.names() else None
         if old is not None:
-            (succeed or _continue_adopted)(memory, old)
+            (succeed or _continue_replaced)(memory, old)
         store.serve(memory)
         if old is None:
             with _left_to_the_next_start(record):
@@ -114,7 +119,7 @@ def adopt(
 
 
 def retire(store: MemoryStore, replaced: RoutingMemory) -> None:
-    """Closes a memory that adopt() replaced, and removes its files, or leaves that to the next start."""
+    """Closes a memory that swap_in() replaced, and removes its files, or leaves that to the next start."""
     memories, record = _directory_of(store), replaced.record
     with store.exclusive(), _left_to_the_next_start(record):
         home = home_of(memories, record)
@@ -185,8 +190,8 @@ def _move_back(target: Path, source: Path) -> None:
             fsync_directory(target.parent)
 
 
-def _continue_adopted(memory: RoutingMemory, old: RoutingMemory) -> None:
-    """The version goes on rising, and what was counted stays counted."""
+def _continue_replaced(memory: RoutingMemory, old: RoutingMemory) -> None:
+    """What a restored memory takes on: the version goes on rising, and what was counted stays counted."""
     memory.version = old.version + 1
     for layer, before in zip(memory.layers, old.layers, strict=True):
         layer.counters = before.counters
@@ -279,8 +284,8 @@ def _by_names(store: MemoryStore, old: RoutingMemory, coming: RoutingMemory) -> 
     name, now = old.record.name, time.time_ns() // 1_000_000
     created = max(now, old.record.created_unix_ms + 1)
     record = replace(coming.record, name=name, created_unix_ms=created)
-    takeover = Takeover(record, coming.record.name)
-    store.takeovers.begin(takeover, coming.record)
+    swap = Swap(record, coming.record.name)
+    store.swaps.begin(swap, coming.record)
     memory = RoutingMemory(record, coming.layers)
     _continue(memory, old, coming)
     store.serve(memory)
@@ -293,7 +298,7 @@ def _by_names(store: MemoryStore, old: RoutingMemory, coming: RoutingMemory) -> 
     def end() -> None:
         close_all(old.layers)
         with _logged(f"what {name} held before is removed by the next start"):
-            store.takeovers.end(takeover)
+            store.swaps.end(swap)
 
     return end
 
@@ -305,7 +310,7 @@ def _by_files(store: MemoryStore, old: RoutingMemory, coming: RoutingMemory) -> 
     home = memories / home_of(memories, coming.record)
     entries = [layer.info().entries for layer in coming.layers]
     with _marked(memories, home), _closed(store, coming):
-        adopt(
+        swap_in(
             store,
             home,
             replace(coming.record, name=name),
@@ -316,7 +321,7 @@ def _by_files(store: MemoryStore, old: RoutingMemory, coming: RoutingMemory) -> 
     store.release(coming.record.name)
     with _logged(f"what is left of {coming.record.name} goes at the next start"):
         arrived = memories / home_of(memories, store.get(name).record)
-        for move in [each for each in moves(memories) if each.home == arrived]:
+        for move in [each for each in file_swaps(memories) if each.home == arrived]:
             arrive(move)
     return lambda: retire(store, old)
 
@@ -359,7 +364,7 @@ def _reopen(store: MemoryStore, memory: RoutingMemory) -> None:
 
 
 def _continue(memory: RoutingMemory, old: RoutingMemory, coming: RoutingMemory) -> None:
-    """Versions go on rising for the clients of either; counters are those of the entries."""
+    """What a swapped memory takes on: versions rise for the clients of either; counters are those of the entries."""
     memory.version = max(old.version, coming.version) + 1
     for layer, before in zip(memory.layers, coming.layers, strict=True):
         layer.counters = before.counters

@@ -1,4 +1,9 @@
-"""Memories in RAM or on a server that take the place of others: the intent first, then the names, then the record."""
+"""Swaps, written down so that whoever starts after a crash can finish or undo them.
+
+In RAM and on a server (NameSwaps) the catalogue gets the intent first, then collections change names, then comes the
+record: what is announced is finished. On disk layers carry a mark while they move: what has the new manifest is
+finished, what has not is moved back. See swap for the swaps themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,41 +22,41 @@ from router_service.backends.disk import (
     write_atomically,
 )
 from router_service.errors import BackendUnavailable, CorruptMemory, StorageError
-from router_service.memories.catalogue import DOOMED, Announcing, Catalogue, Catalogued, Takeover
+from router_service.memories.catalogue import DOOMED, Catalogue, Catalogued, Swap, SwapCatalogue
 from router_service.memories.manifest import CAME_FROM, FILE_NAME, read_manifest, restored_directory
 from router_service.memories.memory import MemoryRecord, collection_names
 
 log = logging.getLogger(__name__)
 
 
-class Takeovers:
-    """Of one backend and its catalogue. Whoever reads the catalogue after a crash finishes what it announces."""
+class NameSwaps:
+    """Swaps of one backend and its catalogue, by names. Whoever reads the catalogue after a crash finishes them."""
 
     def __init__(self, backend: Backend, catalogue: Catalogue) -> None:
         self._backend, self._catalogue = backend, catalogue
 
-    def begin(self, takeover: Takeover, other: MemoryRecord) -> None:
-        """The collections of the memory `other` have the names of those of `takeover.record` from here on.
+    def begin(self, swap: Swap, other: MemoryRecord) -> None:
+        """The collections of the memory `other` have the names of those of `swap.record` from here on.
 
         end() it later. Raises Busy and StorageError; nothing has changed then, unless a server went away: it may be
         finished later.
         """
         backend, catalogue = self._able()
         try:
-            catalogue.begin_takeover(takeover)
-            self._switch(backend, takeover, other)
+            catalogue.begin_swap(swap)
+            self._switch(backend, swap, other)
         except BackendUnavailable as error:
             raise BackendUnavailable(
-                f"{error}; whether {takeover.by!r} takes the place of {takeover.record.name!r} shows within minutes of "
+                f"{error}; whether {swap.by!r} takes the place of {swap.record.name!r} shows within minutes of "
                 "the server's return"
             ) from error
 
-    def end(self, takeover: Takeover) -> None:
+    def end(self, swap: Swap) -> None:
         """Removes the collections that were replaced, and the other memory's record. Raises StorageError."""
         backend, _ = self._able()
-        for name in _names(takeover):
+        for name in _names(swap):
             backend.drop_replaced(name)
-        self._catalogue.remove(replace(takeover.record, name=takeover.by))
+        self._catalogue.remove(replace(swap.record, name=swap.by))
 
     def finished(self, let_go: Callable[[str], None], *, stale_only: bool = False) -> Catalogued:
         """What the catalogue holds, once those that a crash cut short are finished. Raises StorageError.
@@ -59,27 +64,27 @@ class Takeovers:
         `let_go` closes the memory of a name, if it is open. `stale_only`: not those that may be under way elsewhere.
         """
         found = self._catalogue.read()
-        cut_short = [each for each in found.takeovers if each.stale or not stale_only]
-        for takeover in cut_short:
-            let_go(takeover.by)
-            self._resume(takeover, found.records)
+        cut_short = [each for each in found.swaps if each.stale or not stale_only]
+        for swap in cut_short:
+            let_go(swap.by)
+            self._resume(swap, found.records)
         return self._catalogue.read() if cut_short else found
 
-    def _resume(self, takeover: Takeover, records: Sequence[MemoryRecord]) -> None:
-        log.warning("memory %s takes the place of %s at last", takeover.by, takeover.record.name)
+    def _resume(self, swap: Swap, records: Sequence[MemoryRecord]) -> None:
+        log.warning("memory %s takes the place of %s at last", swap.by, swap.record.name)
         backend, _ = self._able()
-        committed = any(_same_memory(record, takeover.record) for record in records)
-        with backend.taking_over(_names(takeover)):
+        committed = any(_same_memory(record, swap.record) for record in records)
+        with backend.swapping(_names(swap)):
             if not committed:
-                self._catalogue.commit(takeover.record)
-        self.end(takeover)
+                self._catalogue.commit(swap.record)
+        self.end(swap)
 
-    def _switch(self, backend: Renaming, takeover: Takeover, other: MemoryRecord) -> None:
+    def _switch(self, backend: Renaming, swap: Swap, other: MemoryRecord) -> None:
         switched = False
         try:
-            with backend.taking_over(_names(takeover)):
+            with backend.swapping(_names(swap)):
                 switched = True
-                self._catalogue.commit(takeover.record)
+                self._catalogue.commit(swap.record)
         except BackendUnavailable:  # who knows what it did: what is announced is finished
             raise
         except BaseException:
@@ -87,12 +92,12 @@ class Takeovers:
                 self._catalogue.commit(other)
             raise
 
-    def _able(self) -> tuple[Renaming, Announcing]:
+    def _able(self) -> tuple[Renaming, SwapCatalogue]:
         backend, catalogue = self._backend, self._catalogue
-        if isinstance(backend, Renaming) and isinstance(catalogue, Announcing):
+        if isinstance(backend, Renaming) and isinstance(catalogue, SwapCatalogue):
             return backend, catalogue
         raise StorageError(
-            f"a memory cannot take the place of another here ({self._catalogue.place})"
+            f"a memory cannot take the place of another here ({self._catalogue.location})"
         )
 
 
@@ -101,17 +106,18 @@ def _same_memory(one: MemoryRecord, other: MemoryRecord) -> bool:
     return (one.name, one.created_unix_ms) == (other.name, other.created_unix_ms)
 
 
-def _names(takeover: Takeover) -> dict[str, str]:
+def _names(swap: Swap) -> dict[str, str]:
     """Collections by the names that they are to have."""
-    record = takeover.record
-    return dict(zip(collection_names(record), collection_names(record, takeover.by), strict=True))
+    record = swap.record
+    return dict(zip(collection_names(record), collection_names(record, swap.by), strict=True))
 
 
+# What a mark may say: a memory's directory, or restored layers in it.
 _ORIGIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/restored-\d{1,20})?")
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class FileSwap:
     """Layers at `home` that came from `origin`, or have not left it yet."""
 
     home: Path
@@ -131,7 +137,7 @@ def unmark(home: Path) -> None:
         remove_durably(home / CAME_FROM)
 
 
-def moves(memories: Path) -> Iterator[Move]:
+def file_swaps(memories: Path) -> Iterator[FileSwap]:
     """Those that have not ended. Raises StorageError."""
     with storage_call(f"list {memories}"):
         marks = [
@@ -143,25 +149,27 @@ def moves(memories: Path) -> Iterator[Move]:
         for path in marks:
             origin = path.read_text(errors="replace")
             if _ORIGIN.fullmatch(origin):
-                yield _move(path.parent, memories / origin)
+                yield _file_swap(path.parent, memories / origin)
             else:
                 log.error("%s does not say where its layers came from; left as it is", path)
 
 
-def settle(memories: Path) -> None:
+def finish_file_swaps(memories: Path) -> None:
     """Ends every move that a crash cut short; none of the layers may be open. Raises StorageError."""
-    for move in moves(memories):
+    for move in file_swaps(memories):
         if move.arrived:
             arrive(move)
         elif move.home == move.origin:
             unmark(move.home)
         elif move.origin.exists():
-            log.error("%s came from %s, which is there again; both are kept", *_moved_names(move))
+            log.error(
+                "%s came from %s, which is there again; both are kept", move.home, move.origin
+            )
         else:
-            _bring_back(move)
+            _move_back(move)
 
 
-def arrive(move: Move) -> None:
+def arrive(move: FileSwap) -> None:
     """Removes what is left of the memory that moved, at last the mark. Raises StorageError."""
     rest = move.origin.parent
     if move.origin.name.startswith("restored-") and _record_of(rest, move.origin) is not None:
@@ -174,8 +182,8 @@ def arrive(move: Move) -> None:
     remove_durably(move.home / CAME_FROM)
 
 
-def _bring_back(move: Move) -> None:
-    log.warning("bringing %s back to %s: a replacement never ended", *_moved_names(move))
+def _move_back(move: FileSwap) -> None:
+    log.warning("bringing %s back to %s: a replacement never ended", move.home, move.origin)
     with storage_call(f"move {move.home} back"):
         move.home.rename(move.origin)
         fsync_directory(move.origin.parent)
@@ -183,9 +191,9 @@ def _bring_back(move: Move) -> None:
     unmark(move.origin)
 
 
-def _move(home: Path, origin: Path) -> Move:
+def _file_swap(home: Path, origin: Path) -> FileSwap:
     led_to = home.name.startswith("restored-") and _record_of(home.parent, home) is not None
-    return Move(home, origin, led_to and home != origin)
+    return FileSwap(home, origin, led_to and home != origin)
 
 
 def _record_of(directory: Path, restored: Path) -> MemoryRecord | None:
@@ -195,7 +203,3 @@ def _record_of(directory: Path, restored: Path) -> MemoryRecord | None:
     except CorruptMemory:
         return None
     return record if restored_directory(directory.parent, record) == restored else None
-
-
-def _moved_names(move: Move) -> tuple[Path, Path]:
-    return move.home, move.origin

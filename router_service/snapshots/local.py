@@ -29,7 +29,7 @@ from router_service.errors import (
 )
 from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.store import MemoryStore
-from router_service.memories.swap import RETIRE_AFTER_S, adopt, require_room, retire, staging
+from router_service.memories.swap import RETIRE_AFTER_S, require_room, retire, staging, swap_in
 from router_service.snapshots import files as snapshot_files
 from router_service.snapshots.archive import pack, unpack
 from router_service.snapshots.base import SnapshotRef
@@ -123,7 +123,7 @@ def restore(
         snapshot_files.check_contents(staged, manifest, report, named=path)
         with storage_call(f"sync {staged}"):
             fsync_tree(staged)
-        old = _adopt(store, path, staged, record, manifest, replacing)
+        old = _swap_in(store, path, staged, record, manifest, replacing)
     if old is not None:
         time.sleep(retire_after_s)
         retire(store, old)
@@ -159,7 +159,7 @@ def _copy_layer(files: FrozenFiles, target: Path, report: Report) -> None:
     snapshot_files.copy_files(files.directory, wanted, target, report)
 
 
-def _adopt(
+def _swap_in(
     store: MemoryStore,
     path: Path,
     staged: Path,
@@ -168,7 +168,7 @@ def _adopt(
     replacing: bool,
 ) -> RoutingMemory | None:
     try:
-        return adopt(store, staged, record, manifest.entries, replacing=replacing)
+        return swap_in(store, staged, record, manifest.entries, replacing=replacing)
     except CorruptMemory as error:
         raise SnapshotInvalid(
             f"{path} is whole but cannot be opened ({error}); use another snapshot, or the version of router-service "

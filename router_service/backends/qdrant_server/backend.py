@@ -167,8 +167,8 @@ class ServerBackend:
         return self._opened(name, self._alias(name), spec)
 
     @contextmanager
-    def taking_over(self, names: Mapping[str, str]) -> Iterator[None]:
-        """See Renaming.taking_over; one call moves every alias."""
+    def swapping(self, names: Mapping[str, str]) -> Iterator[None]:
+        """See Renaming.swapping; one call moves every alias."""
         moves = {self._alias(name): self._alias(other) for name, other in names.items()}
         for name in names:
             self.drop_replaced(name)
