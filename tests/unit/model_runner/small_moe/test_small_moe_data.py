@@ -6,11 +6,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from examples.small_moe.figures import repeated_ngrams
+from examples.small_moe.sources import GENERAL_SOURCES
+from examples.small_moe.texts import DEV_CHAPTERS, TEST_CHAPTERS, read_jsonl
 from model_runner import small_moe
 from model_runner.small_moe import DATA_DIR, data_file
-from model_runner.small_moe.figures import repeated_ngrams
-from model_runner.small_moe.sources import GENERAL_SOURCES
-from model_runner.small_moe.texts import DEV_CHAPTERS, TEST_CHAPTERS, read_jsonl
 
 DOMAINS = ("general", "shifted")
 SPLITS = ("reference", "dev", "test")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.small_moe.token_streams import END_OF_TEXT, spaced_windows, stream_of
+from examples.small_moe.train import mean_nll
 from model_runner.small_moe import MODEL_DIR, data_file
-from model_runner.small_moe.token_streams import END_OF_TEXT, spaced_windows, stream_of
-from model_runner.small_moe.train import mean_nll
 
 WINDOWS = 24
 

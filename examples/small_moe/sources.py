@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_runner.small_moe import cleaning
-from model_runner.small_moe.debian_packages import PackageUnavailableError, unpacked
+from examples.small_moe import cleaning
+from examples.small_moe.debian_packages import PackageUnavailableError, unpacked
 
 DOCUMENT_CHARS = 4000
 _NOTHING = r"^$"

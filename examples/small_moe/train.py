@@ -1,8 +1,8 @@
 """Train the small MoE: tokenizer, model, checkpoint.
 
-`python -m model_runner.small_moe.train --texts DIR --out DIR --seed 0 --steps 2500`
+`python -m examples.small_moe.train --texts DIR --out DIR --seed 0 --steps 2500`
 
-`--texts` is what `model_runner.small_moe.texts` wrote. The run is a function of the texts, the
+`--texts` is what `examples.small_moe.texts` wrote. The run is a function of the texts, the
 seed and the number of steps (the learning rate follows steps, not the clock). `--resume` goes on
 from the last saved state below `--out`.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from model_runner.small_moe.texts import read_jsonl
-from model_runner.small_moe.token_streams import (
+from examples.small_moe.texts import read_jsonl
+from examples.small_moe.token_streams import (
     END_OF_TEXT_ID,
     TokenStream,
     random_windows,
@@ -30,7 +30,7 @@ from model_runner.small_moe.token_streams import (
     token_stream,
     trained_tokenizer,
 )
-from model_runner.small_moe.training_experts import (
+from examples.small_moe.training_experts import (
     PADDED_EXPERTS,
     keep_freed_memory,
     register_padded_experts,

@@ -1,7 +1,7 @@
 """Make the general (A) and shifted (B) texts and their splits from Debian packages.
 
-`python -m model_runner.small_moe.texts --cache DIR --out DIR` writes `general_train.jsonl` (the
-training text, not shipped) and the six files of the package's `data` directory. Same packages,
+`python -m examples.small_moe.texts --cache DIR --out DIR` writes `general_train.jsonl` (the
+training text, not shipped) and the six files of `model_runner/small_moe/data`. Same packages,
 same files: every draw comes from one seed.
 """
 
@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from model_runner.small_moe.cleaning import without_repeats
-from model_runner.small_moe.debian_packages import archive_version
-from model_runner.small_moe.sources import (
+from examples.small_moe.cleaning import without_repeats
+from examples.small_moe.debian_packages import archive_version
+from examples.small_moe.sources import (
     DOCUMENT_CHARS,
     GENERAL_SOURCES,
     Document,

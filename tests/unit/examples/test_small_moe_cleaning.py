@@ -2,10 +2,10 @@
 
 import pytest
 
-from model_runner.small_moe import cleaning
-from model_runner.small_moe.debian_packages import PackageUnavailableError, unpacked
-from model_runner.small_moe.sources import Document
-from model_runner.small_moe.texts import chunked, general_splits, shifted_splits
+from examples.small_moe import cleaning
+from examples.small_moe.debian_packages import PackageUnavailableError, unpacked
+from examples.small_moe.sources import Document
+from examples.small_moe.texts import chunked, general_splits, shifted_splits
 
 
 def test_html_text_keeps_prose_and_code_and_drops_menus():

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from model_runner.small_moe.texts import read_jsonl
+from examples.small_moe.texts import read_jsonl
 
 END_OF_TEXT = "<eos>"
 END_OF_TEXT_ID = 0

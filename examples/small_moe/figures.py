@@ -1,6 +1,6 @@
 """Measure what MODEL_CARD.md states: NLL per split, and how much the splits repeat each other.
 
-`python -m model_runner.small_moe.figures [--model DIR]` prints one JSON object per split.
+`python -m examples.small_moe.figures [--model DIR]` prints one JSON object per split.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model_runner.small_moe import MODEL_DIR, data_file
-from model_runner.small_moe.token_streams import (
+from examples.small_moe.token_streams import (
     TokenStream,
     spaced_windows,
     stream_of,
 )
-from model_runner.small_moe.train import mean_nll
+from examples.small_moe.train import mean_nll
+from model_runner.small_moe import MODEL_DIR, data_file
 
 NGRAM_TOKENS = 8
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model_runner.small_moe.sources import Document
-from model_runner.small_moe.texts import write_jsonl
-from model_runner.small_moe.token_streams import random_windows, spaced_windows, token_stream
-from model_runner.small_moe.train import (
+from examples.small_moe.sources import Document
+from examples.small_moe.texts import write_jsonl
+from examples.small_moe.token_streams import random_windows, spaced_windows, token_stream
+from examples.small_moe.train import (
     PEAK_LEARNING_RATE,
     STATE_FILE,
     TrainingPlan,
@@ -43,7 +43,7 @@ def out(texts, tmp_path_factory):
     """The checkpoint directory of a run of two steps from the command line."""
     directory = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model_runner.small_moe.train.keep_freed_memory", lambda: None)
+        patch.setattr("examples.small_moe.train.keep_freed_memory", lambda: None)
         command = f"--texts {texts} --out {directory} --seed 0 --steps 2 --threads 1 --device cpu"
         main(command.split())
     return directory

@@ -1,0 +1,1 @@
+"""Worked examples and pipelines that no user of the packages needs."""
