@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from knnmoe.client import AdminClient
 
 from model_runner.evaluation.nll import Scores, score
 from model_runner.memory_builder.builder import MemoryBuilder, Target
-from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel
 from model_runner.presets import PRESETS, Preset
 from model_runner.progress import Progress
@@ -21,6 +21,7 @@ from model_runner.router_inputs import collect_router_inputs
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.sidecar import running_sidecar
 from model_runner.texts import Window
+from model_runner.wire import encode_by_layer
 
 RECOMMENDED = "recommended"
 BATCH_SIZE = 32
@@ -41,8 +42,8 @@ class Bench:
     def build(self, memory: str, reference: Sequence[Window], index: str) -> None:
         """Fills a memory with reference windows and indexes it; `index`: the compression of the search keys."""
         model = self.loaded.fingerprint
-        with MemoryClient(self.target) as client:
-            client.find_or_create(memory, model, self.preset.settings(model.num_layers))
+        with AdminClient(self.target) as client:
+            client.find_or_create(memory, model.message(), self.preset.settings(model.num_layers))
             builder = MemoryBuilder(self.loaded.model, model, client, batch_size=BATCH_SIZE)
             builder.build(reference, [Target(memory, self.preset.recipe)], self.progress)
             client.optimize(memory, index)
@@ -53,8 +54,8 @@ class Bench:
 
     def calibrate(self, memory: str, inputs: Inputs) -> None:
         """Sets gamma of every layer by the preset's lambda0."""
-        with MemoryClient(self.target) as client:
-            client.calibrate(memory, self.preset.lambda0, inputs)
+        with AdminClient(self.target) as client:
+            client.calibrate(memory, self.preset.lambda0, encode_by_layer(inputs))
 
     def plain(self, windows: Sequence[Window]) -> Scores:
         """Scores of the model alone."""

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from knnmoe.client import AdminClient
 from rich.console import Console
 from rich.table import Table
 
 from model_runner.evaluation.nll import Scores, difference, score
 from model_runner.memory_builder.learner import KnownTokens, OnlineLearner
-from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel, load_model
 from model_runner.presets import PRESETS
 from model_runner.progress import Progress
@@ -76,9 +76,9 @@ def run_stream(loaded: LoadedModel, settings: StreamSettings, progress: Progress
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         target = stack.enter_context(running_sidecar(directory / "data", directory / "log"))
-        client = stack.enter_context(MemoryClient(target))
+        client = stack.enter_context(AdminClient(target))
         layers = loaded.fingerprint.num_layers
-        client.find_or_create(MEMORY, loaded.fingerprint, preset.settings(layers))
+        client.find_or_create(MEMORY, loaded.fingerprint.message(), preset.settings(layers))
         router = stack.enter_context(
             RouterClient(target, MEMORY, loaded.fingerprint, timeout_s=60, on_error=OnError.RAISE)
         )

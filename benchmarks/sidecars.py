@@ -12,6 +12,7 @@ from typing import Any
 
 from knnmoe import tensors
 from knnmoe.channels import open_channel
+from knnmoe.client.calls import DuplexStream
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
@@ -25,7 +26,6 @@ from knnmoe.v1.types_pb2 import (
 
 from benchmarks.clustered import Workload
 from benchmarks.exact import Reading
-from model_runner.duplex_stream import DuplexStream
 from model_runner.progress import Progress
 from model_runner.sidecar import running_sidecar
 

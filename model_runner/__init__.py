@@ -1,3 +1,55 @@
-"""Runs a frozen Mixture-of-Experts model with a routing memory: hooks, client, memory builder, evaluation."""
+"""The model runner: hooks a Mixture-of-Experts model's routers up with a routing memory.
 
-__all__: list[str] = []
+    from model_runner import RetrievalPolicy, RouterClient, RouterHooks, load_model
+
+The names below are the public ones. They are imported when they are first used: importing this package needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model_runner.errors import RunnerError
+    from model_runner.fingerprint import ModelFingerprint, model_fingerprint
+    from model_runner.models import LoadedModel, load_model
+    from model_runner.router_client import OnError, RouterClient
+    from model_runner.router_hooks import RouterHooks
+    from model_runner.routing_policy import RetrievalPolicy, Retriever
+
+__all__ = [
+    "LoadedModel",
+    "ModelFingerprint",
+    "OnError",
+    "RetrievalPolicy",
+    "Retriever",
+    "RouterClient",
+    "RouterHooks",
+    "RunnerError",
+    "load_model",
+    "model_fingerprint",
+]
+
+_HOMES = {
+    "LoadedModel": "models",
+    "ModelFingerprint": "fingerprint",
+    "OnError": "router_client",
+    "RetrievalPolicy": "routing_policy",
+    "Retriever": "routing_policy",
+    "RouterClient": "router_client",
+    "RouterHooks": "router_hooks",
+    "RunnerError": "errors",
+    "load_model": "models",
+    "model_fingerprint": "fingerprint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -4,12 +4,10 @@
       +-- UnsupportedModel     no router that the hooks can serve; says what to do
       +-- HooksInUse           hooks are already installed on this model
       +-- HookBypassed         a forward pass went around a hooked router
-      +-- ModelMismatch        the memory was built for another model
-      +-- RoutingUnavailable   the sidecar is slow or gone
-      +-- RoutingRefused       the sidecar said no: a reason and a message
       +-- BadInput             an argument or a policy's reply has the wrong shape or value
 
-Errors of torch, transformers and grpc are mapped to these where they are first met.
+Errors of torch and transformers are mapped to these where they are first met. Calls to a sidecar raise
+knnmoe.client.ServiceError.
 """
 
 from collections.abc import Sequence
@@ -18,9 +16,6 @@ __all__ = [
     "BadInput",
     "HookBypassed",
     "HooksInUse",
-    "ModelMismatch",
-    "RoutingRefused",
-    "RoutingUnavailable",
     "RunnerError",
     "UnsupportedModel",
 ]
@@ -54,39 +49,6 @@ class HookBypassed(RunnerError):
             "without them (gpt_oss: Mxfp4Config(dequantize=True)) and install the hooks before "
             "torch.compile."
         )
-
-
-class ModelMismatch(RunnerError):
-    """The memory's model fingerprint is not this model's."""
-
-
-class RoutingUnavailable(RunnerError):
-    """The routing sidecar did not answer in time, or cannot be reached.
-
-    Attributes:
-        reason: a word to count by: `deadline`, `unavailable`, `overloaded`, `shutting_down`, ...
-        passing: the same call may succeed in a moment (gRPC's UNAVAILABLE).
-
-    """
-
-    def __init__(self, message: str, reason: str = "unavailable", *, passing: bool = False) -> None:
-        self.reason, self.passing = reason, passing
-        super().__init__(message)
-
-
-class RoutingRefused(RunnerError):
-    """The routing sidecar understood the request and refused it.
-
-    Attributes:
-        reason: the reason enum's name, for programs to branch on.
-        message: the sidecar's words, for people.
-
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        self.reason = reason
-        self.message = message
-        super().__init__(f"{message} ({reason})")
 
 
 class BadInput(RunnerError):

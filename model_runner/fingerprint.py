@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from knnmoe.v1 import types_pb2
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import decoder_of, find_router_sites
@@ -54,6 +55,10 @@ class ModelFingerprint:
         """16 hex digits: SHA-256 over the fields as JSON with sorted keys and no spaces."""
         canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGEST_HEX_DIGITS]
+
+    def message(self) -> types_pb2.ModelFingerprint:
+        """The fingerprint on the wire."""
+        return types_pb2.ModelFingerprint(**asdict(self))
 
 
 def model_fingerprint(model: nn.Module) -> ModelFingerprint:

@@ -1,31 +1,37 @@
-"""The runner's client of a routing sidecar: describe, route, and what to do when the sidecar fails."""
+"""The remote retriever: lookups in a sidecar's memory, and what to do when the sidecar fails."""
 
 from __future__ import annotations
 
 import logging
-import threading
+import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 
-import grpc
-from knnmoe.channels import open_channel
+from knnmoe.client import (
+    NO_PAUSES_S,
+    PAUSES_S,
+    ExampleRef,
+    RoutingClient,
+    ServiceUnavailable,
+)
 from knnmoe.v1 import routing_pb2 as pb
-from knnmoe.v1 import types_pb2
-from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
+from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
 from torch import Tensor
 
-from model_runner.architectures import Assignment
-from model_runner.circuit_breaker import CircuitBreaker
-from model_runner.duplex_stream import DuplexStream
-from model_runner.errors import RoutingUnavailable
+from model_runner.architectures.site import Assignment
 from model_runner.fingerprint import ModelFingerprint
-from model_runner.retries import NO_PAUSES_S, PAUSES_S, Retries
-from model_runner.rpc_errors import DEADLINE, runner_error
-from model_runner.texts import ExampleRef
-from model_runner.wire import encode_assignment, encode_fingerprint, encode_floats
+from model_runner.router_hooks import Logits
+from model_runner.routing_policy import Retrieved
+from model_runner.wire import (
+    decode_assignment,
+    decode_floats,
+    decode_tensor,
+    encode_assignment,
+    encode_floats,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,35 @@ class OnError(StrEnum):
 
     FALL_BACK = "fall_back"  # the model's own router stands; counted, warned about once in a while
     RAISE = "raise"  # evaluation and building: scores never mix silently
+
+
+@dataclass(slots=True)
+class CircuitBreaker:
+    """Opens after `failures_to_open` failures in a row; then one trial after 1 s, doubling to 30 s, with jitter."""
+
+    failures_to_open: int = 5
+    first_pause_s: float = 1.0
+    longest_pause_s: float = 30.0
+    clock_s: Callable[[], float] = time.monotonic
+    jitter: Callable[[], float] = random.random
+    _failures: int = field(default=0, init=False)
+    _pause_s: float = field(default=0.0, init=False)
+    _next_trial_s: float = field(default=0.0, init=False)
+
+    def allows(self) -> bool:
+        """Whether a call may be tried now."""
+        return self._failures < self.failures_to_open or self.clock_s() >= self._next_trial_s
+
+    def succeeded(self) -> None:
+        """Closes the breaker."""
+        self._failures, self._pause_s = 0, 0.0
+
+    def failed(self) -> None:
+        """Counts a failure; opens the breaker, for twice as long as before when a trial failed."""
+        self._failures += 1
+        if self._failures >= self.failures_to_open:
+            self._pause_s = min(self.longest_pause_s, max(self.first_pause_s, 2 * self._pause_s))
+            self._next_trial_s = self.clock_s() + self._pause_s * (0.75 + 0.5 * self.jitter())
 
 
 class RouterClient:
@@ -67,19 +102,15 @@ class RouterClient:
         self.on_error, self.timeout_s = on_error, timeout_s
         # Lookups that fell back, by layer and reason.
         self.fallbacks: Counter[tuple[int, str]] = Counter()
-        self._fingerprint = fingerprint
-        self._digest = fingerprint.digest()
-        self._channel = open_channel(target)
-        self._connect_timeout_s = CONNECT_TIMEOUT_S[on_error.value]
-        pauses_s = NO_PAUSES_S if on_error is OnError.FALL_BACK else PAUSES_S
-        self._retries = Retries(pauses_s)
+        self._client = RoutingClient(
+            target,
+            memory,
+            fingerprint.message(),
+            pauses_s=NO_PAUSES_S if on_error is OnError.FALL_BACK else PAUSES_S,
+            connect_timeout_s=CONNECT_TIMEOUT_S[on_error.value],
+        )
         self._breaker = breaker or CircuitBreaker()
-        self._stream: DuplexStream[pb.RouteRequest, pb.RouteResponse] | None = None
-        self._description: pb.MemoryDescription | None = None
         self._warned_s = float("-inf")
-        self._sent = 0
-        self._connected = False
-        self._closing = threading.Lock()
 
     def __enter__(self) -> RouterClient:
         return self
@@ -87,19 +118,45 @@ class RouterClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def close(self) -> None:
+        """Ends the stream and the connection. Closing twice is allowed."""
+        self._client.close()
+
     def describe(self) -> pb.MemoryDescription:
         """The memory, as it was when first asked for.
 
-        Raises ModelMismatch when it was made for another model, RoutingRefused (no such memory), RoutingUnavailable.
+        Raises ModelMismatch when it was made for another model, MemoryNotFound, ServiceUnavailable.
         """
-        if self._description is None:
-            self._description = self._retries.run(self._describe, self._connect_timeout_s)
-        return self._description
+        return self._client.describe()
 
     @property
     def wants_logits(self) -> bool:
         """Whether the memory blends router logits rather than assignments. Raises as describe()."""
-        return self.describe().settings.kind == types_pb2.MEMORY_KIND_LOGIT_DELTA
+        return self.describe().settings.kind == MEMORY_KIND_LOGIT_DELTA
+
+    def lookup(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        *,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Retrieved | None:
+        """route(), as tensors on the host."""
+        response = self.route(layer, router_input, router_logits, own, exclude=exclude)
+        if response is None:
+            return None
+        blended: Assignment | Logits | None = None
+        if response.HasField("router_logits"):
+            blended = Logits(decode_floats(response.router_logits))
+        elif response.HasField("assignment"):
+            blended = decode_assignment(response.assignment)
+        return Retrieved(
+            decode_tensor(response.lambdas, DTYPE_F32),
+            decode_tensor(response.abstained, DTYPE_U8) != 0,
+            blended,
+        )
 
     def route(
         self,
@@ -117,93 +174,35 @@ class RouterClient:
         neighbours stands in for the memory's K. None when the sidecar failed and on_error is FALL_BACK. A refusal
         (wrong model, bad request) always raises.
         """
-        look_up = partial(
-            self._look_up, layer, router_input, router_logits, own, exclude, with_neighbours
-        )
+
+        def looked_up() -> pb.RouteResponse:
+            tokens = len(router_input)
+            return self._client.route(
+                layer,
+                encode_floats(router_input),
+                encode_floats(router_logits) if self.wants_logits else encode_assignment(own),
+                timeout_s=self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (tokens - 1),
+                exclude=exclude,
+                with_neighbours=with_neighbours,
+                neighbours=neighbours,
+            )
+
         if self.on_error is OnError.RAISE:
-            return look_up(neighbours)
+            return looked_up()
         if not self._breaker.allows():
             self.fallbacks[layer, "breaker_open"] += 1
             return None
         try:
-            response = look_up(neighbours)
-        except RoutingUnavailable as error:
+            response = looked_up()
+        except ServiceUnavailable as error:
             self._breaker.failed()
             self._fell_back(layer, error)
             return None
         self._breaker.succeeded()
         return response
 
-    def close(self) -> None:
-        """Ends the stream and the connection. Closing twice is allowed."""
-        self._drop_stream()
-        self._channel.close()
-
-    def _describe(self, timeout_s: float) -> pb.MemoryDescription:
-        request = pb.DescribeRequest(
-            memory=self.memory, fingerprint=encode_fingerprint(self._fingerprint)
-        )
-        try:
-            stub = RoutingServiceStub(self._channel)
-            return stub.Describe(request, timeout=timeout_s).memory
-        except grpc.RpcError as error:
-            raise runner_error(error, self.target) from error
-
-    def _look_up(
-        self,
-        layer: int,
-        router_input: Tensor,
-        router_logits: Tensor,
-        own: Assignment,
-        exclude: Sequence[ExampleRef],
-        with_neighbours: bool,
-        neighbours: int | None,
-    ) -> pb.RouteResponse:
-        wants_logits = self.wants_logits
-        self._sent += 1
-        request = pb.RouteRequest(
-            memory=self.memory,
-            layer=layer,
-            model_digest=self._digest,
-            router_inputs=encode_floats(router_input),
-            with_neighbours=with_neighbours,
-            exclude=[pb.ExampleRef(source=e.source, example=e.example) for e in exclude],
-            request_id=self._sent,
-            neighbours=neighbours,
-        )
-        if wants_logits:
-            request.router_logits.CopyFrom(encode_floats(router_logits))
-        else:
-            request.assignment.CopyFrom(encode_assignment(own))
-        return self._over_stream(request, len(router_input))
-
-    def _over_stream(self, request: pb.RouteRequest, tokens: int) -> pb.RouteResponse:
-        timeout_s = self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (tokens - 1)
-        if not self._connected:
-            timeout_s = max(timeout_s, self._connect_timeout_s)
-        return self._retries.run(partial(self._exchange, request), timeout_s)
-
-    def _exchange(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteResponse:
-        if self._stream is None:
-            self._stream = DuplexStream(RoutingServiceStub(self._channel).RouteStream, self.target)
-        try:
-            response = self._stream.exchange(request, timeout_s)
-        except BaseException as error:  # Ctrl-C too: what was asked would answer the next request
-            self._drop_stream()
-            if isinstance(error, RoutingUnavailable) and error.reason != DEADLINE:
-                self._connected = False
-            raise
-        self._connected = True
-        return response
-
-    def _drop_stream(self) -> None:
-        with self._closing:
-            stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
-
-    def _fell_back(self, layer: int, error: RoutingUnavailable) -> None:
-        self.fallbacks[layer, error.reason] += 1
+    def _fell_back(self, layer: int, error: ServiceUnavailable) -> None:
+        self.fallbacks[layer, error.cause] += 1
         now_s = time.monotonic()
         if now_s - self._warned_s >= WARN_EVERY_S:
             self._warned_s = now_s

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from knnmoe.v1.routing_pb2 import RouteResponse
-from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8
+from knnmoe.client import ExampleRef
 from torch import Tensor
 
-from model_runner.architectures import Assignment
+from model_runner.architectures.site import Assignment
 from model_runner.errors import BadInput
-from model_runner.router_client import RouterClient
 from model_runner.router_hooks import Logits, RouterCall
-from model_runner.texts import ExampleRef
-from model_runner.wire import decode_assignment, decode_floats, decode_tensor
 
 # Tokens beyond this many bytes of router inputs and logits go in another request.
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What a memory says about T tokens of one layer.
+
+    Attributes:
+        lambdas: f32 [T], the weight of the memory; 0 for a token that abstained.
+        abstained: bool [T].
+        blended: [T, ...] of the memory's kind; None when every token abstained.
+
+    """
+
+    lambdas: Tensor
+    abstained: Tensor
+    blended: Assignment | Logits | None
+
+
+class Retriever(Protocol):
+    """Where a memory's answers come from; RouterClient asks a sidecar."""
+
+    # Lookups that fell back, by layer and reason.
+    fallbacks: Counter[tuple[int, str]]
+
+    def lookup(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        *,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Retrieved | None:
+        """T tokens: router_input [T, d], logits [T, N], own assignment [T, k]; None when the own router stands.
+
+        `exclude`: none, or one example per token whose entries are not read.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -39,17 +75,17 @@ class LayerUse:
 
 @dataclass(slots=True)
 class RetrievalPolicy:
-    """Blends each layer's routing with the memory behind `client`.
+    """Blends each layer's routing with the memory behind a retriever.
 
     Attributes:
-        client: says what happens when the sidecar fails.
+        client: the retriever; says what happens when it fails.
         exclude: examples whose entries are not read, one per sequence of the batch (leave-one-example-out); empty for
             none.
         use: by layer.
 
     """
 
-    client: RouterClient
+    client: Retriever
     exclude: Sequence[ExampleRef] = ()
     use: dict[int, LayerUse] = field(default_factory=dict)
 
@@ -62,14 +98,14 @@ class RetrievalPolicy:
             if not (torch.isfinite(inputs).all() and torch.isfinite(logits).all()):
                 use.not_finite += 1
                 return None
-            response = self.client.route(
+            found = self.client.lookup(
                 call.site.layer, inputs, logits, own, exclude=self._excluded(call, rows)
             )
-            if response is None:
+            if found is None:
                 return None
-            answers.append((rows, response))
-        for _, response in answers:
-            _count(use, response)
+            answers.append((rows, found))
+        for _, found in answers:
+            _count(use, found)
         return _reply(answers, call)
 
     def _excluded(self, call: RouterCall, rows: Tensor | None) -> list[ExampleRef]:
@@ -85,8 +121,8 @@ class RetrievalPolicy:
         return every if rows is None else [every[row] for row in rows.tolist()]
 
 
-# Rows [n] of a call (None = all of them), and what the sidecar said about them.
-Answer = tuple[Tensor | None, RouteResponse]
+# Rows [n] of a call (None = all of them), and what the memory said about them.
+Answer = tuple[Tensor | None, Retrieved]
 
 
 def _rows_to_ask(call: RouterCall) -> Sequence[Tensor | None]:
@@ -114,24 +150,22 @@ def _select(call: RouterCall, rows: Tensor | None) -> tuple[Tensor, Tensor, Assi
     )
 
 
-def _count(use: LayerUse, response: RouteResponse) -> None:
-    lambdas = decode_tensor(response.lambdas, DTYPE_F32)
-    use.tokens += len(lambdas)
-    use.abstained += int(decode_tensor(response.abstained, DTYPE_U8).count_nonzero())
-    use.lambda_sum += float(lambdas.sum())
+def _count(use: LayerUse, found: Retrieved) -> None:
+    use.tokens += len(found.lambdas)
+    use.abstained += int(found.abstained.count_nonzero())
+    use.lambda_sum += float(found.lambdas.sum())
 
 
 def _reply(answers: Sequence[Answer], call: RouterCall) -> Assignment | Logits | None:
     """The own routing with the answered rows in it; None when every token abstained."""
     reply: Assignment | Logits | None = None
-    for rows, response in answers:
-        kind = response.WhichOneof("blended")
-        if kind == "router_logits":
+    for rows, found in answers:
+        if isinstance(found.blended, Logits):
             own = reply.router_logits if isinstance(reply, Logits) else call.router_logits
-            reply = Logits(_merged(own, decode_floats(response.router_logits), rows))
-        elif kind == "assignment":
+            reply = Logits(_merged(own, found.blended.router_logits, rows))
+        elif found.blended is not None:
             before = reply if isinstance(reply, Assignment) else None
-            reply = _with_rows(before, call, decode_assignment(response.assignment), rows)
+            reply = _with_rows(before, call, found.blended, rows)
     return reply
 
 

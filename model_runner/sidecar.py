@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from model_runner.errors import RoutingUnavailable
+from knnmoe.client import ServiceUnavailable
 
 STOP_TIMEOUT_S = 20.0
 _READY = "listening on "
@@ -22,7 +22,7 @@ def running_sidecar(
 
     `flags`: more of `router-service serve`, e.g. --backend URL.
 
-    Raises RoutingUnavailable with the end of the log when it does not start.
+    Raises ServiceUnavailable with the end of the log when it does not start.
     """
     command = [
         sys.executable,
@@ -48,7 +48,7 @@ def _address(process: subprocess.Popen[str], log: Path) -> str:
     line = process.stdout.readline().strip()
     if not line.startswith(_READY):
         process.wait()
-        raise RoutingUnavailable(f"the sidecar did not start:\n{log.read_text()[-2000:]}")
+        raise ServiceUnavailable(f"the sidecar did not start:\n{log.read_text()[-2000:]}")
     return line.removeprefix(_READY)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from knnmoe.client import ExampleRef
 from torch import Tensor
 
 from model_runner.errors import BadInput
@@ -24,14 +25,6 @@ PLAIN_TEXT_EXAMPLE_CHARACTERS = 4000
 SHORTEST_WINDOW_SHARE = 0.25
 # Longest id of an example that a routing service stores.
 MAX_ID_CHARACTERS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleRef:
-    """An example (document, prompt) within a source."""
-
-    source: str
-    example: str
 
 
 @dataclass(frozen=True, slots=True)

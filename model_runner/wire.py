@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from knnmoe import tensors
 from knnmoe.v1 import types_pb2
@@ -9,9 +11,8 @@ from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_I32, Spa
 from knnmoe.v1.types_pb2 import Tensor as WireTensor
 from torch import Tensor
 
-from model_runner.architectures import Assignment
+from model_runner.architectures.site import Assignment
 from model_runner.errors import BadInput
-from model_runner.fingerprint import ModelFingerprint
 
 _FLOATS = {torch.float32: DTYPE_F32, torch.float16: DTYPE_F16, torch.bfloat16: DTYPE_BF16}
 
@@ -23,6 +24,11 @@ def encode_floats(tensor: Tensor) -> WireTensor:
     host = tensor.detach().cpu()
     bits = host.view(torch.int16) if host.dtype == torch.bfloat16 else host  # NumPy has no bf16
     return WireTensor(dtype=_FLOATS[host.dtype], shape=host.shape, data=bits.numpy().tobytes())
+
+
+def encode_by_layer(tensors_by_layer: Mapping[int, Tensor]) -> dict[int, WireTensor]:
+    """A float tensor per layer, as encode_floats."""
+    return {layer: encode_floats(tensor) for layer, tensor in tensors_by_layer.items()}
 
 
 def decode_floats(message: WireTensor) -> Tensor:
@@ -53,15 +59,3 @@ def decode_tensor(message: WireTensor, *dtypes: types_pb2.Dtype) -> Tensor:
         return torch.tensor(tensors.to_array(message))
     except tensors.TensorError as error:
         raise BadInput(f"a reply of the sidecar: {error}") from error
-
-
-def encode_fingerprint(fingerprint: ModelFingerprint) -> types_pb2.ModelFingerprint:
-    """Field by field."""
-    return types_pb2.ModelFingerprint(
-        architecture=fingerprint.architecture,
-        num_layers=fingerprint.num_layers,
-        hidden_size=fingerprint.hidden_size,
-        num_experts=fingerprint.num_experts,
-        top_k=fingerprint.top_k,
-        router_hash=fingerprint.router_hash,
-    )

@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 from knnmoe import channels, tensors
+from knnmoe.client import ServiceError, service_error
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import memory_admin_pb2_grpc, routing_pb2_grpc
 from knnmoe.v1 import routing_pb2 as routing_pb
@@ -278,12 +279,12 @@ def exported(sidecar: Sidecar, name: str, layer: int) -> list[admin_pb.Entries]:
     return [reply.entries for reply in sidecar.admin.Export(request, timeout=CALL_TIMEOUT_S)]
 
 
-def refusal(call: Any, request: Any) -> channels.ServiceError:
+def refusal(call: Any, request: Any) -> ServiceError:
     """The structured error of a unary or streaming call that must fail."""
     try:
         reply = call(request, timeout=CALL_TIMEOUT_S)
         if hasattr(reply, "cancel"):  # a stream
             list(reply)
     except grpc.RpcError as error:
-        return channels.service_error(error)
+        return service_error(error)
     raise AssertionError("the call was expected to fail")

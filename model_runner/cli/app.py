@@ -7,6 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from model_runner.cli import options, session_commands
 from model_runner.cli.options import PresetName, StepNorm
-from model_runner.errors import BadInput, RoutingUnavailable, RunnerError
+from model_runner.errors import BadInput, RunnerError
 from model_runner.progress import Progress
 
 _INTERRUPTED = "interrupted; what the sidecar acknowledged is kept, so a build or `learn` goes on where it stopped"
@@ -315,21 +316,28 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except BadInput as error:
-        _fail(error, EXIT_BAD_INPUT)
-    except RoutingUnavailable as error:
-        _fail(
-            f"{error}\nIs a sidecar running there? Start one with: router-service serve --data DIR",
-            EXIT_UNAVAILABLE,
-        )
-    except (RunnerError, OSError) as error:
-        _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, EXIT_INTERRUPTED)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # Ctrl-C within a command: typer ends it without a word
             _fail(_INTERRUPTED, EXIT_INTERRUPTED)
         raise
+    except (BadInput, _client().KindMismatch) as error:
+        _fail(error, EXIT_BAD_INPUT)
+    except _client().ServiceUnavailable as error:
+        _fail(
+            f"{error}\nIs a sidecar running there? Start one with: router-service serve --data DIR",
+            EXIT_UNAVAILABLE,
+        )
+    except (RunnerError, _client().ServiceError, OSError) as error:
+        _fail(error, EXIT_FAILED)
+
+
+def _client() -> ModuleType:
+    """Its errors, imported when there is one: --help does not wait for gRPC."""
+    from knnmoe import client
+
+    return client
 
 
 def _fail(what: object, code: int) -> None:

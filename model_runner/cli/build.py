@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+from knnmoe.client import AdminClient
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
 
 from model_runner.errors import BadInput
 from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
 from model_runner.memory_builder.recipes import Norm, Recipe
-from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel, load_model, window_length
 from model_runner.presets import PRESETS, Preset
 from model_runner.progress import Progress
 from model_runner.router_inputs import collect_router_inputs
 from model_runner.texts import Window, read_windows
+from model_runner.wire import encode_by_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def run_build(options: BuildOptions, progress: Progress) -> None:
     """Creates the memory (or finds it), fills, calibrates and indexes it."""
     preset = PRESETS[options.preset]
     recipe = _recipe(preset, options)
-    with MemoryClient(options.target) as client:
+    with AdminClient(options.target) as client:
         # A sidecar that is not there is noticed before the model is loaded, bad text before the long work.
         is_new = client.find(options.memory) is None
         loaded = load_model(options.model, device=options.device, dtype=options.dtype)
@@ -61,7 +62,9 @@ def run_build(options: BuildOptions, progress: Progress) -> None:
         if is_new and held_out is None:
             _require_two_examples(windows, options.reference)
         client.find_or_create(
-            options.memory, loaded.fingerprint, preset.settings(loaded.fingerprint.num_layers)
+            options.memory,
+            loaded.fingerprint.message(),
+            preset.settings(loaded.fingerprint.num_layers),
         )
         builder = MemoryBuilder(
             loaded.model,
@@ -83,7 +86,7 @@ def run_build(options: BuildOptions, progress: Progress) -> None:
 
 
 def _finish(
-    client: MemoryClient,
+    client: AdminClient,
     loaded: LoadedModel,
     held_out: Sequence[Window] | None,
     options: BuildOptions,
@@ -98,7 +101,8 @@ def _finish(
         return
     inputs = None
     if held_out is not None:
-        inputs = collect_router_inputs(loaded.model, held_out, batch_size=options.batch_size)
+        found = collect_router_inputs(loaded.model, held_out, batch_size=options.batch_size)
+        inputs = encode_by_layer(found)
     lambda0 = preset.lambda0 if options.lambda0 is None else options.lambda0
     response = client.calibrate(options.memory, lambda0, inputs)
     gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
@@ -150,12 +154,13 @@ def run_calibrate(
     dtype: str,
 ) -> pb.CalibrateResponse:
     """Calibrates on the router inputs of a text, or (None) inside the memory."""
-    with MemoryClient(target) as client:
+    with AdminClient(target) as client:
         client.describe(memory)
         inputs = None
         if text is not None:
             loaded = load_model(model, device=device, dtype=dtype)
             length = window_length(loaded.model, window)
             windows = read_windows(text, loaded.tokenizer, length)
-            inputs = collect_router_inputs(loaded.model, windows, batch_size=batch_size)
+            found = collect_router_inputs(loaded.model, windows, batch_size=batch_size)
+            inputs = encode_by_layer(found)
         return client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)

@@ -8,13 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from knnmoe.client import AdminClient
 from rich.console import Console
 from rich.table import Table
 
 from model_runner.errors import BadInput
 from model_runner.evaluation.nll import bootstrap_interval, difference, score
 from model_runner.memory_builder.entries import entry_ids
-from model_runner.memory_client import MemoryClient
 from model_runner.models import load_model, window_length
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
@@ -41,7 +41,7 @@ def run_evaluate(
     progress: Progress,
 ) -> dict[str, Any]:
     """Scores with the plain model, then with the memory; the numbers of the printed table."""
-    with MemoryClient(target) as admin:
+    with AdminClient(target) as admin:
         admin.describe(memory)  # what is not there is noticed before the model is loaded
     loaded = load_model(model, device=device, dtype=dtype)
     length = window_length(loaded.model, window)
@@ -86,7 +86,7 @@ def run_evaluate(
 def _warn_of_own_entries(target: str, memory: str, windows: list[Window], name: str) -> None:
     """A memory that holds the very tokens that are scored knows the answers."""
     ids = entry_ids(windows[:WINDOWS_LOOKED_UP])
-    with MemoryClient(target) as client:
+    with AdminClient(target) as client:
         found = client.count(memory, 0, ids)
     if found:
         log.warning(

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from knnmoe.client import AdminClient, ServiceUnavailable
 
 from model_runner.cli.lessons import Lessons, lessons_of, talk
-from model_runner.errors import BadInput, RoutingUnavailable
-from model_runner.memory_client import MemoryClient
+from model_runner.errors import BadInput
 from model_runner.models import LoadedModel, load_model
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
@@ -47,7 +47,7 @@ def run_generate(options: GenerateOptions) -> None:
     with ExitStack() as stack:
         if options.learn is not None and options.memory is not None:
             # What is not there is noticed before the model is loaded.
-            stack.enter_context(MemoryClient(options.target)).describe(options.memory)
+            stack.enter_context(AdminClient(options.target)).describe(options.memory)
         loaded = load_model(options.model, device=options.device, dtype=options.dtype)
         torch.manual_seed(options.seed)
         policy = None
@@ -72,7 +72,7 @@ def run_generate(options: GenerateOptions) -> None:
 def retrieval_policy(loaded: LoadedModel, options: GenerateOptions) -> Iterator[RetrievalPolicy]:
     """Asks the memory over one stream; a sidecar that fails is done without.
 
-    Raises RoutingRefused or ModelMismatch when the sidecar has no such memory for this model.
+    Raises ServiceRefused or ModelMismatch when the sidecar has no such memory for this model.
     """
     with RouterClient(
         options.target,
@@ -81,7 +81,7 @@ def retrieval_policy(loaded: LoadedModel, options: GenerateOptions) -> Iterator[
         timeout_s=options.timeout_s,
         on_error=OnError.FALL_BACK,
     ) as client:
-        with suppress(RoutingUnavailable):  # each lookup will say so
+        with suppress(ServiceUnavailable):  # each lookup will say so
             client.describe()
         yield RetrievalPolicy(client)
 

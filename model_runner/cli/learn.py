@@ -6,11 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from knnmoe.client import AdminClient, require_same_model
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.routing_pb2 import MemoryDescription
 from knnmoe.v1.types_pb2 import SIMILARITY_RBF
@@ -20,7 +21,6 @@ from model_runner.evaluation.nll import score
 from model_runner.memory_builder.builder import Keep
 from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner, recipe_of
 from model_runner.memory_builder.recipes import Norm, Recipe
-from model_runner.memory_client import MemoryClient, require_same_model
 from model_runner.models import LoadedModel, load_model, window_length
 from model_runner.presets import PRESETS
 from model_runner.progress import Progress
@@ -81,14 +81,14 @@ def run_learn(options: LearnOptions, progress: Progress) -> None:
     require_writable("--json", options.json_file)
     started = time.monotonic()
     with ExitStack() as stack:
-        client = stack.enter_context(MemoryClient(options.target))
+        client = stack.enter_context(AdminClient(options.target))
         # What is not there is noticed before the model is loaded, bad text before anything is written.
         description = client.describe(options.memory)
         loaded = load_model(options.model, device=options.device, dtype=options.dtype)
-        require_same_model(description, loaded.fingerprint)
+        require_same_model(description, loaded.fingerprint.message())
         length = window_length(loaded.model, options.window)
         windows = read_windows(options.file, loaded.tokenizer, length)
-        policy = stack.enter_context(_raising_policy(loaded, options))
+        reader = stack.enter_context(_raising_client(loaded, options))
         learner = stack.enter_context(
             OnlineLearner(
                 loaded.model,
@@ -97,12 +97,12 @@ def run_learn(options: LearnOptions, progress: Progress) -> None:
                 options.memory,
                 recipe=_recipe(options, description),
                 reference=windows,
-                keep=_keep(options, policy),
+                keep=_keep(options, reader),
                 durability=DURABILITIES[options.durability],
                 batch_size=options.batch_size,
             )
         )
-        run = _Run(loaded, learner, policy, options)
+        run = _Run(loaded, learner, RetrievalPolicy(reader), options)
         examples = list(_by_example(windows))
         reports = [run.one(group) for group in progress.track(examples, "learning", "examples")]
     _finish(reports, options, progress, time.monotonic() - started)
@@ -152,16 +152,14 @@ class _Run:
         return float(scores.nll_sums.sum())
 
 
-@contextmanager
-def _raising_policy(loaded: LoadedModel, options: LearnOptions) -> Iterator[RetrievalPolicy]:
-    with RouterClient(
+def _raising_client(loaded: LoadedModel, options: LearnOptions) -> RouterClient:
+    return RouterClient(
         options.target,
         options.memory,
         loaded.fingerprint,
         timeout_s=LOOKUP_TIMEOUT_S,
         on_error=OnError.RAISE,
-    ) as client:
-        yield RetrievalPolicy(client)
+    )
 
 
 def _recipe(options: LearnOptions, memory: MemoryDescription) -> Recipe:
@@ -175,10 +173,10 @@ def _recipe(options: LearnOptions, memory: MemoryDescription) -> Recipe:
     return recipe
 
 
-def _keep(options: LearnOptions, policy: RetrievalPolicy) -> Keep | None:
+def _keep(options: LearnOptions, reader: RouterClient) -> Keep | None:
     if options.skip_known is None:
         return None
-    return KnownTokens(policy.client, options.skip_known).keep
+    return KnownTokens(reader, options.skip_known).keep
 
 
 def _by_example(windows: Sequence[Window]) -> Iterator[list[Window]]:

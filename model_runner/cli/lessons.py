@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from knnmoe.client import AdminClient, ExampleRef, ServiceUnavailable
+
 from model_runner.cli.learn import DURABILITIES
-from model_runner.errors import BadInput, RoutingUnavailable
+from model_runner.errors import BadInput
 from model_runner.memory_builder.learner import OnlineLearner
-from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel, window_length
-from model_runner.texts import Example, ExampleRef, cut_windows, read_examples
+from model_runner.texts import Example, cut_windows, read_examples
 
 # Provenance of what is taught in a session; the example is a digest of the prompt.
 SESSION_SOURCE = "session"
@@ -62,7 +63,7 @@ class Lessons:
         self._open.close()
 
     def learn(self, example: Example) -> None:
-        """Learns one answer and says so on stderr. Raises BadInput; RoutingUnavailable and others of the learner."""
+        """Learns one answer and says so on stderr. Raises BadInput; ServiceUnavailable and others of the learner."""
         if self._memory is None:
             raise BadInput("there is no memory to learn into: start with --memory NAME")
         length = window_length(self._loaded.model, None)
@@ -73,7 +74,7 @@ class Lessons:
     def _opened(self, memory: str) -> OnlineLearner:
         if self._learner is None:
             with ExitStack() as opening:
-                client = opening.enter_context(MemoryClient(self._target))
+                client = opening.enter_context(AdminClient(self._target))
                 loaded = self._loaded
                 self._learner = opening.enter_context(
                     OnlineLearner(
@@ -102,7 +103,7 @@ def talk(generate: Callable[[str], None], lessons: Lessons, lines: Iterable[str]
             elif said.strip():
                 prompt = said
                 generate(prompt)
-        except (BadInput, RoutingUnavailable) as error:
+        except (BadInput, ServiceUnavailable) as error:
             sys.stderr.write(f"model-runner: {error}\n")
 
 

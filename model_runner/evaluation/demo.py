@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from knnmoe.client import AdminClient
+
 from model_runner.evaluation.nll import Scores, bootstrap_interval, difference, score
 from model_runner.evaluation.oracle import oracle_scores
 from model_runner.evaluation.plots import plot_deltas, plot_lambdas
 from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
 from model_runner.memory_builder.recipes import CONTROLS, PAPER, Direction
-from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel
 from model_runner.presets import PRESETS
 from model_runner.progress import Progress
@@ -31,6 +32,7 @@ from model_runner.routing_policy import RetrievalPolicy
 from model_runner.sidecar import running_sidecar
 from model_runner.small_moe import data_file
 from model_runner.texts import Window, read_windows
+from model_runner.wire import encode_by_layer
 
 SCHEMA = 1
 # The oracle's best step is larger than a memory's: nothing is averaged or mistaken for a neighbour's.
@@ -135,12 +137,12 @@ class Demo:
         if "://" not in self._backend:
             yield
             return
-        with MemoryClient(target) as client:
+        with AdminClient(target) as client:
             self._remove_memories(client)
             yield
             self._remove_memories(client)
 
-    def _remove_memories(self, client: MemoryClient) -> None:
+    def _remove_memories(self, client: AdminClient) -> None:
         for name in (*METHODS, *CONTROLS):
             if client.find(name) is not None:
                 client.delete(name)
@@ -153,11 +155,11 @@ class Demo:
         ]
         unstepped = [t for t in controls if t.recipe.direction is Direction.NONE]
         few = texts.reference[: self._settings.control_reference_windows]
-        with MemoryClient(target) as client:
+        with AdminClient(target) as client:
             for item in (*full, *controls):
                 preset = PRESETS[METHODS.get(item.memory, "paper")]
                 settings = preset.settings(self._loaded.fingerprint.num_layers)
-                client.find_or_create(item.memory, self._loaded.fingerprint, settings)
+                client.find_or_create(item.memory, self._loaded.fingerprint.message(), settings)
             builder = MemoryBuilder(
                 self._loaded.model,
                 self._loaded.fingerprint,
@@ -175,16 +177,16 @@ class Demo:
                 self._calibrate(client, texts)
         return report
 
-    def _index(self, client: MemoryClient, memories: Sequence[str]) -> None:
+    def _index(self, client: AdminClient, memories: Sequence[str]) -> None:
         """Two memories at a time: the index of a layer is built by one core."""
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(client.optimize, memory, "int8") for memory in memories]
             for job in self._progress.track(jobs, "indexing", unit="memories"):
                 job.result()
 
-    def _calibrate(self, client: MemoryClient, texts: Texts) -> None:
+    def _calibrate(self, client: AdminClient, texts: Texts) -> None:
         """Gamma of each memory from the distances of dev inputs to its keys."""
-        inputs = collect_router_inputs(self._loaded.model, texts.dev, most=1000)
+        inputs = encode_by_layer(collect_router_inputs(self._loaded.model, texts.dev, most=1000))
         for arm, name in METHODS.items():
             client.calibrate(arm, PRESETS[name].lambda0, inputs)
         for arm in CONTROLS:

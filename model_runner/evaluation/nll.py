@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from knnmoe.client import ExampleRef
 from numpy.typing import NDArray
 from torch import nn
 
@@ -16,7 +17,7 @@ from model_runner.errors import BadInput
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import Batch, ExampleRef, Window, batched, make_batch, token_nll
+from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 
 F64 = NDArray[np.float64]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from knnmoe.client import AdminClient, Upserter
 from knnmoe.v1 import memory_admin_pb2 as pb
 from torch import Tensor, nn
 
@@ -28,11 +29,9 @@ from model_runner.memory_builder.entries import (
 from model_runner.memory_builder.layer_trace import LayerTrace, Scope
 from model_runner.memory_builder.objective import router_gradients
 from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
-from model_runner.memory_client import MemoryClient
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Batch, Window, batched, make_batch, token_nll
-from model_runner.upserter import Upserter
 
 # Windows whose gradients set each layer's median norm.
 NORM_SAMPLE_WINDOWS = 16
@@ -107,7 +106,7 @@ class MemoryBuilder:
         self,
         model: nn.Module,
         fingerprint: ModelFingerprint,
-        client: MemoryClient,
+        client: AdminClient,
         gradient: GradientSettings | None = None,
         *,
         batch_size: int = 16,
@@ -125,7 +124,7 @@ class MemoryBuilder:
     ) -> BuildReport:
         """Writes an entry per token with a loss, per layer and target.
 
-        Windows that an earlier build wrote are skipped. Raises BadInput; RoutingUnavailable, RoutingRefused or
+        Windows that an earlier build wrote are skipped. Raises BadInput; ServiceUnavailable, ServiceRefused or
         ModelMismatch when the sidecar fails: what was written stays.
         """
         if not windows:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from knnmoe.client import AdminClient, ExampleRef, Upserter, require_same_model
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32, MEMORY_KIND_ASSIGNMENT, MemorySettings
 from torch import Tensor, nn
@@ -24,10 +25,8 @@ from model_runner.memory_builder.recipes import (
     Recipe,
     assignment_values,
 )
-from model_runner.memory_client import MemoryClient, require_same_model
 from model_runner.router_client import RouterClient
-from model_runner.texts import ExampleRef, Window, batched
-from model_runner.upserter import Upserter
+from model_runner.texts import Window, batched
 from model_runner.wire import decode_tensor
 
 # Tokens whose gradient norms a running median remembers, per layer.
@@ -72,7 +71,7 @@ class OnlineLearner:
         durability: of every upsert.
         batch_size: windows per pass.
 
-    Raises ModelMismatch, RoutingRefused (no such memory), RoutingUnavailable;
+    Raises ModelMismatch, ServiceRefused (no such memory), ServiceUnavailable;
     BadInput when a recipe makes the other kind.
 
     """
@@ -81,7 +80,7 @@ class OnlineLearner:
         self,
         model: nn.Module,
         fingerprint: ModelFingerprint,
-        client: MemoryClient,
+        client: AdminClient,
         memory: str,
         *,
         recipe: Recipe | None = None,
@@ -112,7 +111,7 @@ class OnlineLearner:
     def learn(self, windows: Sequence[Window]) -> Learnt:
         """Writes an entry per token with a loss and layer; returns when all are acknowledged.
 
-        Raises RoutingUnavailable, RoutingRefused or ModelMismatch: learning the same again then writes the same ids.
+        Raises ServiceUnavailable, ServiceRefused or ModelMismatch: learning the same again then writes the same ids.
         """
         sent = every = 0
         for group in batched(windows, self._batch_size):
@@ -147,10 +146,10 @@ class RunningMedians:
 
 
 def _checked_recipe(
-    client: MemoryClient, memory: str, fingerprint: ModelFingerprint, recipe: Recipe | None
+    client: AdminClient, memory: str, fingerprint: ModelFingerprint, recipe: Recipe | None
 ) -> Recipe:
     description = client.describe(memory)
-    require_same_model(description, fingerprint)
+    require_same_model(description, fingerprint.message())
     own = recipe_of(memory, description.settings)
     if recipe is not None and recipe.kind is not own.kind:
         raise BadInput(

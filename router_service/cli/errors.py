@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import grpc
-from knnmoe.channels import ServiceError, service_error
+from knnmoe.client import ServiceError, service_error
 
 __all__ = [
     "AdminError",

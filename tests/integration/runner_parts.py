@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from knnmoe import tensors
+from knnmoe.client import AdminClient, ExampleRef
 from knnmoe.v1.types_pb2 import MemorySettings, Provenance
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,14 +21,13 @@ from model_runner.architectures import Assignment
 from model_runner.evaluation.nll import score
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
-from model_runner.memory_client import MemoryClient
 from model_runner.models import LoadedModel
 from model_runner.presets import PRESETS
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import Example, ExampleRef, Window, cut_windows
+from model_runner.texts import Example, Window, cut_windows
 from tests.sidecar import Sidecar, exported
 from tests.tiny_checkpoint import byte_model, byte_tokenizer
 
@@ -83,8 +83,8 @@ def build(
 ) -> BuildReport:
     """Makes or finds the memory and fills it; `recipe` are changes to the preset's."""
     loaded, chosen = loaded_model(), PRESETS[preset]
-    with MemoryClient(target) as client:
-        client.find_or_create(name, loaded.fingerprint, chosen.settings(LAYERS))
+    with AdminClient(target) as client:
+        client.find_or_create(name, loaded.fingerprint.message(), chosen.settings(LAYERS))
         if settings is not None:
             client.update_settings(name, settings)
         builder = MemoryBuilder(loaded.model, loaded.fingerprint, client, batch_size=BATCH_SIZE)

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc import StatusCode
-from knnmoe import channels
+from knnmoe.client import service_error
 from knnmoe.v1 import routing_pb2 as routing_pb
 from knnmoe.v1 import types_pb2 as types_pb
 
@@ -184,7 +184,7 @@ def test_route_stream_answers_until_the_bad_request(memories: Memories, case: Ca
     assert next(replies).HasField("lambdas")
     with pytest.raises(grpc.RpcError) as caught:
         next(replies)
-    assert_refused(channels.service_error(caught.value), case)
+    assert_refused(service_error(caught.value), case)
 
 
 def test_too_many_values_for_the_memory_of_the_machine(memories: Memories) -> None:

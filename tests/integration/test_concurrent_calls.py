@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc
 import numpy as np
-from knnmoe import channels, tensors
+from knnmoe import tensors
+from knnmoe.client import ServiceError, service_error
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import types_pb2
 
@@ -64,7 +65,7 @@ def test_calls_at_the_same_time(sidecar: Sidecar, name: str) -> None:
         first = 40 * next(batches)
         sidecar.upsert(memory, 0, random_entries(LOGIT_DELTA, 40, seed=first, first_id=first))
 
-    refused: list[channels.ServiceError] = []
+    refused: list[ServiceError] = []
     jobs: list[Callable[[], Any]] = [
         lambda: _route(sidecar, name, digest),
         lambda: write(name),
@@ -84,9 +85,9 @@ def test_calls_at_the_same_time(sidecar: Sidecar, name: str) -> None:
     assert sidecar.describe(name).layers[0].entries == 40 * ROUNDS
 
 
-def _repeat(job: Callable[[], Any], refused: list[channels.ServiceError]) -> None:
+def _repeat(job: Callable[[], Any], refused: list[ServiceError]) -> None:
     for _ in range(ROUNDS):
         try:
             job()
         except grpc.RpcError as error:
-            refused.append(channels.service_error(error))
+            refused.append(service_error(error))

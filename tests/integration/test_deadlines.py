@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from grpc import RpcError, StatusCode
-from knnmoe import channels, tensors
+from knnmoe import tensors
+from knnmoe.client import service_error
 from knnmoe.v1 import routing_pb2 as pb
 
 from tests.sidecar import (
@@ -49,7 +50,7 @@ def test_what_has_expired_is_refused(sidecar: Sidecar, memory: str, streamed: bo
     late = lookup(sidecar, memory, timeout_us=1)
     with pytest.raises(RpcError) as failed:
         replies(sidecar, [late], streamed)
-    error = channels.service_error(failed.value)
+    error = service_error(failed.value)
     expected = (StatusCode.DEADLINE_EXCEEDED, "ERROR_REASON_DEADLINE")
     assert (error.code, error.reason) == expected
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from knnmoe.client import AdminClient
 from torch import Tensor
 
 from model_runner.fingerprint import model_fingerprint
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
@@ -48,8 +48,10 @@ def test_an_empty_memory_changes_nothing(
 ) -> None:
     model = shared_model(family, dtype)
     fingerprint = model_fingerprint(model)
-    with MemoryClient(ram_sidecar.target) as client:
-        client.find_or_create(name, fingerprint, PRESETS[preset].settings(fingerprint.num_layers))
+    with AdminClient(ram_sidecar.target) as client:
+        client.find_or_create(
+            name, fingerprint.message(), PRESETS[preset].settings(fingerprint.num_layers)
+        )
     plain = outputs(model)
     with RouterClient(
         ram_sidecar.target, name, fingerprint, on_error=OnError.RAISE, timeout_s=30.0

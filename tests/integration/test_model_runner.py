@@ -5,19 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from knnmoe.client import AdminClient, ExampleRef, ModelMismatch, ServiceRefused
 from knnmoe.v1.types_pb2 import SUPPORT_TOP_K, MemorySettings
 
 from model_runner.architectures import Assignment
-from model_runner.errors import ModelMismatch, RoutingRefused
 from model_runner.evaluation.nll import difference, score
 from model_runner.fingerprint import model_fingerprint
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterCall, RouterHooks
 from model_runner.router_inputs import collect_router_inputs
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import ExampleRef
+from model_runner.wire import encode_by_layer
 from tests.integration.runner_parts import (
     LAYERS,
     PRESET_NAMES,
@@ -45,18 +44,20 @@ def built(request: pytest.FixtureRequest, edge_sidecar: Sidecar) -> str:
     """A filled memory of each kind, calibrated inside itself."""
     name = f"built-{request.param}"
     build(edge_sidecar.target, name, request.param)
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         client.calibrate(name, PRESETS[request.param].lambda0)
     return name
 
 
 def create(sidecar: Sidecar, name: str, preset: str) -> None:
-    with MemoryClient(sidecar.target) as client:
-        client.find_or_create(name, loaded_model().fingerprint, PRESETS[preset].settings(LAYERS))
+    with AdminClient(sidecar.target) as client:
+        client.find_or_create(
+            name, loaded_model().fingerprint.message(), PRESETS[preset].settings(LAYERS)
+        )
 
 
 def update(sidecar: Sidecar, name: str, **settings: object) -> None:
-    with MemoryClient(sidecar.target) as client:
+    with AdminClient(sidecar.target) as client:
         client.update_settings(name, MemorySettings(**settings))
 
 
@@ -176,11 +177,11 @@ def test_calibration_on_text_and_inside_the_memory(edge_sidecar: Sidecar, built:
         ["Know ye not that ye are the temple?", "Let not your heart be troubled."]
     )
     inputs = collect_router_inputs(loaded_model().model, held_out)
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         before = list(client.describe(built).settings.gamma)
-        dry = client.calibrate(built, 0.5, inputs, dry_run=True)
+        dry = client.calibrate(built, 0.5, encode_by_layer(inputs), dry_run=True)
         assert list(client.describe(built).settings.gamma) == before
-        on_text = client.calibrate(built, 0.5, inputs)
+        on_text = client.calibrate(built, 0.5, encode_by_layer(inputs))
         assert [(c.layer, c.gamma) for c in on_text.layers] == [
             (c.layer, c.gamma) for c in dry.layers
         ]
@@ -200,8 +201,8 @@ def test_calibration_on_text_and_inside_the_memory(edge_sidecar: Sidecar, built:
 def test_calibration_of_some_layers_leaves_the_others(edge_sidecar: Sidecar, name: str) -> None:
     build(edge_sidecar.target, name, settings=MemorySettings(gamma=[1.0, 2.0, 3.0, 4.0]))
     inputs = collect_router_inputs(loaded_model().model, windows_of(["Zeal."]))
-    with MemoryClient(edge_sidecar.target) as client:
-        response = client.calibrate(name, 0.5, {2: inputs[2]})
+    with AdminClient(edge_sidecar.target) as client:
+        response = client.calibrate(name, 0.5, encode_by_layer({2: inputs[2]}))
         gamma = list(client.describe(name).settings.gamma)
     assert [c.layer for c in response.layers] == [2]
     assert gamma == [1.0, 2.0, response.layers[0].gamma, 4.0]
@@ -210,7 +211,7 @@ def test_calibration_of_some_layers_leaves_the_others(edge_sidecar: Sidecar, nam
 def test_indexing_changes_hardly_an_answer(edge_sidecar: Sidecar, built: str) -> None:
     with client_of(edge_sidecar.target, built) as client:
         before = scored(RetrievalPolicy(client))
-        with MemoryClient(edge_sidecar.target) as admin:
+        with AdminClient(edge_sidecar.target) as admin:
             admin.optimize(built, "int8")
             layers = admin.describe(built).layers
         after = scored(RetrievalPolicy(client))
@@ -231,8 +232,8 @@ def test_another_models_memory_is_refused(
             client.describe()
         with pytest.raises(ModelMismatch, match=both):
             prefill(other, RetrievalPolicy(client))
-    with MemoryClient(edge_sidecar.target) as client, pytest.raises(ModelMismatch, match=both):
-        client.find_or_create(built, fingerprint, MemorySettings(preset="paper"))
+    with AdminClient(edge_sidecar.target) as client, pytest.raises(ModelMismatch, match=both):
+        client.find_or_create(built, fingerprint.message(), MemorySettings(preset="paper"))
 
 
 @pytest.mark.parametrize("on_error", OnError)
@@ -240,7 +241,7 @@ def test_a_memory_that_is_not_there_is_refused(
     edge_sidecar: Sidecar, name: str, on_error: OnError
 ) -> None:
     with client_of(edge_sidecar.target, name, on_error) as client:
-        with pytest.raises(RoutingRefused, match=f"memory '{name}' not found") as caught:
+        with pytest.raises(ServiceRefused, match=f"memory '{name}' not found") as caught:
             prefill(loaded_model().model, RetrievalPolicy(client))
         assert caught.value.reason == "ERROR_REASON_MEMORY_NOT_FOUND"
 
@@ -250,9 +251,9 @@ def test_a_memory_that_goes_away_is_refused(edge_sidecar: Sidecar, name: str) ->
     with client_of(edge_sidecar.target, name, OnError.FALL_BACK) as client:
         policy = RetrievalPolicy(client)
         prefill(loaded_model().model, policy)
-        with MemoryClient(edge_sidecar.target) as admin:
+        with AdminClient(edge_sidecar.target) as admin:
             assert admin.delete(name) == ENTRIES * LAYERS
-        with pytest.raises(RoutingRefused, match="not found"):
+        with pytest.raises(ServiceRefused, match="not found"):
             prefill(loaded_model().model, policy)
 
 

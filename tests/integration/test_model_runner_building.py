@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from knnmoe.client import AdminClient, KindMismatch
 from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner.errors import BadInput
@@ -13,7 +14,6 @@ from model_runner.evaluation.nll import score
 from model_runner.evaluation.oracle import oracle_scores
 from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
 from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, Direction, Kind, Recipe
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from model_runner.router_inputs import collect_router_inputs
 from model_runner.routing_policy import RetrievalPolicy
@@ -46,8 +46,10 @@ def built(request: pytest.FixtureRequest, edge_sidecar: Sidecar) -> str:
 
 
 def create(sidecar: Sidecar, name: str, preset: str) -> None:
-    with MemoryClient(sidecar.target) as client:
-        client.find_or_create(name, loaded_model().fingerprint, PRESETS[preset].settings(LAYERS))
+    with AdminClient(sidecar.target) as client:
+        client.find_or_create(
+            name, loaded_model().fingerprint.message(), PRESETS[preset].settings(LAYERS)
+        )
 
 
 @PRESET
@@ -57,7 +59,7 @@ def test_an_entry_per_token_with_a_loss_and_layer(
     report = build(edge_sidecar.target, name, preset)
     assert (report.windows, report.windows_skipped) == (len(windows_of()), 0)
     assert report.entries_per_layer == ENTRIES
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         assert [client.count(name, layer) for layer in range(LAYERS)] == [ENTRIES] * LAYERS
 
 
@@ -143,7 +145,7 @@ def test_an_assignment_memory_without_a_step_is_the_plain_model(
 
 def test_a_memory_of_the_other_kind_is_not_built_into(edge_sidecar: Sidecar, built: str) -> None:
     other = {"filled-paper": "recommended", "filled-recommended": "paper"}[built]
-    with pytest.raises(BadInput, match="holds another kind of values"):
+    with pytest.raises(KindMismatch, match="holds another kind of values"):
         build(edge_sidecar.target, built, other)
 
 
@@ -168,7 +170,7 @@ def test_more_gradient_steps(edge_sidecar: Sidecar, name: str) -> None:
 def build_in_steps(sidecar: Sidecar, memory: str, steps: int, recipe: Recipe) -> None:
     create(sidecar, memory, "paper" if recipe.kind is Kind.ASSIGNMENT else "recommended")
     loaded = loaded_model()
-    with MemoryClient(sidecar.target) as client:
+    with AdminClient(sidecar.target) as client:
         builder = MemoryBuilder(
             loaded.model, loaded.fingerprint, client, GradientSettings(steps=steps)
         )

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import SIMILARITY_COSINE, MemorySettings
 
-from model_runner.memory_client import MemoryClient
 from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
     FILE_NAME,
@@ -129,7 +129,7 @@ def test_calibrate(run: Run, edge_sidecar: Sidecar, built: str, texts: Path, mod
 
 
 def gamma_of(sidecar: Sidecar, memory: str) -> list[float]:
-    with MemoryClient(sidecar.target) as client:
+    with AdminClient(sidecar.target) as client:
         return list(client.describe(memory).settings.gamma)
 
 
@@ -285,7 +285,7 @@ def test_a_wrong_option_of_a_build(
     done = run(*build_arguments, *changes)
     assert done.code == 2
     assert message in " ".join(done.err.replace("│", " ").split())
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         assert client.find(name) is None or client.count(name) == 0
 
 
@@ -322,7 +322,7 @@ def test_a_wrong_file_is_named_before_anything_is_made(
     assert done.code == 2
     assert f"model-runner: {path}: " in done.err
     assert message in done.err
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         assert client.find(name) is None
 
 
@@ -339,7 +339,7 @@ def test_one_example_cannot_be_calibrated_inside_itself(
     assert done.code == 2
     assert "one example only" in done.err
     assert "give --calibrate-on FILE, or more text" in done.err
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         assert client.find(name) is None
     given = run(*build_arguments, "--reference", one, "--calibrate-on", texts / FILE_NAME)
     assert given.code == 0
@@ -384,9 +384,9 @@ def test_a_memory_of_the_other_kind(run: Run, build_arguments: list[object], bui
 def test_a_cosine_memory_has_nothing_to_calibrate(
     run: Run, edge_sidecar: Sidecar, build_arguments: list[object], name: str
 ) -> None:
-    with MemoryClient(edge_sidecar.target) as client:
+    with AdminClient(edge_sidecar.target) as client:
         settings = MemorySettings(preset="paper", similarity=SIMILARITY_COSINE)
-        client.find_or_create(name, loaded_model().fingerprint, settings)
+        client.find_or_create(name, loaded_model().fingerprint.message(), settings)
     done = run(*build_arguments, "--preset", "paper", "--no-optimize", "--no-gain")
     assert done.code == 0
     assert "a cosine memory has no bandwidth" in done.err
@@ -435,7 +435,7 @@ def test_builds_that_are_interrupted_and_killed(
 
 
 def entries_of(sidecar: Sidecar, memory: str) -> int:
-    with MemoryClient(sidecar.target) as client:
+    with AdminClient(sidecar.target) as client:
         return 0 if client.find(memory) is None else client.count(memory)
 
 

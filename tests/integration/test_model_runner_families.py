@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from knnmoe.client import AdminClient, ExampleRef
 from torch import Tensor, nn
 
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import MemoryBuilder, Target
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import ExampleRef, Window
+from model_runner.texts import Window
 from tests.families import CORE_FAMILIES, prompt, shared_model
 from tests.integration.runner_parts import PRESET_NAMES, QUIET
 from tests.sidecar import Sidecar
@@ -44,8 +44,10 @@ def test_empty_then_built(ram_sidecar: Sidecar, name: str, family: str, preset: 
     fingerprint = model_fingerprint(model)
     with torch.no_grad():
         plain = model(input_ids=prompt()).logits
-    with MemoryClient(ram_sidecar.target) as client:
-        client.find_or_create(name, fingerprint, PRESETS[preset].settings(fingerprint.num_layers))
+    with AdminClient(ram_sidecar.target) as client:
+        client.find_or_create(
+            name, fingerprint.message(), PRESETS[preset].settings(fingerprint.num_layers)
+        )
         assert torch.equal(run(model, ram_sidecar.target, name), plain)
         builder = MemoryBuilder(model, fingerprint, client)
         builder.build(WINDOWS, [Target(name, PRESETS[preset].recipe)], QUIET)

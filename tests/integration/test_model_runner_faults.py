@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from knnmoe.client import ServiceUnavailable
+from knnmoe.client.calls import DuplexStream
 
 from model_runner import router_client
-from model_runner.circuit_breaker import CircuitBreaker
-from model_runner.duplex_stream import DuplexStream
-from model_runner.errors import RoutingUnavailable
 from model_runner.evaluation.nll import score
 from model_runner.progress import Progress
-from model_runner.router_client import OnError, RouterClient
+from model_runner.router_client import CircuitBreaker, OnError, RouterClient
 from model_runner.router_hooks import RouterCall
 from model_runner.routing_policy import RetrievalPolicy
 from tests.integration.runner_parts import (
@@ -158,7 +157,7 @@ def test_a_prompt_is_waited_for_longer_than_a_token(mortal: Sidecar) -> None:
         assert policy(call) is not None
         client.timeout_s = 0.01
         mortal.process.send_signal(signal.SIGSTOP)
-        with pytest.raises(RoutingUnavailable, match=f"{0.01 + 0.002 * (asked - 1):g} s"):
+        with pytest.raises(ServiceUnavailable, match=f"{0.01 + 0.002 * (asked - 1):g} s"):
             policy(call)
         mortal.process.send_signal(signal.SIGCONT)
 
@@ -200,7 +199,7 @@ def test_an_interrupted_look_up_answers_no_later_one(
 def test_scoring_stops_with_the_sidecar(mortal: Sidecar, memory: str) -> None:
     with client_of(mortal.target, memory) as client:
         policy = Recorder(RetrievalPolicy(client), {LAYERS + 2: mortal.kill})
-        with pytest.raises(RoutingUnavailable, match=mortal.target):
+        with pytest.raises(ServiceUnavailable, match=mortal.target):
             score(
                 loaded_model().model,
                 WINDOWS,
@@ -229,7 +228,7 @@ class After(Progress):
 
 
 def test_building_stops_with_the_sidecar_and_goes_on_with_the_next(mortal: Sidecar) -> None:
-    with pytest.raises(RoutingUnavailable, match=mortal.target):
+    with pytest.raises(ServiceUnavailable, match=mortal.target):
         build(mortal.target, "law", windows=WINDOWS, progress=After(mortal.kill))
     with Sidecar(mortal.data, listen=mortal.target) as restarted:
         resumed = build(restarted.target, "law", windows=WINDOWS)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import MemorySettings
 
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
@@ -59,8 +59,10 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def memory(edge_sidecar: Sidecar, name: str) -> str:
     """An empty memory whose nearest entry always speaks."""
-    with MemoryClient(edge_sidecar.target) as client:
-        client.find_or_create(name, loaded_model().fingerprint, PRESETS["paper"].settings(LAYERS))
+    with AdminClient(edge_sidecar.target) as client:
+        client.find_or_create(
+            name, loaded_model().fingerprint.message(), PRESETS["paper"].settings(LAYERS)
+        )
         client.update_settings(name, WIDE)
     return name
 
@@ -71,7 +73,7 @@ def where(edge_sidecar: Sidecar, memory: str, model: Path) -> list[object]:
 
 
 def entries_of(sidecar: Sidecar, memory: str) -> int:
-    with MemoryClient(sidecar.target) as client:
+    with AdminClient(sidecar.target) as client:
         return client.count(memory)
 
 

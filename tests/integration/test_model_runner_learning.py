@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from knnmoe.client import AdminClient, ModelMismatch, ServiceRefused
 from knnmoe.v1.types_pb2 import MemorySettings
 
-from model_runner.errors import BadInput, HooksInUse, ModelMismatch, RoutingRefused
+from model_runner.errors import BadInput, HooksInUse
 from model_runner.evaluation.nll import score
 from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner
 from model_runner.memory_builder.recipes import PAPER, RECOMMENDED
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
@@ -39,17 +39,19 @@ WIDE = MemorySettings(gamma=[1e-7])
 
 
 @pytest.fixture
-def admin(edge_sidecar: Sidecar) -> MemoryClient:
-    with MemoryClient(edge_sidecar.target) as client:
+def admin(edge_sidecar: Sidecar) -> AdminClient:
+    with AdminClient(edge_sidecar.target) as client:
         yield client
 
 
-def create(admin: MemoryClient, name: str, preset: str = "paper") -> str:
-    admin.find_or_create(name, loaded_model().fingerprint, PRESETS[preset].settings(LAYERS))
+def create(admin: AdminClient, name: str, preset: str = "paper") -> str:
+    admin.find_or_create(
+        name, loaded_model().fingerprint.message(), PRESETS[preset].settings(LAYERS)
+    )
     return name
 
 
-def learner(admin: MemoryClient, name: str, **options: Any) -> OnlineLearner:
+def learner(admin: AdminClient, name: str, **options: Any) -> OnlineLearner:
     loaded = loaded_model()
     options = {"batch_size": BATCH_SIZE} | options
     return OnlineLearner(loaded.model, loaded.fingerprint, admin, name, **options)
@@ -61,7 +63,7 @@ def targets(windows: list[Window]) -> int:
 
 @PRESET
 def test_examples_one_by_one_are_what_a_build_writes(
-    edge_sidecar: Sidecar, admin: MemoryClient, name: str, preset: str
+    edge_sidecar: Sidecar, admin: AdminClient, name: str, preset: str
 ) -> None:
     build(edge_sidecar.target, f"{name}-built", preset)
     with learner(admin, create(admin, name, preset), reference=WINDOWS) as learning:
@@ -76,7 +78,7 @@ def test_examples_one_by_one_are_what_a_build_writes(
 
 
 def test_the_next_look_up_reads_what_was_learnt(
-    edge_sidecar: Sidecar, admin: MemoryClient, name: str
+    edge_sidecar: Sidecar, admin: AdminClient, name: str
 ) -> None:
     create(admin, name)
     admin.update_settings(name, WIDE)
@@ -93,7 +95,7 @@ def test_the_next_look_up_reads_what_was_learnt(
 
 
 def test_learning_twice_writes_the_same(
-    edge_sidecar: Sidecar, admin: MemoryClient, name: str
+    edge_sidecar: Sidecar, admin: AdminClient, name: str
 ) -> None:
     found = []
     with learner(admin, create(admin, name), reference=WINDOWS) as learning:
@@ -111,7 +113,7 @@ def test_learning_twice_writes_the_same(
 
 @PRESET
 def test_running_medians_stand_in_for_a_reference(
-    edge_sidecar: Sidecar, admin: MemoryClient, name: str, preset: str
+    edge_sidecar: Sidecar, admin: AdminClient, name: str, preset: str
 ) -> None:
     with learner(admin, create(admin, name, preset)) as learning:
         learning.learn(ONE)
@@ -119,7 +121,7 @@ def test_running_medians_stand_in_for_a_reference(
     assert admin.count(name) == LAYERS * (targets(ONE) + targets(OTHER))
 
 
-def test_a_model_that_is_routing_is_not_learnt_from(admin: MemoryClient, name: str) -> None:
+def test_a_model_that_is_routing_is_not_learnt_from(admin: AdminClient, name: str) -> None:
     model = loaded_model().model
     with learner(admin, create(admin, name)) as learning:
         with RouterHooks(model, lambda call: None), pytest.raises(HooksInUse):
@@ -130,7 +132,7 @@ def test_a_model_that_is_routing_is_not_learnt_from(admin: MemoryClient, name: s
 
 @PRESET
 def test_known_tokens_are_left_out(
-    edge_sidecar: Sidecar, admin: MemoryClient, name: str, preset: str
+    edge_sidecar: Sidecar, admin: AdminClient, name: str, preset: str
 ) -> None:
     create(admin, name, preset)
     again = [replace(w, ref=replace(w.ref, example="copy")) for w in ONE]
@@ -144,8 +146,8 @@ def test_known_tokens_are_left_out(
     assert admin.count(name) == every
 
 
-def test_what_cannot_be_learnt_into(edge_sidecar: Sidecar, admin: MemoryClient, name: str) -> None:
-    with pytest.raises(RoutingRefused, match=f"memory '{name}' not found"):
+def test_what_cannot_be_learnt_into(edge_sidecar: Sidecar, admin: AdminClient, name: str) -> None:
+    with pytest.raises(ServiceRefused, match=f"memory '{name}' not found"):
         learner(admin, name)
     create(admin, name)
     with pytest.raises(BadInput, match="holds values of kind assignment, this recipe makes logit"):

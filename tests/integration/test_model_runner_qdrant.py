@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from knnmoe.client import ServiceUnavailable
 
-from model_runner.circuit_breaker import CircuitBreaker
-from model_runner.errors import RoutingUnavailable
 from model_runner.evaluation.nll import score
-from model_runner.router_client import OnError, RouterClient
+from model_runner.router_client import CircuitBreaker, OnError, RouterClient
 from model_runner.routing_policy import RetrievalPolicy
 from tests.integration.runner_parts import (
     LAYERS,
@@ -94,6 +93,6 @@ def prefill_falls_back(client: RouterClient) -> bool:
 def test_scoring_stops_with_the_server(server: StandInProcess, service: Sidecar) -> None:
     with client_of(service.target, MEMORY, OnError.RAISE) as client:
         policy = Recorder(RetrievalPolicy(client), {LAYERS + 2: server.kill})
-        with pytest.raises(RoutingUnavailable, match=server.url):
+        with pytest.raises(ServiceUnavailable, match=server.url):
             score(loaded_model().model, WINDOWS, policy, QUIET, what="", batch_size=2)
         assert None not in policy.replies

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from knnmoe.client import AdminClient
 
 from model_runner.memory_builder.builder import MemoryBuilder, Target
 from model_runner.memory_builder.learner import OnlineLearner
-from model_runner.memory_client import MemoryClient
 from model_runner.presets import PRESETS
 from model_runner.router_client import OnError
 from model_runner.router_hooks import RouterCall
@@ -67,7 +67,7 @@ def test_a_look_up(mortal: Sidecar, on_error: OnError) -> None:
 
 
 def test_an_admin_call(mortal: Sidecar) -> None:
-    with MemoryClient(mortal.target) as client:
+    with AdminClient(mortal.target) as client:
         before = client.count(MEMORY)
         with restarted(mortal):
             assert client.count(MEMORY) == before
@@ -76,8 +76,10 @@ def test_an_admin_call(mortal: Sidecar) -> None:
 def test_learning(mortal: Sidecar) -> None:
     """Over one Upserter: what was acknowledged is kept, what was not is sent again."""
     loaded = loaded_model()
-    with MemoryClient(mortal.target) as client:
-        client.find_or_create("online", loaded.fingerprint, PRESETS[MEMORY].settings(LAYERS))
+    with AdminClient(mortal.target) as client:
+        client.find_or_create(
+            "online", loaded.fingerprint.message(), PRESETS[MEMORY].settings(LAYERS)
+        )
         with OnlineLearner(
             loaded.model, loaded.fingerprint, client, "online", reference=WINDOWS
         ) as learner:
@@ -90,8 +92,10 @@ def test_learning(mortal: Sidecar) -> None:
 
 def test_requests_without_an_acknowledgement(mortal: Sidecar) -> None:
     loaded, target = loaded_model(), Target("law", PRESETS["paper"].recipe)
-    with MemoryClient(mortal.target) as client:
-        client.find_or_create("law", loaded.fingerprint, PRESETS["paper"].settings(LAYERS))
+    with AdminClient(mortal.target) as client:
+        client.find_or_create(
+            "law", loaded.fingerprint.message(), PRESETS["paper"].settings(LAYERS)
+        )
         builder = MemoryBuilder(loaded.model, loaded.fingerprint, client)
         with client.upserter() as upserter:
             sent = builder.write(upserter, builder.trace(WINDOWS), target, [1.0] * LAYERS)

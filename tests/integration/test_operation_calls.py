@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 from knnmoe import channels
+from knnmoe.client import service_error
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import operations_pb2 as pb
 from knnmoe.v1 import operations_pb2_grpc, retention_pb2, retention_pb2_grpc
@@ -90,7 +91,7 @@ def test_another_client_cancels(
         stub.CancelOperation(pb.CancelOperationRequest(id=operation.id), timeout=CALL_TIMEOUT_S)
     with pytest.raises(grpc.RpcError) as failed:
         list(call)
-    error = channels.service_error(failed.value)
+    error = service_error(failed.value)
     words = ("prune was cancelled: a client asked for it",)
     assert_refused(error, Case(print, StatusCode.CANCELLED, "CANCELLED", words))
     ended = _get(ram_sidecar, operation.id)
@@ -159,7 +160,7 @@ def test_the_stop_of_the_service_ends_it(data: Path) -> None:
             list(call)
         words = ("prune was cancelled: the service stops",)
         case = Case(print, StatusCode.CANCELLED, "CANCELLED", words)
-        assert_refused(channels.service_error(failed.value), case)
+        assert_refused(service_error(failed.value), case)
         sidecar.close_channel()
         assert sidecar.process.wait(30) == 0
         assert "Traceback" not in sidecar.stderr

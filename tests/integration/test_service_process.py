@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from knnmoe import channels
+from knnmoe.client import service_error
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from typer.testing import CliRunner
 
@@ -219,7 +219,7 @@ def _is_answered(sidecar: Sidecar, request: Any) -> bool:
     try:
         return sidecar.route(request).HasField("lambdas")
     except grpc.RpcError as error:
-        if channels.service_error(error).reason != "ERROR_REASON_OVERLOADED":
+        if service_error(error).reason != "ERROR_REASON_OVERLOADED":
             raise
         time.sleep(0.05)
         return False

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import pytest
+from knnmoe.client import ExampleRef
 
 from benchmarks.prequential import Stream, StreamSettings, draw_stream, results_of, third
 from model_runner.evaluation.nll import Scores
-from model_runner.texts import ExampleRef
 from tests.tiny_checkpoint import byte_tokenizer
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from knnmoe.client import ExampleRef
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from rich.console import Console
 
@@ -15,7 +16,6 @@ from benchmarks.pruning import Settings, texts_of
 from benchmarks.pruning_arms import CURVE, POLICIES, RANDOM, SHARES, Arm, Pruner, Size, arms
 from benchmarks.pruning_report import FULL, Row, Trial, gain_kept, plot, rows_of, table_of
 from model_runner.evaluation.nll import Scores
-from model_runner.texts import ExampleRef
 from router_service.memories.settings import Kind
 from router_service.retention import validate
 from router_service.rpc.retention import decode_plan

@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 import pytest
+from knnmoe.client import ExampleRef
 from knnmoe.v1 import quantization_pb2 as pb
 from rich.console import Console
 
 from benchmarks.quantization import COMPRESSIONS, _row, table_of
 from model_runner.evaluation.nll import Scores
-from model_runner.texts import ExampleRef
 from router_service.backends.base import Compression, Quantization
 
 

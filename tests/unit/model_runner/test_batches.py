@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from knnmoe.client import ExampleRef
 from torch import Tensor
 
-from model_runner.texts import Batch, ExampleRef, Window, make_batch, token_nll
+from model_runner.texts import Batch, Window, make_batch, token_nll
 
 VOCABULARY = 11
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.circuit_breaker import CircuitBreaker
+from model_runner.router_client import CircuitBreaker
 
 
 class Clock:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from knnmoe.client import ServiceUnavailable
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_ASSIGNMENT,
     MEMORY_KIND_LOGIT_DELTA,
@@ -16,7 +17,7 @@ from knnmoe.v1.types_pb2 import (
 )
 
 from model_runner.cli.lessons import lesson, lessons_of, talk
-from model_runner.errors import BadInput, RoutingUnavailable
+from model_runner.errors import BadInput
 from model_runner.memory_builder.learner import (
     NORMS_REMEMBERED,
     KnownTokens,
@@ -134,6 +135,6 @@ def test_a_lesson_without_a_prompt_or_an_answer(
 
 
 def test_a_session_outlives_a_lesson_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    pupil = Pupil(RoutingUnavailable("sidecar at x: gone"))
+    pupil = Pupil(ServiceUnavailable("sidecar at x: gone"))
     assert session(["one", "/learn two", "three"], pupil) == ["one", "three"]
     assert "model-runner: sidecar at x: gone" in capsys.readouterr().err

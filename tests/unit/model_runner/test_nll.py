@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from knnmoe.client import ExampleRef
 
 from model_runner.architectures import Assignment
 from model_runner.errors import BadInput
@@ -17,7 +18,7 @@ from model_runner.evaluation.nll import Scores, bootstrap_interval, difference, 
 from model_runner.progress import Progress
 from model_runner.router_hooks import RouterCall
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import ExampleRef, Window
+from model_runner.texts import Window
 from tests.families import VOCABULARY, shared_model
 
 QUIET = Progress(quiet=True)
@@ -183,7 +184,7 @@ class NoMemory:
     def __init__(self) -> None:
         self.excluded: list[list[str]] = []
 
-    def route(self, *_: object, exclude: list[ExampleRef]) -> None:
+    def lookup(self, *_: object, exclude: list[ExampleRef]) -> None:
         self.excluded.append([ref.example for ref in exclude])
 
 

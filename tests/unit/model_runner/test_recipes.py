@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from knnmoe.client import ExampleRef
 from torch import Tensor, nn
 
 from model_runner.architectures import Assignment
@@ -26,7 +27,7 @@ from model_runner.memory_builder.recipes import (
     step,
 )
 from model_runner.router_hooks import RouterCall, RouterHooks
-from model_runner.texts import ExampleRef, Window, make_batch, token_nll
+from model_runner.texts import Window, make_batch, token_nll
 from tests.families import prompt, shared_model
 
 FAMILIES = pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "mixtral"])

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pytest
 import torch
-from knnmoe import tensors
-from knnmoe.v1.routing_pb2 import RouteResponse
+from knnmoe.client import ExampleRef
 from torch import Tensor
 
 from model_runner import routing_policy
 from model_runner.architectures import Assignment, RouterSite, find_router_sites
 from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits, RouterCall
-from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import ExampleRef
-from model_runner.wire import encode_assignment, encode_floats
+from model_runner.routing_policy import RetrievalPolicy, Retrieved
 from tests.families import shared_model
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 32, 8, 2
-EMPTY = 1
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,11 @@ class Asked:
 class CannedClient:
     """Answers by a function of the question; None as a client whose sidecar is gone."""
 
-    answer: Callable[[Asked], RouteResponse | None]
+    answer: Callable[[Asked], Retrieved | None]
     asked: list[Asked] = field(default_factory=list)
+    fallbacks: Counter[tuple[int, str]] = field(default_factory=Counter)
 
-    def route(
+    def lookup(
         self,
         layer: int,
         router_input: Tensor,
@@ -51,7 +48,7 @@ class CannedClient:
         own: Assignment,
         *,
         exclude: Sequence[ExampleRef] = (),
-    ) -> RouteResponse | None:
+    ) -> Retrieved | None:
         self.asked.append(Asked(layer, router_input, router_logits, own, exclude))
         return self.answer(self.asked[-1])
 
@@ -77,33 +74,26 @@ def call_of(
     )
 
 
-def response(tokens: int, lambdas: float = 0.5, abstained: int = 0) -> RouteResponse:
-    return RouteResponse(
-        lambdas=tensors.to_tensor(np.full(tokens, lambdas, dtype=np.float32)),
-        abstained=tensors.to_tensor(np.full(tokens, abstained, dtype=np.uint8)),
-    )
+def response(tokens: int, lambdas: float = 0.5, abstained: bool = False) -> Retrieved:
+    return Retrieved(torch.full((tokens,), lambdas), torch.full((tokens,), abstained), None)
 
 
-def abstains(asked: Asked) -> RouteResponse:
-    return response(len(asked.router_input), 0.0, EMPTY)
+def abstains(asked: Asked) -> Retrieved:
+    return response(len(asked.router_input), 0.0, abstained=True)
 
 
-def halved_logits(asked: Asked) -> RouteResponse:
-    reply = response(len(asked.router_input))
-    reply.router_logits.CopyFrom(encode_floats(asked.router_logits / 2))
-    return reply
+def halved_logits(asked: Asked) -> Retrieved:
+    return replace(response(len(asked.router_input)), blended=Logits(asked.router_logits / 2))
 
 
-def beside_expert_7(asked: Asked) -> RouteResponse:
+def beside_expert_7(asked: Asked) -> Retrieved:
     """The own assignment at half weight, and expert 7 with the rest: width k + 1."""
-    reply = response(len(asked.router_input))
     own = asked.own
     blended = Assignment(
         torch.cat([own.weights / 2, own.weights.sum(-1, keepdim=True) / 2], -1),
         torch.cat([own.experts, torch.full((len(own.experts), 1), 7)], -1),
     )
-    reply.assignment.CopyFrom(encode_assignment(blended))
-    return reply
+    return replace(response(len(own.experts)), blended=blended)
 
 
 def dense(assignment: Assignment) -> Tensor:
@@ -136,7 +126,7 @@ def test_replies_are_handed_on() -> None:
 
 @pytest.mark.parametrize("answer", [abstains, lambda asked: None], ids=["abstains", "gone"])
 def test_without_a_reply_the_own_router_stands(
-    answer: Callable[[Asked], RouteResponse | None],
+    answer: Callable[[Asked], Retrieved | None],
 ) -> None:
     assert RetrievalPolicy(CannedClient(answer))(call_of()) is None
 
@@ -190,12 +180,9 @@ def test_padding_may_hold_anything() -> None:
 
 
 def test_counts_by_layer() -> None:
-    def half_abstain(asked: Asked) -> RouteResponse:
-        reply = halved_logits(asked)
-        lambdas = np.linspace(0, 1, len(asked.router_input), dtype=np.float32)
-        reply.lambdas.CopyFrom(tensors.to_tensor(lambdas))
-        reply.abstained.CopyFrom(tensors.to_tensor((lambdas < 0.5).astype(np.uint8)))
-        return reply
+    def half_abstain(asked: Asked) -> Retrieved:
+        lambdas = torch.linspace(0, 1, len(asked.router_input))
+        return replace(halved_logits(asked), lambdas=lambdas, abstained=lambdas < 0.5)
 
     policy = RetrievalPolicy(CannedClient(half_abstain))
     for layer, calls in ((0, 2), (3, 1)):
@@ -235,7 +222,7 @@ def test_excluded_examples_must_be_one_per_sequence() -> None:
 @pytest.mark.parametrize("answer", [halved_logits, beside_expert_7])
 def test_many_tokens_are_asked_about_in_parts(
     monkeypatch: pytest.MonkeyPatch,
-    answer: Callable[[Asked], RouteResponse],
+    answer: Callable[[Asked], Retrieved],
     valid: list[bool] | None,
 ) -> None:
     call, whole = call_of(valid, tokens=12), CannedClient(answer)

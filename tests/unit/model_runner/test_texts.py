@@ -12,17 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from knnmoe.client import ExampleRef
 
 from model_runner.errors import BadInput
-from model_runner.texts import (
-    Example,
-    ExampleRef,
-    Window,
-    batched,
-    cut_windows,
-    read_examples,
-    read_windows,
-)
+from model_runner.texts import Example, Window, batched, cut_windows, read_examples, read_windows
 from tests.unit.model_runner.byte_tokenizer import ByteTokenizer
 
 

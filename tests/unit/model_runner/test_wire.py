@@ -19,7 +19,6 @@ from model_runner.wire import (
     decode_floats,
     decode_tensor,
     encode_assignment,
-    encode_fingerprint,
     encode_floats,
 )
 
@@ -125,7 +124,7 @@ def test_a_tensor_of_the_dtypes_asked_for() -> None:
 
 
 def test_a_fingerprint_field_by_field() -> None:
-    message = encode_fingerprint(ModelFingerprint("olmoe", 4, 32, 8, 2, "abc"))
+    message = ModelFingerprint("olmoe", 4, 32, 8, 2, "abc").message()
     fields = {descriptor.name: value for descriptor, value in message.ListFields()}
     assert fields == {
         "architecture": "olmoe",

@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from knnmoe.client import ServiceRefused, ServiceUnavailable
+from knnmoe.client.calls import NO_PAUSES_S, Retries
 
-from model_runner.errors import RoutingRefused, RoutingUnavailable
-from model_runner.retries import NO_PAUSES_S, Retries
-
-GONE = RoutingUnavailable("gone", passing=True)
-LATE = RoutingUnavailable("late", "deadline")
-REFUSED = RoutingRefused("INVALID_FIELD", "no")
+GONE = ServiceUnavailable("gone", code=StatusCode.UNAVAILABLE)
+LATE = ServiceUnavailable("late", code=StatusCode.DEADLINE_EXCEEDED)
+REFUSED = ServiceRefused("no", reason="ERROR_REASON_INVALID_FIELD")
 
 
 def script(*outcomes: Any) -> tuple[Callable[[float], str], list[float]]:
@@ -41,7 +41,7 @@ def test_unavailable_is_tried_again_at_most_twice(failures: int) -> None:
 
 def test_the_third_failure_is_raised() -> None:
     call, left = script(GONE, GONE, GONE, "too late")
-    with pytest.raises(RoutingUnavailable, match="gone"):
+    with pytest.raises(ServiceUnavailable, match="gone"):
         Retries(NO_PAUSES_S, reached=True).run(call, 60.0)
     assert len(left) == 3
 
@@ -57,7 +57,7 @@ def test_other_failures_are_raised_at_once(failure: Exception) -> None:
 def test_nothing_is_tried_again_before_a_sidecar_has_answered() -> None:
     retries = Retries()
     call, left = script(GONE)
-    with pytest.raises(RoutingUnavailable):
+    with pytest.raises(ServiceUnavailable):
         retries.run(call, 60.0)
     assert len(left) == 1
     assert not retries.reached
@@ -66,13 +66,13 @@ def test_nothing_is_tried_again_before_a_sidecar_has_answered() -> None:
 @pytest.mark.parametrize("answer", ["answer", REFUSED])
 def test_a_refusal_is_an_answer_too(answer: Any) -> None:
     retries = Retries()
-    with suppress(RoutingRefused):
+    with suppress(ServiceRefused):
         retries.run(script(answer)[0], 60.0)
     assert retries.reached
 
 
 def test_nothing_is_tried_again_after_the_deadline() -> None:
     call, left = script(GONE, "answer")
-    with pytest.raises(RoutingUnavailable, match="gone"):
+    with pytest.raises(ServiceUnavailable, match="gone"):
         Retries((60.0, 60.0), reached=True).run(call, 0.01)
     assert len(left) == 1

@@ -1,0 +1,31 @@
+"""The client of a routing service: its data plane, its admin plane, one tree of errors. Needs no torch."""
+
+from knnmoe.client.admin import AdminClient, Upserter, require_same_model
+from knnmoe.client.calls import NO_PAUSES_S, PAUSES_S
+from knnmoe.client.errors import (
+    KindMismatch,
+    MemoryNotFound,
+    ModelMismatch,
+    ServiceError,
+    ServiceRefused,
+    ServiceUnavailable,
+    service_error,
+)
+from knnmoe.client.routing import ExampleRef, RoutingClient
+
+__all__ = [
+    "NO_PAUSES_S",
+    "PAUSES_S",
+    "AdminClient",
+    "ExampleRef",
+    "KindMismatch",
+    "MemoryNotFound",
+    "ModelMismatch",
+    "RoutingClient",
+    "ServiceError",
+    "ServiceRefused",
+    "ServiceUnavailable",
+    "Upserter",
+    "require_same_model",
+    "service_error",
+]

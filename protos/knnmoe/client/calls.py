@@ -1,0 +1,164 @@
+"""How calls are made: retries inside a deadline, and streams with a timeout on every wait."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from knnmoe.client.errors import ServiceError, ServiceUnavailable, service_error
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+# Seconds before each retry: a service that is restarted is back within a second or two.
+PAUSES_S = (0.5, 2.5)
+NO_PAUSES_S = (0.0, 0.0)
+
+
+@dataclass(slots=True)
+class Retries:
+    """Retries of one channel's calls: only what failed with UNAVAILABLE, and only once a service has answered on it.
+
+    Attributes:
+        pauses_s: before each retry, give or take a quarter; 0 retries at once.
+        reached: a service has answered before. Until then an address that nobody listens at is an error at once.
+
+    """
+
+    pauses_s: tuple[float, ...] = PAUSES_S
+    reached: bool = False
+
+    def run(self, call: Callable[[float], Response], timeout_s: float) -> Response:
+        """call(seconds that are left), again while it may succeed; raises what its last try raised."""
+        left_s, give_up_s = timeout_s, time.monotonic() + timeout_s
+        for pause_s in self.pauses_s:
+            try:
+                return self._reaching(call, left_s)
+            except ServiceUnavailable as error:
+                pause_s *= random.uniform(0.75, 1.25)
+                left_s = give_up_s - time.monotonic() - pause_s
+                if not (self.reached and error.passing) or left_s <= 0:
+                    raise
+            time.sleep(pause_s)
+        return self._reaching(call, left_s)
+
+    def _reaching(self, call: Callable[[float], Response], left_s: float) -> Response:
+        try:
+            reply = call(left_s)
+        except ServiceUnavailable:
+            raise
+        except ServiceError:  # a refusal is an answer too
+            self.reached = True
+            raise
+        self.reached = True
+        return reply
+
+
+def unary(
+    method: Callable[..., Response], request: object, timeout_s: float | None, target: str
+) -> Response:
+    """The reply to one request. Raises ServiceError."""
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise service_error(error, target, timeout_s) from error
+
+
+def replies(call: Any, timeout_s: float | None, target: str) -> Generator[Any, None, None]:
+    """The replies of a started streaming call, each within timeout_s: gRPC's own deadline would bound them all.
+
+    Reads no further than it is asked, so that what is not needed yet waits at the service. Raises ServiceError.
+    """
+    try:
+        while (reply := _next(call, timeout_s, target)) is not None:
+            yield reply
+    finally:
+        call.cancel()
+
+
+def _next(call: Any, timeout_s: float | None, target: str) -> Any:
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        call.cancel()
+
+    clock = threading.Timer(timeout_s, expire) if timeout_s is not None else None
+    if clock is not None:
+        clock.start()
+    try:
+        return next(call, None)
+    except grpc.RpcError as error:
+        if expired.is_set():
+            raise no_answer(timeout_s, target) from error
+        raise service_error(error, target, timeout_s) from error
+    finally:
+        if clock is not None:
+            clock.cancel()
+
+
+def no_answer(timeout_s: float | None, target: str) -> ServiceUnavailable:
+    """What a wait ends with that took too long."""
+    return ServiceUnavailable(
+        f"no answer within {timeout_s:.3g} s",
+        code=grpc.StatusCode.DEADLINE_EXCEEDED,
+        target=target,
+        timeout_s=timeout_s,
+    )
+
+
+class DuplexStream(Generic[Request, Response]):
+    """Requests out, responses in, in order, with a timeout on every wait. After an error it is closed: open another.
+
+    Args:
+        method: the stub's stream-stream method.
+        target: the service's address, for messages.
+
+    """
+
+    def __init__(self, method: Callable[[Iterator[Request]], Any], target: str) -> None:
+        self._target = target
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # Unbounded, yet never longer than the requests that the caller has sent ahead.
+        self._responses: queue.SimpleQueue[Response | ServiceError] = queue.SimpleQueue()
+        self._call = method(iter(self._requests.get, None))
+        threading.Thread(target=self._read, name="duplex-stream", daemon=True).start()
+
+    def send(self, request: Request) -> None:
+        """Queues a request; never blocks."""
+        self._requests.put(request)
+
+    def receive(self, timeout_s: float) -> Response:
+        """The next response. Raises ServiceError, also when `timeout_s` passes."""
+        try:
+            response = self._responses.get(timeout=timeout_s)
+        except queue.Empty:
+            self.close()
+            raise no_answer(timeout_s, self._target) from None
+        if isinstance(response, ServiceError):
+            self.close()
+            raise response
+        return response
+
+    def close(self) -> None:
+        """Ends the stream. Closing twice is allowed."""
+        self._requests.put(None)
+        self._call.cancel()
+
+    def _read(self) -> None:
+        try:
+            for response in self._call:
+                self._responses.put(response)
+            error: ServiceError = ServiceUnavailable(
+                "it ended the stream", code=grpc.StatusCode.UNAVAILABLE, target=self._target
+            )
+        except grpc.RpcError as failed:
+            error = service_error(failed, self._target)
+        self._responses.put(error)

@@ -1,0 +1,181 @@
+"""What a call to the service can end with: one tree, and one table from statuses and reasons to it.
+
+    ServiceError                 code, reason, message, target, metadata, violations
+      +-- ServiceUnavailable     no answer in time, or none to be had now: another try, or none at all, is the remedy
+      +-- ServiceRefused         the service understood the call and refused it
+            +-- ModelMismatch    the memory is another model's
+            +-- KindMismatch     the memory holds the other kind of values
+            +-- MemoryNotFound   there is no memory of that name
+
+Clients branch on the class, or on `reason`; never on a message. gRPC's own exceptions never leave knnmoe.client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from typing_extensions import override
+
+from knnmoe.channels import ERROR_DOMAIN
+from knnmoe.v1 import errors_pb2 as reasons
+
+
+class ServiceError(Exception):
+    """Base of the tree above.
+
+    Attributes:
+        message: the service's own words, human-readable.
+        code: the gRPC status.
+        reason: name of an ErrorReason, e.g. `ERROR_REASON_BUSY`; "" when the error is not the service's own.
+        target: the address that was called; "" when none was.
+        metadata: of a bad request the field, its value and what was expected.
+        violations: field -> description.
+        timeout_s: how long the caller waited, when that is why it ended.
+
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        reason: str = "",
+        target: str = "",
+        metadata: Mapping[str, str] | None = None,
+        violations: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.code, self.reason, self.target = message, code, reason, target
+        self.metadata, self.violations = dict(metadata or {}), dict(violations or {})
+        self.timeout_s = timeout_s
+
+    @property
+    def cause(self) -> str:
+        """A word to count by: `deadline`, `unavailable`, `overloaded`, `shutting_down`, ..."""
+        if self.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return "deadline"
+        return (self.reason.removeprefix("ERROR_REASON_") or self.code.name).lower()
+
+
+class ServiceUnavailable(ServiceError):
+    """The service did not answer in time, cannot be reached, or cannot do it now."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same call may succeed in a moment."""
+        return self.code is grpc.StatusCode.UNAVAILABLE
+
+    @override
+    def __str__(self) -> str:
+        if not self.target:
+            return self.message
+        return f"sidecar at {self.target}: {self.code.name}: {self.message}"
+
+
+class ServiceRefused(ServiceError):
+    """The service understood the call and refused it."""
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.message} ({self.reason or self.code.name})"
+
+
+class ModelMismatch(ServiceRefused):
+    """The memory was made for another model; the message names the fields that differ, on both sides."""
+
+    @override
+    def __str__(self) -> str:
+        return self.message
+
+
+class KindMismatch(ServiceRefused):
+    """The memory holds assignments where logit deltas are meant, or the other way round."""
+
+    @override
+    def __str__(self) -> str:
+        return self.message
+
+
+class MemoryNotFound(ServiceRefused):
+    """The service holds no memory of that name."""
+
+
+# Every reason that the contract knows.
+BY_REASON: dict[int, type[ServiceError]] = {
+    reasons.ERROR_REASON_INVALID_FIELD: ServiceRefused,
+    reasons.ERROR_REASON_INVALID_TENSOR: ServiceRefused,
+    reasons.ERROR_REASON_NOT_FINITE: ServiceRefused,
+    reasons.ERROR_REASON_MEMORY_NOT_FOUND: MemoryNotFound,
+    reasons.ERROR_REASON_MEMORY_EXISTS: ServiceRefused,
+    reasons.ERROR_REASON_LAYER_NOT_FOUND: ServiceRefused,
+    reasons.ERROR_REASON_MODEL_MISMATCH: ModelMismatch,
+    reasons.ERROR_REASON_KIND_MISMATCH: KindMismatch,
+    reasons.ERROR_REASON_OVERLOADED: ServiceUnavailable,
+    reasons.ERROR_REASON_DEADLINE: ServiceUnavailable,
+    reasons.ERROR_REASON_DISK_FULL: ServiceUnavailable,
+    reasons.ERROR_REASON_BUSY: ServiceUnavailable,
+    reasons.ERROR_REASON_STORAGE: ServiceUnavailable,
+    reasons.ERROR_REASON_CORRUPT: ServiceRefused,
+    reasons.ERROR_REASON_SHUTTING_DOWN: ServiceUnavailable,
+    reasons.ERROR_REASON_INTERNAL: ServiceUnavailable,
+    reasons.ERROR_REASON_CANCELLED: ServiceRefused,
+    reasons.ERROR_REASON_OPERATION_NOT_FOUND: ServiceRefused,
+    reasons.ERROR_REASON_SNAPSHOT_INVALID: ServiceRefused,
+    reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND: ServiceRefused,
+    reasons.ERROR_REASON_BACKEND_UNAVAILABLE: ServiceUnavailable,
+    reasons.ERROR_REASON_BACKEND_MISCONFIGURED: ServiceUnavailable,
+}
+# Every status that comes without a reason: from gRPC itself, a proxy, or a program that is not the service.
+BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
+    grpc.StatusCode.OK: ServiceUnavailable,  # a stream that ended where an answer was due
+    grpc.StatusCode.CANCELLED: ServiceUnavailable,
+    grpc.StatusCode.UNKNOWN: ServiceUnavailable,
+    grpc.StatusCode.INVALID_ARGUMENT: ServiceRefused,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ServiceUnavailable,
+    grpc.StatusCode.NOT_FOUND: ServiceUnavailable,
+    grpc.StatusCode.ALREADY_EXISTS: ServiceUnavailable,
+    grpc.StatusCode.PERMISSION_DENIED: ServiceUnavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ServiceUnavailable,
+    grpc.StatusCode.FAILED_PRECONDITION: ServiceUnavailable,
+    grpc.StatusCode.ABORTED: ServiceUnavailable,
+    grpc.StatusCode.OUT_OF_RANGE: ServiceUnavailable,
+    grpc.StatusCode.UNIMPLEMENTED: ServiceRefused,
+    grpc.StatusCode.INTERNAL: ServiceUnavailable,
+    grpc.StatusCode.UNAVAILABLE: ServiceUnavailable,
+    grpc.StatusCode.DATA_LOSS: ServiceUnavailable,
+    grpc.StatusCode.UNAUTHENTICATED: ServiceRefused,
+}
+
+
+def service_error(failed: Any, target: str = "", timeout_s: float | None = None) -> ServiceError:
+    """The ServiceError of a failed call (a grpc.RpcError, which is also a grpc.Call)."""
+    reason, metadata, violations = "", {}, {}
+    for key, value in failed.trailing_metadata() or ():
+        if key != "grpc-status-details-bin":
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+            if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+                reason, metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(bad):
+                violations = {v.field: v.description for v in bad.field_violations}
+    return _class_of(failed.code(), reason)(
+        failed.details() or "",
+        code=failed.code(),
+        reason=reason,
+        target=target,
+        metadata=metadata,
+        violations=violations,
+        timeout_s=timeout_s,
+    )
+
+
+def _class_of(code: grpc.StatusCode, reason: str) -> type[ServiceError]:
+    known = reasons.ErrorReason.DESCRIPTOR.values_by_name.get(
+        reason
+    )  # a newer service may have others
+    return BY_CODE[code] if known is None else BY_REASON[known.number]
