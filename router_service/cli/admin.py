@@ -10,10 +10,8 @@ from router_service import __version__
 from router_service.cli import (
     doctor_command,
     entry_commands,
-    import_command,
     job_commands,
     memory_commands,
-    merge_command,
     migrate_command,
     operation_commands,
     retention_commands,
@@ -54,7 +52,7 @@ for _command in (
     retention_commands.delete,
     entry_commands.count,
     entry_commands.export,
-    merge_command.merge,
+    entry_commands.merge,
     migrate_command.migrate,
     job_commands.calibrate,
     job_commands.optimize,
@@ -64,7 +62,7 @@ for _command in (
     job_commands.health,
 ):
     app.command(cls=ExampleCommand)(_command)
-app.command("import", cls=ExampleCommand)(import_command.import_memory)
+app.command("import", cls=ExampleCommand)(entry_commands.import_memory)
 app.command(cls=ExampleCommand)(doctor_command.doctor)
 
 

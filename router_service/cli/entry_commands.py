@@ -1,20 +1,64 @@
-"""`router-admin upsert`, `count` and `export`."""
+"""Commands that copy entries: `router-admin upsert`, `export`, `import` and `merge`; and `count`."""
 
 from __future__ import annotations
 
+import json
+import re
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from knnmoe.v1 import memory_admin_pb2 as pb
+from knnmoe.v1 import types_pb2 as types_pb
 
-from router_service.cli.entry_files import FileError, format_of, open_reader
-from router_service.cli.entry_transfer import Upload, download, shape_of
-from router_service.cli.errors import BadInput
+from router_service.cli.admin_client import AdminClient
+from router_service.cli.errors import BadInput, ServiceRefused
 from router_service.cli.options import MemoryName
-from router_service.cli.output import plain, table
-from router_service.cli.session import session_of
+from router_service.cli.output import parse_plain, plain, table
+from router_service.cli.service_endpoint import ServiceEndpoint, ServiceEntries
+from router_service.cli.session import Session, session_of
+from router_service.errors import InvalidRequest, shorten
+from router_service.memories.memory import MemoryRecord
+from router_service.rpc import codec
+from router_service.transfer import copying
+from router_service.transfer.copying import Copy
+from router_service.transfer.endpoints import EntryShape
+from router_service.transfer.entry_fields import FileError
+from router_service.transfer.file import FileSource, format_of, new_file, read_metadata
+
+# What a file says about itself: the key in its metadata, and the version of what is found there.
+_KEY = "knnmoe"
+_FORMAT = 1
+_ROW_OF_FIELD = re.compile(r"entries\.[a-z_.]+\[(\d+)\]")
+
+
+class Conflict(StrEnum):
+    """Which entry stays when both memories have its id."""
+
+    KEEP = "keep"
+    REPLACE = "replace"
+    NEWER = "newer"
+
+
+_POLICIES = {
+    Conflict.KEEP: copying.keep,
+    Conflict.REPLACE: copying.replace,
+    Conflict.NEWER: copying.newer,
+}
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """What is wrong with a file, as BadInput."""
+    try:
+        yield
+    except FileError as error:
+        raise BadInput(str(error)) from error
 
 
 def upsert(
@@ -68,28 +112,18 @@ def upsert(
       router-admin upsert bible layer15.jsonl --layer 15 --fsync
 
     """
-    session = session_of(context)
-    format_of_file(file)
-    memory = session.client.memory(name)
-    started = time.monotonic()
-    try:
-        reader = open_reader(file, shape_of(memory), layer)
-    except FileError as error:
-        raise BadInput(str(error)) from error
-    upload = Upload(session.client, memory, reader, fsync)
-    with session.output.progress("writing", reader.total) as advance:
-        upload.run(layer, advance)
-    if not upload.written:
+    session, started = session_of(context), time.monotonic()
+    with file_errors():
+        format_of(file)  # before the service is asked for anything
+    target = _entries(session.client, name, fsync=fsync)
+    with file_errors():
+        source = FileSource(file, EntryShape.of(target.record), layer)
+    copy = Copy(source, target, [] if layer is None else [layer])
+    _write_file(session, copy, source, "writing")
+    if not copy.written:
         raise BadInput(f"{file}: no entries" + (f" of layer {layer}" if layer is not None else ""))
-    document = {
-        "memory": name,
-        "file": str(file),
-        "entries": upload.written.total(),
-        "layers": [{"layer": n, "entries": upload.written[n]} for n in sorted(upload.written)],
-        "durability": "fsync" if fsync else "process",
-        "elapsed_s": round(time.monotonic() - started, 3),
-    }
-    line = f"wrote {document['entries']} entries to {len(upload.written)} layer(s) of {name}"
+    document = {"memory": name, "file": str(file), **_written(copy, fsync, started)}
+    line = f"wrote {copy.written} entries to {len(document['layers'])} layer(s) of {name}"
     session.output.emit(document, lambda console: console.print(line))
 
 
@@ -152,28 +186,373 @@ def export(
 
     """
     session = session_of(context)
-    format_of_file(file)
+    with file_errors():
+        format_of(file)
     if file.exists() and not force:
         raise BadInput(f"{file}: already there; pass --force to replace it")
-    memory = session.client.memory(name)
-    entries_of = {item.layer: item.entries for item in memory.layers}
-    layers = sorted(set(layer or entries_of))
-    with session.output.progress("reading", sum(entries_of.get(n, 0) for n in layers)) as advance:
-        counts = download(session.client, memory, layers, file, advance)
+    source = _entries(session.client, name)
+    record = source.record
+    layers = sorted(set(layer or range(record.fingerprint.num_layers)))
+    with file_errors(), new_file(file, EntryShape.of(record), _description(record)) as sink:
+        copy = Copy(source, sink, layers)
+        copy.run(session.output.progress, "reading")
     document = {
         "memory": name,
         "file": str(file),
         "format": format_of(file).value,
-        "entries": sum(counts.values()),
-        "layers": [{"layer": n, "entries": counts[n]} for n in layers],
+        "entries": copy.written,
+        "layers": [{"layer": n, "entries": copy.counts[n].added} for n in layers],
     }
-    line = f"wrote {document['entries']} entries of {len(layers)} layer(s) to {file}"
+    line = f"wrote {copy.written} entries of {len(layers)} layer(s) to {file}"
     session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
 
 
-def format_of_file(file: Path) -> None:
-    """Refuses a file name that says no format before the service is asked for anything. Raises BadInput."""
+def import_memory(
+    context: typer.Context,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="What `export` wrote: FILE.parquet, FILE.safetensors or FILE.jsonl.",
+            show_default=False,
+        ),
+    ],
+    as_name: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="NAME",
+            help="Name of the memory to make, e.g. --as bible-2; the exported one's when not given.",
+        ),
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Add to this memory, whose settings stay, in place of making one, e.g. --into bible.",
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Model and settings for a file that does not say them, such as JSONL: what "
+            "`router-admin --json memory show` printed, e.g. bible.json.",
+        ),
+    ] = None,
+    fsync: Annotated[
+        bool,
+        typer.Option(
+            "--fsync",
+            help="Acknowledge a batch when it would survive loss of power, e.g. import bible.parquet --fsync.",
+        ),
+    ] = False,
+) -> None:
+    """Make a memory from an exported file, or add the file to one.
+
+    Parquet and safetensors files say which model and settings their memory had; for JSONL give
+    --fingerprint or --into. A file of another model is refused.
+
+    Ids are those of the file, so importing again changes nothing, and an import that was cut short is
+    finished by running the same command again. A memory that holds anything else is only added to with
+    --into; an entry whose id is there is replaced. Search indexes are not in the file: run optimize.
+
+    Example:
+      router-admin import bible.parquet
+      router-admin import bible.parquet --as bible-2
+      router-admin import bible.jsonl --as bible-3 --fingerprint bible.json
+      router-admin import more.parquet --into bible --fsync
+
+    """
+    session, started = session_of(context), time.monotonic()
+    if as_name is not None and into is not None:
+        raise BadInput("give --as (a memory to make) or --into (one that is there), not both")
+    described = _described(file, fingerprint)
+    if into is not None:
+        found = _opened_into(session.client, file, into, described, fsync=fsync)
+    else:
+        found = _opened_as(session, file, as_name, described, fsync=fsync)
+    copy = Copy(found.source, found.target)
+    _write_file(session, copy, found.source, "importing")
+    name = found.target.record.name
+    document = {
+        "memory": name,
+        "file": str(file),
+        "made": found.made,
+        **_written(copy, fsync, started),
+    }
+    verb = "made" if found.made else "filled"
+    line = f"{verb} memory {name}: {copy.written} entries from {file}"
+    session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
+
+
+def merge(
+    context: typer.Context,
+    from_name: Annotated[
+        str,
+        typer.Argument(
+            metavar="FROM", help="Memory that is read and stays, e.g. psalms.", show_default=False
+        ),
+    ],
+    into_name: Annotated[
+        str,
+        typer.Argument(
+            metavar="INTO", help="Memory that is written to, e.g. bible.", show_default=False
+        ),
+    ],
+    on_conflict: Annotated[
+        Conflict,
+        typer.Option(
+            help="Which entry stays when both have its id: INTO's (keep), FROM's (replace), or the one made "
+            "later (newer), e.g. --on-conflict keep."
+        ),
+    ] = Conflict.NEWER,
+    from_target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Service that holds FROM, when it is not that of --target, e.g. unix:/run/other.sock.",
+        ),
+    ] = None,
+    fsync: Annotated[
+        bool,
+        typer.Option(
+            "--fsync",
+            help="Acknowledge a batch when it would survive loss of power, e.g. merge psalms bible --fsync.",
+        ),
+    ] = False,
+) -> None:
+    """Add the entries of one memory to another of the same model, kind and similarity.
+
+    INTO keeps its settings; the bandwidths that fitted its entries may not fit the new ones, so
+    calibrate it afterwards, and optimize it to index them. Merging again adds nothing, and finishes a
+    merge that was cut short.
+
+    Example:
+      router-admin merge psalms bible
+      router-admin merge psalms bible --on-conflict keep --from-target 127.0.0.1:50052
+
+    """
+    session, started = session_of(context), time.monotonic()
+    client = session.client
+    if from_name == into_name and from_target in (None, client.target):
+        raise BadInput(
+            f"{from_name}: FROM and INTO are the same memory; name two, or --from-target"
+        )
+    with closing(client.at(from_target or client.target)) as from_client:
+        source, target = _entries(from_client, from_name), _entries(client, into_name, fsync=fsync)
+        require_same_entries(
+            f"memory {from_name}", source.record, f"memory {into_name}", target.record
+        )
+        numbers = range(source.record.fingerprint.num_layers)
+        layers = [layer for layer in numbers if source.state(layer).entries]
+        copy = Copy(source, target, layers, _POLICIES[on_conflict])
+        try:
+            copy.run(session.output.progress, "merging")
+        except ServiceRefused as error:
+            told = f"{error} (merging again goes on where this ended)"
+            raise ServiceRefused(told, error.error) from error
+    columns = ("added", "replaced", "kept")
+    counts = {layer: [getattr(copy.counts[layer], name) for name in columns] for layer in layers}
+    totals = [sum(column) for column in zip(*counts.values(), strict=True)] or [0] * len(columns)
+    document = {
+        "from": from_name,
+        "into": into_name,
+        "on_conflict": on_conflict.value,
+        **dict(zip(columns, totals, strict=True)),
+        "layers": [{"layer": n, **dict(zip(columns, counts[n], strict=True))} for n in layers],
+        "elapsed_s": round(time.monotonic() - started, 3),
+    }
+    rows = [[layer, *counts[layer]] for layer in layers]
+    title = f"{from_name} into {into_name}"
+    session.output.emit(
+        document, lambda console: console.print(table(("layer", *columns), rows, title=title))
+    )
+    if copy.written:
+        session.output.remark(
+            f"next: router-admin calibrate {into_name}; router-admin optimize {into_name}"
+        )
+
+
+def _entries(client: AdminClient, name: str, *, fsync: bool = False) -> ServiceEntries:
+    return ServiceEndpoint(client, fsync=fsync).entries(name)
+
+
+def _write_file(session: Session, copy: Copy, source: FileSource, label: str) -> None:
+    """Raises AdminError that names the file and, where it is known, the row."""
     try:
-        format_of(file)
+        copy.run(session.output.progress, label)
     except FileError as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(f"{error}{_so_far(copy)}") from error
+    except ServiceRefused as error:
+        found = _ROW_OF_FIELD.match(error.error.metadata.get("field", ""))
+        if not found or not copy.waiting:
+            raise ServiceRefused(f"{error}{_so_far(copy)}", error.error) from error
+        # The service's answer is to the oldest batch on its way.
+        row = source.at(copy.waiting[0][0], int(found[1]))
+        raise BadInput(f"{row}: {error}{_so_far(copy)}") from error
+
+
+def _so_far(copy: Copy) -> str:
+    if not copy.written:
+        return ""
+    return f" ({copy.written} entries were acknowledged before; writing them again replaces them)"
+
+
+def _written(copy: Copy, fsync: bool, started: float) -> dict[str, Any]:
+    return {
+        "entries": copy.written,
+        "layers": [{"layer": n, "entries": copy.counts[n].added} for n in sorted(copy.counts)],
+        "durability": "fsync" if fsync else "process",
+        "elapsed_s": round(time.monotonic() - started, 3),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Import:
+    """A file and the memory that it goes into."""
+
+    source: FileSource
+    target: ServiceEntries
+    made: bool
+
+
+def _opened_into(
+    client: AdminClient, file: Path, name: str, described: MemoryRecord | None, *, fsync: bool
+) -> _Import:
+    target = _entries(client, name, fsync=fsync)
+    if described is not None:
+        require_same_entries(f"file {file}", described, f"memory {name}", target.record)
+    return _Import(_opened(file, target.record), target, made=False)
+
+
+def _opened_as(
+    session: Session,
+    file: Path,
+    as_name: str | None,
+    described: MemoryRecord | None,
+    *,
+    fsync: bool,
+) -> _Import:
+    if described is None:
+        raise BadInput(
+            f"{file}: does not say which model it is for; pass --into NAME, or --as NAME --fingerprint FILE.json "
+            "(from: router-admin --json memory show NAME > FILE.json)"
+        )
+    name = as_name if as_name is not None else described.name
+    source = _opened(file, described)  # what can be checked is checked before anything is made
+    endpoint = ServiceEndpoint(session.client, fsync=fsync)
+    there = endpoint.record(name)
+    if there is None:
+        endpoint.create(name, described.fingerprint, described.settings)
+        return _Import(source, endpoint.entries(name), made=True)
+    one, other = f"file {file}", f"memory {name}"
+    require_same_entries(one, described, other, there)
+    settings = (plain(codec.encode_settings(record.settings)) for record in (described, there))
+    if differing := _differences(one, next(settings), other, next(settings)):
+        raise BadInput(
+            f"{other} is there already, with other settings ({differing}); pass --into to add to it, or --as NAME"
+        )
+    target = endpoint.entries(name)
+    _require_nothing_else(session, source, target)
+    return _Import(source, target, made=False)
+
+
+def _opened(file: Path, record: MemoryRecord) -> FileSource:
+    with file_errors():
+        return FileSource(file, EntryShape.of(record))
+
+
+def _require_nothing_else(session: Session, source: FileSource, target: ServiceEntries) -> None:
+    """Raises BadInput unless every entry of the memory has an id of the file: then it is what an import left."""
+    name, others = target.record.name, target.total(range(target.record.fingerprint.num_layers))
+    with file_errors(), session.output.progress("comparing", source.total()) as advance:
+        for batch in source.batches():
+            others -= target.count(batch.layer, batch.entries.ids)
+            advance(len(batch))
+    if others > 0:
+        raise BadInput(
+            f"memory {name} is there already and holds {others} entries that {source.path} does not have; "
+            f"pass --into {name} to add to it, or --as NAME to make another"
+        )
+
+
+def _description(record: MemoryRecord) -> dict[str, str]:
+    """What goes into the metadata of a memory's file: the memory that its entries were made for."""
+    document = {
+        "format": _FORMAT,
+        "memory": record.name,
+        "fingerprint": plain(codec.encode_fingerprint(record.fingerprint)),
+        "settings": plain(codec.encode_settings(record.settings)),
+    }
+    return {_KEY: json.dumps(document)}
+
+
+def _described(file: Path, fingerprint: Path | None) -> MemoryRecord | None:
+    """The memory that a file was made of, as it or --fingerprint says; its name is empty when nothing says it."""
+    with file_errors():
+        text = read_metadata(file).get(_KEY)
+    if fingerprint is None:
+        return None if text is None else _parsed(f"{file}: metadata {_KEY}", text)
+    if text is not None:
+        _parsed(f"{file}: metadata {_KEY}", text)
+        raise BadInput(f"{file}: says its model and settings itself; leave --fingerprint out")
+    try:
+        return _parsed(f"--fingerprint: {fingerprint}", fingerprint.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--fingerprint: {fingerprint}: {error}") from error
+
+
+def _parsed(place: str, text: str) -> MemoryRecord:
+    try:
+        document = json.loads(text)
+        if not isinstance(document, dict):
+            raise ValueError("expected an object")
+        if document.get("format", _FORMAT) != _FORMAT:
+            raise ValueError(f"format {document['format']!r}, this version reads {_FORMAT}")
+        return _record(document)
+    except (ValueError, RecursionError, InvalidRequest) as error:
+        raise BadInput(f"{place}: {error}") from error
+
+
+def _record(document: dict[str, Any]) -> MemoryRecord:
+    missing = [name for name in ("fingerprint", "settings") if name not in document]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing, expected what `memory show` prints")
+    fingerprint, settings = types_pb.ModelFingerprint(), types_pb.MemorySettings()
+    parse_plain(document["fingerprint"], fingerprint)
+    parse_plain(document["settings"], settings)
+    if not (settings.kind and settings.similarity):
+        raise ValueError("settings: kind or similarity missing")
+    return MemoryRecord(
+        str(document.get("memory", document.get("name", ""))),
+        codec.decode_fingerprint(fingerprint),
+        codec.decode_settings(settings),
+        created_unix_ms=0,
+    )
+
+
+def require_same_entries(left: str, one: MemoryRecord, right: str, other: MemoryRecord) -> None:
+    """Raises BadInput that names each difference; `left` and `right` say what the two are."""
+    if model := _differences(left, _model(one), right, _model(other)):
+        raise BadInput(
+            f"{left} and {right} are of different models ({model}); entries help only the model that they were made for"
+        )
+    if fixed := _differences(left, _fixed(one), right, _fixed(other)):
+        raise BadInput(f"{left} and {right} hold different entries ({fixed}); see: memory show")
+
+
+def _model(record: MemoryRecord) -> dict[str, Any]:
+    return asdict(record.fingerprint)
+
+
+def _fixed(record: MemoryRecord) -> dict[str, Any]:
+    return {"kind": record.settings.kind.value, "similarity": record.settings.similarity.value}
+
+
+def _differences(left: str, one: dict[str, Any], right: str, other: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name}: {left} {shorten(value)}, {right} {shorten(other[name])}"
+        for name, value in one.items()
+        if value != other[name]
+    )

@@ -17,13 +17,13 @@ from knnmoe.v1 import quantization_pb2 as quantization_pb
 from rich.console import Console
 
 from router_service.backends.base import Compression, Projection, Quantization
-from router_service.cli.entry_files import FileError
-from router_service.cli.entry_files.tensor_file import TensorFile
 from router_service.cli.errors import BadInput, ExitCode
 from router_service.cli.operation_commands import followed
 from router_service.cli.options import MemoryName
 from router_service.cli.output import plain, table
 from router_service.cli.session import Session, session_of
+from router_service.transfer.entry_fields import FileError
+from router_service.transfer.safetensors import TensorFile
 
 # Half of what a message may hold; more rows than fit are thinned out evenly.
 MAX_INPUT_BYTES = 32 * 1024 * 1024

@@ -1,38 +1,57 @@
-"""`router-admin migrate`: memories to another home, and back."""
+"""`router-admin migrate`: memories to another endpoint, and back."""
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
-from router_service.cli import migration_report, options
-from router_service.cli.errors import AdminError, BadInput, Interrupted
-from router_service.cli.interrupts import interruptible
-from router_service.cli.migration_moves import (
-    Ends,
-    Move,
-    checked_moves,
-    look_at_memory,
-    move_memory,
-    wanted_records,
-)
-from router_service.cli.places import opened_source, opened_target, place_name, store_errors
+from router_service.backends.exact import ExactBackend
+from router_service.backends.qdrant_server.options import GRPC_PORT, REST_PORT, is_url, parse_url
+from router_service.cli import options
+from router_service.cli.admin_client import AdminClient
+from router_service.cli.entry_commands import require_same_entries
+from router_service.cli.errors import AdminError, BadInput, Interrupted, Unreachable
+from router_service.cli.output import table
+from router_service.cli.service_endpoint import ServiceEndpoint
 from router_service.cli.session import Session, session_of
+from router_service.errors import (
+    BackendUnavailable,
+    InvalidField,
+    InvalidRequest,
+    RoutingServiceError,
+    shorten,
+)
 from router_service.memories.memory import MemoryRecord
+from router_service.memories.store import MemoryStore
 from router_service.settings import QdrantSettings
-from router_service.transfer.moving import Progress
+from router_service.storage import opened_store
+from router_service.transfer.copying import LayerCounts
+from router_service.transfer.endpoints import Advance, Endpoint, Progress
+from router_service.transfer.migration import Migration, NamedEndpoint
+from router_service.transfer.store import StoreEndpoint
 
+EMBEDDED = "embedded"
+_EXPECTED = "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server, or a data directory"
+_AGAIN = "run the same command again"
 _INTERRUPTED = "interrupted; what was written stays, and running the same command again goes on"
+# Hex digits of a checksum in a table; --json has them all.
+_SHOWN_DIGITS = 16
 
 
 def migrate(
     context: typer.Context,
-    from_place: Annotated[
+    from_endpoint: Annotated[
         str,
         typer.Option(
             "--from",
@@ -41,7 +60,7 @@ def migrate(
             "directory that no service holds, e.g. embedded.",
         ),
     ],
-    to_place: Annotated[
+    to_endpoint: Annotated[
         str,
         typer.Option(
             "--to",
@@ -111,62 +130,213 @@ def migrate(
     session, started = session_of(context), time.monotonic()
     if as_name is not None and len(memory or ()) != 1:
         raise BadInput("--as names one memory in its new place; name that one memory, too")
-    places = (from_place, to_place)
+    source_name = endpoint_name("--from", from_endpoint)
+    target_name = endpoint_name("--to", to_endpoint)
+    if source_name.identity == target_name.identity:
+        raise BadInput(
+            f"--from {from_endpoint} and --to {to_endpoint} are the same place; name two (export and import copy a "
+            "memory within one)"
+        )
     with (
         interruptible(_INTERRUPTED) as check,
-        _ends(session, places, memory or (), qdrant, dry_run) as (ends, records),
+        _opened_source(source_name, session.client, qdrant) as source,
     ):
-        progress = _watched(session.output.progress, check)
-        done, problem = [], ""
-        for move in checked_moves(ends, records, as_name):
-            if dry_run:
-                look_at_memory(ends, move, progress, delete=delete)
-            else:
-                _move(session, ends, move, progress, delete=delete, optimize=optimize)
-            done.append(move)
-            if problem := migration_report.problem(ends, move):
-                break
-    _emit(session, ends, done, dry_run=dry_run, elapsed_s=time.monotonic() - started)
+        records = _wanted(source, memory or ())
+        with _opened_target(target_name, session.client, qdrant, dry_run=dry_run) as target:
+            progress = _watched(session.output.progress, check)
+            done, problem = [], ""
+            for migration in [_checked(source, target, each, as_name) for each in records]:
+                if dry_run:
+                    migration.look(progress, delete=delete)
+                else:
+                    _run(session, migration, progress, delete=delete, optimize=optimize)
+                done.append(migration)
+                if problem := _problem(migration):
+                    break
+    memories = [_document(migration) for migration in done]
+    document: dict[str, Any] = {
+        "from": from_endpoint,
+        "to": to_endpoint,
+        "dry_run": dry_run,
+        "verified": all(each["verified"] for each in memories),
+        "memories": memories,
+        "elapsed_s": round(time.monotonic() - started, 3),
+    }
+
+    def render(console: Console) -> None:
+        for migration in done:
+            _render(console, migration, dry_run=dry_run)
+
+    session.output.emit(document, render)
     if problem:
         raise AdminError(problem)
 
 
-def _move(
-    session: Session, ends: Ends, move: Move, progress: Progress, *, delete: bool, optimize: bool
+def _run(
+    session: Session, migration: Migration, progress: Progress, *, delete: bool, optimize: bool
 ) -> None:
-    with _resumable():
-        move_memory(ends, move, progress, delete=delete, optimize=optimize)
-    for remark in migration_report.remarks(move):
+    try:
+        with store_errors():
+            migration.run(progress, delete=delete, optimize=optimize)
+    except Interrupted:
+        raise
+    except AdminError as error:
+        told = AdminError(
+            f"{error} (what was written stays; running the same command again goes on)"
+        )
+        told.exit_code = error.exit_code
+        raise told from error
+    for remark in _remarks(migration):
         session.output.remark(remark)
 
 
-@contextmanager
-def _ends(
-    session: Session,
-    places: tuple[str, str],
-    names: Sequence[str],
-    qdrant: QdrantSettings,
-    dry_run: bool,
-) -> Iterator[tuple[Ends, list[MemoryRecord]]]:
-    """Both places, opened, the target once the source is known to have memories of these names."""
-    source_name, target_name = place_name("--from", places[0]), place_name("--to", places[1])
-    if source_name.identity == target_name.identity:
+def _wanted(source: NamedEndpoint, names: Sequence[str]) -> list[MemoryRecord]:
+    """The memories of these names, each once, or all that the source holds. Raises AdminError."""
+    wanted = list(dict.fromkeys(names)) or source.memories.names()
+    if not wanted:
+        raise BadInput(f"nothing to move: {shorten(source.name)} holds no memories")
+    return [source.record(name) for name in wanted]
+
+
+def _checked(
+    source: NamedEndpoint, target: NamedEndpoint, record: MemoryRecord, as_name: str | None
+) -> Migration:
+    """What to do. Raises BadInput unless the target can take the memory."""
+    name = as_name or record.name
+    there = target.memories.record(name)
+    if there is None:
+        return Migration(source, target, record, name, made=True)
+    left, right = f"memory {record.name} in {source.name}", f"memory {name} in {target.name}"
+    require_same_entries(left, record, right, there)
+    one, other = record.settings.preset, there.settings.preset
+    if one != other:
         raise BadInput(
-            f"--from {places[0]} and --to {places[1]} are the same place; name two (export and import copy a memory "
-            "within one)"
+            f"{left} has preset {one}, {right} {other}, which is fixed at creation; pass --as NAME"
         )
-    client = session.client
-    with opened_source(source_name, client, qdrant) as source:
-        records = wanted_records(source, source_name, names)
-        with opened_target(target_name, client, qdrant, dry_run=dry_run) as target:
-            yield Ends(source, target, source_name, target_name), records
+    return Migration(source, target, record, name, made=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointName:
+    """An endpoint as the user wrote it; `identity` is equal where two are the same."""
+
+    text: str
+    identity: tuple[str, ...]
+
+    @property
+    def directory(self) -> Path | None:
+        """The data directory, when it is one."""
+        return Path(self.text) if self.identity[0] == "directory" else None
+
+
+def endpoint_name(option: str, text: str) -> EndpointName:
+    """What a user means. Raises BadInput that names the option."""
+    if text == EMBEDDED:
+        return EndpointName(text, (EMBEDDED,))
+    if is_url(text):
+        return EndpointName(text, _server(option, text))
+    if not text or "\0" in text or "://" in text or re.fullmatch(r"[^/]+:\d+", text):
+        raise BadInput(f"{option}: got {shorten(text)}, expected {_EXPECTED}")
+    return EndpointName(text, ("directory", str(Path(text).resolve())))
+
+
+def _server(option: str, url: str) -> tuple[str, ...]:
+    try:
+        host, port = parse_url(url)
+    except InvalidField as error:
+        raise BadInput(f"{option}: got {error.value}, expected {error.expected}") from error
+    grpc_port = GRPC_PORT if port in (None, REST_PORT) else port
+    return "server", host.lower(), str(grpc_port)
+
+
+@contextmanager
+def _opened_source(
+    name: EndpointName, client: AdminClient, qdrant: QdrantSettings
+) -> Iterator[NamedEndpoint]:
+    if name.directory is not None and not (name.directory / "memories").is_dir():
+        raise BadInput(
+            f"--from: {shorten(name.text)} is no data directory of a service (it has no memories/), "
+            f"expected {_EXPECTED}"
+        )
+    with _opened("--from", name, client, qdrant) as memories:
+        yield NamedEndpoint(name.text, memories)
+
+
+@contextmanager
+def _opened_target(
+    name: EndpointName, client: AdminClient, qdrant: QdrantSettings, *, dry_run: bool
+) -> Iterator[NamedEndpoint]:
+    """A dry run makes no directory."""
+    if name.directory is not None and name.directory.exists() and not name.directory.is_dir():
+        raise BadInput(f"--to: {shorten(name.text)} is a file, expected {_EXPECTED}")
+    if dry_run and name.directory is not None and not (name.directory / "memories").exists():
+        yield NamedEndpoint(name.text, StoreEndpoint(MemoryStore(ExactBackend(), None)))
+        return
+    with _opened("--to", name, client, qdrant) as memories:
+        yield NamedEndpoint(name.text, memories)
+
+
+@contextmanager
+def _opened(
+    option: str, name: EndpointName, client: AdminClient, qdrant: QdrantSettings
+) -> Iterator[Endpoint]:
+    if name.text == EMBEDDED:
+        with store_errors():
+            yield ServiceEndpoint(client)
+        return
+    with store_errors(), opened_store(name.text, qdrant, option) as store:
+        yield StoreEndpoint(store)
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """What a store that this process holds open itself raises, as AdminError."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise BadInput(str(error)) from error
+    except BackendUnavailable as error:
+        raise Unreachable(str(error)) from error
+    except RoutingServiceError as error:
+        raise AdminError(str(error)) from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        raise BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}") from error
+
+
+@contextmanager
+def interruptible(reason: str) -> Iterator[Callable[[], None]]:
+    """Yields a function that raises Interrupted with `reason` once Ctrl-C was pressed; to be called often.
+
+    A second Ctrl-C ends the process at once, which a store survives as it survives SIGKILL. Only the main thread hears
+    signals; elsewhere nothing changes.
+    """
+    pressed = threading.Event()
+
+    def check() -> None:
+        if pressed.is_set():
+            raise Interrupted(reason)
+
+    def on_interrupt(*_: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _watched(progress: Progress, check: Callable[[], None]) -> Progress:
     """The same, that looks for Ctrl-C as it advances."""
 
     @contextmanager
-    def watched(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def watched(label: str, total: int | None) -> Iterator[Advance]:
         with progress(label, total) as advance:
 
             def checked(done: int) -> None:
@@ -178,37 +348,120 @@ def _watched(progress: Progress, check: Callable[[], None]) -> Progress:
     return watched
 
 
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Adds to what ends a move that it is not lost."""
-    try:
-        with store_errors():
-            yield
-    except Interrupted:
-        raise
-    except AdminError as error:
-        told = AdminError(
-            f"{error} (what was written stays; running the same command again goes on)"
-        )
-        told.exit_code = error.exit_code
-        raise told from error
-
-
-def _emit(
-    session: Session, ends: Ends, done: list[Move], *, dry_run: bool, elapsed_s: float
-) -> None:
-    memories = [migration_report.document(move) for move in done]
-    document: dict[str, Any] = {
-        "from": ends.source_name.text,
-        "to": ends.target_name.text,
-        "dry_run": dry_run,
-        "verified": all(memory["verified"] for memory in memories),
-        "memories": memories,
-        "elapsed_s": round(elapsed_s, 3),
+def _document(migration: Migration) -> dict[str, Any]:
+    """One memory's part of the JSON document. What a run did not come to is left out."""
+    layers, copy = _layers(migration), migration.copy
+    totals = ("added", "replaced", "deleted", "only_in_target")
+    return {
+        "memory": migration.record.name,
+        "as": migration.as_name,
+        "made": migration.made,
+        "changed_settings": migration.changed_settings,
+        **{name: sum(layer[name] for layer in layers) for name in totals},
+        "passes": copy.passes,
+        "verified": copy.verified,
+        "layers": layers,
     }
 
-    def render(console: Console) -> None:
-        for move in done:
-            migration_report.render(console, move, dry_run=dry_run)
 
-    session.output.emit(document, render)
+def _layers(migration: Migration) -> list[dict[str, Any]]:
+    copy = migration.copy
+    layers = {number: {"layer": number, **_counts(copy.counts[number])} for number in copy.layers}
+    for each in copy.sums:
+        layers[each.layer] |= {
+            "source": asdict(each.source),
+            "target": asdict(each.sink),
+            "equal": each.equal,
+        }
+    for index in migration.indexes:
+        layers[index.layer] |= {
+            "source_compression": index.source.label,
+            "compression": index.target.label,
+            "optimized": index.optimized,
+        }
+    return [layers[number] for number in sorted(layers)]
+
+
+def _counts(counts: LayerCounts) -> dict[str, Any]:
+    return {
+        "added": counts.added,
+        "replaced": counts.replaced,
+        "deleted": counts.deleted,
+        "only_in_target": counts.only_in_sink,
+    }
+
+
+def _render(console: Console, migration: Migration, *, dry_run: bool) -> None:
+    """One memory's table."""
+    rows = [_row(layer) for layer in _layers(migration)]
+    name, as_name = migration.record.name, migration.as_name
+    moved = name if as_name == name else f"{name} as {as_name}"
+    state = "verified" if migration.copy.verified else "not verified"
+    title = f"{moved}, {'would be done' if dry_run else state}"
+    console.print(table(list(rows[0]), [list(row.values()) for row in rows], title=title))
+
+
+def _row(layer: dict[str, Any]) -> dict[str, object]:
+    names = ("layer", *_counts(LayerCounts()))
+    row: dict[str, object] = {name.replace("_", " "): layer[name] for name in names}
+    if "equal" in layer:
+        source, target = layer["source"], layer["target"]
+        row |= {"source": source["entries"], "target": target["entries"]}
+        row["sha256"] = _shown(source["sha256"])
+        row["of target"] = "the same" if layer["equal"] else _shown(target["sha256"])
+    if "compression" in layer:
+        row["search keys"] = layer["compression"]
+    return row
+
+
+def _shown(digits: str) -> str:
+    return f"{digits[:_SHOWN_DIGITS]}..."
+
+
+def _problem(migration: Migration) -> str:
+    """Why the target is not the source's equal, and what to do; "" when it is, and after a dry run."""
+    copy = migration.copy
+    if not copy.verify or copy.verified:
+        return ""
+    where = f"memory {shorten(migration.as_name)} in {shorten(migration.target.name)}"
+    if copy.changed_in_last_pass:
+        return (
+            f"{where}: {copy.changed_in_last_pass} entries still changed in pass {copy.passes}; {_AGAIN} when "
+            "less is written to the source"
+        )
+    if copy.only_in_sink:
+        surplus = ", ".join(
+            f"layer {number}: {counts.only_in_sink}"
+            for number, counts in sorted(copy.counts.items())
+            if counts.only_in_sink
+        )
+        return (
+            f"{where} holds {copy.only_in_sink} entries that the source lacks ({surplus}); nothing of it "
+            "was deleted: pass --delete to remove them, or --as NAME to make another memory"
+        )
+    unequal = ", ".join(
+        f"layer {each.layer} has {each.source.entries} entries (sha256 {_shown(each.source.sha256)}) in the source and "
+        f"{each.sink.entries} ({_shown(each.sink.sha256)}) in the target"
+        for each in copy.sums
+        if not each.equal
+    )
+    return (
+        f"{where} is not the same as the source: {unequal}; {_AGAIN} while nobody writes to either"
+    )
+
+
+def _remarks(migration: Migration) -> list[str]:
+    """What the user should know beside the counts."""
+    remarks, name = [], migration.as_name
+    if migration.changed_settings:
+        names = ", ".join(migration.changed_settings)
+        remarks.append(f"{name}: settings brought from the source: {names}")
+    refused = [index for index in migration.indexes if index.refused]
+    if refused:
+        numbers = ", ".join(str(index.layer) for index in refused)
+        first = refused[0]
+        remarks.append(
+            f"{name}: the target cannot have search keys {first.source.label} (layers {numbers}; "
+            f"{first.refused}); they stay {first.target.label}"
+        )
+    return remarks

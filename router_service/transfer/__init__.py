@@ -1,30 +1,11 @@
-"""Copying entries from one endpoint to another: what differs is written until nothing does, then both are summed up."""
+"""One way to copy entries: what `import`, `export`, `upsert`, `merge` and `migrate` do.
 
-from router_service.transfer.checksums import EntrySum, checksum
-from router_service.transfer.moving import (
-    LayerCounts,
-    LayerIndex,
-    LayerSums,
-    Migration,
-    Outcome,
-    bring_indexes,
-)
-from router_service.transfer.sides import LayerState, Place, Side, Untouched
-from router_service.transfer.store_place import StorePlace, StoreSide
-
-__all__ = [
-    "EntrySum",
-    "LayerCounts",
-    "LayerIndex",
-    "LayerState",
-    "LayerSums",
-    "Migration",
-    "Outcome",
-    "Place",
-    "Side",
-    "StorePlace",
-    "StoreSide",
-    "Untouched",
-    "bring_indexes",
-    "checksum",
-]
+Entries go from a Source to a Sink (endpoints.py). An endpoint is one of three:
+  file.py               a JSONL, Parquet or safetensors file (the formats' modules, and entry_fields.py for all)
+  store.py              memories that this process opens itself: of a data directory, or a Qdrant server
+  cli.service_endpoint  the memories of a running service, over its RPCs
+Copy (copying.py) takes batches of a few MiB from one to the other. With a policy for conflicts both are walked
+together in the order of ids, and only what the sink lacks or loses is written; with `verify` it goes on, pass after
+pass, until nothing differs and both sum up to the same. A copy that was cut short is finished by the same copy again.
+Migration (migration.py) is a verified copy of a memory with its settings and its indexes.
+"""

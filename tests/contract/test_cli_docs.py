@@ -11,9 +11,10 @@ import pytest
 
 from docs.generate_cli import PAGE, commands, options_of, page
 from router_service.arrays import Provenance
-from router_service.cli.entry_files import EntryShape, open_reader
-from router_service.cli.entry_files.fields import PROVENANCE_FIELDS
 from router_service.memories.settings import Kind
+from router_service.transfer.endpoints import EntryShape
+from router_service.transfer.entry_fields import PROVENANCE_FIELDS
+from router_service.transfer.file import open_reader
 
 COMMANDS = dict(commands())
 # Options of typer, whose help is typer's. Those of model-runner are in the examples of its commands.

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from router_service.cli.errors import Interrupted
-from router_service.cli.interrupts import interruptible
+from router_service.cli.migrate_command import interruptible
 
 
 def test_the_next_look_raises() -> None:
@@ -27,7 +27,7 @@ def test_the_next_look_raises() -> None:
 def test_the_second_ends_the_process() -> None:
     program = (
         "import os, signal\n"
-        "from router_service.cli.interrupts import interruptible\n"
+        "from router_service.cli.migrate_command import interruptible\n"
         "with interruptible('ended'):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries
-from router_service.transfer.checksums import EntrySum, checksum, digests
+from router_service.transfer.copying import EntrySum, checksum, digests
 from tests.unit.router_service.transfer.layer_models import entries_of
 
 ENTRIES = entries_of({3: 0, 5: 1, 2**63 - 1: 0})

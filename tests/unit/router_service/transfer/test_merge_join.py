@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from router_service.arrays import MAX_ENTRY_ID, Entries
 from router_service.errors import StorageError
-from router_service.transfer.walk import difference, joined, parts
+from router_service.transfer.copying import difference, differing, in_order, joined
 from tests.unit.router_service.transfer.layer_models import entries_of
 
 Versions = dict[int, int]
@@ -32,17 +32,14 @@ def walked(
     written: list[Entries] = []
     passed: list[int] = []
     surplus: list[int] = []
-    steps = joined(
-        parts(paged(source, sizes[0]), with_entries=True),
-        parts(paged(target, sizes[1]), with_entries=False),
-    )
+    steps = joined(in_order(paged(source, sizes[0])), in_order(paged(target, sizes[1])))
     for ours, theirs in steps:
-        found = difference(ours, theirs)
+        found = difference(ours, theirs, differing)
         passed += ours.ids.tolist()
-        surplus += found.only_in_target.tolist()
-        if found.to_write is not None:
-            assert found.added + found.replaced == len(found.to_write)
-            written.append(found.to_write)
+        surplus += found.only_in_sink.tolist()
+        assert found.kept + len(found.to_write) == len(ours)
+        assert found.added == len(set(ours.ids.tolist()) - set(theirs.ids.tolist()))
+        written.append(found.to_write)
     ids = [number for batch in written for number in batch.ids.tolist()]
     for batch in written:
         wanted = entries_of({number: source[number] for number in batch.ids.tolist()})
@@ -71,6 +68,6 @@ def test_ids_out_of_order_are_refused(ids: list[int]) -> None:
     page = entries_of({1: 0, 2: 0, 3: 0})
     wrong = Entries(np.array(ids, np.uint64), page.keys, page.values, page.provenance)
     with pytest.raises(StorageError, match="not in the order of ids"):
-        list(parts([wrong], with_entries=True))
+        list(in_order([wrong]))
     with pytest.raises(StorageError, match="after id 1 are not in"):
-        list(parts([page.slice(0, 1), page.slice(0, 1)], with_entries=True))
+        list(in_order([page.slice(0, 1), page.slice(0, 1)]))

@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from router_service.arrays import Entries, Provenance
-from router_service.cli.entry_files import FileError, FileFormat, open_writer, read_metadata
-from tests.unit.router_service.cli.entry_rows import SPARSE, read_batches
+from router_service.transfer.entry_fields import FileError
+from router_service.transfer.file import FileFormat, open_writer, read_metadata
+from tests.unit.router_service.transfer.entry_rows import SPARSE, read_batches
 
 
 def make_entries(first: int, count: int) -> Entries:
@@ -57,7 +58,7 @@ def test_the_tensors_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
 
 
 def test_provenance_that_no_header_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = "router_service.cli.entry_files.safetensors_writer.MAX_HEADER_BYTES"
+    limit = "router_service.transfer.safetensors.MAX_HEADER_BYTES"
     monkeypatch.setattr(limit, 500)
     with closing(open_writer(tmp_path / "x.safetensors", SPARSE, FileFormat.SAFETENSORS)) as writer:
         writer.write(0, make_entries(0, 1))

@@ -10,13 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from router_service.cli.entry_files import (
-    EntryBatch,
-    EntryShape,
-    FileError,
-    open_reader,
-)
 from router_service.memories.settings import Kind
+from router_service.transfer.endpoints import Batch, EntryShape
+from router_service.transfer.entry_fields import FileError
+from router_service.transfer.file import open_reader
 
 DELTAS = EntryShape(Kind.LOGIT_DELTA, hidden_size=3, num_experts=4, top_k=2)
 SPARSE = EntryShape(Kind.ASSIGNMENT, hidden_size=3, num_experts=4, top_k=2)
@@ -46,9 +43,7 @@ def write_parquet(tmp_path: Path, *rows: dict[str, Any], schema: pa.Schema | Non
     return path
 
 
-def read_batches(
-    path: Path, shape: EntryShape = DELTAS, layer: int | None = None
-) -> list[EntryBatch]:
+def read_batches(path: Path, shape: EntryShape = DELTAS, layer: int | None = None) -> list[Batch]:
     return list(open_reader(path, shape, layer).batches())
 
 

@@ -12,17 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from typing_extensions import override
 
 from router_service.arrays import F32, AnyArray, Entries, Provenance
-from router_service.cli.entry_files import fields
-from router_service.cli.entry_files.batches import (
-    EntryBatch,
-    EntryShape,
-    FileError,
-    by_layer,
-    first_not_finite,
-)
 from router_service.memories.settings import Kind
+from router_service.transfer import entry_fields as fields
+from router_service.transfer.endpoints import Batch, EntryShape
+from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError, by_layer
 
 _ROWS_PER_BATCH = 1024
 _SCALARS = ("id", "layer", *fields.PROVENANCE_FIELDS)
@@ -36,22 +32,22 @@ class _BadRow(ValueError):
         self.row = row
 
 
-class ParquetReader:
-    """See EntryReader."""
+class ParquetReader(EntryReader):
+    """Columns of the wrong type are refused when the file is opened, lists of the wrong length row by row."""
 
     def __init__(self, path: Path, shape: EntryShape, default_layer: int | None) -> None:
         self.path = path
         self._shape, self._default_layer = shape, default_layer
         try:
             self._file = pq.ParquetFile(path, pre_buffer=False)  # a file may be larger than RAM
-            fields.check_names(dict.fromkeys(self._file.schema_arrow.names, True), shape.kind)
+            fields.check_names(dict.fromkeys(self._file.schema_arrow.names, True), shape)
             _check_lists(self._file.schema_arrow, shape)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FileError(path, "", f"not a Parquet file of entries: {error}") from error
         self.total = self._file.metadata.num_rows
 
-    def batches(self) -> Iterator[EntryBatch]:
-        """See EntryReader.batches."""
+    @override
+    def batches(self) -> Iterator[Batch]:
         first = 1
         size = min(_ROWS_PER_BATCH, self._shape.batch_entries)
         for batch in self._read(size):
@@ -64,8 +60,8 @@ class ParquetReader:
             yield from by_layer(layers, entries, range(first, first + len(layers)))
             first += len(layers)
 
+    @override
     def place(self, layer: int, row: int) -> str:
-        """See EntryReader.place."""
         return f"row {row}"
 
     def _read(self, size: int) -> Iterator[pa.RecordBatch]:
@@ -89,22 +85,20 @@ class ParquetReader:
         return layers, Entries(np.array(ids, dtype=np.uint64), keys, self._values(batch), origins)
 
     def _values(self, batch: pa.RecordBatch) -> F32:
-        shape = self._shape
-        if shape.kind is Kind.LOGIT_DELTA:
-            return matrix("value", batch.column("value"), shape.num_experts, "num_experts")
-        experts = matrix("experts", batch.column("experts"), shape.top_k, "top_k")
-        weights = matrix("weights", batch.column("weights"), shape.top_k, "top_k")
-        wrong = np.argwhere(
-            (experts != np.floor(experts)) | (experts < 0) | (experts >= shape.num_experts)
-        )
-        if len(wrong):
-            row, column = wrong[0]
-            raise _BadRow(
-                row,
-                f"experts[{column}]: got {experts[row, column]:g}, expected a whole number from 0 to "
-                f"{shape.num_experts - 1}",
-            )
-        return np.concatenate([experts, weights], axis=1)
+        columns = {
+            name: matrix(name, batch.column(name), width, of)
+            for name, (width, of) in fields.widths(self._shape).items()
+            if name != "key"
+        }
+        if self._shape.kind is Kind.ASSIGNMENT:
+            experts = columns["experts"]
+            if wrong := fields.first(fields.not_experts(experts, self._shape)):
+                raise _BadRow(
+                    wrong[0],
+                    f"experts[{wrong[1]}]: got {experts[wrong]:g}, expected a whole number from 0 to "
+                    f"{self._shape.num_experts - 1}",
+                )
+        return np.concatenate(list(columns.values()), axis=1)
 
 
 def matrix(name: str, column: pa.Array, width: int, of: str) -> F32:
@@ -118,64 +112,48 @@ def matrix(name: str, column: pa.Array, width: int, of: str) -> F32:
     flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # found below, as infinity
         numbers = flat.astype(np.float32).reshape(-1, width)
-    broken = first_not_finite(numbers)
-    if broken is not None:
+    if broken := fields.first(~np.isfinite(numbers)):
         got = str(flat.reshape(-1, width)[broken])
         raise _BadRow(broken[0], f"{name}[{broken[1]}]: got {got}, expected a finite number of f32")
     return numbers
 
 
-class ParquetWriter:
-    """See EntryWriter."""
+class ParquetWriter(EntryWriter):
+    """Writes entries as they come, compressed; `metadata` becomes the file's own."""
 
     def __init__(self, path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> None:
         self._shape = shape
         schema = schema_of(shape).with_metadata(dict(metadata))
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
 
+    @override
     def write(self, layer: int, entries: Entries) -> None:
-        """See EntryWriter.write."""
+        values = fields.value_columns(entries.values, self._shape)
         columns: dict[str, Any] = {
             "id": entries.ids,
             "layer": np.full(len(entries), layer, dtype=np.uint32),
             "key": _lists(entries.keys),
-            **self._values(entries.values),
+            **{name: _lists(rows) for name, rows in values.items()},
             **_provenance_columns(entries.provenance),
         }
         self._writer.write_table(pa.table(columns, schema=schema_of(self._shape)))
 
-    def finish(self) -> None:
-        """See EntryWriter.finish."""
-        self.close()
-
+    @override
     def close(self) -> None:
-        """See EntryWriter.close."""
         self._writer.close()
-
-    def _values(self, values: F32) -> dict[str, pa.Array]:
-        if self._shape.kind is Kind.LOGIT_DELTA:
-            return {"value": _lists(values)}
-        half = self._shape.top_k
-        experts = values[:, :half].astype(np.int32)
-        return {"experts": _lists(experts), "weights": _lists(values[:, half:])}
 
 
 def schema_of(shape: EntryShape) -> pa.Schema:
     """Columns of an exported file."""
-    key = pa.list_(pa.float32(), shape.hidden_size)
-    if shape.kind is Kind.LOGIT_DELTA:
-        values = [("value", pa.list_(pa.float32(), shape.num_experts))]
-    else:
-        values = [
-            ("experts", pa.list_(pa.int32(), shape.top_k)),
-            ("weights", pa.list_(pa.float32(), shape.top_k)),
-        ]
+    lists = [
+        (name, pa.list_(pa.int32() if name == "experts" else pa.float32(), width))
+        for name, (width, _) in fields.widths(shape).items()
+    ]
     return pa.schema(
         [
             ("id", pa.uint64()),
             ("layer", pa.uint32()),
-            ("key", key),
-            *values,
+            *lists,
             ("source", pa.string()),
             ("example", pa.string()),
             ("position", pa.uint32()),
@@ -197,11 +175,7 @@ def _provenance_columns(origins: Sequence[Provenance]) -> dict[str, list[Any]]:
 
 def _check_lists(schema: pa.Schema, shape: EntryShape) -> None:
     """Raises ValueError when the types alone say that no row can be used; lists of any length are seen row by row."""
-    if shape.kind is Kind.LOGIT_DELTA:
-        widths = {"value": (shape.num_experts, "num_experts")}
-    else:
-        widths = {"experts": (shape.top_k, "top_k"), "weights": (shape.top_k, "top_k")}
-    for name, (width, of) in ({"key": (shape.hidden_size, "hidden_size")} | widths).items():
+    for name, (width, of) in fields.widths(shape).items():
         kind = schema.field(name).type
         _require_numbers(name, kind)
         if pa.types.is_fixed_size_list(kind) and kind.list_size != width:

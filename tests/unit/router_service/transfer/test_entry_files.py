@@ -10,16 +10,11 @@ import pytest
 from knnmoe.entry_ids import entry_id
 
 from router_service.arrays import Entries, Provenance
-from router_service.cli.entry_files import (
-    EntryBatch,
-    EntryShape,
-    format_of,
-    open_reader,
-    open_writer,
-)
-from router_service.cli.entry_files.batches import regroup
 from router_service.memories.settings import Kind
-from tests.unit.router_service.cli.entry_rows import (
+from router_service.transfer.endpoints import Batch, EntryShape
+from router_service.transfer.entry_fields import regroup
+from router_service.transfer.file import format_of, open_reader, open_writer
+from tests.unit.router_service.transfer.entry_rows import (
     DELTAS,
     SPARSE,
     SUFFIXES,
@@ -97,10 +92,10 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_regroup() -> None:
-    def batch(layer: int, *numbers: int) -> EntryBatch:
+    def batch(layer: int, *numbers: int) -> Batch:
         ids = np.array(numbers, np.uint64)
         rows = np.zeros((len(ids), 1), np.float32)
-        return EntryBatch(layer, Entries(ids, rows, rows, [Provenance()] * len(ids)), list(numbers))
+        return Batch(layer, Entries(ids, rows, rows, [Provenance()] * len(ids)), list(numbers))
 
     mixed = [batch(0, 1, 2), batch(1, 3), batch(0, 4, 5, 6, 7, 8, 9), batch(1, 10)]
     regrouped = [(b.layer, b.entries.ids.tolist(), list(b.rows)) for b in regroup(mixed, 3)]

@@ -1,4 +1,4 @@
-"""The memories of a running service, as one end of a migration."""
+"""The memories of a running service, over its RPCs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from knnmoe import tensors
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import retention_pb2 as retention_pb
 from knnmoe.v1 import routing_pb2 as routing_pb
+from typing_extensions import override
 
 from router_service.arrays import U64, Entries
 from router_service.backends.base import Compression, Report
@@ -18,29 +19,29 @@ from router_service.fingerprint import ModelFingerprint
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.settings import MemorySettings
 from router_service.rpc import codec
-from router_service.transfer import LayerState
+from router_service.transfer.endpoints import Batch, Endpoint, LayerState, MemoryEntries
 
 _REFUSED = "ERROR_REASON_INVALID_FIELD"
 
 
-class ServicePlace:
-    """A Place over RPCs. Raises AdminError."""
+class ServiceEndpoint(Endpoint):
+    """The memories of a service. Raises AdminError. With `fsync` entries are acknowledged when they are on disk."""
 
-    def __init__(self, client: AdminClient) -> None:
-        self._client = client
+    def __init__(self, client: AdminClient, *, fsync: bool = False) -> None:
+        self._client, self._fsync = client, fsync
 
+    @override
     def names(self) -> list[str]:
-        """See Place.names."""
         reply = self._client.unary(self._client.admin.ListMemories, pb.ListMemoriesRequest())
         return sorted(memory.name for memory in reply.memories)
 
+    @override
     def record(self, name: str) -> MemoryRecord | None:
-        """See Place.record."""
         memory = self._client.find_memory(name)
         return None if memory is None else _record(memory)
 
+    @override
     def create(self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings) -> None:
-        """See Place.create."""
         request = pb.CreateMemoryRequest(
             name=name,
             fingerprint=codec.encode_fingerprint(fingerprint),
@@ -48,60 +49,75 @@ class ServicePlace:
         )
         self._client.unary(self._client.admin.CreateMemory, request)
 
+    @override
     def change_settings(self, name: str, settings: MemorySettings) -> None:
-        """See Place.change_settings. No layers listed means all, which a request can only say by listing them."""
         wanted = codec.encode_settings(settings)
+        # No layers listed means all, which a request can only say by listing them.
         wanted.layers[:] = settings.layers or range(
             self._client.memory(name).fingerprint.num_layers
         )
         request = pb.UpdateSettingsRequest(memory=name, settings=wanted)
         self._client.unary(self._client.admin.UpdateSettings, request)
 
-    def side(self, name: str) -> ServiceSide:
-        """See Place.side."""
-        return ServiceSide(self._client, _record(self._client.memory(name)))
+    @override
+    def entries(self, name: str) -> ServiceEntries:
+        return ServiceEntries(self._client, _record(self._client.memory(name)), self._fsync)
 
 
-class ServiceSide:
-    """A Side over RPCs. Raises AdminError."""
+class ServiceEntries(MemoryEntries):
+    """The entries of a service's memory. Raises AdminError."""
 
-    def __init__(self, client: AdminClient, record: MemoryRecord) -> None:
-        self._client, self._record = client, record
+    def __init__(self, client: AdminClient, record: MemoryRecord, fsync: bool) -> None:
+        self.record = record
+        self._client = client
+        self._durability = pb.DURABILITY_FSYNC if fsync else pb.DURABILITY_PROCESS
 
-    def pages(self, layer: int) -> Generator[Entries, None, None]:
-        """See Side.pages: one stream, that waits while nothing is taken from it."""
-        request = pb.ExportRequest(memory=self._record.name, layer=layer)
+    @override
+    def pages(self, layer: int, *, with_keys: bool = True) -> Generator[Entries, None, None]:
+        request = pb.ExportRequest(memory=self.record.name, layer=layer, without_keys=not with_keys)
+        # One stream, that waits while nothing is taken from it.
         with closing(self._client.replies(self._client.admin.Export(request))) as replies:
             for reply in replies:
-                yield codec.decode_entries(reply.entries, self._record.settings.kind)
+                yield codec.decode_entries(reply.entries, self.record.settings.kind)
 
-    def write(self, layer: int, batches: Iterable[Entries]) -> Iterator[int]:
-        """See Side.write: one stream, with a few batches on their way."""
-        for reply in self._client.upsert(self._upsert(layer, batch) for batch in batches):
+    @override
+    def write(self, batches: Iterable[Batch]) -> Iterator[int]:
+        for reply in self._client.upsert(map(self._upsert, batches)):
             yield reply.upserted
 
+    def count(self, layer: int, ids: U64) -> int:
+        """How many of these ids [n] the layer holds."""
+        request = pb.CountRequest(memory=self.record.name, layer=layer, ids=tensors.to_tensor(ids))
+        total: int = self._client.unary(self._client.admin.Count, request).total
+        return total
+
+    @override
+    def holds_any(self, layer: int, ids: U64) -> bool:
+        return self.count(layer, ids) > 0
+
+    @override
     def delete(self, layer: int, ids: U64) -> int:
-        """See Side.delete."""
         request = retention_pb.DeleteRequest(
-            memory=self._record.name, layer=layer, ids=tensors.to_tensor(ids)
+            memory=self.record.name, layer=layer, ids=tensors.to_tensor(ids)
         )
         deleted: int = self._client.unary(self._client.retention.Delete, request, long=True).deleted
         return deleted
 
+    @override
     def state(self, layer: int) -> LayerState:
-        """See Side.state."""
-        request = pb.CountRequest(memory=self._record.name, layer=layer)
+        request = pb.CountRequest(memory=self.record.name, layer=layer)
         [found] = self._client.unary(self._client.admin.Count, request).layers
         compression = Compression.parse(found.quantization)
         return LayerState(found.entries, found.indexed_entries, compression)
 
+    @override
     def optimize(self, layer: int, compression: Compression, report: Report) -> str:
-        """See Side.optimize. The service ends the operation when the stream ends."""
         request = pb.OptimizeRequest(
-            memory=self._record.name, layers=[layer], quantization=compression.label
+            memory=self.record.name, layers=[layer], quantization=compression.label
         )
         try:
             call = self._client.admin.Optimize(request)
+            # The service ends the operation when the stream ends.
             with closing(self._client.replies(call, long=True)) as replies:
                 for reply in replies:
                     now = reply.operation
@@ -112,13 +128,13 @@ class ServiceSide:
             return str(refusal)
         return ""
 
-    def _upsert(self, layer: int, entries: Entries) -> pb.UpsertRequest:
+    def _upsert(self, batch: Batch) -> pb.UpsertRequest:
         return pb.UpsertRequest(
-            memory=self._record.name,
-            layer=layer,
-            entries=codec.encode_entries(entries, self._record.settings.kind),
-            durability=pb.DURABILITY_PROCESS,
-            model_digest=self._record.fingerprint.digest(),
+            memory=self.record.name,
+            layer=batch.layer,
+            entries=codec.encode_entries(batch.entries, self.record.settings.kind),
+            durability=self._durability,
+            model_digest=self.record.fingerprint.digest(),
         )
 
 

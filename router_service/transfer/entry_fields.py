@@ -1,31 +1,125 @@
-"""Fields of a JSON row, checked one by one. Errors are ValueErrors that name the field; the reader adds the place."""
+"""What readers and writers of the formats share: errors, batches of rows, and the fields of a row, checked one by one.
+
+Errors in a field are ValueErrors that name it; the reader adds where it is in the file.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from knnmoe.entry_ids import entry_id
 
-from router_service.arrays import F32, MAX_ENTRY_ID, Provenance
-from router_service.cli.entry_files.batches import EntryShape
+from router_service.arrays import F32, MAX_ENTRY_ID, AnyArray, Bool, Entries, Provenance
 from router_service.errors import shorten
 from router_service.memories.settings import Kind
+from router_service.transfer.endpoints import Batch, EntryShape
 
 PROVENANCE_FIELDS = ("source", "example", "position", "token", "gain", "created_unix_ms")
 _F32_MAX = float(np.finfo(np.float32).max)
 
 
-def value_fields(kind: Kind) -> tuple[str, ...]:
-    """The fields that hold an entry's value."""
-    return ("value",) if kind is Kind.LOGIT_DELTA else ("experts", "weights")
+class FileError(Exception):
+    """A file that cannot be used; says where and why."""
+
+    def __init__(self, path: Path, place: str, problem: str) -> None:
+        super().__init__(": ".join(part for part in (str(path), place, problem) if part))
 
 
-def check_names(row: Mapping[str, Any], kind: Kind) -> None:
+class EntryReader(Protocol):
+    """An opened file of entries. `path` is its name; `total` is how many entries it holds, of every layer."""
+
+    path: Path
+    total: int
+
+    @abstractmethod
+    def batches(self) -> Iterator[Batch]:
+        """The entries in the order of the file, in small batches. Raises FileError."""
+
+    @abstractmethod
+    def place(self, layer: int, row: int) -> str:
+        """How to find an entry in the file: `line 7`."""
+
+
+class EntryWriter(Protocol):
+    """A file of entries in the making. Raises FileError."""
+
+    @abstractmethod
+    def write(self, layer: int, entries: Entries) -> None:
+        """Appends entries of one layer. Layers come one after the other."""
+
+    def finish(self) -> None:
+        """Completes the file."""
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the files back; without finish() what was written is worth nothing. Closing twice is allowed."""
+
+
+def by_layer(layers: Sequence[int], entries: Entries, rows: Sequence[int]) -> Iterator[Batch]:
+    """Entries of mixed layers as one batch per layer, each in the order of the file."""
+    numbers = np.asarray(layers)
+    for layer in dict.fromkeys(layers):
+        chosen = np.flatnonzero(numbers == layer)
+        yield Batch(layer, entries.take(chosen), [rows[i] for i in chosen.tolist()])
+
+
+def regroup(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
+    """The same entries in batches of `limit` per layer, or less at the end: rows of several layers may be mixed."""
+    waiting: dict[int, list[Batch]] = {}
+    for batch in batches:
+        parts = waiting.setdefault(batch.layer, [])
+        parts.append(batch)
+        if sum(map(len, parts)) >= limit:
+            whole = _joined(waiting.pop(batch.layer))
+            while len(whole) >= limit:
+                yield whole.slice(0, limit)
+                whole = whole.slice(limit, len(whole))
+            if len(whole):
+                waiting[batch.layer] = [whole]
+    yield from map(_joined, waiting.values())
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    rows = [row for part in parts for row in part.rows]
+    return Batch(parts[0].layer, Entries.concat([part.entries for part in parts]), rows)
+
+
+def first(broken: Bool) -> tuple[int, int] | None:
+    """Row and column of the first that is true of [n, d]."""
+    found = np.argwhere(broken)
+    return (int(found[0][0]), int(found[0][1])) if len(found) else None
+
+
+def not_experts(experts: F32, shape: EntryShape) -> Bool:
+    """Which of [n, k] are no numbers of experts."""
+    return (experts != np.floor(experts)) | (experts < 0) | (experts >= shape.num_experts)
+
+
+def widths(shape: EntryShape) -> dict[str, tuple[int, str]]:
+    """The lists of numbers of an entry: how long they are, and of what."""
+    lists = {"key": (shape.hidden_size, "hidden_size")}
+    if shape.kind is Kind.LOGIT_DELTA:
+        return lists | {"value": (shape.num_experts, "num_experts")}
+    return lists | {"experts": (shape.top_k, "top_k"), "weights": (shape.top_k, "top_k")}
+
+
+def value_columns(values: AnyArray, shape: EntryShape) -> dict[str, AnyArray]:
+    """Value rows [n, W] as the fields that hold them."""
+    if shape.kind is Kind.LOGIT_DELTA:
+        return {"value": values}
+    half = shape.top_k
+    return {"experts": values[:, :half].astype(np.int32), "weights": values[:, half:]}
+
+
+def check_names(row: Mapping[str, Any], shape: EntryShape) -> None:
     """Raises ValueError on a field that means nothing to a memory of this kind, or that is missing."""
-    needed = ("key", *value_fields(kind))
+    needed, kind = tuple(widths(shape)), shape.kind
     known = {"id", "layer", *needed, *PROVENANCE_FIELDS}
     unknown = next((name for name in row if name not in known), None)
     if unknown is not None:

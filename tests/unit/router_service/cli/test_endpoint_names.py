@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from router_service.cli.errors import BadInput
-from router_service.cli.places import place_name
+from router_service.cli.migrate_command import endpoint_name
 
 
 @pytest.mark.parametrize(
@@ -19,21 +19,21 @@ from router_service.cli.places import place_name
         ("a/b", "a/./c/../b/"),
     ],
 )
-def test_names_of_the_same_place(one: str, other: str) -> None:
-    assert place_name("--from", one).identity == place_name("--to", other).identity
+def test_names_of_the_same_endpoint(one: str, other: str) -> None:
+    assert endpoint_name("--from", one).identity == endpoint_name("--to", other).identity
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("embedded", "./embedded"), ("http://a", "http://b"), ("a", "b")]
 )
-def test_names_of_two_places(one: str, other: str) -> None:
-    assert place_name("--from", one).identity != place_name("--to", other).identity
+def test_names_of_two_endpoints(one: str, other: str) -> None:
+    assert endpoint_name("--from", one).identity != endpoint_name("--to", other).identity
 
 
 def test_only_a_directory_has_one() -> None:
-    assert place_name("--to", "some/where").directory == Path("some/where")
-    assert place_name("--to", "embedded").directory is None
-    assert place_name("--to", "http://qdrant").directory is None
+    assert endpoint_name("--to", "some/where").directory == Path("some/where")
+    assert endpoint_name("--to", "embedded").directory is None
+    assert endpoint_name("--to", "http://qdrant").directory is None
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,6 @@ def test_only_a_directory_has_one() -> None:
         "a\0b",
     ],
 )
-def test_what_is_no_place(text: str) -> None:
+def test_what_is_no_endpoint(text: str) -> None:
     with pytest.raises(BadInput, match=r"--to: got .*, expected "):
-        place_name("--to", text)
+        endpoint_name("--to", text)

@@ -13,11 +13,9 @@ from knnmoe.entry_ids import entry_id
 from safetensors.numpy import save_file
 
 from router_service.arrays import Provenance
-from router_service.cli.entry_files import (
-    FileError,
-)
-from router_service.cli.entry_files.tensor_file import TensorFile
-from tests.unit.router_service.cli.entry_rows import (
+from router_service.transfer.entry_fields import FileError
+from router_service.transfer.safetensors import TensorFile
+from tests.unit.router_service.transfer.entry_rows import (
     error_of,
     read_batches,
 )

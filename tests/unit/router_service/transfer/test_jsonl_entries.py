@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.router_service.cli.entry_rows import (
+from tests.unit.router_service.transfer.entry_rows import (
     SPARSE,
     error_of,
     make_row,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from typing_extensions import override
 
 from router_service.arrays import F32, Entries, Provenance
-from router_service.cli.entry_files import fields
-from router_service.cli.entry_files.batches import EntryBatch, EntryShape, FileError, by_layer
-from router_service.memories.settings import Kind
+from router_service.transfer import entry_fields as fields
+from router_service.transfer.endpoints import Batch, EntryShape
+from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError, by_layer
 
 _LINES_PER_BATCH = 256
 
@@ -28,8 +29,8 @@ class _Row:
     provenance: Provenance
 
 
-class JsonlReader:
-    """See EntryReader."""
+class JsonlReader(EntryReader):
+    """Checks each line as it is read; counting them is a pass of its own."""
 
     def __init__(self, path: Path, shape: EntryShape, default_layer: int | None) -> None:
         self.path = path
@@ -37,8 +38,8 @@ class JsonlReader:
         with path.open("rb") as file:
             self.total = sum(1 for line in file if line.strip())
 
-    def batches(self) -> Iterator[EntryBatch]:
-        """See EntryReader.batches."""
+    @override
+    def batches(self) -> Iterator[Batch]:
         waiting: list[_Row] = []
         with self.path.open("rb") as file:
             for line, text in enumerate(file, 1):
@@ -50,8 +51,8 @@ class JsonlReader:
         if waiting:
             yield from _batches_of(waiting)
 
+    @override
     def place(self, layer: int, row: int) -> str:
-        """See EntryReader.place."""
         return f"line {row}"
 
     def _row(self, line: int, text: bytes) -> _Row:
@@ -66,7 +67,7 @@ class JsonlReader:
     def _checked(self, line: int, row: Any) -> _Row:
         if not isinstance(row, dict):
             raise ValueError("expected a JSON object")
-        fields.check_names(row, self._shape.kind)
+        fields.check_names(row, self._shape)
         origin = fields.provenance_of(row)
         return _Row(
             line,
@@ -78,40 +79,27 @@ class JsonlReader:
         )
 
 
-class JsonlWriter:
-    """See EntryWriter."""
+class JsonlWriter(EntryWriter):
+    """Writes each entry as it comes."""
 
     def __init__(self, path: Path, shape: EntryShape) -> None:
         self._file = path.open("w")
         self._shape = shape
 
+    @override
     def write(self, layer: int, entries: Entries) -> None:
-        """See EntryWriter.write."""
+        columns = {"key": entries.keys, **fields.value_columns(entries.values, self._shape)}
         for number, origin in enumerate(entries.provenance):
-            row = {
-                "id": int(entries.ids[number]),
-                "layer": layer,
-                "key": entries.keys[number].tolist(),
-            }
-            row |= self._value(entries.values[number]) | asdict(origin)
-            self._file.write(json.dumps(row) + "\n")
+            row: dict[str, Any] = {"id": int(entries.ids[number]), "layer": layer}
+            row |= {name: column[number].tolist() for name, column in columns.items()}
+            self._file.write(json.dumps(row | asdict(origin)) + "\n")
 
-    def finish(self) -> None:
-        """See EntryWriter.finish."""
-        self.close()
-
+    @override
     def close(self) -> None:
-        """See EntryWriter.close."""
         self._file.close()
 
-    def _value(self, value: F32) -> dict[str, Any]:
-        if self._shape.kind is Kind.LOGIT_DELTA:
-            return {"value": value.tolist()}
-        half = self._shape.top_k
-        return {"experts": value[:half].astype(int).tolist(), "weights": value[half:].tolist()}
 
-
-def _batches_of(rows: list[_Row]) -> Iterator[EntryBatch]:
+def _batches_of(rows: list[_Row]) -> Iterator[Batch]:
     entries = Entries(
         np.array([row.id for row in rows], dtype=np.uint64),
         np.stack([row.key for row in rows]),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit.router_service.cli.entry_rows import (
+from tests.unit.router_service.transfer.entry_rows import (
     error_of,
     make_row,
     read_batches,

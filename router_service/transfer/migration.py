@@ -1,0 +1,168 @@
+"""One memory made the same at another endpoint: its settings, its entries, and what its searches are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from router_service.backends.base import Compression
+from router_service.errors import RoutingServiceError, shorten
+from router_service.memories.memory import MemoryRecord
+from router_service.memories.settings import MemorySettings
+from router_service.transfer.copying import Copy, differing
+from router_service.transfer.endpoints import (
+    Endpoint,
+    LayerState,
+    MemoryEntries,
+    Progress,
+    Untouched,
+)
+
+_NAMES_SHOWN = 20
+
+
+class MemoryGone(RoutingServiceError):
+    """A memory that a migration needs is not at its endpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedEndpoint:
+    """An opened endpoint, and what the user calls it."""
+
+    name: str
+    memories: Endpoint
+
+    def record(self, name: str) -> MemoryRecord:
+        """What a memory is. Raises MemoryGone."""
+        record = self.memories.record(name)
+        if record is None:
+            known = ", ".join(self.memories.names()[:_NAMES_SHOWN]) or "none"
+            raise MemoryGone(
+                f"memory {shorten(name)} not found in {shorten(self.name)}, which has: {known}"
+            )
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class LayerIndex:
+    """What became of one layer's search keys. `refused`: why the target cannot have those of the source, or empty."""
+
+    layer: int
+    source: Compression
+    target: Compression
+    optimized: bool
+    refused: str = ""
+
+
+@dataclass(slots=True)
+class Migration:
+    """One memory's way to the target, and what became of it. `made`: the target had none of that name.
+
+    `changed_settings` are those that the target's had otherwise.
+    """
+
+    source: NamedEndpoint
+    target: NamedEndpoint
+    record: MemoryRecord
+    as_name: str
+    made: bool
+    copy: Copy = field(init=False)
+    changed_settings: list[str] = field(default_factory=list)
+    indexes: list[LayerIndex] = field(default_factory=list)
+
+    def run(self, progress: Progress, *, delete: bool, optimize: bool) -> None:
+        """Makes the target's memory that of the source. Raises what the endpoints raise; see Copy.run."""
+        record = self.record
+        if self.made:
+            self.target.memories.create(self.as_name, record.fingerprint, record.settings)
+        self._copy_settings()
+        source = self.source.memories.entries(record.name)
+        target = self.target.memories.entries(self.as_name)
+        layers = range(record.fingerprint.num_layers)
+        self.copy = Copy(source, target, layers, differing, delete=delete, verify=True)
+        self.copy.run(progress)
+        self._copy_settings()  # they may have changed meanwhile
+        if self.copy.verified:
+            self.indexes = copy_indexes(source, target, len(layers), progress, optimize=optimize)
+
+    def look(self, progress: Progress, *, delete: bool) -> None:
+        """What run() would do first; writes nothing. Raises what the endpoints raise."""
+        target = Untouched(None if self.made else self.target.memories.entries(self.as_name))
+        source = self.source.memories.entries(self.record.name)
+        layers = range(self.record.fingerprint.num_layers)
+        self.copy = Copy(source, target, layers, differing, delete=delete)
+        self.copy.one_pass(progress, "comparing")
+        if not self.made:
+            self.changed_settings = self._differing_settings()
+
+    def _copy_settings(self) -> None:
+        """Lets the target's memory be read as the source's is now."""
+        differing_settings = self._differing_settings()
+        if differing_settings:
+            wanted = self.source.record(self.record.name).settings
+            self.target.memories.change_settings(self.as_name, wanted)
+            self.changed_settings = sorted({*self.changed_settings, *differing_settings})
+
+    def _differing_settings(self) -> list[str]:
+        source = self.source.record(self.record.name)
+        target = self.target.memories.record(self.as_name)
+        if target is None:
+            raise MemoryGone(
+                f"memory {shorten(self.as_name)} is gone from {shorten(self.target.name)}; deleted meanwhile?"
+            )
+        layers = source.fingerprint.num_layers
+        wanted, have = _fields(source.settings, layers), _fields(target.settings, layers)
+        return [name for name in wanted if wanted[name] != have[name]]
+
+
+def _fields(settings: MemorySettings, layers: int) -> dict[str, object]:
+    """By name; all layers listed is the same as none."""
+    fields = settings.fields()
+    if set(settings.layers) == set(range(layers)):
+        fields["layers"] = ()
+    return fields
+
+
+def copy_indexes(
+    source: MemoryEntries,
+    target: MemoryEntries,
+    layers: int,
+    progress: Progress,
+    *,
+    optimize: bool,
+) -> list[LayerIndex]:
+    """Optimizes the target's layers where the source has an index or compression that they lack.
+
+    Without `optimize` only says what they have. What `progress` raises as it advances ends it.
+    """
+    with progress("optimizing", layers) as advance:
+        done = []
+        for layer in range(layers):
+            wanted = source.state(layer)
+            done.append(_optimized(wanted, target, layer, advance, optimize=optimize))
+            advance(1)
+        return done
+
+
+def _optimized(
+    wanted: LayerState,
+    target: MemoryEntries,
+    layer: int,
+    advance: Callable[[int], None],
+    *,
+    optimize: bool,
+) -> LayerIndex:
+    have, refused = target.state(layer), ""
+    optimized = optimize and _lacks(have, wanted)
+    if optimized:
+        refused = target.optimize(layer, wanted.compression, lambda *_: advance(0))
+        have = target.state(layer)
+    return LayerIndex(
+        layer, wanted.compression, have.compression, optimized and not refused, refused
+    )
+
+
+def _lacks(have: LayerState, wanted: LayerState) -> bool:
+    if have.compression != wanted.compression:
+        return True
+    return bool(wanted.indexed_entries) and have.indexed_entries < have.entries

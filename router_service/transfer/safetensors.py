@@ -1,0 +1,328 @@
+"""Entries as safetensors: `layers.N.ids`, `.keys` and `.values`, or `.experts` and `.weights`, per layer N.
+
+Provenance is the JSON text `layers.N.provenance` of the file's metadata: one list per field, each with n items.
+
+The library reads headers and writes files. Its NumPy reader knows no bf16, so rows are read here, from the places that
+the header says; its writer takes whole tensors, so columns wait in files without names that are mapped into memory: of
+200,000 entries of 320 numbers (244 MiB) written, 12 MiB were in RAM, and the rest in pages that the kernel takes back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from knnmoe.tensors import widen_bf16
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from typing_extensions import override
+
+from router_service.arrays import F32, U64, AnyArray, Entries, Provenance
+from router_service.memories.settings import Kind
+from router_service.transfer import entry_fields as fields
+from router_service.transfer.endpoints import Batch, EntryShape
+from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError
+
+FORMAT = "knnmoe-entries-1"
+# Of the library, which does not read a longer one.
+MAX_HEADER_BYTES = 100_000_000
+_NAME = re.compile(r"layers\.(\d{1,5})\.(ids|keys|values|experts|weights)")
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
+# Tensors are named in the plural.
+_TENSOR_OF = {"id": "ids", "key": "keys", "value": "values"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's type and where its bytes are in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class TensorFile:
+    """Tensors by name, and the file's metadata."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileError on a file that is not whole or contradicts itself."""
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            with path.open("rb") as file:
+                offset = 8 + int.from_bytes(file.read(8), "little")
+            with safe_open(path, framework="numpy") as header:
+                self.metadata: dict[str, str] = header.metadata() or {}
+                for name in header.offset_keys():  # one begins where another ends
+                    tensor = header.get_slice(name)
+                    dtype, shape = str(tensor.get_dtype()), tuple(tensor.get_shape())
+                    if dtype not in _DTYPES:
+                        raise ValueError(f"{name}: dtype {dtype}, not one of {', '.join(_DTYPES)}")
+                    self.tensors[name] = TensorInfo(dtype, shape, offset)
+                    offset += prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+        except (OSError, ValueError, SafetensorError) as error:
+            raise FileError(path, "", f"not a safetensors file: {error}") from error
+
+    def rows(self, name: str, start: int, stop: int) -> AnyArray:
+        """Rows [start, stop) of a tensor, read from disk; bf16 as f32."""
+        info = self.tensors[name]
+        if not prod(info.shape):
+            return np.empty((max(0, stop - start), *info.shape[1:]), dtype=np.float32)
+        mapped: AnyArray = np.memmap(
+            self.path, dtype=_DTYPES[info.dtype], mode="r", offset=info.offset, shape=info.shape
+        )
+        part = np.array(mapped[start:stop])
+        return widen_bf16(part) if info.dtype == "BF16" else part
+
+
+class SafetensorsReader(EntryReader):
+    """Tensors of the wrong name, type or shape are refused when the file is opened, numbers as they are read."""
+
+    def __init__(self, path: Path, shape: EntryShape, only_layer: int | None) -> None:
+        self.path = path
+        self._shape = shape
+        self._file = TensorFile(path)
+        found = sorted({self._layer_of(name) for name in self._file.tensors})
+        self._layers = [n for n in found if only_layer is None or n == only_layer]
+        for layer in self._layers:
+            self._check_shapes(layer)
+        self.total = sum(self._count(layer) for layer in self._layers)
+
+    @override
+    def batches(self) -> Iterator[Batch]:
+        size = self._shape.batch_entries
+        for layer in self._layers:
+            columns, count = self._provenance(layer), self._count(layer)
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                rows = _rows(columns, start, stop)
+                origins = self._origins(layer, start, rows)
+                entries = Entries(
+                    self._ids(layer, start, stop, rows, origins),
+                    self._numbers(layer, "key", start, stop),
+                    self._values(layer, start, stop),
+                    origins,
+                )
+                yield Batch(layer, entries, range(start + 1, stop + 1))
+
+    @override
+    def place(self, layer: int, row: int) -> str:
+        return f"layers.{layer}, row {row}"
+
+    def _values(self, layer: int, start: int, stop: int) -> F32:
+        names = [name for name in fields.widths(self._shape) if name != "key"]
+        columns = {name: self._numbers(layer, name, start, stop) for name in names}
+        if self._shape.kind is Kind.ASSIGNMENT:
+            experts = columns["experts"]
+            if wrong := fields.first(fields.not_experts(experts, self._shape)):
+                raise self._error(
+                    layer,
+                    f"experts[{start + wrong[0]}][{wrong[1]}]: got {experts[wrong]:g}, expected 0 to "
+                    f"{self._shape.num_experts - 1}",
+                )
+        return np.concatenate(list(columns.values()), axis=1)
+
+    def _numbers(self, layer: int, field: str, start: int, stop: int) -> F32:
+        name = _TENSOR_OF.get(field, field)
+        rows = self._file.rows(f"layers.{layer}.{name}", start, stop)
+        with np.errstate(over="ignore"):  # found below, as infinity
+            matrix: F32 = rows.astype(np.float32)
+        if broken := fields.first(~np.isfinite(matrix)):
+            raise self._error(
+                layer,
+                f"{name}[{start + broken[0]}][{broken[1]}]: got {rows[broken]}, expected a finite number of f32",
+            )
+        return matrix
+
+    def _ids(
+        self,
+        layer: int,
+        start: int,
+        stop: int,
+        rows: Sequence[dict[str, Any]],
+        origins: Sequence[Provenance],
+    ) -> U64:
+        if f"layers.{layer}.ids" in self._file.tensors:
+            ids = self._file.rows(f"layers.{layer}.ids", start, stop)
+            if (ids < 0).any():
+                raise self._error(layer, f"ids: got {ids[ids < 0][0]}, expected 0 or more")
+            return ids.astype(np.uint64)
+        made = []
+        for number, (row, origin) in enumerate(zip(rows, origins, strict=True), start + 1):
+            try:
+                made.append(fields.id_of(row, origin))
+            except ValueError as error:
+                raise FileError(self.path, self.place(layer, number), str(error)) from error
+        return np.array(made, dtype=np.uint64)
+
+    def _provenance(self, layer: int) -> dict[str, list[Any]]:
+        """Lists by field; none when the file holds no provenance of the layer."""
+        name = f"layers.{layer}.provenance"
+        try:
+            columns = json.loads(self._file.metadata.get(name, "{}"))
+            _check_columns(columns, self._count(layer))
+        except (ValueError, RecursionError) as error:
+            raise FileError(self.path, f"metadata {name}", str(error)) from error
+        return columns
+
+    def _origins(self, layer: int, start: int, rows: Sequence[dict[str, Any]]) -> list[Provenance]:
+        origins = []
+        for number, row in enumerate(rows, start + 1):
+            try:
+                origins.append(fields.provenance_of(row))
+            except ValueError as error:
+                place = f"metadata layers.{layer}.provenance"
+                raise FileError(self.path, place, f"entry {number}: {error}") from error
+        return origins
+
+    def _layer_of(self, name: str) -> int:
+        found = _NAME.fullmatch(name)
+        wanted = {"ids", *(_TENSOR_OF.get(field, field) for field in fields.widths(self._shape))}
+        if found is None or found[2] not in wanted:
+            names = ", ".join(f"layers.N.{field}" for field in sorted(wanted))
+            raise FileError(
+                self.path, name, f"unknown tensor, expected {names} ({self._shape.kind} memory)"
+            )
+        return int(found[1])
+
+    def _check_shapes(self, layer: int) -> None:
+        count = self._count(layer)
+        for field, (width, of) in fields.widths(self._shape).items():
+            self._check_shape(layer, _TENSOR_OF.get(field, field), (count, width), f"[n, {of}]")
+        if f"layers.{layer}.ids" in self._file.tensors:
+            self._check_shape(layer, "ids", (count,), "[n]")
+
+    def _check_shape(self, layer: int, name: str, wanted: tuple[int, ...], of: str) -> None:
+        info = self._file.tensors.get(f"layers.{layer}.{name}")
+        if info is None:
+            raise self._error(layer, f"{name}: missing")
+        if info.shape != wanted:
+            raise self._error(
+                layer, f"{name}: got shape {list(info.shape)}, expected {list(wanted)} ({of})"
+            )
+        if name in ("ids", "experts") and info.dtype[0] not in "IU":
+            raise self._error(layer, f"{name}: got {info.dtype}, expected whole numbers")
+
+    def _count(self, layer: int) -> int:
+        info = self._file.tensors.get(f"layers.{layer}.keys")
+        if info is None or not info.shape:
+            raise self._error(layer, "keys: missing, expected [n, hidden_size]")
+        return info.shape[0]
+
+    def _error(self, layer: int, problem: str) -> FileError:
+        return FileError(self.path, "", f"layers.{layer}.{problem}")
+
+
+def _check_columns(columns: Any, count: int) -> None:
+    if not isinstance(columns, dict):
+        raise ValueError("expected an object with one list per field")
+    for name, items in columns.items():
+        if name not in fields.PROVENANCE_FIELDS:
+            raise ValueError(
+                f"{name}: unknown field, expected {', '.join(fields.PROVENANCE_FIELDS)}"
+            )
+        if not isinstance(items, list) or len(items) != count:
+            raise ValueError(f"{name}: expected a list of {count} items, one per entry")
+
+
+def _rows(columns: Mapping[str, list[Any]], start: int, stop: int) -> list[dict[str, Any]]:
+    parts = [items[start:stop] for items in columns.values()]
+    if not parts:
+        return [{}] * (stop - start)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*parts, strict=True)]
+
+
+class _Column:
+    """One field of every layer, layer after layer, in a file without a name."""
+
+    def __init__(self, directory: Path, files: ExitStack) -> None:
+        self._file = files.enter_context(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115  # closed by the stack
+        self._rows: dict[int, int] = {}
+        self._dtype, self._row_shape = np.dtype("<f4"), tuple[int, ...]()
+
+    def append(self, layer: int, rows: AnyArray) -> None:
+        self._dtype, self._row_shape = rows.dtype, rows.shape[1:]
+        self._rows[layer] = self._rows.get(layer, 0) + len(rows)
+        self._file.write(np.ascontiguousarray(rows).data)
+
+    def tensors(self) -> Iterator[tuple[int, AnyArray]]:
+        """The rows of each layer, mapped."""
+        self._file.flush()
+        start, total = 0, sum(self._rows.values())
+        for layer, count in self._rows.items():
+            shape = (total, *self._row_shape)
+            mapped: AnyArray = np.memmap(self._file, dtype=self._dtype, mode="r", shape=shape)
+            yield layer, mapped[start : start + count]
+            start += count
+
+
+class SafetensorsWriter(EntryWriter):
+    """Takes twice the file's size on disk until finish() returns, and RAM for the provenance only."""
+
+    def __init__(self, path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> None:
+        self._path, self._shape = path, shape
+        self._metadata = {"format": FORMAT, **metadata}
+        self._files = ExitStack()
+        path.touch()  # a directory that takes no file is refused before anything is read
+        self._columns = {
+            name: _Column(path.parent, self._files) for name in ("id", *fields.widths(shape))
+        }
+        self._origins: dict[int, dict[str, list[str]]] = {}
+        self._origin_bytes = 0
+
+    @override
+    def write(self, layer: int, entries: Entries) -> None:
+        columns: dict[str, AnyArray] = {"id": entries.ids, "key": entries.keys}
+        for name, rows in (columns | fields.value_columns(entries.values, self._shape)).items():
+            self._columns[name].append(layer, rows)
+        lists = self._origins.setdefault(layer, {name: [] for name in fields.PROVENANCE_FIELDS})
+        origins = [asdict(origin) for origin in entries.provenance]
+        for name, parts in lists.items():
+            parts += [json.dumps(origin[name]) for origin in origins]
+            self._origin_bytes += sum(2 + len(part) for part in parts[-len(origins) :])
+        self._require_header(self._origin_bytes)
+
+    @override
+    def finish(self) -> None:
+        metadata = dict(self._metadata)
+        for layer, lists in self._origins.items():
+            columns = (f'"{name}": [{", ".join(parts)}]' for name, parts in lists.items())
+            metadata[f"layers.{layer}.provenance"] = "{" + ", ".join(columns) + "}"
+        self._require_header(len(json.dumps(metadata)))
+        tensors = {
+            f"layers.{layer}.{_TENSOR_OF.get(field, field)}": rows
+            for field, column in self._columns.items()
+            for layer, rows in column.tensors()
+        }
+        mode = self._path.stat().st_mode
+        try:
+            save_file(tensors, self._path, metadata)
+        except SafetensorError as error:
+            raise FileError(self._path, "", str(error)) from error
+        self._path.chmod(mode)  # the library makes files that only their owner reads
+        self.close()
+
+    @override
+    def close(self) -> None:
+        self._files.close()
+
+    def _require_header(self, header_bytes: int) -> None:
+        if header_bytes > MAX_HEADER_BYTES:
+            raise FileError(
+                self._path,
+                "",
+                f"the provenance does not fit in a header of {MAX_HEADER_BYTES} bytes; a large memory needs Parquet, "
+                "e.g. FILE.parquet",
+            )
