@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +28,8 @@ from router_service.rpc import codec
 from router_service.transfer import copying
 from router_service.transfer.copying import Copy
 from router_service.transfer.endpoints import EntryShape
-from router_service.transfer.entry_fields import FileError
-from router_service.transfer.file import FileSource, format_of, new_file, read_metadata
+from router_service.transfer.entry_fields import EntryReader, FileError
+from router_service.transfer.file import format_of, new_file, open_reader, read_metadata
 
 # What a file says about itself: the key in its metadata, and the version of what is found there.
 _KEY = "knnmoe"
@@ -117,7 +117,7 @@ def upsert(
         format_of(file)  # before the service is asked for anything
     target = _entries(session.client, name, fsync=fsync)
     with file_errors():
-        source = FileSource(file, EntryShape.of(target.record), layer)
+        source = open_reader(file, EntryShape.of(target.record), layer)
     copy = Copy(source, target, [] if layer is None else [layer])
     _write_file(session, copy, source, "writing")
     if not copy.written:
@@ -268,20 +268,36 @@ def import_memory(
     if as_name is not None and into is not None:
         raise BadInput("give --as (a memory to make) or --into (one that is there), not both")
     described = _described(file, fingerprint)
+    endpoint = ServiceEndpoint(session.client, fsync=fsync)
     if into is not None:
-        found = _opened_into(session.client, file, into, described, fsync=fsync)
+        name, model = into, endpoint.entries(into).record
+        there: MemoryRecord | None = model
+    elif described is not None:
+        name, model = described.name if as_name is None else as_name, described
+        there = endpoint.find(name)
     else:
-        found = _opened_as(session, file, as_name, described, fsync=fsync)
-    copy = Copy(found.source, found.target)
-    _write_file(session, copy, found.source, "importing")
-    name = found.target.record.name
+        raise BadInput(
+            f"{file}: does not say which model it is for; pass --into NAME, or --as NAME --fingerprint FILE.json "
+            "(from: router-admin --json memory show NAME > FILE.json)"
+        )
+    if there is not None and described is not None:
+        require_same_entries(f"file {file}", described, f"memory {name}", there)
+    with file_errors():  # what can be checked is checked before anything is made
+        source = open_reader(file, EntryShape.of(model))
+    if there is None:
+        endpoint.create(name, model.fingerprint, model.settings)
+    elif into is None:
+        _require_same_settings(f"file {file}", model, f"memory {name}", there)
+        _require_nothing_else(session, source, endpoint.entries(name))
+    copy = Copy(source, endpoint.entries(name))
+    _write_file(session, copy, source, "importing")
     document = {
         "memory": name,
         "file": str(file),
-        "made": found.made,
+        "made": there is None,
         **_written(copy, fsync, started),
     }
-    verb = "made" if found.made else "filled"
+    verb = "made" if there is None else "filled"
     line = f"{verb} memory {name}: {copy.written} entries from {file}"
     session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
 
@@ -378,7 +394,7 @@ def _entries(client: AdminClient, name: str, *, fsync: bool = False) -> ServiceE
     return ServiceEndpoint(client, fsync=fsync).entries(name)
 
 
-def _write_file(session: Session, copy: Copy, source: FileSource, label: str) -> None:
+def _write_file(session: Session, copy: Copy, source: EntryReader, label: str) -> None:
     """Raises AdminError that names the file and, where it is known, the row."""
     try:
         copy.run(session.output.progress, label)
@@ -389,8 +405,9 @@ def _write_file(session: Session, copy: Copy, source: FileSource, label: str) ->
         if not found or not copy.waiting:
             raise ServiceRefused(f"{error}{_so_far(copy)}", error.error) from error
         # The service's answer is to the oldest batch on its way.
-        row = source.at(copy.waiting[0][0], int(found[1]))
-        raise BadInput(f"{row}: {error}{_so_far(copy)}") from error
+        batch, row = copy.waiting[0][0], int(found[1])
+        place = source.place(batch.layer, batch.rows[row])
+        raise BadInput(f"{source.path}: {place}: {error}{_so_far(copy)}") from error
 
 
 def _so_far(copy: Copy) -> str:
@@ -408,65 +425,10 @@ def _written(copy: Copy, fsync: bool, started: float) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Import:
-    """A file and the memory that it goes into."""
-
-    source: FileSource
-    target: ServiceEntries
-    made: bool
-
-
-def _opened_into(
-    client: AdminClient, file: Path, name: str, described: MemoryRecord | None, *, fsync: bool
-) -> _Import:
-    target = _entries(client, name, fsync=fsync)
-    if described is not None:
-        require_same_entries(f"file {file}", described, f"memory {name}", target.record)
-    return _Import(_opened(file, target.record), target, made=False)
-
-
-def _opened_as(
-    session: Session,
-    file: Path,
-    as_name: str | None,
-    described: MemoryRecord | None,
-    *,
-    fsync: bool,
-) -> _Import:
-    if described is None:
-        raise BadInput(
-            f"{file}: does not say which model it is for; pass --into NAME, or --as NAME --fingerprint FILE.json "
-            "(from: router-admin --json memory show NAME > FILE.json)"
-        )
-    name = as_name if as_name is not None else described.name
-    source = _opened(file, described)  # what can be checked is checked before anything is made
-    endpoint = ServiceEndpoint(session.client, fsync=fsync)
-    there = endpoint.record(name)
-    if there is None:
-        endpoint.create(name, described.fingerprint, described.settings)
-        return _Import(source, endpoint.entries(name), made=True)
-    one, other = f"file {file}", f"memory {name}"
-    require_same_entries(one, described, other, there)
-    settings = (plain(codec.encode_settings(record.settings)) for record in (described, there))
-    if differing := _differences(one, next(settings), other, next(settings)):
-        raise BadInput(
-            f"{other} is there already, with other settings ({differing}); pass --into to add to it, or --as NAME"
-        )
-    target = endpoint.entries(name)
-    _require_nothing_else(session, source, target)
-    return _Import(source, target, made=False)
-
-
-def _opened(file: Path, record: MemoryRecord) -> FileSource:
-    with file_errors():
-        return FileSource(file, EntryShape.of(record))
-
-
-def _require_nothing_else(session: Session, source: FileSource, target: ServiceEntries) -> None:
+def _require_nothing_else(session: Session, source: EntryReader, target: ServiceEntries) -> None:
     """Raises BadInput unless every entry of the memory has an id of the file: then it is what an import left."""
     name, others = target.record.name, target.total(range(target.record.fingerprint.num_layers))
-    with file_errors(), session.output.progress("comparing", source.total()) as advance:
+    with file_errors(), session.output.progress("comparing", source.entries) as advance:
         for batch in source.batches():
             others -= target.count(batch.layer, batch.entries.ids)
             advance(len(batch))
@@ -483,7 +445,7 @@ def _description(record: MemoryRecord) -> dict[str, str]:
         "format": _FORMAT,
         "memory": record.name,
         "fingerprint": plain(codec.encode_fingerprint(record.fingerprint)),
-        "settings": plain(codec.encode_settings(record.settings)),
+        "settings": _settings(record),
     }
     return {_KEY: json.dumps(document)}
 
@@ -534,20 +496,25 @@ def _record(document: dict[str, Any]) -> MemoryRecord:
 
 def require_same_entries(left: str, one: MemoryRecord, right: str, other: MemoryRecord) -> None:
     """Raises BadInput that names each difference; `left` and `right` say what the two are."""
-    if model := _differences(left, _model(one), right, _model(other)):
+    models = asdict(one.fingerprint), asdict(other.fingerprint)
+    if model := _differences(left, models[0], right, models[1]):
         raise BadInput(
             f"{left} and {right} are of different models ({model}); entries help only the model that they were made for"
         )
-    if fixed := _differences(left, _fixed(one), right, _fixed(other)):
+    fixed_of = {name: _settings(one)[name] for name in ("kind", "similarity")}
+    if fixed := _differences(left, fixed_of, right, _settings(other)):
         raise BadInput(f"{left} and {right} hold different entries ({fixed}); see: memory show")
 
 
-def _model(record: MemoryRecord) -> dict[str, Any]:
-    return asdict(record.fingerprint)
+def _require_same_settings(left: str, one: MemoryRecord, right: str, other: MemoryRecord) -> None:
+    if differing := _differences(left, _settings(one), right, _settings(other)):
+        raise BadInput(
+            f"{right} is there already, with other settings ({differing}); pass --into to add to it, or --as NAME"
+        )
 
 
-def _fixed(record: MemoryRecord) -> dict[str, Any]:
-    return {"kind": record.settings.kind.value, "similarity": record.settings.similarity.value}
+def _settings(record: MemoryRecord) -> dict[str, Any]:
+    return plain(codec.encode_settings(record.settings))
 
 
 def _differences(left: str, one: dict[str, Any], right: str, other: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from router_service.cli.admin_client import AdminClient
 from router_service.cli.entry_commands import require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted, Unreachable
 from router_service.cli.output import table
-from router_service.cli.service_endpoint import ServiceEndpoint
+from router_service.cli.service_endpoint import EMBEDDED, ServiceEndpoint
 from router_service.cli.session import Session, session_of
 from router_service.errors import (
     BackendUnavailable,
@@ -38,10 +38,9 @@ from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
 from router_service.transfer.copying import LayerCounts
 from router_service.transfer.endpoints import Advance, Endpoint, Progress
-from router_service.transfer.migration import Migration, NamedEndpoint
+from router_service.transfer.migration import Migration
 from router_service.transfer.store import StoreEndpoint
 
-EMBEDDED = "embedded"
 _EXPECTED = "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server, or a data directory"
 _AGAIN = "run the same command again"
 _INTERRUPTED = "interrupted; what was written stays, and running the same command again goes on"
@@ -137,12 +136,14 @@ def migrate(
             f"--from {from_endpoint} and --to {to_endpoint} are the same place; name two (export and import copy a "
             "memory within one)"
         )
+    _require_directories(source_name, target_name)
+    client = session.client
     with (
         interruptible(_INTERRUPTED) as check,
-        _opened_source(source_name, session.client, qdrant) as source,
+        _opened("--from", source_name, client, qdrant, make=False) as source,
     ):
         records = _wanted(source, memory or ())
-        with _opened_target(target_name, session.client, qdrant, dry_run=dry_run) as target:
+        with _opened("--to", target_name, client, qdrant, make=not dry_run) as target:
             progress = _watched(session.output.progress, check)
             done, problem = [], ""
             for migration in [_checked(source, target, each, as_name) for each in records]:
@@ -178,35 +179,33 @@ def _run(
     try:
         with store_errors():
             migration.run(progress, delete=delete, optimize=optimize)
-    except Interrupted:
-        raise
     except AdminError as error:
-        told = AdminError(
-            f"{error} (what was written stays; running the same command again goes on)"
-        )
-        told.exit_code = error.exit_code
-        raise told from error
+        if not isinstance(error, Interrupted):
+            error.args = (
+                f"{error} (what was written stays; running the same command again goes on)",
+            )
+        raise
     for remark in _remarks(migration):
         session.output.remark(remark)
 
 
-def _wanted(source: NamedEndpoint, names: Sequence[str]) -> list[MemoryRecord]:
+def _wanted(source: Endpoint, names: Sequence[str]) -> list[MemoryRecord]:
     """The memories of these names, each once, or all that the source holds. Raises AdminError."""
-    wanted = list(dict.fromkeys(names)) or source.memories.names()
+    wanted = list(dict.fromkeys(names)) or source.names()
     if not wanted:
-        raise BadInput(f"nothing to move: {shorten(source.name)} holds no memories")
+        raise BadInput(f"nothing to move: {shorten(source.label)} holds no memories")
     return [source.record(name) for name in wanted]
 
 
 def _checked(
-    source: NamedEndpoint, target: NamedEndpoint, record: MemoryRecord, as_name: str | None
+    source: Endpoint, target: Endpoint, record: MemoryRecord, as_name: str | None
 ) -> Migration:
     """What to do. Raises BadInput unless the target can take the memory."""
     name = as_name or record.name
-    there = target.memories.record(name)
+    there = target.find(name)
     if there is None:
         return Migration(source, target, record, name, made=True)
-    left, right = f"memory {record.name} in {source.name}", f"memory {name} in {target.name}"
+    left, right = f"memory {record.name} in {source.label}", f"memory {name} in {target.label}"
     require_same_entries(left, record, right, there)
     one, other = record.settings.preset, there.settings.preset
     if one != other:
@@ -240,6 +239,16 @@ def endpoint_name(option: str, text: str) -> EndpointName:
     return EndpointName(text, ("directory", str(Path(text).resolve())))
 
 
+def _require_directories(source: EndpointName, target: EndpointName) -> None:
+    if source.directory is not None and not (source.directory / "memories").is_dir():
+        raise BadInput(
+            f"--from: {shorten(source.text)} is no data directory of a service (it has no memories/), "
+            f"expected {_EXPECTED}"
+        )
+    if target.directory is not None and target.directory.exists() and not target.directory.is_dir():
+        raise BadInput(f"--to: {shorten(target.text)} is a file, expected {_EXPECTED}")
+
+
 def _server(option: str, url: str) -> tuple[str, ...]:
     try:
         host, port = parse_url(url)
@@ -250,42 +259,18 @@ def _server(option: str, url: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened_source(
-    name: EndpointName, client: AdminClient, qdrant: QdrantSettings
-) -> Iterator[NamedEndpoint]:
-    if name.directory is not None and not (name.directory / "memories").is_dir():
-        raise BadInput(
-            f"--from: {shorten(name.text)} is no data directory of a service (it has no memories/), "
-            f"expected {_EXPECTED}"
-        )
-    with _opened("--from", name, client, qdrant) as memories:
-        yield NamedEndpoint(name.text, memories)
-
-
-@contextmanager
-def _opened_target(
-    name: EndpointName, client: AdminClient, qdrant: QdrantSettings, *, dry_run: bool
-) -> Iterator[NamedEndpoint]:
-    """A dry run makes no directory."""
-    if name.directory is not None and name.directory.exists() and not name.directory.is_dir():
-        raise BadInput(f"--to: {shorten(name.text)} is a file, expected {_EXPECTED}")
-    if dry_run and name.directory is not None and not (name.directory / "memories").exists():
-        yield NamedEndpoint(name.text, StoreEndpoint(MemoryStore(ExactBackend(), None)))
-        return
-    with _opened("--to", name, client, qdrant) as memories:
-        yield NamedEndpoint(name.text, memories)
-
-
-@contextmanager
 def _opened(
-    option: str, name: EndpointName, client: AdminClient, qdrant: QdrantSettings
+    option: str, name: EndpointName, client: AdminClient, qdrant: QdrantSettings, *, make: bool
 ) -> Iterator[Endpoint]:
-    if name.text == EMBEDDED:
-        with store_errors():
+    """Raises AdminError. Unless told to `make` it, a directory that is not there is an endpoint without memories."""
+    with store_errors():
+        if name.text == EMBEDDED:
             yield ServiceEndpoint(client)
-        return
-    with store_errors(), opened_store(name.text, qdrant, option) as store:
-        yield StoreEndpoint(store)
+        elif make or name.directory is None or (name.directory / "memories").exists():
+            with opened_store(name.text, qdrant, option) as store:
+                yield StoreEndpoint(name.text, store)
+        else:
+            yield StoreEndpoint(name.text, MemoryStore(ExactBackend(), None))
 
 
 @contextmanager
@@ -423,7 +408,7 @@ def _problem(migration: Migration) -> str:
     copy = migration.copy
     if not copy.verify or copy.verified:
         return ""
-    where = f"memory {shorten(migration.as_name)} in {shorten(migration.target.name)}"
+    where = f"memory {shorten(migration.as_name)} in {shorten(migration.target.label)}"
     if copy.changed_in_last_pass:
         return (
             f"{where}: {copy.changed_in_last_pass} entries still changed in pass {copy.passes}; {_AGAIN} when "

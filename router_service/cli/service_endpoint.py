@@ -21,6 +21,8 @@ from router_service.memories.settings import MemorySettings
 from router_service.rpc import codec
 from router_service.transfer.endpoints import Batch, Endpoint, LayerState, MemoryEntries
 
+# What `migrate` calls the service that it talks to.
+EMBEDDED = "embedded"
 _REFUSED = "ERROR_REASON_INVALID_FIELD"
 
 
@@ -28,6 +30,7 @@ class ServiceEndpoint(Endpoint):
     """The memories of a service. Raises AdminError. With `fsync` entries are acknowledged when they are on disk."""
 
     def __init__(self, client: AdminClient, *, fsync: bool = False) -> None:
+        super().__init__(EMBEDDED)
         self._client, self._fsync = client, fsync
 
     @override
@@ -36,7 +39,7 @@ class ServiceEndpoint(Endpoint):
         return sorted(memory.name for memory in reply.memories)
 
     @override
-    def record(self, name: str) -> MemoryRecord | None:
+    def find(self, name: str) -> MemoryRecord | None:
         memory = self._client.find_memory(name)
         return None if memory is None else _record(memory)
 

@@ -168,25 +168,15 @@ class LayerCounts:
         return self.added + self.replaced + self.deleted
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The entries of a page to write, of which the sink lacks `added`, and the ids [n] that only the sink has."""
-
-    to_write: Entries
-    added: int
-    kept: int
-    only_in_sink: U64
-
-
-def difference(ours: Entries, theirs: Entries, on_conflict: OnConflict) -> Difference:
-    """Of two pages between the same ids."""
+def difference(ours: Entries, theirs: Entries, on_conflict: OnConflict) -> tuple[Entries, int, U64]:
+    """Of two pages between the same ids: what to write, how much of it the sink lacks, and ids that only it has."""
     _, mine, others = np.intersect1d(ours.ids, theirs.ids, assume_unique=True, return_indices=True)
     wanted, only = np.ones(len(ours), np.bool_), np.ones(len(theirs), np.bool_)
     only[others] = False
     if len(mine):
         wanted[mine] = on_conflict(ours.take(mine), theirs.take(others))
     to_write = ours if wanted.all() else ours.take(np.flatnonzero(wanted))
-    return Difference(to_write, len(ours) - len(mine), len(ours) - len(to_write), theirs.ids[only])
+    return to_write, len(ours) - len(mine), theirs.ids[only]
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,16 +283,16 @@ class Copy:
         ):
             ours = (batch.entries for batch in batches)
             for mine, other in joined(in_order(ours), in_order(theirs), holds_any):
-                found = difference(mine, other, on_conflict)
+                to_write, added, only = difference(mine, other, on_conflict)
                 if whole:
                     passed.append(mine.ids)
-                    surplus.append(found.only_in_sink)
-                self.counts[layer].kept += found.kept
-                if len(found.to_write):
-                    batch = Batch(layer, found.to_write)
-                    self.waiting.append((batch, found.added))
-                    yield batch
-                advance(found.kept)
+                    surplus.append(only)
+                kept = len(mine) - len(to_write)
+                self.counts[layer].kept += kept
+                if len(to_write):
+                    self.waiting.append((Batch(layer, to_write), added))
+                    yield self.waiting[-1][0]
+                advance(kept)
         seen_before = self._source_ids.get(layer, _NO_IDS)
         self._source_ids[layer] = np.union1d(seen_before, np.concatenate(passed))
         self._surplus[layer] = np.concatenate(surplus)

@@ -6,7 +6,7 @@ memories are, by name, is an Endpoint.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from router_service.arrays import U64, Entries
 from router_service.backends.base import Compression, Report
+from router_service.errors import RoutingServiceError, shorten
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.settings import Kind, MemorySettings
@@ -23,6 +24,7 @@ from router_service.memories.settings import Kind, MemorySettings
 # Bytes of keys and values in one batch, and its most entries: one message holds them, and few batches are in RAM.
 BATCH_BYTES = 4 * 1024 * 1024
 BATCH_ENTRIES = 512
+_NAMES_SHOWN = 20
 
 Advance = Callable[[int], None]
 # A stage of the work and its number of entries, as a bar; yields the function that advances it. That is called between
@@ -141,15 +143,25 @@ class MemoryEntries(Source, Sink):
                     yield Batch(layer, page)
 
 
-class Endpoint(Protocol):
-    """Memories by name: a service, a directory, a Qdrant server. Raises what the endpoint raises."""
+class MemoryGone(RoutingServiceError):
+    """A memory that a copy needs is not at its endpoint."""
+
+
+class Endpoint(ABC):
+    """Memories by name: a service, a directory, a Qdrant server. Raises what the endpoint raises.
+
+    `label` is what the user calls it.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
 
     @abstractmethod
     def names(self) -> list[str]:
         """Every memory, sorted."""
 
     @abstractmethod
-    def record(self, name: str) -> MemoryRecord | None:
+    def find(self, name: str) -> MemoryRecord | None:
         """What a memory is; None when there is none of that name."""
 
     @abstractmethod
@@ -164,12 +176,26 @@ class Endpoint(Protocol):
     def entries(self, name: str) -> MemoryEntries:
         """The entries of a memory that is there."""
 
+    def record(self, name: str) -> MemoryRecord:
+        """What a memory is. Raises MemoryGone."""
+        record = self.find(name)
+        if record is None:
+            known = ", ".join(self.names()[:_NAMES_SHOWN]) or "none"
+            raise MemoryGone(
+                f"memory {shorten(name)} not found in {shorten(self.label)}, which has: {known}"
+            )
+        return record
 
-class Untouched(MemoryEntries):
-    """Lets nothing through to the memory behind it, for a dry run; None: a memory that is not there yet."""
 
-    def __init__(self, behind: MemoryEntries | None) -> None:
+class Untouched(Sink):
+    """Lets nothing through to the sink behind it, for a dry run; None: a memory that is not there yet."""
+
+    def __init__(self, behind: Sink | None) -> None:
         self._behind = behind
+
+    @override
+    def write(self, batches: Iterable[Batch]) -> Iterator[int]:
+        return map(len, batches)
 
     @override
     def pages(self, layer: int, *, with_keys: bool = True) -> Generator[Entries, None, None]:
@@ -177,19 +203,5 @@ class Untouched(MemoryEntries):
             yield from self._behind.pages(layer, with_keys=with_keys)
 
     @override
-    def write(self, batches: Iterable[Batch]) -> Iterator[int]:
-        return map(len, batches)
-
-    @override
     def delete(self, layer: int, ids: U64) -> int:
         return len(ids)
-
-    @override
-    def state(self, layer: int) -> LayerState:
-        if self._behind is None:
-            return LayerState(0, 0, Compression())
-        return self._behind.state(layer)
-
-    @override
-    def optimize(self, layer: int, compression: Compression, report: Report) -> str:
-        return ""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from knnmoe.entry_ids import entry_id
+from typing_extensions import override
 
-from router_service.arrays import F32, MAX_ENTRY_ID, AnyArray, Bool, Entries, Provenance
+from router_service.arrays import F32, MAX_ENTRY_ID, U64, AnyArray, Entries, Provenance
 from router_service.errors import shorten
 from router_service.memories.settings import Kind
-from router_service.transfer.endpoints import Batch, EntryShape
+from router_service.transfer.endpoints import Batch, EntryShape, Sink, Source
 
 PROVENANCE_FIELDS = ("source", "example", "position", "token", "gain", "created_unix_ms")
 _F32_MAX = float(np.finfo(np.float32).max)
@@ -30,27 +32,57 @@ class FileError(Exception):
         super().__init__(": ".join(part for part in (str(path), place, problem) if part))
 
 
-class EntryReader(Protocol):
-    """An opened file of entries. `path` is its name; `total` is how many entries it holds, of every layer."""
+class EntryReader(Source):
+    """An opened file of entries, a source of them. `entries` is how many it holds, of every layer. Raises FileError."""
 
-    path: Path
-    total: int
+    def __init__(self, path: Path, shape: EntryShape) -> None:
+        self.path, self.entries = path, 0
+        self._shape = shape
 
     @abstractmethod
-    def batches(self) -> Iterator[Batch]:
-        """The entries in the order of the file, in small batches. Raises FileError."""
+    def read(self) -> Iterator[Batch]:
+        """The entries in the order of the file, in small batches."""
 
     @abstractmethod
     def place(self, layer: int, row: int) -> str:
         """How to find an entry in the file: `line 7`."""
 
+    @override
+    def total(self, layers: Sequence[int] = ()) -> int:
+        return self.entries
 
-class EntryWriter(Protocol):
-    """A file of entries in the making. Raises FileError."""
+    @override
+    def batches(self, layers: Sequence[int] = ()) -> Generator[Batch, None, None]:
+        seen: dict[int, set[int]] = {}
+        wanted = (batch for batch in self.read() if not layers or batch.layer in layers)
+        for batch in regroup(wanted, self._shape.batch_entries):
+            self._check_ids(batch, seen.setdefault(batch.layer, set()))
+            yield batch
+
+    @contextmanager
+    def errors_at(self, place: str) -> Iterator[None]:
+        """What is wrong with a field, as FileError."""
+        try:
+            yield
+        except RecursionError:
+            raise FileError(self.path, place, "nested too deeply") from None
+        except ValueError as error:
+            raise FileError(self.path, place, str(error)) from error
+
+    def _check_ids(self, batch: Batch, seen: set[int]) -> None:
+        for row, entry in zip(batch.rows, batch.entries.ids.tolist(), strict=True):
+            if entry in seen:
+                problem = f"id: {entry} is there twice in layer {batch.layer}"
+                raise FileError(self.path, self.place(batch.layer, row), problem)
+            seen.add(entry)
+
+
+class EntryWriter(Sink):
+    """A file of entries in the making, a sink that holds nothing and only takes. Raises FileError."""
 
     @abstractmethod
-    def write(self, layer: int, entries: Entries) -> None:
-        """Appends entries of one layer. Layers come one after the other."""
+    def append(self, layer: int, entries: Entries) -> None:
+        """Writes entries of one layer. Layers come one after the other."""
 
     def finish(self) -> None:
         """Completes the file."""
@@ -59,6 +91,20 @@ class EntryWriter(Protocol):
     @abstractmethod
     def close(self) -> None:
         """Gives the files back; without finish() what was written is worth nothing. Closing twice is allowed."""
+
+    @override
+    def write(self, batches: Iterable[Batch]) -> Iterator[int]:
+        for batch in batches:
+            self.append(batch.layer, batch.entries)
+            yield len(batch)
+
+    @override
+    def pages(self, layer: int, *, with_keys: bool = True) -> Generator[Entries, None, None]:
+        yield from ()
+
+    @override
+    def delete(self, layer: int, ids: U64) -> int:
+        return 0
 
 
 def by_layer(layers: Sequence[int], entries: Entries, rows: Sequence[int]) -> Iterator[Batch]:
@@ -90,15 +136,15 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     return Batch(parts[0].layer, Entries.concat([part.entries for part in parts]), rows)
 
 
-def first(broken: Bool) -> tuple[int, int] | None:
-    """Row and column of the first that is true of [n, d]."""
-    found = np.argwhere(broken)
-    return (int(found[0][0]), int(found[0][1])) if len(found) else None
-
-
-def not_experts(experts: F32, shape: EntryShape) -> Bool:
-    """Which of [n, k] are no numbers of experts."""
-    return (experts != np.floor(experts)) | (experts < 0) | (experts >= shape.num_experts)
+def first_wrong(name: str, numbers: F32, shape: EntryShape) -> tuple[int, int, str] | None:
+    """Row and column of the first of a field's numbers [n, width] that cannot be used, and what was expected."""
+    wrong, expected = ~np.isfinite(numbers), "a finite number of f32"
+    if name == "experts":
+        experts = shape.num_experts
+        wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= experts)
+        expected = f"a whole number from 0 to {experts - 1}"
+    found = np.argwhere(wrong)
+    return (int(found[0][0]), int(found[0][1]), expected) if len(found) else None
 
 
 def widths(shape: EntryShape) -> dict[str, tuple[int, str]]:

@@ -5,16 +5,13 @@ Parquet's library takes half a second to load, so it is loaded on demand.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-from typing_extensions import override
-
-from router_service.arrays import U64, Entries
-from router_service.transfer.endpoints import Batch, EntryShape, Sink, Source
-from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError, regroup
+from router_service.transfer.endpoints import EntryShape
+from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError
 from router_service.transfer.jsonl import JsonlReader, JsonlWriter
 from router_service.transfer.safetensors import SafetensorsReader, SafetensorsWriter, TensorFile
 
@@ -39,7 +36,7 @@ def format_of(path: Path) -> FileFormat:
         ) from None
 
 
-def open_reader(path: Path, shape: EntryShape, layer: int | None) -> EntryReader:
+def open_reader(path: Path, shape: EntryShape, layer: int | None = None) -> EntryReader:
     """A reader of a file of entries; `layer` stands in for a layer that rows do not name. Raises FileError."""
     chosen = _format_of_file(path)
     with _file_errors(path):
@@ -96,69 +93,14 @@ def _file_errors(path: Path) -> Iterator[None]:
         raise FileError(path, "", error.strerror or str(error)) from error
 
 
-class FileSource(Source):
-    """The entries of a file; `layer` stands in for a layer that rows do not name. Raises FileError."""
-
-    def __init__(self, path: Path, shape: EntryShape, layer: int | None = None) -> None:
-        self.path = path
-        self._limit = shape.batch_entries
-        self._reader = open_reader(path, shape, layer)
-
-    @override
-    def total(self, layers: Sequence[int] = ()) -> int:
-        return self._reader.total
-
-    @override
-    def batches(self, layers: Sequence[int] = ()) -> Generator[Batch, None, None]:
-        found = (each for each in self._reader.batches() if not layers or each.layer in layers)
-        seen: dict[int, set[int]] = {}
-        for batch in regroup(found, self._limit):
-            self._check_ids(batch, seen.setdefault(batch.layer, set()))
-            yield batch
-
-    def at(self, batch: Batch, number: int) -> str:
-        """How to find an entry of a batch in the file: `rows.jsonl: line 7`."""
-        return f"{self.path}: {self._reader.place(batch.layer, batch.rows[number])}"
-
-    def _check_ids(self, batch: Batch, seen: set[int]) -> None:
-        for row, entry in zip(batch.rows, batch.entries.ids.tolist(), strict=True):
-            if entry in seen:
-                place = self._reader.place(batch.layer, row)
-                raise FileError(
-                    self.path, place, f"id: {entry} is there twice in layer {batch.layer}"
-                )
-            seen.add(entry)
-
-
-class FileSink(Sink):
-    """A new file, which holds nothing and only takes entries."""
-
-    def __init__(self, writer: EntryWriter) -> None:
-        self._writer = writer
-
-    @override
-    def write(self, batches: Iterable[Batch]) -> Iterator[int]:
-        for batch in batches:
-            self._writer.write(batch.layer, batch.entries)
-            yield len(batch)
-
-    @override
-    def pages(self, layer: int, *, with_keys: bool = True) -> Generator[Entries, None, None]:
-        yield from ()
-
-    @override
-    def delete(self, layer: int, ids: U64) -> int:
-        return 0
-
-
 @contextmanager
-def new_file(path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> Iterator[FileSink]:
+def new_file(path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> Iterator[EntryWriter]:
     """A file to write to, which appears, or replaces what is there, when it is whole. Raises FileError."""
     partial = path.with_name(path.name + ".partial")
     try:
         with _file_errors(path):
             with closing(open_writer(partial, shape, format_of(path), metadata)) as writer:
-                yield FileSink(writer)
+                yield writer
                 writer.finish()
             partial.replace(path)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,32 +14,24 @@ from typing_extensions import override
 from router_service.arrays import F32, Entries, Provenance
 from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
-from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError, by_layer
+from router_service.transfer.entry_fields import EntryReader, EntryWriter, by_layer
 
 _LINES_PER_BATCH = 256
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    line: int
-    layer: int
-    id: int
-    key: F32
-    value: F32
-    provenance: Provenance
+# The line of an entry, and its layer, id, key, value and provenance.
+_Row = tuple[int, int, int, F32, F32, Provenance]
 
 
 class JsonlReader(EntryReader):
     """Checks each line as it is read; counting them is a pass of its own."""
 
     def __init__(self, path: Path, shape: EntryShape, default_layer: int | None) -> None:
-        self.path = path
-        self._shape, self._default_layer = shape, default_layer
+        super().__init__(path, shape)
+        self._default_layer = default_layer
         with path.open("rb") as file:
-            self.total = sum(1 for line in file if line.strip())
+            self.entries = sum(1 for line in file if line.strip())
 
     @override
-    def batches(self) -> Iterator[Batch]:
+    def read(self) -> Iterator[Batch]:
         waiting: list[_Row] = []
         with self.path.open("rb") as file:
             for line, text in enumerate(file, 1):
@@ -56,27 +48,16 @@ class JsonlReader(EntryReader):
         return f"line {row}"
 
     def _row(self, line: int, text: bytes) -> _Row:
-        try:
+        with self.errors_at(f"line {line}"):
             row = json.loads(text, parse_constant=_refuse_constant)
-            return self._checked(line, row)
-        except RecursionError:
-            raise FileError(self.path, f"line {line}", "nested too deeply") from None
-        except ValueError as error:
-            raise FileError(self.path, f"line {line}", str(error)) from error
-
-    def _checked(self, line: int, row: Any) -> _Row:
-        if not isinstance(row, dict):
-            raise ValueError("expected a JSON object")
-        fields.check_names(row, self._shape)
-        origin = fields.provenance_of(row)
-        return _Row(
-            line,
-            fields.layer_of(row, self._default_layer),
-            fields.id_of(row, origin),
-            fields.vector("key", row["key"], self._shape.hidden_size, "hidden_size"),
-            fields.value_of(row, self._shape),
-            origin,
-        )
+            if not isinstance(row, dict):
+                raise ValueError("expected a JSON object")
+            fields.check_names(row, self._shape)
+            origin = fields.provenance_of(row)
+            layer, number = fields.layer_of(row, self._default_layer), fields.id_of(row, origin)
+            key = fields.vector("key", row["key"], self._shape.hidden_size, "hidden_size")
+            value = fields.value_of(row, self._shape)
+        return line, layer, number, key, value, origin
 
 
 class JsonlWriter(EntryWriter):
@@ -87,7 +68,7 @@ class JsonlWriter(EntryWriter):
         self._shape = shape
 
     @override
-    def write(self, layer: int, entries: Entries) -> None:
+    def append(self, layer: int, entries: Entries) -> None:
         columns = {"key": entries.keys, **fields.value_columns(entries.values, self._shape)}
         for number, origin in enumerate(entries.provenance):
             row: dict[str, Any] = {"id": int(entries.ids[number]), "layer": layer}
@@ -100,13 +81,9 @@ class JsonlWriter(EntryWriter):
 
 
 def _batches_of(rows: list[_Row]) -> Iterator[Batch]:
-    entries = Entries(
-        np.array([row.id for row in rows], dtype=np.uint64),
-        np.stack([row.key for row in rows]),
-        np.stack([row.value for row in rows]),
-        [row.provenance for row in rows],
-    )
-    return by_layer([row.layer for row in rows], entries, [row.line for row in rows])
+    lines, layers, ids, keys, values, origins = zip(*rows, strict=True)
+    entries = Entries(np.array(ids, np.uint64), np.stack(keys), np.stack(values), origins)
+    return by_layer(layers, entries, lines)
 
 
 def _refuse_constant(name: str) -> NoReturn:

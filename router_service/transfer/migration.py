@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from router_service.backends.base import Compression
-from router_service.errors import RoutingServiceError, shorten
+from router_service.errors import shorten
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.settings import MemorySettings
 from router_service.transfer.copying import Copy, differing
@@ -14,33 +14,10 @@ from router_service.transfer.endpoints import (
     Endpoint,
     LayerState,
     MemoryEntries,
+    MemoryGone,
     Progress,
     Untouched,
 )
-
-_NAMES_SHOWN = 20
-
-
-class MemoryGone(RoutingServiceError):
-    """A memory that a migration needs is not at its endpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamedEndpoint:
-    """An opened endpoint, and what the user calls it."""
-
-    name: str
-    memories: Endpoint
-
-    def record(self, name: str) -> MemoryRecord:
-        """What a memory is. Raises MemoryGone."""
-        record = self.memories.record(name)
-        if record is None:
-            known = ", ".join(self.memories.names()[:_NAMES_SHOWN]) or "none"
-            raise MemoryGone(
-                f"memory {shorten(name)} not found in {shorten(self.name)}, which has: {known}"
-            )
-        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +38,8 @@ class Migration:
     `changed_settings` are those that the target's had otherwise.
     """
 
-    source: NamedEndpoint
-    target: NamedEndpoint
+    source: Endpoint
+    target: Endpoint
     record: MemoryRecord
     as_name: str
     made: bool
@@ -74,10 +51,10 @@ class Migration:
         """Makes the target's memory that of the source. Raises what the endpoints raise; see Copy.run."""
         record = self.record
         if self.made:
-            self.target.memories.create(self.as_name, record.fingerprint, record.settings)
+            self.target.create(self.as_name, record.fingerprint, record.settings)
         self._copy_settings()
-        source = self.source.memories.entries(record.name)
-        target = self.target.memories.entries(self.as_name)
+        source = self.source.entries(record.name)
+        target = self.target.entries(self.as_name)
         layers = range(record.fingerprint.num_layers)
         self.copy = Copy(source, target, layers, differing, delete=delete, verify=True)
         self.copy.run(progress)
@@ -87,8 +64,8 @@ class Migration:
 
     def look(self, progress: Progress, *, delete: bool) -> None:
         """What run() would do first; writes nothing. Raises what the endpoints raise."""
-        target = Untouched(None if self.made else self.target.memories.entries(self.as_name))
-        source = self.source.memories.entries(self.record.name)
+        target = Untouched(None if self.made else self.target.entries(self.as_name))
+        source = self.source.entries(self.record.name)
         layers = range(self.record.fingerprint.num_layers)
         self.copy = Copy(source, target, layers, differing, delete=delete)
         self.copy.one_pass(progress, "comparing")
@@ -100,15 +77,15 @@ class Migration:
         differing_settings = self._differing_settings()
         if differing_settings:
             wanted = self.source.record(self.record.name).settings
-            self.target.memories.change_settings(self.as_name, wanted)
+            self.target.change_settings(self.as_name, wanted)
             self.changed_settings = sorted({*self.changed_settings, *differing_settings})
 
     def _differing_settings(self) -> list[str]:
         source = self.source.record(self.record.name)
-        target = self.target.memories.record(self.as_name)
+        target = self.target.find(self.as_name)
         if target is None:
             raise MemoryGone(
-                f"memory {shorten(self.as_name)} is gone from {shorten(self.target.name)}; deleted meanwhile?"
+                f"memory {shorten(self.as_name)} is gone from {shorten(self.target.label)}; deleted meanwhile?"
             )
         layers = source.fingerprint.num_layers
         wanted, have = _fields(source.settings, layers), _fields(target.settings, layers)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pyarrow.parquet as pq
 from typing_extensions import override
 
 from router_service.arrays import F32, AnyArray, Entries, Provenance
-from router_service.memories.settings import Kind
 from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
 from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError, by_layer
@@ -24,39 +21,26 @@ _ROWS_PER_BATCH = 1024
 _SCALARS = ("id", "layer", *fields.PROVENANCE_FIELDS)
 
 
-class _BadRow(ValueError):
-    """A row of a batch (counted from 0) that cannot be used."""
-
-    def __init__(self, row: int, problem: str) -> None:
-        super().__init__(problem)
-        self.row = row
-
-
 class ParquetReader(EntryReader):
     """Columns of the wrong type are refused when the file is opened, lists of the wrong length row by row."""
 
     def __init__(self, path: Path, shape: EntryShape, default_layer: int | None) -> None:
-        self.path = path
-        self._shape, self._default_layer = shape, default_layer
+        super().__init__(path, shape)
+        self._default_layer = default_layer
         try:
             self._file = pq.ParquetFile(path, pre_buffer=False)  # a file may be larger than RAM
             fields.check_names(dict.fromkeys(self._file.schema_arrow.names, True), shape)
             _check_lists(self._file.schema_arrow, shape)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FileError(path, "", f"not a Parquet file of entries: {error}") from error
-        self.total = self._file.metadata.num_rows
+        self.entries = self._file.metadata.num_rows
 
     @override
-    def batches(self) -> Iterator[Batch]:
+    def read(self) -> Iterator[Batch]:
         first = 1
-        size = min(_ROWS_PER_BATCH, self._shape.batch_entries)
-        for batch in self._read(size):
-            try:
-                layers, entries = self._entries(batch)
-            except _BadRow as error:
-                raise FileError(self.path, f"row {first + error.row}", str(error)) from error
-            except ValueError as error:
-                raise FileError(self.path, "", str(error)) from error
+        for piece in self._pieces(min(_ROWS_PER_BATCH, self._shape.batch_entries)):
+            with self.errors_at(""):
+                layers, entries = self._entries(piece, first)
             yield from by_layer(layers, entries, range(first, first + len(layers)))
             first += len(layers)
 
@@ -64,58 +48,45 @@ class ParquetReader(EntryReader):
     def place(self, layer: int, row: int) -> str:
         return f"row {row}"
 
-    def _read(self, size: int) -> Iterator[pa.RecordBatch]:
+    def _pieces(self, size: int) -> Iterator[pa.RecordBatch]:
         try:
             yield from (batch for batch in self._file.iter_batches(size) if batch.num_rows)
         except (pa.ArrowException, OSError) as error:
             raise FileError(self.path, "", f"damaged Parquet file: {error}") from error
 
-    def _entries(self, batch: pa.RecordBatch) -> tuple[list[int], Entries]:
-        names = [name for name in _SCALARS if name in batch.schema.names]
-        rows = batch.select(names).to_pylist() if names else [{}] * batch.num_rows
+    def _entries(self, piece: pa.RecordBatch, first: int) -> tuple[list[int], Entries]:
+        names = [name for name in _SCALARS if name in piece.schema.names]
+        rows = piece.select(names).to_pylist() if names else [{}] * piece.num_rows
         layers, ids, origins = [], [], []
-        for number, row in enumerate(rows):
-            try:
+        for number, row in enumerate(rows, first):
+            with self.errors_at(f"row {number}"):
                 origins.append(fields.provenance_of(row))
                 layers.append(fields.layer_of(row, self._default_layer))
                 ids.append(fields.id_of(row, origins[-1]))
-            except ValueError as error:
-                raise _BadRow(number, str(error)) from error
-        keys = matrix("key", batch.column("key"), self._shape.hidden_size, "hidden_size")
-        return layers, Entries(np.array(ids, dtype=np.uint64), keys, self._values(batch), origins)
+        keys, *values = (
+            self._matrix(name, piece.column(name), first) for name in fields.widths(self._shape)
+        )
+        values_of = np.concatenate(values, axis=1)
+        return layers, Entries(np.array(ids, dtype=np.uint64), keys, values_of, origins)
 
-    def _values(self, batch: pa.RecordBatch) -> F32:
-        columns = {
-            name: matrix(name, batch.column(name), width, of)
-            for name, (width, of) in fields.widths(self._shape).items()
-            if name != "key"
-        }
-        if self._shape.kind is Kind.ASSIGNMENT:
-            experts = columns["experts"]
-            if wrong := fields.first(fields.not_experts(experts, self._shape)):
-                raise _BadRow(
-                    wrong[0],
-                    f"experts[{wrong[1]}]: got {experts[wrong]:g}, expected a whole number from 0 to "
-                    f"{self._shape.num_experts - 1}",
-                )
-        return np.concatenate(list(columns.values()), axis=1)
-
-
-def matrix(name: str, column: pa.Array, width: int, of: str) -> F32:
-    """A column of lists of `width` finite numbers as f32 [n, width]. Raises _BadRow, or ValueError on a wrong type."""
-    _require_numbers(name, column.type)
-    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero(lengths != width)
-    if len(wrong):
-        got = "null" if lengths[wrong[0]] < 0 else str(lengths[wrong[0]])
-        raise _BadRow(int(wrong[0]), f"{name}: got {got}, expected {width} numbers ({of})")
-    flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore"):  # found below, as infinity
-        numbers = flat.astype(np.float32).reshape(-1, width)
-    if broken := fields.first(~np.isfinite(numbers)):
-        got = str(flat.reshape(-1, width)[broken])
-        raise _BadRow(broken[0], f"{name}[{broken[1]}]: got {got}, expected a finite number of f32")
-    return numbers
+    def _matrix(self, name: str, column: pa.Array, first: int) -> F32:
+        """A column of lists of finite numbers as f32 [n, width]."""
+        width, of = fields.widths(self._shape)[name]
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero(lengths != width)
+        if len(wrong):
+            got = "null" if lengths[wrong[0]] < 0 else lengths[wrong[0]]
+            problem = f"{name}: got {got}, expected {width} numbers ({of})"
+            raise FileError(self.path, f"row {first + wrong[0]}", problem)
+        flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
+        with np.errstate(over="ignore"):  # found below, as infinity
+            numbers = flat.astype(np.float32).reshape(-1, width)
+        if found := fields.first_wrong(name, numbers, self._shape):
+            row, index, expected = found
+            got = flat.reshape(-1, width)[row, index]
+            problem = f"{name}[{index}]: got {got}, expected {expected}"
+            raise FileError(self.path, f"row {first + row}", problem)
+        return numbers
 
 
 class ParquetWriter(EntryWriter):
@@ -127,14 +98,14 @@ class ParquetWriter(EntryWriter):
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
 
     @override
-    def write(self, layer: int, entries: Entries) -> None:
+    def append(self, layer: int, entries: Entries) -> None:
         values = fields.value_columns(entries.values, self._shape)
         columns: dict[str, Any] = {
             "id": entries.ids,
             "layer": np.full(len(entries), layer, dtype=np.uint32),
             "key": _lists(entries.keys),
             **{name: _lists(rows) for name, rows in values.items()},
-            **_provenance_columns(entries.provenance),
+            **_columns(entries.provenance),
         }
         self._writer.write_table(pa.table(columns, schema=schema_of(self._shape)))
 
@@ -168,23 +139,18 @@ def _lists(rows: AnyArray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
-def _provenance_columns(origins: Sequence[Provenance]) -> dict[str, list[Any]]:
-    rows = [asdict(origin) for origin in origins]
-    return {field.name: [row[field.name] for row in rows] for field in dataclass_fields(Provenance)}
+def _columns(origins: Sequence[Provenance]) -> dict[str, list[Any]]:
+    return {name: [getattr(each, name) for each in origins] for name in fields.PROVENANCE_FIELDS}
 
 
 def _check_lists(schema: pa.Schema, shape: EntryShape) -> None:
     """Raises ValueError when the types alone say that no row can be used; lists of any length are seen row by row."""
     for name, (width, of) in fields.widths(shape).items():
         kind = schema.field(name).type
-        _require_numbers(name, kind)
+        if not (_is_list(kind) and _is_number(kind.value_type)):
+            raise ValueError(f"{name}: got {kind}, expected a list of numbers")
         if pa.types.is_fixed_size_list(kind) and kind.list_size != width:
             raise ValueError(f"{name}: got {kind.list_size}, expected {width} numbers ({of})")
-
-
-def _require_numbers(name: str, kind: pa.DataType) -> None:
-    if not (_is_list(kind) and _is_number(kind.value_type)):
-        raise ValueError(f"{name}: got {kind}, expected a list of numbers")
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,7 +27,6 @@ from safetensors.numpy import save_file
 from typing_extensions import override
 
 from router_service.arrays import F32, U64, AnyArray, Entries, Provenance
-from router_service.memories.settings import Kind
 from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
 from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError
@@ -40,6 +40,7 @@ _DTYPES = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
+_COLUMN_DTYPES = {"id": "<u8", "experts": "<i4"}
 # Tensors are named in the plural.
 _TENSOR_OF = {"id": "ids", "key": "keys", "value": "values"}
 
@@ -91,101 +92,78 @@ class SafetensorsReader(EntryReader):
     """Tensors of the wrong name, type or shape are refused when the file is opened, numbers as they are read."""
 
     def __init__(self, path: Path, shape: EntryShape, only_layer: int | None) -> None:
-        self.path = path
-        self._shape = shape
+        super().__init__(path, shape)
         self._file = TensorFile(path)
         found = sorted({self._layer_of(name) for name in self._file.tensors})
         self._layers = [n for n in found if only_layer is None or n == only_layer]
         for layer in self._layers:
             self._check_shapes(layer)
-        self.total = sum(self._count(layer) for layer in self._layers)
+        self.entries = sum(self._count(layer) for layer in self._layers)
 
     @override
-    def batches(self) -> Iterator[Batch]:
+    def read(self) -> Iterator[Batch]:
         size = self._shape.batch_entries
         for layer in self._layers:
             columns, count = self._provenance(layer), self._count(layer)
             for start in range(0, count, size):
                 stop = min(start + size, count)
-                rows = _rows(columns, start, stop)
-                origins = self._origins(layer, start, rows)
-                entries = Entries(
-                    self._ids(layer, start, stop, rows, origins),
-                    self._numbers(layer, "key", start, stop),
-                    self._values(layer, start, stop),
-                    origins,
-                )
-                yield Batch(layer, entries, range(start + 1, stop + 1))
+                parts = [items[start:stop] for items in columns.values()]
+                rows = [dict(zip(columns, row, strict=True)) for row in zip(*parts, strict=True)]
+                yield self._batch(layer, start, stop, rows or [{}] * (stop - start))
 
     @override
     def place(self, layer: int, row: int) -> str:
         return f"layers.{layer}, row {row}"
 
-    def _values(self, layer: int, start: int, stop: int) -> F32:
-        names = [name for name in fields.widths(self._shape) if name != "key"]
-        columns = {name: self._numbers(layer, name, start, stop) for name in names}
-        if self._shape.kind is Kind.ASSIGNMENT:
-            experts = columns["experts"]
-            if wrong := fields.first(fields.not_experts(experts, self._shape)):
-                raise self._error(
-                    layer,
-                    f"experts[{start + wrong[0]}][{wrong[1]}]: got {experts[wrong]:g}, expected 0 to "
-                    f"{self._shape.num_experts - 1}",
-                )
-        return np.concatenate(list(columns.values()), axis=1)
+    def _batch(self, layer: int, start: int, stop: int, rows: Sequence[dict[str, Any]]) -> Batch:
+        keys, *values = (
+            self._numbers(layer, field, start, stop) for field in fields.widths(self._shape)
+        )
+        origins = []
+        for number, row in enumerate(rows, start + 1):
+            with self.errors_at(f"metadata layers.{layer}.provenance: entry {number}"):
+                origins.append(fields.provenance_of(row))
+        ids = self._ids(layer, start, rows, origins)
+        entries = Entries(ids, keys, np.concatenate(values, axis=1), origins)
+        return Batch(layer, entries, range(start + 1, stop + 1))
 
     def _numbers(self, layer: int, field: str, start: int, stop: int) -> F32:
         name = _TENSOR_OF.get(field, field)
         rows = self._file.rows(f"layers.{layer}.{name}", start, stop)
         with np.errstate(over="ignore"):  # found below, as infinity
             matrix: F32 = rows.astype(np.float32)
-        if broken := fields.first(~np.isfinite(matrix)):
-            raise self._error(
-                layer,
-                f"{name}[{start + broken[0]}][{broken[1]}]: got {rows[broken]}, expected a finite number of f32",
-            )
+        if found := fields.first_wrong(field, matrix, self._shape):
+            row, column, expected = found
+            got = f"{name}[{start + row}][{column}]: got {rows[row, column]}"
+            raise self._error(layer, f"{got}, expected {expected}")
         return matrix
 
     def _ids(
         self,
         layer: int,
         start: int,
-        stop: int,
         rows: Sequence[dict[str, Any]],
         origins: Sequence[Provenance],
     ) -> U64:
-        if f"layers.{layer}.ids" in self._file.tensors:
-            ids = self._file.rows(f"layers.{layer}.ids", start, stop)
+        name = f"layers.{layer}.ids"
+        if name in self._file.tensors:
+            ids = self._file.rows(name, start, start + len(rows))
             if (ids < 0).any():
                 raise self._error(layer, f"ids: got {ids[ids < 0][0]}, expected 0 or more")
             return ids.astype(np.uint64)
         made = []
         for number, (row, origin) in enumerate(zip(rows, origins, strict=True), start + 1):
-            try:
+            with self.errors_at(self.place(layer, number)):
                 made.append(fields.id_of(row, origin))
-            except ValueError as error:
-                raise FileError(self.path, self.place(layer, number), str(error)) from error
         return np.array(made, dtype=np.uint64)
 
     def _provenance(self, layer: int) -> dict[str, list[Any]]:
         """Lists by field; none when the file holds no provenance of the layer."""
         name = f"layers.{layer}.provenance"
-        try:
-            columns = json.loads(self._file.metadata.get(name, "{}"))
+        with self.errors_at(f"metadata {name}"):
+            columns: Any = json.loads(self._file.metadata.get(name, "{}"))
             _check_columns(columns, self._count(layer))
-        except (ValueError, RecursionError) as error:
-            raise FileError(self.path, f"metadata {name}", str(error)) from error
         return columns
-
-    def _origins(self, layer: int, start: int, rows: Sequence[dict[str, Any]]) -> list[Provenance]:
-        origins = []
-        for number, row in enumerate(rows, start + 1):
-            try:
-                origins.append(fields.provenance_of(row))
-            except ValueError as error:
-                place = f"metadata layers.{layer}.provenance"
-                raise FileError(self.path, place, f"entry {number}: {error}") from error
-        return origins
 
     def _layer_of(self, name: str) -> int:
         found = _NAME.fullmatch(name)
@@ -237,37 +215,6 @@ def _check_columns(columns: Any, count: int) -> None:
             raise ValueError(f"{name}: expected a list of {count} items, one per entry")
 
 
-def _rows(columns: Mapping[str, list[Any]], start: int, stop: int) -> list[dict[str, Any]]:
-    parts = [items[start:stop] for items in columns.values()]
-    if not parts:
-        return [{}] * (stop - start)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*parts, strict=True)]
-
-
-class _Column:
-    """One field of every layer, layer after layer, in a file without a name."""
-
-    def __init__(self, directory: Path, files: ExitStack) -> None:
-        self._file = files.enter_context(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115  # closed by the stack
-        self._rows: dict[int, int] = {}
-        self._dtype, self._row_shape = np.dtype("<f4"), tuple[int, ...]()
-
-    def append(self, layer: int, rows: AnyArray) -> None:
-        self._dtype, self._row_shape = rows.dtype, rows.shape[1:]
-        self._rows[layer] = self._rows.get(layer, 0) + len(rows)
-        self._file.write(np.ascontiguousarray(rows).data)
-
-    def tensors(self) -> Iterator[tuple[int, AnyArray]]:
-        """The rows of each layer, mapped."""
-        self._file.flush()
-        start, total = 0, sum(self._rows.values())
-        for layer, count in self._rows.items():
-            shape = (total, *self._row_shape)
-            mapped: AnyArray = np.memmap(self._file, dtype=self._dtype, mode="r", shape=shape)
-            yield layer, mapped[start : start + count]
-            start += count
-
-
 class SafetensorsWriter(EntryWriter):
     """Takes twice the file's size on disk until finish() returns, and RAM for the provenance only."""
 
@@ -277,16 +224,20 @@ class SafetensorsWriter(EntryWriter):
         self._files = ExitStack()
         path.touch()  # a directory that takes no file is refused before anything is read
         self._columns = {
-            name: _Column(path.parent, self._files) for name in ("id", *fields.widths(shape))
+            name: self._files.enter_context(tempfile.TemporaryFile(dir=path.parent))  # noqa: SIM115  # closed by the stack
+            for name in ("id", *fields.widths(shape))
         }
+        self._rows: Counter[int] = Counter()  # by layer, in the order in which they came
         self._origins: dict[int, dict[str, list[str]]] = {}
         self._origin_bytes = 0
 
     @override
-    def write(self, layer: int, entries: Entries) -> None:
+    def append(self, layer: int, entries: Entries) -> None:
+        self._rows[layer] += len(entries)
         columns: dict[str, AnyArray] = {"id": entries.ids, "key": entries.keys}
         for name, rows in (columns | fields.value_columns(entries.values, self._shape)).items():
-            self._columns[name].append(layer, rows)
+            dtype = _COLUMN_DTYPES.get(name, "<f4")
+            self._columns[name].write(np.ascontiguousarray(rows, dtype).data)
         lists = self._origins.setdefault(layer, {name: [] for name in fields.PROVENANCE_FIELDS})
         origins = [asdict(origin) for origin in entries.provenance]
         for name, parts in lists.items():
@@ -301,14 +252,9 @@ class SafetensorsWriter(EntryWriter):
             columns = (f'"{name}": [{", ".join(parts)}]' for name, parts in lists.items())
             metadata[f"layers.{layer}.provenance"] = "{" + ", ".join(columns) + "}"
         self._require_header(len(json.dumps(metadata)))
-        tensors = {
-            f"layers.{layer}.{_TENSOR_OF.get(field, field)}": rows
-            for field, column in self._columns.items()
-            for layer, rows in column.tensors()
-        }
         mode = self._path.stat().st_mode
         try:
-            save_file(tensors, self._path, metadata)
+            save_file(self._tensors(), self._path, metadata)
         except SafetensorError as error:
             raise FileError(self._path, "", str(error)) from error
         self._path.chmod(mode)  # the library makes files that only their owner reads
@@ -317,6 +263,20 @@ class SafetensorsWriter(EntryWriter):
     @override
     def close(self) -> None:
         self._files.close()
+
+    def _tensors(self) -> dict[str, AnyArray]:
+        """Every layer's part of every column, mapped."""
+        tensors: dict[str, AnyArray] = {}
+        for field, column in self._columns.items() if self._rows else ():
+            column.flush()
+            dtype, name = np.dtype(_COLUMN_DTYPES.get(field, "<f4")), _TENSOR_OF.get(field, field)
+            mapped: AnyArray = np.memmap(column, dtype, mode="r")
+            mapped = mapped.reshape(self._rows.total(), -1) if field != "id" else mapped
+            start = 0
+            for layer, count in self._rows.items():
+                tensors[f"layers.{layer}.{name}"] = mapped[start : start + count]
+                start += count
+        return tensors
 
     def _require_header(self, header_bytes: int) -> None:
         if header_bytes > MAX_HEADER_BYTES:

@@ -26,7 +26,8 @@ from router_service.transfer.endpoints import (
 class StoreEndpoint(Endpoint):
     """The memories of an opened store. Raises RoutingServiceError."""
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, label: str, store: MemoryStore) -> None:
+        super().__init__(label)
         self._store = store
 
     @override
@@ -37,7 +38,7 @@ class StoreEndpoint(Endpoint):
         return self._store.names()
 
     @override
-    def record(self, name: str) -> MemoryRecord | None:
+    def find(self, name: str) -> MemoryRecord | None:
         try:
             return self._store.get(name).record
         except MemoryNotFound:

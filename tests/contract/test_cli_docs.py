@@ -85,5 +85,5 @@ def test_the_examples_of_formats_are_read(tmp_path: Path, kind: Kind, number: in
     examples = re.findall(r"```json\n(.*?)```", FORMATS.read_text(), flags=re.DOTALL)
     file = tmp_path / "example.jsonl"
     file.write_text(examples[number])
-    [batch] = open_reader(file, EntryShape(kind, 4, 3, 2), None).batches()
+    [batch] = open_reader(file, EntryShape(kind, 4, 3, 2)).read()
     assert len(batch) == 1

@@ -44,7 +44,7 @@ def write_parquet(tmp_path: Path, *rows: dict[str, Any], schema: pa.Schema | Non
 
 
 def read_batches(path: Path, shape: EntryShape = DELTAS, layer: int | None = None) -> list[Batch]:
-    return list(open_reader(path, shape, layer).batches())
+    return list(open_reader(path, shape, layer).read())
 
 
 def error_of(path: Path, shape: EntryShape = DELTAS) -> str:

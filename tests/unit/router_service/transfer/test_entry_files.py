@@ -38,12 +38,12 @@ def test_round_trip(tmp_path: Path, suffix: str, shape: EntryShape) -> None:
     keys = rng.standard_normal((5, 3)).astype(np.float32)
     entries = Entries(np.array([0, 1, 2, 3, 2**63 - 1], np.uint64), keys, values, origins)
     writer = open_writer(path, shape, format_of(path))
-    writer.write(0, entries.slice(0, 2))
-    writer.write(2, entries.slice(2, 5))
+    writer.append(0, entries.slice(0, 2))
+    writer.append(2, entries.slice(2, 5))
     writer.finish()
     reader = open_reader(path, shape, None)
-    assert reader.total == 5
-    first, second = reader.batches()
+    assert reader.entries == 5
+    first, second = reader.read()
     assert (first.layer, second.layer) == (0, 2)
     for batch, wanted in ((first, entries.slice(0, 2)), (second, entries.slice(2, 5))):
         for field in ("ids", "keys", "values"):

@@ -34,12 +34,11 @@ def walked(
     surplus: list[int] = []
     steps = joined(in_order(paged(source, sizes[0])), in_order(paged(target, sizes[1])))
     for ours, theirs in steps:
-        found = difference(ours, theirs, differing)
+        to_write, added, only_in_sink = difference(ours, theirs, differing)
         passed += ours.ids.tolist()
-        surplus += found.only_in_sink.tolist()
-        assert found.kept + len(found.to_write) == len(ours)
-        assert found.added == len(set(ours.ids.tolist()) - set(theirs.ids.tolist()))
-        written.append(found.to_write)
+        surplus += only_in_sink.tolist()
+        assert added == len(set(ours.ids.tolist()) - set(theirs.ids.tolist()))
+        written.append(to_write)
     ids = [number for batch in written for number in batch.ids.tolist()]
     for batch in written:
         wanted = entries_of({number: source[number] for number in batch.ids.tolist()})

@@ -28,7 +28,7 @@ def test_layers_in_several_parts(tmp_path: Path) -> None:
     writer = open_writer(path, SPARSE, FileFormat.SAFETENSORS, {"knnmoe": '{"a": "ü"}'})
     parts = [(0, make_entries(0, 2)), (0, make_entries(2, 3)), (2, make_entries(9, 1))]
     for layer, entries in parts:
-        writer.write(layer, entries)
+        writer.append(layer, entries)
     writer.finish()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     loaded = load_file(path)
@@ -47,7 +47,7 @@ def test_layers_in_several_parts(tmp_path: Path) -> None:
 def test_the_tensors_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     writer = open_writer(path, SPARSE, FileFormat.SAFETENSORS)
-    writer.write(1, make_entries(0, 3))
+    writer.append(1, make_entries(0, 3))
     writer.finish()
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -61,9 +61,9 @@ def test_provenance_that_no_header_holds(tmp_path: Path, monkeypatch: pytest.Mon
     limit = "router_service.transfer.safetensors.MAX_HEADER_BYTES"
     monkeypatch.setattr(limit, 500)
     with closing(open_writer(tmp_path / "x.safetensors", SPARSE, FileFormat.SAFETENSORS)) as writer:
-        writer.write(0, make_entries(0, 1))
+        writer.append(0, make_entries(0, 1))
         with pytest.raises(FileError, match="a large memory needs Parquet"):
-            writer.write(0, make_entries(1, 30))
+            writer.append(0, make_entries(1, 30))
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
