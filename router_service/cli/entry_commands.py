@@ -15,14 +15,20 @@ from typing import Annotated, Any
 import typer
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import types_pb2 as types_pb
+from pydantic import ValidationError
 
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.errors import BadInput, ServiceRefused
+from router_service.cli.errors import AdminError, BadInput, ServiceRefused, Unreachable
 from router_service.cli.options import MemoryName
 from router_service.cli.output import parse_plain, plain, table
 from router_service.cli.service_endpoint import ServiceEndpoint, ServiceEntries
 from router_service.cli.session import Session, session_of
-from router_service.errors import InvalidRequest, shorten
+from router_service.errors import (
+    BackendUnavailable,
+    InvalidRequest,
+    RoutingServiceError,
+    shorten,
+)
 from router_service.memories.memory import MemoryRecord
 from router_service.rpc import codec
 from router_service.transfer import copying
@@ -53,14 +59,27 @@ _POLICIES = {
 
 
 @contextmanager
-def file_errors() -> Iterator[None]:
-    """What is wrong with a file, as BadInput."""
+def copy_errors() -> Iterator[None]:
+    """What files, and stores that this process holds open itself, raise, as AdminError."""
     try:
         yield
-    except FileError as error:
+    except (FileError, InvalidRequest) as error:
         raise BadInput(str(error)) from error
+    except BackendUnavailable as error:
+        raise Unreachable(str(error)) from error
+    except RoutingServiceError as error:
+        raise AdminError(str(error)) from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        raise BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}") from error
 
 
+def _fsync(help_text: str) -> Any:
+    return typer.Option("--fsync", help=help_text)
+
+
+@copy_errors()
 def upsert(
     context: typer.Context,
     name: MemoryName,
@@ -81,10 +100,9 @@ def upsert(
     ] = None,
     fsync: Annotated[
         bool,
-        typer.Option(
-            "--fsync",
-            help="Acknowledge a batch when it would survive loss of power, not only of the service, "
-            "e.g. upsert bible bible.parquet --fsync.",
+        _fsync(
+            "Acknowledge a batch when it would survive loss of power, not only of the service, "
+            "e.g. upsert bible bible.parquet --fsync."
         ),
     ] = False,
 ) -> None:
@@ -113,11 +131,9 @@ def upsert(
 
     """
     session, started = session_of(context), time.monotonic()
-    with file_errors():
-        format_of(file)  # before the service is asked for anything
+    format_of(file)  # before the service is asked for anything
     target = _entries(session.client, name, fsync=fsync)
-    with file_errors():
-        source = open_reader(file, EntryShape.of(target.record), layer)
+    source = open_reader(file, EntryShape.of(target.record), layer)
     copy = Copy(source, target, [] if layer is None else [layer])
     _write_file(session, copy, source, "writing")
     if not copy.written:
@@ -151,6 +167,7 @@ def count(
     )
 
 
+@copy_errors()
 def export(
     context: typer.Context,
     name: MemoryName,
@@ -186,14 +203,13 @@ def export(
 
     """
     session = session_of(context)
-    with file_errors():
-        format_of(file)
+    format_of(file)
     if file.exists() and not force:
         raise BadInput(f"{file}: already there; pass --force to replace it")
     source = _entries(session.client, name)
     record = source.record
     layers = sorted(set(layer or range(record.fingerprint.num_layers)))
-    with file_errors(), new_file(file, EntryShape.of(record), _description(record)) as sink:
+    with new_file(file, EntryShape.of(record), _description(record)) as sink:
         copy = Copy(source, sink, layers)
         copy.run(session.output.progress, "reading")
     document = {
@@ -207,6 +223,7 @@ def export(
     session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
 
 
+@copy_errors()
 def import_memory(
     context: typer.Context,
     file: Annotated[
@@ -242,9 +259,8 @@ def import_memory(
     ] = None,
     fsync: Annotated[
         bool,
-        typer.Option(
-            "--fsync",
-            help="Acknowledge a batch when it would survive loss of power, e.g. import bible.parquet --fsync.",
+        _fsync(
+            "Acknowledge a batch when it would survive loss of power, e.g. import bible.parquet --fsync."
         ),
     ] = False,
 ) -> None:
@@ -282,8 +298,7 @@ def import_memory(
         )
     if there is not None and described is not None:
         require_same_entries(f"file {file}", described, f"memory {name}", there)
-    with file_errors():  # what can be checked is checked before anything is made
-        source = open_reader(file, EntryShape.of(model))
+    source = open_reader(file, EntryShape.of(model))  # checked before anything is made
     if there is None:
         endpoint.create(name, model.fingerprint, model.settings)
     elif into is None:
@@ -332,9 +347,8 @@ def merge(
     ] = None,
     fsync: Annotated[
         bool,
-        typer.Option(
-            "--fsync",
-            help="Acknowledge a batch when it would survive loss of power, e.g. merge psalms bible --fsync.",
+        _fsync(
+            "Acknowledge a batch when it would survive loss of power, e.g. merge psalms bible --fsync."
         ),
     ] = False,
 ) -> None:
@@ -428,7 +442,7 @@ def _written(copy: Copy, fsync: bool, started: float) -> dict[str, Any]:
 def _require_nothing_else(session: Session, source: EntryReader, target: ServiceEntries) -> None:
     """Raises BadInput unless every entry of the memory has an id of the file: then it is what an import left."""
     name, others = target.record.name, target.total(range(target.record.fingerprint.num_layers))
-    with file_errors(), session.output.progress("comparing", source.entries) as advance:
+    with session.output.progress("comparing", source.entries) as advance:
         for batch in source.batches():
             others -= target.count(batch.layer, batch.entries.ids)
             advance(len(batch))
@@ -452,8 +466,7 @@ def _description(record: MemoryRecord) -> dict[str, str]:
 
 def _described(file: Path, fingerprint: Path | None) -> MemoryRecord | None:
     """The memory that a file was made of, as it or --fingerprint says; its name is empty when nothing says it."""
-    with file_errors():
-        text = read_metadata(file).get(_KEY)
+    text = read_metadata(file).get(_KEY)
     if fingerprint is None:
         return None if text is None else _parsed(f"{file}: metadata {_KEY}", text)
     if text is not None:

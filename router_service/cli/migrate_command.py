@@ -13,23 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from router_service.backends.exact import ExactBackend
 from router_service.backends.qdrant_server.options import GRPC_PORT, REST_PORT, is_url, parse_url
 from router_service.cli import options
 from router_service.cli.admin_client import AdminClient
-from router_service.cli.entry_commands import require_same_entries
-from router_service.cli.errors import AdminError, BadInput, Interrupted, Unreachable
+from router_service.cli.entry_commands import copy_errors, require_same_entries
+from router_service.cli.errors import AdminError, BadInput, Interrupted
 from router_service.cli.output import table
 from router_service.cli.service_endpoint import EMBEDDED, ServiceEndpoint
 from router_service.cli.session import Session, session_of
 from router_service.errors import (
-    BackendUnavailable,
     InvalidField,
-    InvalidRequest,
-    RoutingServiceError,
     shorten,
 )
 from router_service.memories.memory import MemoryRecord
@@ -54,7 +50,7 @@ def migrate(
         str,
         typer.Option(
             "--from",
-            metavar="PLACE",
+            metavar="ENDPOINT",
             help="Where the memories are: embedded (the service at --target), the URL of a Qdrant server, or a data "
             "directory that no service holds, e.g. embedded.",
         ),
@@ -63,7 +59,7 @@ def migrate(
         str,
         typer.Option(
             "--to",
-            metavar="PLACE",
+            metavar="ENDPOINT",
             help="Where they go, named likewise, e.g. http://qdrant:6334.",
         ),
     ],
@@ -78,7 +74,9 @@ def migrate(
     as_name: Annotated[
         str | None,
         typer.Option(
-            "--as", metavar="NAME", help="Name of the one memory in its new place, e.g. --as law-2."
+            "--as",
+            metavar="NAME",
+            help="Name of the one memory at its new endpoint, e.g. --as law-2.",
         ),
     ] = None,
     delete: Annotated[
@@ -128,12 +126,12 @@ def migrate(
     qdrant = options.qdrant_settings(locals())
     session, started = session_of(context), time.monotonic()
     if as_name is not None and len(memory or ()) != 1:
-        raise BadInput("--as names one memory in its new place; name that one memory, too")
+        raise BadInput("--as names one memory at its new endpoint; name that one memory, too")
     source_name = endpoint_name("--from", from_endpoint)
     target_name = endpoint_name("--to", to_endpoint)
     if source_name.identity == target_name.identity:
         raise BadInput(
-            f"--from {from_endpoint} and --to {to_endpoint} are the same place; name two (export and import copy a "
+            f"--from {from_endpoint} and --to {to_endpoint} are the same endpoint; name two (export and import copy a "
             "memory within one)"
         )
     _require_directories(source_name, target_name)
@@ -177,7 +175,7 @@ def _run(
     session: Session, migration: Migration, progress: Progress, *, delete: bool, optimize: bool
 ) -> None:
     try:
-        with store_errors():
+        with copy_errors():
             migration.run(progress, delete=delete, optimize=optimize)
     except AdminError as error:
         if not isinstance(error, Interrupted):
@@ -263,7 +261,7 @@ def _opened(
     option: str, name: EndpointName, client: AdminClient, qdrant: QdrantSettings, *, make: bool
 ) -> Iterator[Endpoint]:
     """Raises AdminError. Unless told to `make` it, a directory that is not there is an endpoint without memories."""
-    with store_errors():
+    with copy_errors():
         if name.text == EMBEDDED:
             yield ServiceEndpoint(client)
         elif make or name.directory is None or (name.directory / "memories").exists():
@@ -271,23 +269,6 @@ def _opened(
                 yield StoreEndpoint(name.text, store)
         else:
             yield StoreEndpoint(name.text, MemoryStore(ExactBackend(), None))
-
-
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """What a store that this process holds open itself raises, as AdminError."""
-    try:
-        yield
-    except InvalidRequest as error:
-        raise BadInput(str(error)) from error
-    except BackendUnavailable as error:
-        raise Unreachable(str(error)) from error
-    except RoutingServiceError as error:
-        raise AdminError(str(error)) from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = "_".join(str(part) for part in problem["loc"]).upper()
-        raise BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}") from error
 
 
 @contextmanager

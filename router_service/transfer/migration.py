@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from router_service.backends.base import Compression
@@ -12,7 +11,6 @@ from router_service.memories.settings import MemorySettings
 from router_service.transfer.copying import Copy, differing
 from router_service.transfer.endpoints import (
     Endpoint,
-    LayerState,
     MemoryEntries,
     MemoryGone,
     Progress,
@@ -115,31 +113,13 @@ def copy_indexes(
     with progress("optimizing", layers) as advance:
         done = []
         for layer in range(layers):
-            wanted = source.state(layer)
-            done.append(_optimized(wanted, target, layer, advance, optimize=optimize))
+            wanted, have, refused = source.state(layer), target.state(layer), ""
+            behind = bool(wanted.indexed_entries) and have.indexed_entries < have.entries
+            lacks = optimize and (behind or have.compression != wanted.compression)
+            if lacks:
+                refused = target.optimize(layer, wanted.compression, lambda *_: advance(0))
+                have = target.state(layer)
+            made = lacks and not refused
+            done.append(LayerIndex(layer, wanted.compression, have.compression, made, refused))
             advance(1)
         return done
-
-
-def _optimized(
-    wanted: LayerState,
-    target: MemoryEntries,
-    layer: int,
-    advance: Callable[[int], None],
-    *,
-    optimize: bool,
-) -> LayerIndex:
-    have, refused = target.state(layer), ""
-    optimized = optimize and _lacks(have, wanted)
-    if optimized:
-        refused = target.optimize(layer, wanted.compression, lambda *_: advance(0))
-        have = target.state(layer)
-    return LayerIndex(
-        layer, wanted.compression, have.compression, optimized and not refused, refused
-    )
-
-
-def _lacks(have: LayerState, wanted: LayerState) -> bool:
-    if have.compression != wanted.compression:
-        return True
-    return bool(wanted.indexed_entries) and have.indexed_entries < have.entries

@@ -1,4 +1,4 @@
-"""`router-admin migrate`: the same memory in another place, to the last bit, and back."""
+"""`router-admin migrate`: the same memory at another endpoint, to the last bit, and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.sidecar import (
     running_sidecar,
 )
 
-Place = tuple[str, ...]
+Endpoint = tuple[str, ...]
 KINDS = pytest.mark.parametrize(
     ("kind", "similarity"), [(ASSIGNMENT, COSINE), (LOGIT_DELTA, RBF)], ids=["cosine", "rbf"]
 )
@@ -49,9 +49,9 @@ def admin(service: Sidecar) -> Admin:
 @pytest.fixture(
     params=["directory", "standin", pytest.param("server", marks=pytest.mark.docker)],
 )
-def place(
+def endpoint(
     request: pytest.FixtureRequest, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Place]:
+) -> Iterator[Endpoint]:
     """Another home: what --from or --to are given, and the flags that go with it."""
     if request.param == "directory":
         yield (str(data),)
@@ -79,11 +79,11 @@ def delete_first(service: Sidecar, name: str, count: int) -> None:
 
 @KINDS
 def test_there_and_back(
-    service: Sidecar, admin: Admin, name: str, place: Place, kind: int, similarity: int
+    service: Sidecar, admin: Admin, name: str, endpoint: Endpoint, kind: int, similarity: int
 ) -> None:
     before = content_of(service, filled(service, name, kind, similarity=similarity))
-    there = admin("migrate", name, "--from", "embedded", "--to", *place)
-    back = admin("migrate", name, "--to", "embedded", "--as", f"{name}-b", "--from", *place)
+    there = admin("migrate", name, "--from", "embedded", "--to", *endpoint)
+    back = admin("migrate", name, "--to", "embedded", "--as", f"{name}-b", "--from", *endpoint)
     assert there["verified"]
     assert back["verified"]
     for done in (there, back):
@@ -98,10 +98,10 @@ def test_there_and_back(
 
 
 def test_the_next_run_brings_what_changed(
-    service: Sidecar, admin: Admin, name: str, place: Place
+    service: Sidecar, admin: Admin, name: str, endpoint: Endpoint
 ) -> None:
     """Settings too; what the source no longer has only with --delete."""
-    words = ("migrate", filled(service, name), "--from", "embedded", "--to", *place)
+    words = ("migrate", filled(service, name), "--from", "embedded", "--to", *endpoint)
     admin(*words)
     service.upsert(name, 0, random_entries(LOGIT_DELTA, 5, seed=9, first_id=1190))
     service.upsert(name, 1, random_entries(LOGIT_DELTA, 5))
@@ -115,7 +115,7 @@ def test_the_next_run_brings_what_changed(
     assert (would["added"], would["replaced"], would["deleted"]) == (0, 0, 2)
     done = admin(*words, "--delete")["memories"][0]
     assert (done["added"], done["replaced"], done["deleted"]) == (0, 0, 2)
-    back = admin("migrate", name, "--to", "embedded", "--as", f"{name}-b", "--from", *place)
+    back = admin("migrate", name, "--to", "embedded", "--as", f"{name}-b", "--from", *endpoint)
     assert back["memories"][0]["added"] == 1200 - 2 + 5 + 20
     assert content_of(service, f"{name}-b") == content_of(service, name)
     assert admin("memory", "show", f"{name}-b")["settings"]["neighbours"] == 9
@@ -205,7 +205,7 @@ def test_a_service_that_stands_before_the_server(
 
 
 def test_what_a_long_source_name_and_odd_numbers_become(
-    service: Sidecar, admin: Admin, name: str, place: Place
+    service: Sidecar, admin: Admin, name: str, endpoint: Endpoint
 ) -> None:
     service.create(name)
     entries = random_entries(LOGIT_DELTA, 3)
@@ -215,7 +215,7 @@ def test_what_a_long_source_name_and_odd_numbers_become(
     origin.source, origin.example, origin.gain = "ö" * 1024, 'x"\n', -0.1
     origin.position, origin.token, origin.created_unix_ms = 2**32 - 1, -1, 2**42
     service.upsert(name, 0, entries)
-    assert admin("migrate", name, "--from", "embedded", "--to", *place)["verified"]
-    admin("migrate", name, "--to", "embedded", "--as", f"{name}-b", "--from", *place)
+    assert admin("migrate", name, "--from", "embedded", "--to", *endpoint)["verified"]
+    admin("migrate", name, "--to", "embedded", "--as", f"{name}-b", "--from", *endpoint)
     copied: list[admin_pb.Entries] = exported(service, f"{name}-b", 0)
     assert copied == exported(service, name, 0)

@@ -180,7 +180,7 @@ def test_targets_that_are_of_something_else(
     assert "preset" in back("preset")
 
 
-def test_names_and_places_that_cannot_be(admin: Admin, name: str, data: Path) -> None:
+def test_names_and_endpoints_that_cannot_be(admin: Admin, name: str, data: Path) -> None:
     def refused(*words: object, code: int) -> Any:
         return admin("migrate", *words, code=code)
 
@@ -188,8 +188,8 @@ def test_names_and_places_that_cannot_be(admin: Admin, name: str, data: Path) ->
     found = refused(name, "nope", *to_data, code=1)
     assert "memory 'nope' not found in 'embedded', which has: " in found
     assert not data.exists()
-    assert "the same place" in refused("--from", data, "--to", f"{data}/../{data.name}", code=2)
-    assert "the same place" in refused("--from", "embedded", "--to", "embedded", code=2)
+    assert "the same endpoint" in refused("--from", data, "--to", f"{data}/../{data.name}", code=2)
+    assert "the same endpoint" in refused("--from", "embedded", "--to", "embedded", code=2)
     assert "no data directory" in refused("--from", data, "--to", "embedded", code=2)
     assert "expected embedded" in refused("--from", "embedded", "--to", "qdrant:6334", code=2)
     assert "http://HOST[:PORT]" in refused("--from", "embedded", "--to", "http://x:y", code=2)
