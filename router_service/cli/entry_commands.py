@@ -317,6 +317,7 @@ def import_memory(
     session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
 
 
+@copy_errors()
 def merge(
     context: typer.Context,
     from_name: Annotated[

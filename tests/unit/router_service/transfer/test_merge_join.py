@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,9 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_service.arrays import MAX_ENTRY_ID, Entries
+from router_service.arrays import MAX_ENTRY_ID, Entries, Provenance
 from router_service.errors import StorageError
-from router_service.transfer.copying import difference, differing, in_order, joined
+from router_service.transfer.copying import (
+    OnConflict,
+    difference,
+    differing,
+    in_order,
+    joined,
+    keep,
+    newer,
+    replace,
+)
 from tests.unit.router_service.transfer.layer_models import entries_of
 
 Versions = dict[int, int]
@@ -70,3 +80,46 @@ def test_ids_out_of_order_are_refused(ids: list[int]) -> None:
         list(in_order([wrong]))
     with pytest.raises(StorageError, match="after id 1 are not in"):
         list(in_order([page.slice(0, 1), page.slice(0, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("policy", "written"), [(keep, []), (replace, [2, 3, 4]), (newer, [3]), (differing, [3, 4])]
+)
+def test_of_entries_that_both_have(policy: OnConflict, written: list[int]) -> None:
+    """Entry 2 is the same, 3 was made later, 4 earlier; 1 and 9 have no counterpart."""
+    ours, theirs = entries_of({1: 0, 2: 0, 3: 0, 4: 0}), entries_of({2: 0, 3: 1, 4: 1, 9: 0})
+    times = [
+        made_at(origin, ms) for origin, ms in zip(ours.provenance, (1, 1000, 2000, 1), strict=True)
+    ]
+    ours = Entries(ours.ids, ours.keys, ours.values, times)
+    to_write, added, only_in_sink = difference(ours, theirs, policy)
+    assert to_write.ids.tolist() == [1, *written]
+    assert added == 1
+    assert only_in_sink.tolist() == [9]
+
+
+def made_at(origin: Provenance, created_unix_ms: int) -> Provenance:
+    return dataclasses.replace(origin, created_unix_ms=created_unix_ms)
+
+
+def test_a_sink_that_holds_none_of_a_page_is_not_read_for_it() -> None:
+    read: list[int] = []
+
+    def sink() -> Iterator[Entries]:
+        for page in paged(dict.fromkeys(range(0, 100, 2), 0), 5):
+            read.append(int(page.ids[0]))
+            yield page
+
+    theirs = set(range(0, 100, 2))
+    steps = joined(
+        paged({1: 0, 3: 0, 4: 0, 5: 0, 95: 0, 97: 0}, 2),
+        sink(),
+        lambda ids: bool(theirs & set(ids.tolist())),
+    )
+    both = [
+        number
+        for ours, other in steps
+        for number in set(ours.ids.tolist()) & set(other.ids.tolist())
+    ]
+    assert both == [4]
+    assert read == [0]

@@ -66,6 +66,16 @@ def test_provenance_that_no_header_holds(tmp_path: Path, monkeypatch: pytest.Mon
             writer.append(0, make_entries(1, 30))
 
 
+def test_the_file_is_as_readable_as_any(tmp_path: Path) -> None:
+    """The library's own would be only its owner's."""
+    path, other = tmp_path / "x.safetensors", tmp_path / "other"
+    other.touch()
+    writer = open_writer(path, SPARSE, FileFormat.SAFETENSORS)
+    writer.append(0, make_entries(0, 1))
+    writer.finish()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     writer = open_writer(path, SPARSE, FileFormat.SAFETENSORS)
