@@ -5,7 +5,7 @@ Parquet's library takes half a second to load, so it is loaded on demand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -38,15 +38,9 @@ def format_of(path: Path) -> FileFormat:
 
 def open_reader(path: Path, shape: EntryShape, layer: int | None = None) -> EntryReader:
     """A reader of a file of entries; `layer` stands in for a layer that rows do not name. Raises FileError."""
-    chosen = _format_of_file(path)
+    reader, _, _ = _by_format(_format_of_file(path))
     with _file_errors(path):
-        if chosen is FileFormat.JSONL:
-            return JsonlReader(path, shape, layer)
-        if chosen is FileFormat.PARQUET:
-            from router_service.transfer.parquet import ParquetReader
-
-            return ParquetReader(path, shape, layer)
-        return SafetensorsReader(path, shape, layer)
+        return reader(path, shape, layer)
 
 
 def open_writer(
@@ -56,26 +50,31 @@ def open_writer(
     metadata: Mapping[str, str] | None = None,
 ) -> EntryWriter:
     """A writer of a new file; JSONL has no place for metadata. Raises FileError."""
+    _, writer, _ = _by_format(file_format)
     with _file_errors(path):
-        if file_format is FileFormat.JSONL:
-            return JsonlWriter(path, shape)
-        if file_format is FileFormat.PARQUET:
-            from router_service.transfer.parquet import ParquetWriter
-
-            return ParquetWriter(path, shape, metadata or {})
-        return SafetensorsWriter(path, shape, metadata or {})
+        return writer(path, shape, metadata or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What a file says about itself beside its entries; JSONL says nothing. Raises FileError."""
-    chosen = _format_of_file(path)
-    if chosen is FileFormat.JSONL:
-        return {}
-    if chosen is FileFormat.PARQUET:
-        from router_service.transfer.parquet import metadata_of
+    _, _, metadata_of = _by_format(_format_of_file(path))
+    return metadata_of(path)
 
-        return metadata_of(path)
-    return TensorFile(path).metadata
+
+_Reader = Callable[[Path, EntryShape, int | None], EntryReader]
+_Writer = Callable[[Path, EntryShape, Mapping[str, str]], EntryWriter]
+
+
+def _by_format(
+    file_format: FileFormat,
+) -> tuple[_Reader, _Writer, Callable[[Path], dict[str, str]]]:
+    if file_format is FileFormat.JSONL:
+        return JsonlReader, JsonlWriter, lambda _: {}
+    if file_format is FileFormat.PARQUET:
+        from router_service.transfer import parquet
+
+        return parquet.ParquetReader, parquet.ParquetWriter, parquet.metadata_of
+    return SafetensorsReader, SafetensorsWriter, lambda path: TensorFile(path).metadata
 
 
 def _format_of_file(path: Path) -> FileFormat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,9 +61,9 @@ class JsonlReader(EntryReader):
 
 
 class JsonlWriter(EntryWriter):
-    """Writes each entry as it comes."""
+    """Writes each entry as it comes; there is no place for metadata."""
 
-    def __init__(self, path: Path, shape: EntryShape) -> None:
+    def __init__(self, path: Path, shape: EntryShape, _metadata: Mapping[str, str]) -> None:
         self._file = path.open("w")
         self._shape = shape
 

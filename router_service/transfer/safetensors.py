@@ -176,22 +176,22 @@ class SafetensorsReader(EntryReader):
         return int(found[1])
 
     def _check_shapes(self, layer: int) -> None:
-        count = self._count(layer)
-        for field, (width, of) in fields.widths(self._shape).items():
-            self._check_shape(layer, _TENSOR_OF.get(field, field), (count, width), f"[n, {of}]")
-        if f"layers.{layer}.ids" in self._file.tensors:
-            self._check_shape(layer, "ids", (count,), "[n]")
-
-    def _check_shape(self, layer: int, name: str, wanted: tuple[int, ...], of: str) -> None:
-        info = self._file.tensors.get(f"layers.{layer}.{name}")
-        if info is None:
-            raise self._error(layer, f"{name}: missing")
-        if info.shape != wanted:
-            raise self._error(
-                layer, f"{name}: got shape {list(info.shape)}, expected {list(wanted)} ({of})"
-            )
-        if name in ("ids", "experts") and info.dtype[0] not in "IU":
-            raise self._error(layer, f"{name}: got {info.dtype}, expected whole numbers")
+        count, prefix = self._count(layer), f"layers.{layer}."
+        wanted: dict[str, tuple[tuple[int, ...], str]] = {
+            _TENSOR_OF.get(field, field): ((count, width), f"[n, {of}]")
+            for field, (width, of) in fields.widths(self._shape).items()
+        }
+        if f"{prefix}ids" in self._file.tensors:
+            wanted["ids"] = ((count,), "[n]")
+        for name, (shape, of) in wanted.items():
+            info = self._file.tensors.get(f"{prefix}{name}")
+            if info is None:
+                raise self._error(layer, f"{name}: missing")
+            if info.shape != shape:
+                got = f"got shape {list(info.shape)}, expected {list(shape)} ({of})"
+                raise self._error(layer, f"{name}: {got}")
+            if name in ("ids", "experts") and info.dtype[0] not in "IU":
+                raise self._error(layer, f"{name}: got {info.dtype}, expected whole numbers")
 
     def _count(self, layer: int) -> int:
         info = self._file.tensors.get(f"layers.{layer}.keys")
