@@ -11,8 +11,8 @@ from router_service.backends.base import Backend
 from router_service.backends.qdrant_server.options import BACKEND_SETTING, ServerOptions, is_url
 from router_service.memories.store import MemoryStore
 from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
-from router_service.snapshots.base import Shelf
-from router_service.snapshots.local import SnapshotShelf
+from router_service.snapshots.base import Swept
+from router_service.snapshots.local import LocalSnapshotStore
 
 
 def make_store(
@@ -44,15 +44,15 @@ def make_store(
     return backend, MemoryStore(backend, memories)
 
 
-def make_shelf(settings: ServiceSettings, backend: Backend, store: MemoryStore) -> Shelf:
+def make_snapshot_store(settings: ServiceSettings, backend: Backend, store: MemoryStore) -> Swept:
     """Where the snapshots of make_store()'s memories are kept."""
     if not is_url(settings.backend):
-        return SnapshotShelf(store, settings.on_disk("snapshots"), settings.min_free_bytes)
+        return LocalSnapshotStore(store, settings.on_disk("snapshots"), settings.min_free_bytes)
     from router_service.backends.qdrant_server.backend import ServerBackend
-    from router_service.snapshots.server import ServerShelf
+    from router_service.snapshots.server import ServerSnapshotStore
 
     assert isinstance(backend, ServerBackend)  # noqa: S101  # by make_store()
-    return ServerShelf(store, backend)
+    return ServerSnapshotStore(store, backend)
 
 
 @contextmanager

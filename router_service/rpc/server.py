@@ -34,7 +34,7 @@ from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
 from router_service.settings import ServiceSettings
-from router_service.storage import make_shelf, make_store
+from router_service.storage import make_snapshot_store, make_store
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class RoutingServer:
         self._permits = Permits(settings.max_in_flight)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
-        self._shelf = make_shelf(settings, self._backend, self._store)
+        self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = health.HealthServicer()
         self._grpc = self._make_server()
         self._stopping = threading.Event()
@@ -82,7 +82,7 @@ class RoutingServer:
     def start(self) -> None:
         """Raises StorageError when the data cannot be opened or the address is taken."""
         self._store.open_all()
-        self._shelf.sweep()
+        self._snapshots.sweep()
         self.address = self._bind()
         self._grpc.start()
         self._flusher.start()
@@ -137,7 +137,7 @@ class RoutingServer:
         add_quantization(quantization, server)
         add_operations(OperationService(self._operations), server)
         add_retention(RetentionService(self._store, self._operations), server)
-        add_snapshots(SnapshotService(self._shelf, self._operations), server)
+        add_snapshots(SnapshotService(self._snapshots, self._operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server
 

@@ -13,15 +13,14 @@ from router_service.errors import InvalidField
 from router_service.operations import Operations
 from router_service.rpc import codec
 from router_service.rpc.operations import encoded
-from router_service.snapshots.base import Shelf, SnapshotRef
-from router_service.snapshots.files import SnapshotInfo
+from router_service.snapshots.base import Packing, SnapshotInfo, SnapshotRef, SnapshotStore
 
 
 class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
     """Create, list, verify, restore, pack, delete."""
 
-    def __init__(self, shelf: Shelf, operations: Operations) -> None:
-        self._shelf, self._operations = shelf, operations
+    def __init__(self, snapshots: SnapshotStore, operations: Operations) -> None:
+        self._snapshots, self._operations = snapshots, operations
 
     def CreateSnapshot(  # noqa: N802
         self, request: pb.CreateSnapshotRequest, context: grpc.ServicerContext
@@ -30,7 +29,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
         steps = self._operations.run(
             "snapshot-create",
             request.memory,
-            lambda report: self._shelf.create(request.memory, request.name, report),
+            lambda report: self._snapshots.create(request.memory, request.name, report),
             exclusive=False,
         )
         return encoded(steps, pb.CreateSnapshotResponse, _snapshot)
@@ -39,7 +38,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
         self, request: pb.ListSnapshotsRequest, context: grpc.ServicerContext
     ) -> pb.ListSnapshotsResponse:
         """The service's own, oldest first."""
-        found = self._shelf.list(request.memory)
+        found = self._snapshots.list(request.memory)
         return pb.ListSnapshotsResponse(snapshots=map(_encode, found))
 
     def VerifySnapshot(  # noqa: N802
@@ -50,7 +49,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
         steps = self._operations.run(
             "snapshot-verify",
             ref.memory,
-            lambda report: self._shelf.verify(ref, report),
+            lambda report: self._snapshots.verify(ref, report),
             exclusive=False,
         )
         return encoded(steps, pb.VerifySnapshotResponse, _snapshot)
@@ -63,7 +62,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
         steps = self._operations.run(
             "snapshot-restore",
             name,
-            lambda report: self._shelf.restore(ref, name, replace, report),
+            lambda report: self._snapshots.restore(ref, name, replace, report),
         )
         return encoded(
             steps, pb.RestoreSnapshotResponse, lambda made: {"memory": codec.encode_memory(made)}
@@ -73,10 +72,18 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
         self, request: pb.PackSnapshotRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.PackSnapshotResponse]:
         """Writes one to a file."""
+        snapshots = self._snapshots
+        if not isinstance(snapshots, Packing):
+            raise InvalidField(
+                "path",
+                request.path,
+                "a service whose snapshots are files: those of a Qdrant server are the server's; to carry a memory "
+                "elsewhere use `router-admin export` or `router-admin migrate`",
+            )
         steps = self._operations.run(
             "snapshot-pack",
             request.memory,
-            lambda report: self._shelf.pack(request.memory, request.name, request.path, report),
+            lambda report: snapshots.pack(request.memory, request.name, request.path, report),
             exclusive=False,
         )
         return encoded(steps, pb.PackSnapshotResponse, _snapshot)
@@ -85,7 +92,7 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
         self, request: pb.DeleteSnapshotRequest, context: grpc.ServicerContext
     ) -> pb.DeleteSnapshotResponse:
         """Removes one."""
-        removed = self._shelf.delete(request.memory, request.name)
+        removed = self._snapshots.delete(request.memory, request.name)
         return pb.DeleteSnapshotResponse(snapshot=_encode(removed))
 
 

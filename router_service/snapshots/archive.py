@@ -22,14 +22,14 @@ from router_service.backends.disk import (
 )
 from router_service.errors import InvalidField, RoutingServiceError, SnapshotInvalid
 from router_service.snapshots import files
+from router_service.snapshots.base import SnapshotInfo
 from router_service.snapshots.files import (
-    Report,
-    SnapshotInfo,
+    OnFile,
     exclusive,
     finish,
     info_of,
-    say_nothing,
     unfinished,
+    unwatched,
 )
 from router_service.snapshots.manifest import (
     FILE_NAME,
@@ -46,18 +46,18 @@ _COPY_BYTES = 1 << 20
 _MAX_EXTENDED_HEADER_BYTES = 1 << 16
 
 
-def pack(path: Path, archive: Path, *, report: Report = say_nothing) -> None:
+def pack(path: Path, archive: Path, *, on_file: OnFile = unwatched) -> None:
     """Writes the snapshot at `path` to the new file `archive`. Raises SnapshotInvalid, InvalidField or StorageError."""
     manifest = read_manifest(path)
     files.check_listing(path, manifest)
-    files.check_contents(path, manifest, report)
+    files.check_contents(path, manifest, on_file)
     if archive.exists():
         raise InvalidField("archive", str(archive), "the name of a new file")
     partial = archive.with_name(archive.name + ".partial")
     try:
         with storage_call(f"write {archive}"):
             with partial.open("wb") as file:
-                _write(path, manifest, file, report)
+                _write(path, manifest, file, on_file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(archive)
@@ -72,7 +72,7 @@ def unpack(
     *,
     min_free_bytes: int | None = None,
     max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
-    report: Report = say_nothing,
+    on_file: OnFile = unwatched,
 ) -> SnapshotInfo:
     """Makes the snapshot that `archive` holds one of `snapshots_dir`, under its own name.
 
@@ -96,18 +96,18 @@ def unpack(
             with unfinished(home, target.name) as partial:
                 with storage_call(f"write {partial}"):
                     (partial / FILE_NAME).write_bytes(text)
-                _extract(tar, archive, manifest, partial, report)
-                files.check_contents(partial, manifest, report, named=archive)
+                _extract(tar, archive, manifest, partial, on_file)
+                files.check_contents(partial, manifest, on_file, named=archive)
                 finish(partial, target)
     return info_of(target, manifest)
 
 
-def _write(path: Path, manifest: SnapshotManifest, file: IO[bytes], report: Report) -> None:
+def _write(path: Path, manifest: SnapshotManifest, file: IO[bytes], on_file: OnFile) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         text = (path / FILE_NAME).read_bytes()
         tar.addfile(_member(f"{manifest.name}/{FILE_NAME}", len(text)), io.BytesIO(text))
         for name, content in manifest.files.items():
-            report(name)
+            on_file(name)
             with (path / name).open("rb") as source:
                 _add(tar, f"{manifest.name}/{name}", content, source)
 
@@ -203,7 +203,7 @@ def _read_manifest(tar: tarfile.TarFile, archive: Path) -> tuple[SnapshotManifes
 
 
 def _extract(
-    tar: tarfile.TarFile, archive: Path, manifest: SnapshotManifest, target: Path, report: Report
+    tar: tarfile.TarFile, archive: Path, manifest: SnapshotManifest, target: Path, on_file: OnFile
 ) -> None:
     """The files of the manifest, and nothing else: no links, devices, directories, strangers or repetitions."""
     expected = dict(manifest.files)
@@ -214,7 +214,7 @@ def _extract(
             raise _refused(archive, f"{ascii(member.name)[:200]} is not a file of its manifest")
         if member.size != content.size_bytes:
             raise _refused(archive, f"{path} has {member.size} bytes, not {content.size_bytes}")
-        report(path)
+        on_file(path)
         with _data_of(tar, member) as source, storage_call(f"write {target / path}"):
             _write_file(archive, source, target / path, content)
     files.refuse(archive, [f"{path} is missing" for path in expected])

@@ -1,14 +1,14 @@
-"""What every place that keeps snapshots can do."""
+"""What a store of snapshots is: one keeps files of its own, another leaves them to the Qdrant server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from router_service.backends.base import Report
-from router_service.memories.memory import RoutingMemory
-from router_service.snapshots.files import SnapshotInfo
+from router_service.memories.memory import MemoryRecord, RoutingMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,28 @@ class SnapshotRef:
     path: str = ""
 
 
-class Keeping(Protocol):
-    """Makes snapshots of memories and looks after them. Iterators yield one result at their end."""
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A snapshot in a list; `problem` says why one cannot be used, and the other fields are then empty.
 
-    def sweep(self) -> None:
-        """Removes what work left that was killed. Raises StorageError."""
-        ...
+    `path`: its directory, or the server that keeps it. `remark`: what is known less well, human-readable.
+    """
+
+    memory: str
+    name: str
+    path: Path | str
+    created_unix_ms: int = 0
+    write_pause_ms: int = 0
+    entries: int = 0
+    content_bytes: int = 0
+    service_version: str = ""
+    record: MemoryRecord | None = None
+    problem: str = ""
+    remark: str = ""
+
+
+class SnapshotStore(Protocol):
+    """Makes snapshots of memories and memories of snapshots. Iterators yield one result at their end."""
 
     def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
         """Copies a memory; without a name, one is made of time and version.
@@ -42,14 +58,6 @@ class Keeping(Protocol):
         """Reads all of one. Raises SnapshotNotFound, SnapshotInvalid or StorageError."""
         ...
 
-    def delete(self, memory: str, name: str) -> SnapshotInfo:
-        """Raises SnapshotNotFound or StorageError."""
-        ...
-
-
-class Shelf(Keeping, Protocol):
-    """Keeps snapshots and hands them out."""
-
     def restore(
         self, ref: SnapshotRef, as_memory: str, replacing: bool, report: Report
     ) -> Iterator[RoutingMemory]:
@@ -59,6 +67,23 @@ class Shelf(Keeping, Protocol):
         StorageError; then nothing has changed.
         """
         ...
+
+    def delete(self, memory: str, name: str) -> SnapshotInfo:
+        """Raises SnapshotNotFound or StorageError."""
+        ...
+
+
+class Swept(SnapshotStore, Protocol):
+    """A SnapshotStore that work which was killed may have left something in."""
+
+    def sweep(self) -> None:
+        """Removes what is left of it. Raises StorageError."""
+        ...
+
+
+@runtime_checkable
+class Packing(Protocol):
+    """A SnapshotStore whose snapshots are files that can be carried elsewhere."""
 
     def pack(self, memory: str, name: str, archive: str, report: Report) -> Iterator[SnapshotInfo]:
         """Writes one to a new file. Raises SnapshotNotFound, InvalidField or StorageError."""

@@ -1,4 +1,4 @@
-"""Where snapshots lie: named, listed, locked, and swept of what was never finished.
+"""The directories and files of snapshots: named, listed, locked, compared with the manifest, copied, and swept.
 
     SNAPSHOTS/MEMORY/NAME/manifest.json  what it holds, with sums
     SNAPSHOTS/MEMORY/NAME/layer-LLL/     the files of a layer, as under DATA/memories/MEMORY
@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,33 +36,13 @@ from router_service.errors import (
     SnapshotNotFound,
     shorten,
 )
-from router_service.memories.memory import MemoryRecord
+from router_service.snapshots.base import SnapshotInfo
 from router_service.snapshots.manifest import FILE_NAME, NAME, SnapshotManifest, read_manifest
 
 log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial-"
 _LOCK = "LOCK"
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
-    """A snapshot in a list; `problem` says why one cannot be used, and the other fields are then empty.
-
-    `path`: its directory, or the server that keeps it. `remark`: what is known less well, for people.
-    """
-
-    memory: str
-    name: str
-    path: Path | str
-    created_unix_ms: int = 0
-    write_pause_ms: int = 0
-    entries: int = 0
-    content_bytes: int = 0
-    service_version: str = ""
-    record: MemoryRecord | None = None
-    problem: str = ""
-    remark: str = ""
 
 
 def list_snapshots(snapshots_dir: Path, memory_name: str | None = None) -> list[SnapshotInfo]:
@@ -200,13 +179,13 @@ def describe(path: Path) -> SnapshotInfo:
 
 
 # Called before each file with its path; what it raises ends the work.
-Report = Callable[[str], None]
+OnFile = Callable[[str], None]
 
 _MOST_NAMED = 20
 
 
-def say_nothing(path: str) -> None:
-    """The Report of callers who do not watch."""
+def unwatched(path: str) -> None:
+    """The OnFile of callers who do not watch."""
 
 
 def files_of(directory: Path) -> Iterator[str]:
@@ -230,33 +209,33 @@ def check_listing(directory: Path, manifest: SnapshotManifest) -> None:
 
 
 def check_contents(
-    directory: Path, manifest: SnapshotManifest, report: Report, *, named: Path | None = None
+    directory: Path, manifest: SnapshotManifest, on_file: OnFile, *, named: Path | None = None
 ) -> None:
     """Raises SnapshotInvalid, about `named`, unless every file holds what the manifest says."""
     problems = []
     for path, expected in manifest.files.items():
-        report(path)
+        on_file(path)
         with storage_call(f"read {directory / path}"):
             if read_content(directory / path) != expected:
                 problems.append(f"{path} has other content than when the snapshot was made")
     refuse(named or directory, problems)
 
 
-def contents_of(directory: Path, report: Report) -> dict[str, Content]:
+def contents_of(directory: Path, on_file: OnFile) -> dict[str, Content]:
     """What a manifest says about the files below a directory."""
     contents = {}
     for path in files_of(directory):
-        report(path)
+        on_file(path)
         with storage_call(f"read {directory / path}"):
             contents[path] = read_content(directory / path)
     return contents
 
 
-def copy_files(source: Path, paths: Iterable[str], target: Path, report: Report) -> None:
+def copy_files(source: Path, paths: Iterable[str], target: Path, on_file: OnFile) -> None:
     """Copies files to the same paths below another directory, holes staying holes. Raises StorageError."""
     made = None
     for path in paths:
-        report(path)
+        on_file(path)
         with storage_call(f"copy {source / path}"):
             copy = target / path
             if copy.parent != made:

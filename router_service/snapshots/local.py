@@ -1,18 +1,22 @@
-"""Snapshots: whole copies of a memory, all layers at one moment, that can be checked, moved and restored."""
+"""Snapshots as files: whole copies of a memory, all layers at one moment, that can be checked, moved and restored.
+
+The functions work on any store of memories and any directory; LocalSnapshotStore is a service's own.
+"""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from typing_extensions import override
+
 from router_service import __version__, checks
-from router_service.backends.base import FileCollection, FrozenFiles
-from router_service.backends.base import Report as StageReport
+from router_service.backends.base import FileCollection, FrozenFiles, Report
 from router_service.backends.disk import (
     FreeSpace,
     disk_bytes,
@@ -30,22 +34,25 @@ from router_service.errors import (
 from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.store import MemoryStore
 from router_service.memories.swap import RETIRE_AFTER_S, require_room, retire, staging, swap_in
-from router_service.snapshots import files as snapshot_files
 from router_service.snapshots.archive import pack, unpack
-from router_service.snapshots.base import SnapshotRef
+from router_service.snapshots.base import Packing, SnapshotInfo, SnapshotRef, Swept
 from router_service.snapshots.files import (
-    Report,
-    SnapshotInfo,
+    OnFile,
+    check_contents,
+    check_listing,
+    contents_of,
+    copy_files,
     describe,
     exclusive,
+    files_of,
     find,
     finish,
     free_name,
     info_of,
     list_snapshots,
     remove,
-    say_nothing,
     unfinished,
+    unwatched,
 )
 from router_service.snapshots.manifest import (
     SnapshotManifest,
@@ -64,11 +71,11 @@ def create(
     snapshot_name: str | None = None,
     *,
     min_free_bytes: int | None = None,
-    report: Report = say_nothing,
+    on_file: OnFile = unwatched,
 ) -> SnapshotInfo:
     """Copies a memory as it is at one moment. Writes to it wait while its files are copied, lookups go on.
 
-    `min_free_bytes` stays free: default max(1 GiB, 5 % of the file system). `report` is called before each file, and
+    `min_free_bytes` stays free: default max(1 GiB, 5 % of the file system). `on_file` is called before each file, and
     ends the work by raising. Raises MemoryNotFound, InvalidField, DiskFull, Busy (another snapshot of the memory, or an
     optimize of a layer, is under way) or StorageError; then nothing is left behind.
     """
@@ -79,7 +86,7 @@ def create(
         needed = sum(layer.info().disk_bytes for layer in memory.layers)
         FreeSpace(home, min_free_bytes).require(needed)
         with unfinished(home, target.name) as partial:
-            manifest = _copy(memory, collections, partial, target.name, report)
+            manifest = _copy(memory, collections, partial, target.name, on_file)
             write_manifest(partial, manifest)
             finish(partial, target)
     pause_ms, entries = manifest.write_pause_ms, sum(manifest.entries)
@@ -87,11 +94,11 @@ def create(
     return info_of(target, manifest)
 
 
-def verify(path: Path, *, report: Report = say_nothing) -> SnapshotInfo:
+def verify(path: Path, *, on_file: OnFile = unwatched) -> SnapshotInfo:
     """Reads all of a snapshot. Raises SnapshotInvalid that names what is missing, added, cut or changed."""
     manifest = read_manifest(path)
-    snapshot_files.check_listing(path, manifest)
-    snapshot_files.check_contents(path, manifest, report)
+    check_listing(path, manifest)
+    check_contents(path, manifest, on_file)
     return info_of(path, manifest)
 
 
@@ -103,7 +110,7 @@ def restore(
     replacing: bool = False,
     min_free_bytes: int | None = None,
     retire_after_s: float = RETIRE_AFTER_S,
-    report: Report = say_nothing,
+    on_file: OnFile = unwatched,
 ) -> RoutingMemory:
     """Serves a copy of the snapshot at `path` as a memory; the snapshot itself stays as it is.
 
@@ -115,12 +122,12 @@ def restore(
     manifest = read_manifest(path)
     record = replace(manifest.record, name=as_name)
     require_room(store, record, replacing=replacing)
-    snapshot_files.check_listing(path, manifest)
+    check_listing(path, manifest)
     with staging(store, as_name) as staged:
         FreeSpace(staged, min_free_bytes).require(disk_bytes(path))
-        snapshot_files.copy_files(path, manifest.files, staged, report)
+        copy_files(path, manifest.files, staged, on_file)
         # The copy is what will be read: when it is right, so was the snapshot.
-        snapshot_files.check_contents(staged, manifest, report, named=path)
+        check_contents(staged, manifest, on_file, named=path)
         with storage_call(f"sync {staged}"):
             fsync_tree(staged)
         old = _swap_in(store, path, staged, record, manifest, replacing)
@@ -135,7 +142,7 @@ def _copy(
     collections: Sequence[FileCollection],
     partial: Path,
     name: str,
-    report: Report,
+    on_file: OnFile,
 ) -> SnapshotManifest:
     for layer in memory.layers:  # so that little is left to be flushed in the pause
         layer.collection.flush()
@@ -144,19 +151,19 @@ def _copy(
         frozen = [pause.enter_context(each.paused_for_copy()) for each in collections]
         record, created = memory.record, time.time_ns() // 1_000_000
         for number, files in enumerate(frozen):
-            _copy_layer(files, partial / layer_directory(number), report)
+            _copy_layer(files, partial / layer_directory(number), on_file)
     pause_ms = round(1000 * (time.monotonic() - started))
     for number, files in enumerate(frozen):
         files.complete(partial / layer_directory(number))
-    contents = snapshot_files.contents_of(partial, report)
+    contents = contents_of(partial, on_file)
     entries = tuple(files.entries for files in frozen)
     return SnapshotManifest(name, __version__, created, pause_ms, record, entries, contents)
 
 
-def _copy_layer(files: FrozenFiles, target: Path, report: Report) -> None:
-    paths = snapshot_files.files_of(files.directory)
+def _copy_layer(files: FrozenFiles, target: Path, on_file: OnFile) -> None:
+    paths = files_of(files.directory)
     wanted = (path for path in paths if path.split("/")[0] in files.names)
-    snapshot_files.copy_files(files.directory, wanted, target, report)
+    copy_files(files.directory, wanted, target, on_file)
 
 
 def _swap_in(
@@ -189,8 +196,8 @@ def _collections_of(memory: RoutingMemory) -> Sequence[FileCollection]:
 _UNPACKING = ".unpacking-"
 
 
-class SnapshotShelf:
-    """See Shelf: snapshots in one directory. Without one (memories in RAM) every call raises InvalidField."""
+class LocalSnapshotStore(Swept, Packing):
+    """Snapshots in one directory. Without one (memories in RAM) every call raises InvalidField."""
 
     def __init__(
         self, store: MemoryStore, directory: Path | None, min_free_bytes: int | None = None
@@ -198,37 +205,38 @@ class SnapshotShelf:
         """`min_free_bytes`: see create."""
         self._store, self._directory, self._min_free_bytes = store, directory, min_free_bytes
 
+    @override
     def sweep(self) -> None:
-        """Removes what archives left that were being unpacked when the service was killed. Raises StorageError."""
+        """Archives may have been half unpacked."""
         if self._directory is not None and self._directory.is_dir():
             for leftover in self._directory.glob(f"{_UNPACKING}*"):
                 remove_tree(leftover)
 
-    def create(self, memory: str, name: str, report: StageReport) -> Iterator[SnapshotInfo]:
-        """See create; without a name, it is made of time and version."""
+    @override
+    def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
         yield create(
             self._store,
             memory,
-            self._shelf(),
+            self._home(),
             name or None,
             min_free_bytes=self._min_free_bytes,
-            report=_files(report),
+            on_file=_counting(report),
         )
 
+    @override
     def list(self, memory: str) -> list[SnapshotInfo]:
-        """See list_snapshots; of all memories without a name."""
-        return list_snapshots(self._shelf(), memory or None)
+        return list_snapshots(self._home(), memory or None)
 
-    def verify(self, ref: SnapshotRef, report: StageReport) -> Iterator[SnapshotInfo]:
-        """See verify."""
+    @override
+    def verify(self, ref: SnapshotRef, report: Report) -> Iterator[SnapshotInfo]:
         with self._opened(ref, report) as path:
-            info = verify(path, report=_files(report))
+            info = verify(path, on_file=_counting(report))
             yield replace(info, path=Path(ref.path or path))  # an archive's own directory goes away
 
+    @override
     def restore(
-        self, ref: SnapshotRef, as_memory: str, replacing: bool, report: StageReport
+        self, ref: SnapshotRef, as_memory: str, replacing: bool, report: Report
     ) -> Iterator[RoutingMemory]:
-        """See restore."""
         with self._opened(ref, report) as path:
             yield restore(
                 self._store,
@@ -236,23 +244,21 @@ class SnapshotShelf:
                 as_memory,
                 replacing=replacing,
                 min_free_bytes=self._min_free_bytes,
-                report=_files(report),
+                on_file=_counting(report),
             )
 
-    def pack(
-        self, memory: str, name: str, archive: str, report: StageReport
-    ) -> Iterator[SnapshotInfo]:
-        """See snapshot_archive.pack."""
+    @override
+    def pack(self, memory: str, name: str, archive: str, report: Report) -> Iterator[SnapshotInfo]:
         target = _absolute(archive)
-        path = find(self._shelf(), memory, name)
-        pack(path, target, report=_files(report))
+        path = find(self._home(), memory, name)
+        pack(path, target, on_file=_counting(report))
         yield describe(path)
 
+    @override
     def delete(self, memory: str, name: str) -> SnapshotInfo:
-        """See snapshot_directories.remove."""
-        return remove(find(self._shelf(), memory, name))
+        return remove(find(self._home(), memory, name))
 
-    def _shelf(self) -> Path:
+    def _home(self) -> Path:
         if self._directory is None:
             expected = (
                 "edge: memories that are kept in RAM have no snapshots; start the service with --backend edge, or with "
@@ -264,11 +270,11 @@ class SnapshotShelf:
         return self._directory
 
     @contextmanager
-    def _opened(self, ref: SnapshotRef, report: StageReport) -> Iterator[Path]:
+    def _opened(self, ref: SnapshotRef, report: Report) -> Iterator[Path]:
         """The directory of a snapshot; that of an archive is gone at the end."""
-        shelf = self._shelf()
+        home = self._home()
         if not ref.path:
-            yield find(shelf, ref.memory, ref.name)
+            yield find(home, ref.memory, ref.name)
             return
         path = _absolute(ref.path)
         if not path.exists():
@@ -276,13 +282,12 @@ class SnapshotShelf:
         if path.is_dir():
             yield path
             return
-        with tempfile.TemporaryDirectory(prefix=_UNPACKING, dir=shelf) as unpacked:
+        with tempfile.TemporaryDirectory(prefix=_UNPACKING, dir=home) as unpacked:
             yield self._unpack(path, Path(unpacked), report)
 
-    def _unpack(self, archive: Path, target: Path, report: StageReport) -> Path:
-        on_file = _files(report, "unpack ")
-        least = self._min_free_bytes
-        info = unpack(archive, target, min_free_bytes=least, report=on_file)
+    def _unpack(self, archive: Path, target: Path, report: Report) -> Path:
+        on_file = _counting(report, "unpack ")
+        info = unpack(archive, target, min_free_bytes=self._min_free_bytes, on_file=on_file)
         return Path(info.path)
 
 
@@ -294,8 +299,8 @@ def _absolute(text: str) -> Path:
     return path
 
 
-def _files(report: StageReport, verb: str = "") -> Callable[[str], None]:
-    """Counts the files that snapshots report."""
+def _counting(report: Report, verb: str = "") -> OnFile:
+    """Reports each file, and how many came before it."""
     done = 0
 
     def on_file(path: str) -> None:

@@ -1,4 +1,8 @@
-"""Makes and removes the snapshots of a memory's layers on a Qdrant server; a crash leaves none that nobody knows of."""
+"""Snapshots that a Qdrant server keeps: made layer by layer, read, and restored beside what serves, then switched to.
+
+Before each step the intent is written down in the book (see server_book) and renewed while it lasts, so that whoever
+comes after a kill knows what to finish or to undo.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+
+from typing_extensions import override
 
 from router_service import __version__
 from router_service.backends.base import Report
@@ -39,8 +45,8 @@ from router_service.memories.memory import (
 from router_service.memories.server_catalogue import ServerCatalogue
 from router_service.memories.store import MemoryStore, check_name
 from router_service.memories.swap import RETIRE_AFTER_S, require_same_model
-from router_service.snapshots.base import SnapshotRef
-from router_service.snapshots.files import SnapshotInfo, require_name
+from router_service.snapshots.base import SnapshotInfo, SnapshotRef, Swept
+from router_service.snapshots.files import require_name
 from router_service.snapshots.server_book import (
     LEFT,
     RENEW_S,
@@ -170,7 +176,7 @@ class Restorer:
     def restore(
         self, snapshot: ServerSnapshot, as_memory: str, replacing: bool, report: Report
     ) -> RoutingMemory:
-        """See Shelf.restore."""
+        """As SnapshotStore.restore."""
         record = replace(snapshot.record, name=as_memory)
         self._require_room(record, replacing)
         with self._under_way(record) as draft:
@@ -354,8 +360,8 @@ def _stamped(record: MemoryRecord, present: MemoryRecord | None) -> MemoryRecord
 _APART_S = 1.1
 
 
-class ServerShelf:
-    """See Shelf. Several services may share the server, and so its snapshots."""
+class ServerSnapshotStore(Swept):
+    """Several services may share the server, and so its snapshots."""
 
     def __init__(self, store: MemoryStore, backend: ServerBackend) -> None:
         self._store, self._backend = store, backend
@@ -364,8 +370,9 @@ class ServerShelf:
         self._restorer = Restorer(store, backend, self._snapshots, self._book)
         self._made: dict[str, float] = {}  # when the last one of a memory was
 
+    @override
     def sweep(self) -> None:
-        """See Shelf.sweep. What cannot be removed now is logged, and left to the next time."""
+        """What cannot be removed now is logged, and left to the next time."""
         self._restorer.sweep()
         for snapshot in self._book.unfinished()[0]:
             log.warning("removing %s: its creation or deletion never ended", snapshot)
@@ -373,8 +380,9 @@ class ServerShelf:
                 discard_files(self._book, self._snapshots, snapshot)
                 self._book.remove(snapshot)
 
+    @override
     def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
-        """See Shelf.create. Raises BackendMisconfigured on a cluster of which a node does not hold all shards."""
+        """Raises BackendMisconfigured on a cluster of which a node does not hold all shards."""
         served = self._store.get(memory)
         self.sweep()
         collections = self._collections_of(served)
@@ -384,43 +392,41 @@ class ServerShelf:
             snapshot = self._make(served, name, collections, report)
         yield self._info(snapshot)
 
+    @override
     def list(self, memory: str) -> list[SnapshotInfo]:
-        """See Shelf.list. Whether the server still has the files is for verify()."""
+        """Whether the server still has the files is for verify()."""
         if memory:
             require_name("memory", memory)
         self.sweep()
         whole, broken = self._book.snapshots(memory)
         infos = [self._info(each) for each in whole]
         infos += [
-            SnapshotInfo(owner, name, self._book.place, problem=why)
+            SnapshotInfo(owner, name, self._book.location, problem=why)
             for (owner, name), why in broken.items()
         ]
         return sorted(infos, key=lambda info: (info.memory, info.created_unix_ms, info.name))
 
+    @override
     def verify(self, ref: SnapshotRef, report: Report) -> Iterator[SnapshotInfo]:
-        """See Shelf.verify. What the server lists is compared, and every byte that it hands out."""
+        """What the server lists is compared, and every byte that it hands out."""
         snapshot = self._find(ref)
         for number, layer in enumerate(snapshot.layers):
-            told = _told_bytes(report, f"read layer {number}", layer.file.content_bytes)
+            tick = _bytes_done(report, f"read layer {number}", layer.file.content_bytes)
             with self._snapshots.reachable(layer.file.collection):
                 self._snapshots.require_listed(layer.file)
-                self._snapshots.read(layer.file, told)
+                self._snapshots.read(layer.file, tick)
         yield self._info(snapshot)
 
+    @override
     def restore(
         self, ref: SnapshotRef, as_memory: str, replacing: bool, report: Report
     ) -> Iterator[RoutingMemory]:
-        """See Shelf.restore. Writes that come while it is under way are lost."""
+        """Writes that come while it is under way are lost."""
         self.sweep()
         yield self._restorer.restore(self._find(ref), as_memory, replacing, report)
 
-    def pack(self, memory: str, name: str, archive: str, report: Report) -> Iterator[SnapshotInfo]:
-        """Raises InvalidField, always: the files are the server's."""
-        raise _not_files(archive)
-        yield  # the protocol's
-
+    @override
     def delete(self, memory: str, name: str) -> SnapshotInfo:
-        """See Shelf.delete."""
         snapshot = self._book.find(memory, name)
         self._book.keep(snapshot)  # from here on it is gone
         discard_files(self._book, self._snapshots, snapshot)
@@ -444,12 +450,19 @@ class ServerShelf:
         started = ServerSnapshot(name, memory.record, __version__, now)
         with making(self._book, self._snapshots, started) as draft:
             for number, collection in enumerate(collections):
-                draft.add(memory, collection, _told(report, "layers", number, len(collections)))
+                draft.add(
+                    memory, collection, _layers_done(report, "layers", number, len(collections))
+                )
         return draft.snapshot
 
     def _find(self, ref: SnapshotRef) -> ServerSnapshot:
         if ref.path:
-            raise _not_files(ref.path)
+            raise InvalidField(
+                "path",
+                ref.path,
+                "the name of a snapshot: those of a Qdrant server are the server's, not files of this service; to "
+                "carry a memory elsewhere use `router-admin export` or `router-admin migrate`",
+            )
         return self._book.find(ref.memory, ref.name)
 
     def _collections_of(self, memory: RoutingMemory) -> Sequence[str]:
@@ -476,7 +489,7 @@ class ServerShelf:
         return SnapshotInfo(
             snapshot.record.name,
             snapshot.name,
-            self._book.place,
+            self._book.location,
             snapshot.created_unix_ms,
             0,
             sum(layer.entries for layer in snapshot.layers),
@@ -487,11 +500,11 @@ class ServerShelf:
         )
 
 
-def _told(report: Report, stage: str, done: int, total: int) -> Callable[[], None]:
+def _layers_done(report: Report, stage: str, done: int, total: int) -> Callable[[], None]:
     return lambda: report(stage, done, total)
 
 
-def _told_bytes(report: Report, stage: str, total: int) -> Callable[[int], None]:
+def _bytes_done(report: Report, stage: str, total: int) -> Callable[[int], None]:
     return lambda done: report(stage, done, total)
 
 
@@ -513,12 +526,3 @@ def _remark(snapshot: ServerSnapshot) -> str:
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _not_files(path: str) -> InvalidField:
-    return InvalidField(
-        "path",
-        path,
-        "the name of a snapshot: those of a Qdrant server are the server's, not files of this service; to carry a "
-        "memory elsewhere use `router-admin export` or `router-admin migrate`",
-    )

@@ -80,7 +80,7 @@ class SnapshotBook:
 
     def __init__(self, connection: Connection) -> None:
         self._records = Records(connection, f"{connection.options.prefix}~snapshots")
-        self.place = f"Qdrant at {connection.options.url}"
+        self.location = f"Qdrant at {connection.options.url}"
 
     def snapshots(
         self, memory: str = ""

@@ -15,13 +15,13 @@ from tests.unit.router_service.numbered_memory import open_store
 
 def main(directory: Path) -> None:
     with open_store(directory / "data") as store:
-        shelf = directory / "snapshots"
+        snapshot_store = directory / "snapshots"
         for weekday in cycle(["monday", "tuesday"]):
             say(f"restoring {weekday}")
-            path = local.find(shelf, "bible", weekday)
+            path = local.find(snapshot_store, "bible", weekday)
             local.restore(store, path, "bible", replacing=True, min_free_bytes=0, retire_after_s=0)
             say(f"restored {weekday}")
-            made = local.create(store, "bible", shelf, min_free_bytes=0)
+            made = local.create(store, "bible", snapshot_store, min_free_bytes=0)
             say(f"snapshot {made.name}")
 
 

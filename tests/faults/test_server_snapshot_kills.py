@@ -98,17 +98,17 @@ def test_while_a_snapshot_is_made(
     calls = 1 + LAYERS  # the first makes the collection of records
     kill_at(server, service, "Snapshots/Create", stub(service).CreateSnapshot, request, calls)
     until(lambda: len(snapshots_of(server)) == LAYERS)
-    with opened_shelf(server) as (shelf, _):
-        shelf.sweep()
-        assert shelf.list("") == []
+    with opened_shelf(server) as (snapshot_store, _):
+        snapshot_store.sweep()
+        assert snapshot_store.list("") == []
         with pytest.raises(Busy, match="another snapshot of 'bible' is being made"):
-            list(shelf.create(MEMORY, "monday", lambda *_: None))
+            list(snapshot_store.create(MEMORY, "monday", lambda *_: None))
         assert len(snapshots_of(server)) == LAYERS  # it could be another service's
         monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
-        shelf.sweep()
+        snapshot_store.sweep()
         assert (files_of(server, MEMORY), records_of(server)) == ([], 0)
-        [made] = shelf.create(MEMORY, "monday", lambda *_: None)
-        assert shelf.list(MEMORY) == [made]
+        [made] = snapshot_store.create(MEMORY, "monday", lambda *_: None)
+        assert snapshot_store.list(MEMORY) == [made]
 
 
 @pytest.mark.usefixtures("changed", "much_later")
@@ -118,8 +118,8 @@ def test_while_collections_are_filled(server: QdrantStandIn, service: Sidecar) -
     before = collections_of(server, MEMORY)
     kill_at(server, service, "CreateFieldIndex", stub(service).RestoreSnapshot, request)
     assert len(collections_of(server, MEMORY)) == LAYERS + 1
-    with opened_shelf(server) as (shelf, store):
-        shelf.sweep()
+    with opened_shelf(server) as (snapshot_store, store):
+        snapshot_store.sweep()
         assert store.get(MEMORY).record.settings.gamma == (0.5,)
         assert (collections_of(server, MEMORY), records_of(server)) == (before, 1)
 
@@ -132,14 +132,14 @@ def test_between_the_names_and_the_record(
     request = pb.RestoreSnapshotRequest(snapshot=REF, as_memory=MEMORY, replace=True)
     before = set(collections_of(server, MEMORY))
     kill_at(server, service, "UpdateAliases", stub(service).RestoreSnapshot, request)
-    with opened_shelf(server) as (shelf, store):
-        shelf.sweep()
+    with opened_shelf(server) as (snapshot_store, store):
+        snapshot_store.sweep()
         assert store.get(MEMORY).record.settings.gamma == (0.05,)
         monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
-        shelf.sweep()
+        snapshot_store.sweep()
         now = set(collections_of(server, MEMORY))
         assert len(now) == LAYERS
         assert now.isdisjoint(before)
         assert records_of(server) == 1
-        [info] = shelf.list(MEMORY)
+        [info] = snapshot_store.list(MEMORY)
         assert info.entries == sum(layer.info().entries for layer in store.get(MEMORY).layers)

@@ -81,14 +81,14 @@ def check(directory: Path, said: list[str], before: str) -> str:
     return weekday
 
 
-def check_list(shelf: Path, said: list[str]) -> None:
-    listed = local.list_snapshots(shelf, "bible")
+def check_list(snapshot_store: Path, said: list[str]) -> None:
+    listed = local.list_snapshots(snapshot_store, "bible")
     for info in listed:
         assert local.verify(info.path) == info
     names = {info.name for info in listed}
     acknowledged = {line.split()[1] for line in said if line.startswith("snapshot ")}
     assert acknowledged | set(STATES) <= names
-    on_disk = {p.name for p in (shelf / "bible").iterdir()}
+    on_disk = {p.name for p in (snapshot_store / "bible").iterdir()}
     assert on_disk == names | {"LOCK"}
 
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from router_service.cli.admin import app
 from router_service.memories.store import MemoryStore
 from router_service.settings import ServiceSettings
-from router_service.snapshots.base import Shelf
-from router_service.storage import make_shelf, make_store
+from router_service.snapshots.base import SnapshotStore
+from router_service.storage import make_snapshot_store, make_store
 from tests.qdrant_standin import QdrantStandIn
 from tests.sidecar import (
     EXPERTS,
@@ -104,13 +104,13 @@ def until(happened: Callable[[], object]) -> None:
 
 
 @contextmanager
-def opened_shelf(server: QdrantStandIn) -> Iterator[tuple[Shelf, MemoryStore]]:
+def opened_shelf(server: QdrantStandIn) -> Iterator[tuple[SnapshotStore, MemoryStore]]:
     """As a service that starts has it, before it sweeps."""
     where: dict[str, Any] = {"backend": server.url, "data": None}
     settings = ServiceSettings(**where)
     backend, store = make_store(settings)
     store.open_all()
-    yield make_shelf(settings, backend, store), store
+    yield make_snapshot_store(settings, backend, store), store
     store.close()
     backend.close()
 

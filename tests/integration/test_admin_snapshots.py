@@ -112,8 +112,8 @@ def test_snapshots_that_are_refused(
     assert edge_sidecar.describe(memory) == before
     assert "expected the name of a snapshot" in admin(*restore, "", code=2).stderr
     assert "name" in admin(*restore, "ok", "--as", "a/b", code=1).stderr
-    shelf = edge_sidecar.data / "snapshots"
-    assert not list(shelf.glob(".*"))
+    snapshot_store = edge_sidecar.data / "snapshots"
+    assert not list(snapshot_store.glob(".*"))
 
 
 def test_a_snapshot_of_another_model_does_not_take_the_place(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from router_service.errors import (
     InvalidField,
     StorageError,
 )
+
+T = TypeVar("T")
 
 _TURBO_BITS = {
     Quantization.TURBO4: q.TurboQuantBitSize.Bits4,
@@ -137,15 +139,37 @@ class ServerCollection:
         excluded = per_query(exclude, len(queries))
         if not len(queries):
             return Neighbours.empty(0, k, self._spec.value_width)
-        wanted = messages.queries_of(self._name, stored, k, options, excluded)
-        results = self._query(wanted, options)
+
+        def ask(name: str) -> list[Any]:
+            wanted = messages.queries_of(name, stored, k, options, excluded)
+            return self._query(name, wanted, options)
+
+        results = self._of_one_collection(ask)
         return messages.neighbours_from(results, k, self._spec.metric, self._spec.value_width)
 
-    def _query(self, queries: Sequence[Any], options: SearchOptions) -> list[Any]:
+    def _of_one_collection(self, ask: Callable[[str], T]) -> T:
+        """What `ask` gets by a name, all of it from the collection that the name led to when it was asked.
+
+        A server looks up an alias when a request arrives: one that was on its way while aliases changed is answered
+        from another memory's entries. Whoever changes aliases calls ask() before, so then the name is another one.
+        """
+        while True:
+            self._require_open()
+            name = self._name
+            try:
+                found = ask(name)
+            except CollectionClosed:
+                if name == self._name:
+                    raise
+            else:
+                if name == self._name:
+                    return found
+
+    def _query(self, name: str, queries: Sequence[Any], options: SearchOptions) -> list[Any]:
         timeout_s = self._time_left(options)
         parts = [
             q.QueryBatchPoints(
-                collection_name=self._name, query_points=queries[start : start + _QUERIES_PER_CALL]
+                collection_name=name, query_points=queries[start : start + _QUERIES_PER_CALL]
             )
             for start in range(0, len(queries), _QUERIES_PER_CALL)
         ]
@@ -203,7 +227,7 @@ class ServerCollection:
         self._require_open()
         deleted, wanted = 0, np.unique(ids)
         for start in range(0, len(wanted), _MOST_PER_CALL):
-            found = self._get(wanted[start : start + _MOST_PER_CALL], payload=False)
+            found = self._get(self._name, wanted[start : start + _MOST_PER_CALL], payload=False)
             if found:
                 selector = q.PointsSelector(points=q.PointsIdsList(ids=[each.id for each in found]))
                 request = q.DeletePoints(
@@ -245,18 +269,21 @@ class ServerCollection:
 
     def provenance(self, ids: U64) -> dict[int, Provenance]:
         """See Collection.provenance."""
-        self._require_open()
-        found: dict[int, Provenance] = {}
-        for start in range(0, len(ids), _MOST_PER_CALL):
-            for point in self._get(ids[start : start + _MOST_PER_CALL], payload=True):
-                found[point.id.num] = provenance_of(messages.payload_from(point))
-        return found
 
-    def _get(self, ids: U64, *, payload: bool) -> list[Any]:
+        def ask(name: str) -> dict[int, Provenance]:
+            found: dict[int, Provenance] = {}
+            for start in range(0, len(ids), _MOST_PER_CALL):
+                for point in self._get(name, ids[start : start + _MOST_PER_CALL], payload=True):
+                    found[point.id.num] = provenance_of(messages.payload_from(point))
+            return found
+
+        return self._of_one_collection(ask)
+
+    def _get(self, name: str, ids: U64, *, payload: bool) -> list[Any]:
         """Points of these ids without their values."""
         but_values = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
         request = q.GetPoints(
-            collection_name=self._name,
+            collection_name=name,
             ids=messages.point_ids(ids),
             with_payload=but_values if payload else q.WithPayloadSelector(enable=False),
             with_vectors=q.WithVectorsSelector(enable=False),

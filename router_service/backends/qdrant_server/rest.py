@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
+import io
 import json
-import secrets
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from urllib.parse import quote, urlencode
+from http import HTTPStatus
+from typing import IO, Any, cast
+from urllib.parse import quote
+
+import httpx
 
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.errors import (
@@ -47,18 +50,18 @@ class RestSide:
 
     def __init__(self, connection: Connection) -> None:
         options = connection.options
-        self._host, _, grpc_port = connection.host_and_port.rpartition(":")
-        self._port = options.rest_port or int(grpc_port) - 1
-        self.url = f"{'https' if options.secure else 'http'}://{self._host}:{self._port}"
-        self._key, self._ca, self._secure = options.api_key, options.ca_certificate, options.secure
-        self._open: list[http.client.HTTPConnection] = []
+        host, _, grpc_port = connection.host_and_port.rpartition(":")
+        port = options.rest_port or int(grpc_port) - 1
+        self.url = f"{'https' if options.secure else 'http'}://{host}:{port}"
+        self._key, self._ca = options.api_key, options.ca_certificate
+        self._sockets: list[socket.socket] = []
         self._ended = False
         self.passed_bytes = 0  # of the file under way
 
     def read(self, file: SnapshotFile) -> None:
         """Reads all of a snapshot. Raises SnapshotInvalid when it is not what the server made, or StorageError."""
-        with self._failures(), self._request("GET", _path(file)) as answer:
-            for _ in self._checked(answer, file):
+        with self._transfer() as client, self._download(client, file) as blocks:
+            for _ in blocks:
                 pass
 
     def copy(self, file: SnapshotFile, target: str) -> None:
@@ -66,33 +69,58 @@ class RestSide:
 
         Raises SnapshotInvalid or StorageError; then there may be half of it.
         """
-        with self._failures(), self._request("GET", _path(file)) as answer:
-            head, tail, content_type = _form()
-            length = len(head) + file.content_bytes + len(tail)
-            headers = {"content-type": content_type, "content-length": str(length)}
-            wanted = {"priority": "snapshot", "wait": "true"}
-            wanted |= {"checksum": file.sha256} if file.sha256 else {}
-            path = f"/collections/{quote(target)}/snapshots/upload?{urlencode(wanted)}"
-            with self._request("POST", path, self._body(head, answer, file, tail), headers) as done:
-                done.read()
+        wanted = {"priority": "snapshot", "wait": "true"}
+        wanted |= {"checksum": file.sha256} if file.sha256 else {}
+        path = f"/collections/{quote(target)}/snapshots/upload"
+        with self._transfer() as client, self._download(client, file) as blocks:
+            upload = cast("IO[bytes]", _Upload(blocks, file.content_bytes))
+            patience = httpx.Timeout(_STALL_S, read=_RECOVERY_S)
+            extensions = {"trace": self._note_sockets}
+            answer = client.post(
+                path,
+                params=wanted,
+                files={"snapshot": (UPLOAD, upload)},
+                timeout=patience,
+                extensions=extensions,
+            )
+            self._require_granted(answer)
 
     def abort(self) -> None:
         """Breaks what is under way; nothing can be done here any more."""
         self._ended = True
-        for each in self._open:
-            with suppress(OSError, AttributeError):  # not connected yet, or not any more
-                each.sock.shutdown(socket.SHUT_RDWR)
+        for each in self._sockets:
+            with suppress(OSError):  # closed already
+                each.shutdown(socket.SHUT_RDWR)
 
-    def _body(
-        self, head: bytes, answer: http.client.HTTPResponse, file: SnapshotFile, tail: bytes
-    ) -> Iterator[bytes]:
-        yield head
-        yield from self._checked(answer, file)
-        yield tail
+    @contextmanager
+    def _transfer(self) -> Iterator[httpx.Client]:
+        """A client of the server's; maps what it raises inside."""
+        key = {"api-key": self._key} if self._key else {}
+        ca = None if self._ca is None else self._ca.decode(errors="replace")
+        # Never through a proxy of the environment: the server is the operator's own.
+        with (
+            self._failures(),
+            httpx.Client(
+                base_url=self.url,
+                headers=key,
+                verify=ssl.create_default_context(cadata=ca),
+                timeout=_STALL_S,
+                trust_env=False,
+            ) as client,
+        ):
+            yield client
 
-    def _checked(self, answer: http.client.HTTPResponse, file: SnapshotFile) -> Iterator[bytes]:
+    @contextmanager
+    def _download(self, client: httpx.Client, file: SnapshotFile) -> Iterator[Iterator[bytes]]:
+        """The blocks of a snapshot; the last one comes when all of it was right."""
+        path = f"/collections/{quote(file.collection)}/snapshots/{quote(file.name)}"
+        with client.stream("GET", path, extensions={"trace": self._note_sockets}) as answer:
+            self._require_granted(answer)
+            yield self._checked(answer, file)
+
+    def _checked(self, answer: httpx.Response, file: SnapshotFile) -> Iterator[bytes]:
         digest, self.passed_bytes = hashlib.sha256(), 0
-        while block := answer.read(_BLOCK):
+        for block in answer.iter_raw(_BLOCK):
             digest.update(block)
             self.passed_bytes += len(block)
             if self.passed_bytes > file.content_bytes:
@@ -103,64 +131,44 @@ class RestSide:
         if file.sha256 and digest.hexdigest() != file.sha256:
             raise _changed(file, f"sha256 {digest.hexdigest()}, {file.sha256} was made")
 
-    @contextmanager
-    def _request(
-        self,
-        method: str,
-        path: str,
-        body: Iterator[bytes] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Iterator[http.client.HTTPResponse]:
-        """The answer of a request that was granted. Raises StorageError when it was refused."""
-        key = {"api-key": self._key} if self._key else {}
-        with closing(self._connected()) as connection:
-            self._open.append(connection)
-            try:
-                connection.connect()
-                if self._ended:  # abort() may have come before there was a socket
-                    raise ConnectionAbortedError("ended")
-                refused = _send(connection, method, path, body, {**key, **(headers or {})})
-                connection.sock.settimeout(_RECOVERY_S if body is not None else _STALL_S)
-                answer = _answer(connection, refused)
-                if answer.status != http.client.OK:
-                    raise self._refusal(answer)
-                yield answer
-            finally:
-                self._open.remove(connection)
+    def _note_sockets(self, event: str, info: Mapping[str, Any]) -> None:
+        """Called by httpx with each step of a request: abort() needs the sockets, httpx hands them out nowhere else."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            stream = info["return_value"]
+            self._sockets.append(stream.get_extra_info("socket"))
+            if self._ended:  # abort() may have come before there was a socket
+                stream.close()
+                raise ConnectionAbortedError("ended")
 
-    def _connected(self) -> http.client.HTTPConnection:
-        host = self._host.strip("[]")
-        if not self._secure:
-            return http.client.HTTPConnection(host, self._port, timeout=_STALL_S)
-        ca = None if self._ca is None else self._ca.decode(errors="replace")
-        context = ssl.create_default_context(cadata=ca)
-        return http.client.HTTPSConnection(host, self._port, timeout=_STALL_S, context=context)
-
-    def _refusal(self, answer: http.client.HTTPResponse) -> StorageError:
-        text = shorten(_text_of(answer.read(1 << 16)), 300)
-        if answer.status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
+    def _require_granted(self, answer: httpx.Response) -> None:
+        """Raises StorageError when a request was refused."""
+        if answer.status_code == HTTPStatus.OK:
+            return
+        text = shorten(_text_of(answer.read()), 300)
+        if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             given = "the API key" if self._key else "a call without an API key"
-            return BackendMisconfigured(
+            raise BackendMisconfigured(
                 f"the Qdrant server at {self.url} refuses {given} ({text}); set ROUTER_SERVICE_QDRANT_API_KEY or "
                 "--qdrant-api-key-file to one that may manage collections"
             )
-        if answer.status == http.client.NOT_FOUND:
-            return SnapshotInvalid(f"the Qdrant server at {self.url} has it no more: {text}")
-        return StorageError(f"the Qdrant server at {self.url} failed with {answer.status}: {text}")
+        if answer.status_code == HTTPStatus.NOT_FOUND:
+            raise SnapshotInvalid(f"the Qdrant server at {self.url} has it no more: {text}")
+        raise StorageError(
+            f"the Qdrant server at {self.url} failed with {answer.status_code}: {text}"
+        )
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Maps what sockets, TLS and HTTP raise inside."""
         try:
             yield
         except RoutingServiceError:
             raise
-        except ssl.SSLCertVerificationError as error:
-            problem = f"the certificate of the Qdrant server at {self.url} is not trusted"
-            raise BackendMisconfigured(
-                f"{problem} ({error.verify_message}); set --qdrant-ca-file (ROUTER_SERVICE_QDRANT_CA_FILE)"
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, httpx.HTTPError) as error:
+            if (untrusted := _certificate_error(error)) is not None:
+                problem = f"the certificate of the Qdrant server at {self.url} is not trusted"
+                raise BackendMisconfigured(
+                    f"{problem} ({untrusted.verify_message}); set --qdrant-ca-file (ROUTER_SERVICE_QDRANT_CA_FILE)"
+                ) from error
             cause = shorten(str(error) or type(error).__name__, 200)
             raise BackendUnavailable(
                 f"the REST side of the Qdrant server at {self.url} does not answer as it should ({cause}); the files "
@@ -168,43 +176,31 @@ class RestSide:
             ) from error
 
 
-def _send(
-    connection: http.client.HTTPConnection,
-    method: str,
-    path: str,
-    body: Iterator[bytes] | None,
-    headers: dict[str, str],
-) -> ConnectionError | None:
-    """Sends a request; returns what broke it off, for a server that refuses may not read to the end."""
-    try:
-        connection.request(method, path, body=body, headers=headers)
-    except ConnectionError as error:
-        return error
-    return None
+class _Upload(io.RawIOBase):
+    """Blocks of known length as a file: httpx asks for the length first, then reads on."""
+
+    def __init__(self, blocks: Iterator[bytes], content_bytes: int) -> None:
+        self._blocks, self._content_bytes, self._at = blocks, content_bytes, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves nothing: only the end is asked for, and the beginning again."""
+        self._at = self._content_bytes if whence == io.SEEK_END else offset
+        return self._at
+
+    def tell(self) -> int:
+        """Where seek() left it."""
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """The next block, whatever its size; b"" at the end."""
+        return next(self._blocks, b"")
 
 
-def _answer(
-    connection: http.client.HTTPConnection, broken: ConnectionError | None
-) -> http.client.HTTPResponse:
-    try:
-        return connection.getresponse()
-    except (OSError, http.client.HTTPException):
-        if broken is not None:
-            raise broken from None
-        raise
-
-
-def _path(file: SnapshotFile) -> str:
-    return f"/collections/{quote(file.collection)}/snapshots/{quote(file.name)}"
-
-
-def _form() -> tuple[bytes, bytes, str]:
-    """What goes before and after the file of a form, and the form's content type."""
-    boundary = secrets.token_hex(16)
-    about = f'Content-Disposition: form-data; name="snapshot"; filename="{UPLOAD}"'
-    head = f"--{boundary}\r\n{about}\r\nContent-Type: application/octet-stream\r\n\r\n"
-    tail = f"\r\n--{boundary}--\r\n"
-    return head.encode(), tail.encode(), f"multipart/form-data; boundary={boundary}"
+def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What lies behind an error of httpx, if it is that."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _text_of(body: bytes) -> str:

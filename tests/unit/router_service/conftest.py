@@ -18,7 +18,7 @@ from tests.unit.router_service.numbered_memory import (
     open_store,
 )
 
-__all__ = ["fast_dir", "memory", "monday", "prepared", "shelf", "snapshot", "store"]
+__all__ = ["fast_dir", "memory", "monday", "prepared", "snapshot", "snapshot_store", "store"]
 
 
 @pytest.fixture
@@ -36,15 +36,15 @@ def memory(store: MemoryStore) -> RoutingMemory:
 
 
 @pytest.fixture
-def shelf(fast_dir: Path) -> Path:
+def snapshot_store(fast_dir: Path) -> Path:
     """The directory of snapshots."""
     return fast_dir / "snapshots"
 
 
 @pytest.fixture
-def snapshot(store: MemoryStore, memory: RoutingMemory, shelf: Path) -> SnapshotInfo:
+def snapshot(store: MemoryStore, memory: RoutingMemory, snapshot_store: Path) -> SnapshotInfo:
     """A snapshot named `monday` of `bible`."""
-    return local.create(store, "bible", shelf, "monday", min_free_bytes=0)
+    return local.create(store, "bible", snapshot_store, "monday", min_free_bytes=0)
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +56,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> SnapshotInfo:
         fill(made, 0, 300)
         made.layers[1].optimize(Quantization.INT8)
         fill(made, 300, 310)
-        return local.create(opened, "bible", directory / "shelf", "monday", min_free_bytes=0)
+        return local.create(
+            opened, "bible", directory / "snapshot_store", "monday", min_free_bytes=0
+        )
 
 
 @pytest.fixture
-def monday(prepared: SnapshotInfo, shelf: Path) -> Path:
+def monday(prepared: SnapshotInfo, snapshot_store: Path) -> Path:
     """A copy of the prepared snapshot."""
-    path = shelf / "bible" / "monday"
-    files.copy_files(prepared.path, files.files_of(prepared.path), path, files.say_nothing)
+    path = snapshot_store / "bible" / "monday"
+    files.copy_files(prepared.path, files.files_of(prepared.path), path, files.unwatched)
     return path

@@ -18,8 +18,8 @@ def test_a_snapshot_that_was_changed(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with open_store(data / "memories") as store:
         fill(store.create("bible", MODEL, SETTINGS), 0, 20)
-        shelf = data / "snapshots"
-        path = local.create(store, "bible", shelf, "monday", min_free_bytes=0).path
+        snapshot_store = data / "snapshots"
+        path = local.create(store, "bible", snapshot_store, "monday", min_free_bytes=0).path
     assert _errors(data, deep=True) == []
 
     file = path / "layer-000" / "CURRENT"

@@ -117,11 +117,11 @@ class Moments:
 
 @pytest.mark.parametrize("restored", [False, True], ids=["created", "restored"])
 def test_at_every_moment_a_kill_leaves_both_or_the_new_one(
-    store: MemoryStore, rebuilt: RoutingMemory, shelf: Path, fast_dir: Path, restored: bool
+    store: MemoryStore, rebuilt: RoutingMemory, snapshot_store: Path, fast_dir: Path, restored: bool
 ) -> None:
     if restored:  # then their layers lie elsewhere
         for name in ("bible", "rebuilt"):
-            made = local.create(store, name, shelf, min_free_bytes=0)
+            made = local.create(store, name, snapshot_store, min_free_bytes=0)
             local.restore(
                 store, made.path, name, replacing=True, retire_after_s=0, min_free_bytes=0
             )

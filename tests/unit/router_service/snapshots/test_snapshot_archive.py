@@ -67,24 +67,28 @@ def files_of(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_there_and_back_again(store: MemoryStore, prepared: SnapshotInfo, shelf: Path) -> None:
-    archive = shelf.with_name("monday.tar")
+def test_there_and_back_again(
+    store: MemoryStore, prepared: SnapshotInfo, snapshot_store: Path
+) -> None:
+    archive = snapshot_store.with_name("monday.tar")
     local.pack(prepared.path, archive)
     assert archive.stat().st_size < 4 * 2**20  # 200 MiB with the zeros
-    info = local.unpack(archive, shelf, min_free_bytes=0)
-    assert info.path == shelf / "bible" / "monday"
+    info = local.unpack(archive, snapshot_store, min_free_bytes=0)
+    assert info.path == snapshot_store / "bible" / "monday"
     direct = local.restore(store, prepared.path, "direct", min_free_bytes=0)
     carried = local.restore(store, info.path, "carried", min_free_bytes=0)
     assert_same_answers(answers(carried), answers(direct))
 
 
-def test_the_same_files_and_the_same_holes(small: Path, archive: Path, shelf: Path) -> None:
-    info = local.unpack(archive, shelf, min_free_bytes=0)
+def test_the_same_files_and_the_same_holes(
+    small: Path, archive: Path, snapshot_store: Path
+) -> None:
+    info = local.unpack(archive, snapshot_store, min_free_bytes=0)
     assert files_of(info.path) == files_of(small)
     assert local.verify(info.path) == info
     assert (info.path / "layer-000/gen-000000/zeros").stat().st_blocks == 0
     with pytest.raises(InvalidField, match="not there"):
-        local.unpack(archive, shelf, min_free_bytes=0)
+        local.unpack(archive, snapshot_store, min_free_bytes=0)
     with pytest.raises(InvalidField, match="new file"):
         local.pack(small, archive)
 
@@ -103,16 +107,16 @@ def test_a_damaged_snapshot_is_not_packed(small: Path, fast_dir: Path) -> None:
     assert not list(fast_dir.glob("x.tar*"))
 
 
-def test_limits(archive: Path, shelf: Path) -> None:
+def test_limits(archive: Path, snapshot_store: Path) -> None:
     with pytest.raises(DiskFull):
-        local.unpack(archive, shelf, min_free_bytes=2**60)
+        local.unpack(archive, snapshot_store, min_free_bytes=2**60)
     with pytest.raises(SnapshotInvalid, match="raise the limit"):
-        local.unpack(archive, shelf, min_free_bytes=0, max_unpacked_bytes=80_000)
-    with exclusive(shelf / "bible"), pytest.raises(Busy):
-        local.unpack(archive, shelf, min_free_bytes=0)
+        local.unpack(archive, snapshot_store, min_free_bytes=0, max_unpacked_bytes=80_000)
+    with exclusive(snapshot_store / "bible"), pytest.raises(Busy):
+        local.unpack(archive, snapshot_store, min_free_bytes=0)
     with pytest.raises(StorageError, match="cannot read"):
-        local.unpack(shelf / "no.tar", shelf)
-    assert local.list_snapshots(shelf) == []
+        local.unpack(snapshot_store / "no.tar", snapshot_store)
+    assert local.list_snapshots(snapshot_store) == []
 
 
 def member(name: str, **attributes: object) -> tarfile.TarInfo:
@@ -140,13 +144,13 @@ FOREIGN_MEMBERS = [
 
 @pytest.mark.parametrize("foreign", FOREIGN_MEMBERS, ids=lambda m: f"{m.name}-{m.type.decode()}")
 def test_what_the_manifest_does_not_name_is_refused(
-    archive: Path, shelf: Path, foreign: tarfile.TarInfo
+    archive: Path, snapshot_store: Path, foreign: tarfile.TarInfo
 ) -> None:
     with tarfile.open(archive, "a") as tar:
         tar.addfile(foreign)
     with pytest.raises(SnapshotInvalid, match="is not a file of its manifest"):
-        local.unpack(archive, shelf, min_free_bytes=0)
-    assert not list(shelf.rglob("*layer*"))
+        local.unpack(archive, snapshot_store, min_free_bytes=0)
+    assert not list(snapshot_store.rglob("*layer*"))
 
 
 def repacked(archive: Path, change: Callable[[str, bytes], tuple[str, bytes] | None]) -> None:
@@ -172,24 +176,24 @@ def repacked(archive: Path, change: Callable[[str, bytes], tuple[str, bytes] | N
 )
 def test_other_content_is_refused(
     archive: Path,
-    shelf: Path,
+    snapshot_store: Path,
     change: Callable[[str, bytes], tuple[str, bytes] | None],
     words: str,
 ) -> None:
     repacked(archive, change)
     with pytest.raises(SnapshotInvalid, match=words):
-        local.unpack(archive, shelf, min_free_bytes=0)
-    assert local.list_snapshots(shelf) == []
+        local.unpack(archive, snapshot_store, min_free_bytes=0)
+    assert local.list_snapshots(snapshot_store) == []
 
 
-def test_an_archive_without_sparse_members_is_as_good(archive: Path, shelf: Path) -> None:
+def test_an_archive_without_sparse_members_is_as_good(archive: Path, snapshot_store: Path) -> None:
     repacked(archive, lambda name, content: (name, content))
-    info = local.unpack(archive, shelf, min_free_bytes=0)
+    info = local.unpack(archive, snapshot_store, min_free_bytes=0)
     assert local.verify(info.path) == info
 
 
 def test_a_cut_or_garbled_archive_is_refused_or_harmless(
-    small: Path, archive: Path, shelf: Path
+    small: Path, archive: Path, snapshot_store: Path
 ) -> None:
     """Harmless: in the padding, or in a field of a header that means nothing here."""
     text, random, refused = archive.read_bytes(), Random(0), 0
@@ -197,10 +201,10 @@ def test_a_cut_or_garbled_archive_is_refused_or_harmless(
         at = random.randrange(len(text)) if number % 2 else 512 * number // 4
         archive.write_bytes(text[:at] + (b"\xff" * 8 + text[at + 8 :] if number % 4 < 3 else b""))
         try:
-            info = local.unpack(archive, shelf, min_free_bytes=0)
+            info = local.unpack(archive, snapshot_store, min_free_bytes=0)
         except SnapshotInvalid:
             refused += 1
-            assert local.list_snapshots(shelf) == []
+            assert local.list_snapshots(snapshot_store) == []
             continue
         assert files_of(info.path) == files_of(small)
         shutil.rmtree(info.path)
@@ -217,11 +221,13 @@ def test_a_cut_or_garbled_archive_is_refused_or_harmless(
         {"GNU.sparse.map": "0,-5", "GNU.sparse.size": "9"},
     ],
 )
-def test_headers_made_to_harm(archive: Path, shelf: Path, pax_headers: dict[str, str]) -> None:
+def test_headers_made_to_harm(
+    archive: Path, snapshot_store: Path, pax_headers: dict[str, str]
+) -> None:
     with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(
             member("monday/manifest.json", size=512, pax_headers=pax_headers),
             io.BytesIO(bytes(512)),
         )
     with pytest.raises(SnapshotInvalid):
-        local.unpack(archive, shelf, min_free_bytes=0)
+        local.unpack(archive, snapshot_store, min_free_bytes=0)

@@ -189,7 +189,7 @@ def test_manifests_that_say_something_else(monday: Path) -> None:
 
 
 def test_a_newer_format_is_refused_with_the_remedy(
-    store: MemoryStore, monday: Path, shelf: Path
+    store: MemoryStore, monday: Path, snapshot_store: Path
 ) -> None:
     body = {"format": 2, "service_version": "9.8.7"}
     (monday / "manifest.json").write_text(json.dumps(body))
@@ -197,7 +197,7 @@ def test_a_newer_format_is_refused_with_the_remedy(
     for refused_call in (local.verify, lambda p: local.restore(store, p, "copy")):
         with pytest.raises(SnapshotInvalid, match=words):
             refused_call(monday)
-    (info,) = local.list_snapshots(shelf)
+    (info,) = local.list_snapshots(snapshot_store)
     assert re.search(words, info.problem)
     assert (info.memory, info.name) == ("bible", "monday")
 

@@ -49,13 +49,13 @@ from tests.unit.router_service.numbered_memory import (
 
 
 def test_another_service_gives_the_same_answers(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path, fast_dir: Path
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path, fast_dir: Path
 ) -> None:
     """Layers indexed in full precision and in int8, each with a tail that is not indexed."""
     memory.layers[0].optimize(Quantization.NONE)
     memory.layers[1].optimize(Quantization.INT8)
     fill(memory, 290, 340)  # ten of them replace indexed ones
-    made = local.create(store, "bible", shelf, min_free_bytes=0)
+    made = local.create(store, "bible", snapshot_store, min_free_bytes=0)
     expected, infos = answers(memory), [layer.info() for layer in memory.layers]
     assert [i.indexed_entries for i in infos] == [290, 290]
     with open_store(fast_dir / "elsewhere") as other:
@@ -73,7 +73,7 @@ def test_another_service_gives_the_same_answers(
         )
 
 
-def test_a_snapshot_says_what_it_holds(snapshot: SnapshotInfo, shelf: Path) -> None:
+def test_a_snapshot_says_what_it_holds(snapshot: SnapshotInfo, snapshot_store: Path) -> None:
     manifest = json.loads((snapshot.path / "manifest.json").read_text())
     assert manifest["memory"]["fingerprint"] == dataclasses.asdict(MODEL)
     assert manifest["memory"]["settings"]["neighbours"] == SETTINGS.neighbours
@@ -83,56 +83,60 @@ def test_a_snapshot_says_what_it_holds(snapshot: SnapshotInfo, shelf: Path) -> N
         p.relative_to(snapshot.path).as_posix() for p in snapshot.path.rglob("*") if p.is_file()
     }
     assert {file["path"] for file in manifest["files"]} == files - {"manifest.json"}
-    assert local.list_snapshots(shelf) == [snapshot]
+    assert local.list_snapshots(snapshot_store) == [snapshot]
     assert local.verify(snapshot.path) == snapshot
-    assert local.find(shelf, "bible", "monday") == snapshot.path
+    assert local.find(snapshot_store, "bible", "monday") == snapshot.path
     assert snapshot.record is not None
     assert snapshot.record.fingerprint == MODEL
 
 
 def test_names_are_unique_and_say_when(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path
 ) -> None:
-    made = [local.create(store, "bible", shelf, min_free_bytes=0) for _ in range(3)]
+    made = [local.create(store, "bible", snapshot_store, min_free_bytes=0) for _ in range(3)]
     assert len({info.name for info in made}) == 3
     for info in made:
         assert re.fullmatch(r"\d{8}T\d{6}Z-v\d+(-\d)?", info.name)
-    assert [info.name for info in local.list_snapshots(shelf, "bible")] == [i.name for i in made]
-    assert local.list_snapshots(shelf, "other") == []
-    assert local.list_snapshots(shelf / "nowhere") == []
+    assert [info.name for info in local.list_snapshots(snapshot_store, "bible")] == [
+        i.name for i in made
+    ]
+    assert local.list_snapshots(snapshot_store, "other") == []
+    assert local.list_snapshots(snapshot_store / "nowhere") == []
 
 
 @pytest.mark.parametrize(
     "name", ["", "..", "a/b", "/etc", ".hidden", "LOCK", "x" * 129, "a\0b", "monday"]
 )
 def test_names_that_are_refused(
-    store: MemoryStore, snapshot: SnapshotInfo, shelf: Path, name: str
+    store: MemoryStore, snapshot: SnapshotInfo, snapshot_store: Path, name: str
 ) -> None:
     with pytest.raises(InvalidField, match="snapshot"):
-        local.create(store, "bible", shelf, name, min_free_bytes=0)
+        local.create(store, "bible", snapshot_store, name, min_free_bytes=0)
     if name != "monday":
         with pytest.raises(SnapshotNotFound, match="monday"):
-            local.find(shelf, "bible", name)
-    assert [info.name for info in local.list_snapshots(shelf)] == ["monday"]
+            local.find(snapshot_store, "bible", name)
+    assert [info.name for info in local.list_snapshots(snapshot_store)] == ["monday"]
 
 
-def test_what_cannot_be_snapshotted(store: MemoryStore, memory: RoutingMemory, shelf: Path) -> None:
+def test_what_cannot_be_snapshotted(
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path
+) -> None:
     with pytest.raises(MemoryNotFound):
-        local.create(store, "other", shelf)
+        local.create(store, "other", snapshot_store)
     in_ram = MemoryStore(ExactBackend(), None)
     in_ram.create("ram", MODEL, SETTINGS)
     with pytest.raises(InvalidField, match="embedded backend"):
-        local.create(in_ram, "ram", shelf)
+        local.create(in_ram, "ram", snapshot_store)
     with pytest.raises(DiskFull, match="free some space"):
-        local.create(store, "bible", shelf, min_free_bytes=2**60)
-    assert local.list_snapshots(shelf) == []
+        local.create(store, "bible", snapshot_store, min_free_bytes=2**60)
+    assert local.list_snapshots(snapshot_store) == []
 
 
 def test_what_the_report_raises_ends_the_work_and_leaves_nothing(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path, fast_dir: Path
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path, fast_dir: Path
 ) -> None:
     seen: list[str] = []
-    made = local.create(store, "bible", shelf, min_free_bytes=0, report=seen.append)
+    made = local.create(store, "bible", snapshot_store, min_free_bytes=0, on_file=seen.append)
     for stop in (1, len(seen) // 2 + 1, len(seen)):
         left = iter(range(stop - 1))
 
@@ -141,17 +145,19 @@ def test_what_the_report_raises_ends_the_work_and_leaves_nothing(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            local.create(store, "bible", shelf, min_free_bytes=0, report=stop_then)
-        assert sorted(p.name for p in (shelf / "bible").iterdir()) == sorted(["LOCK", made.name])
+            local.create(store, "bible", snapshot_store, min_free_bytes=0, on_file=stop_then)
+        assert sorted(p.name for p in (snapshot_store / "bible").iterdir()) == sorted(
+            ["LOCK", made.name]
+        )
     fill(memory, 300, 301)  # no lock is left behind
     left = iter(range(10))
     with pytest.raises(KeyboardInterrupt):
-        local.restore(store, made.path, "copy", min_free_bytes=0, report=stop_then)
+        local.restore(store, made.path, "copy", min_free_bytes=0, on_file=stop_then)
     assert sorted(p.name for p in (fast_dir / "data").iterdir()) == ["LOCK", "bible"]
 
 
 def test_one_snapshot_of_a_memory_at_a_time(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path
 ) -> None:
     working, go = threading.Event(), threading.Event()
 
@@ -160,24 +166,26 @@ def test_one_snapshot_of_a_memory_at_a_time(
         go.wait(30)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(local.create, store, "bible", shelf, report=wait, min_free_bytes=0)
+        first = pool.submit(
+            local.create, store, "bible", snapshot_store, on_file=wait, min_free_bytes=0
+        )
         working.wait(30)
         with pytest.raises(Busy, match="being made"):
-            local.create(store, "bible", shelf, min_free_bytes=0)
-        assert local.list_snapshots(shelf) == []  # and what is being made is left alone
+            local.create(store, "bible", snapshot_store, min_free_bytes=0)
+        assert local.list_snapshots(snapshot_store) == []  # and what is being made is left alone
         answers(memory)
         go.set()
-        assert first.result(30) in local.list_snapshots(shelf)
+        assert first.result(30) in local.list_snapshots(snapshot_store)
 
 
 def test_a_snapshot_while_a_layer_is_optimized_is_of_the_files_in_force(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path
 ) -> None:
     made: list[SnapshotInfo] = []
 
     def while_indexing(stage: str, done: int, total: int) -> None:
         if stage == "index" and not made:
-            made.append(local.create(store, "bible", shelf, min_free_bytes=0))
+            made.append(local.create(store, "bible", snapshot_store, min_free_bytes=0))
 
     memory.layers[1].optimize(Quantization.INT8, while_indexing)
     assert local.verify(made[0].path) == made[0]
@@ -188,7 +196,7 @@ def test_a_snapshot_while_a_layer_is_optimized_is_of_the_files_in_force(
 
 
 def test_all_layers_are_of_one_moment_while_others_write_and_route(
-    store: MemoryStore, memory: RoutingMemory, shelf: Path
+    store: MemoryStore, memory: RoutingMemory, snapshot_store: Path
 ) -> None:
     """Each id goes to layer 0, then to layer 1: a snapshot holds it in all layers but for one request in flight."""
     done, batch = threading.Event(), 20
@@ -210,7 +218,9 @@ def test_all_layers_are_of_one_moment_while_others_write_and_route(
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(write), pool.submit(read)]
         try:
-            made = [local.create(store, "bible", shelf, min_free_bytes=0) for _ in range(2)]
+            made = [
+                local.create(store, "bible", snapshot_store, min_free_bytes=0) for _ in range(2)
+            ]
         finally:
             done.set()
         assert jobs[0].result(30) > 300
@@ -301,7 +311,7 @@ def test_a_memory_whose_manifest_is_lost_comes_back(
 
 
 def test_at_what_a_restore_stops(
-    store: MemoryStore, snapshot: SnapshotInfo, shelf: Path, fast_dir: Path
+    store: MemoryStore, snapshot: SnapshotInfo, snapshot_store: Path, fast_dir: Path
 ) -> None:
     store.create("foreign", OTHER_MODEL, SETTINGS)
     store.create(
@@ -376,11 +386,11 @@ def failing_after(step: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_leftovers_of_a_crash_are_removed(
-    store: MemoryStore, snapshot: SnapshotInfo, shelf: Path, fast_dir: Path
+    store: MemoryStore, snapshot: SnapshotInfo, snapshot_store: Path, fast_dir: Path
 ) -> None:
-    (shelf / "bible" / ".partial-x" / "layer-000").mkdir(parents=True)
-    assert [info.name for info in local.list_snapshots(shelf)] == ["monday"]
-    assert not (shelf / "bible" / ".partial-x").exists()
+    (snapshot_store / "bible" / ".partial-x" / "layer-000").mkdir(parents=True)
+    assert [info.name for info in local.list_snapshots(snapshot_store)] == ["monday"]
+    assert not (snapshot_store / "bible" / ".partial-x").exists()
     data = fast_dir / "data"
     (data / "_restoring-copy.deleted" / "layer-000").mkdir(parents=True)
     shutil.copytree(data / "bible" / "layer-000", data / "bible" / "restored-1" / "layer-000")
@@ -395,9 +405,11 @@ def tree(directory: Path) -> list[str]:
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*"))
 
 
-def test_a_look_up_of_an_empty_memory_comes_back_too(store: MemoryStore, shelf: Path) -> None:
+def test_a_look_up_of_an_empty_memory_comes_back_too(
+    store: MemoryStore, snapshot_store: Path
+) -> None:
     store.create("empty", MODEL, SETTINGS)
-    made = local.create(store, "empty", shelf, min_free_bytes=0)
+    made = local.create(store, "empty", snapshot_store, min_free_bytes=0)
     restored = local.restore(store, made.path, "copy", min_free_bytes=0)
     ones = np.ones((1, MODEL.hidden_size), np.float32)
     answer = restored.route(0, MODEL.digest(), RouteQuery(ones, ones[:, : MODEL.num_experts]))

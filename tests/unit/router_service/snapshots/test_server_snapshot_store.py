@@ -24,7 +24,7 @@ from router_service.memories.server_catalogue import ServerCatalogue
 from router_service.memories.store import MemoryStore
 from router_service.snapshots import server_book
 from router_service.snapshots.base import SnapshotRef
-from router_service.snapshots.server import ServerShelf
+from router_service.snapshots.server import ServerSnapshotStore
 from tests.engines import SERVERS, clean_server, url_of
 from tests.unit.router_service.numbered_memory import (
     MODEL,
@@ -46,48 +46,48 @@ def options(request: pytest.FixtureRequest) -> Iterator[ServerOptions]:
 
 
 @contextmanager
-def opened(options: ServerOptions) -> Iterator[tuple[MemoryStore, ServerShelf]]:
+def opened(options: ServerOptions) -> Iterator[tuple[MemoryStore, ServerSnapshotStore]]:
     """The memories and snapshots of a service."""
     connection = Connection(options)
     backend = ServerBackend(connection)
     store = MemoryStore(backend, None, shared=ServerCatalogue(connection))
     store.open_all()
-    yield store, ServerShelf(store, backend)
+    yield store, ServerSnapshotStore(store, backend)
     store.close()
     backend.close()
 
 
 @pytest.fixture
-def service(options: ServerOptions) -> Iterator[tuple[MemoryStore, ServerShelf]]:
+def service(options: ServerOptions) -> Iterator[tuple[MemoryStore, ServerSnapshotStore]]:
     """With a memory `bible` of 100 entries in each layer; nothing is left on the server."""
-    with opened(options) as (store, shelf):
+    with opened(options) as (store, snapshot_store):
         fill(store.create("bible", MODEL, SETTINGS), 0, 100)
-        yield store, shelf
-        for info in shelf.list(""):
-            shelf.delete(info.memory, info.name)
+        yield store, snapshot_store
+        for info in snapshot_store.list(""):
+            snapshot_store.delete(info.memory, info.name)
 
 
 def quiet(stage: str, done: int, total: int) -> None:
     """A Report."""
 
 
-def test_what_is_restored_answers_alike(service: tuple[MemoryStore, ServerShelf]) -> None:
-    store, shelf = service
+def test_what_is_restored_answers_alike(service: tuple[MemoryStore, ServerSnapshotStore]) -> None:
+    store, snapshot_store = service
     memory = store.get("bible")
     memory.layers[1].optimize(Quantization.INT8)
     before = answers(memory)
-    [made] = shelf.create("bible", "monday", quiet)
+    [made] = snapshot_store.create("bible", "monday", quiet)
     assert (made.entries, made.remark, made.problem) == (200, "", "")
-    assert list(shelf.verify(MONDAY, quiet)) == shelf.list("bible") == [made]
-    [copy] = shelf.restore(MONDAY, "copy", False, quiet)
+    assert list(snapshot_store.verify(MONDAY, quiet)) == snapshot_store.list("bible") == [made]
+    [copy] = snapshot_store.restore(MONDAY, "copy", False, quiet)
     assert_same_answers(answers(copy), before)
     assert copy.layers[1].info().compression == memory.layers[1].info().compression
     fill(memory, 100, 130)
     memory.layers[0].hits.add(memory.layers[0].hits.counts())
     version = memory.version
     with pytest.raises(MemoryExists):
-        list(shelf.restore(MONDAY, "bible", False, quiet))
-    [restored] = shelf.restore(MONDAY, "bible", True, quiet)
+        list(snapshot_store.restore(MONDAY, "bible", False, quiet))
+    [restored] = snapshot_store.restore(MONDAY, "bible", True, quiet)
     assert restored is store.get("bible")
     assert_same_answers(answers(restored), before)
     assert restored.version > version
@@ -96,11 +96,11 @@ def test_what_is_restored_answers_alike(service: tuple[MemoryStore, ServerShelf]
 
 
 def test_services_share_snapshots(
-    service: tuple[MemoryStore, ServerShelf], options: ServerOptions
+    service: tuple[MemoryStore, ServerSnapshotStore], options: ServerOptions
 ) -> None:
-    store, shelf = service
+    store, snapshot_store = service
     before = answers(store.get("bible"))
-    [made] = shelf.create("bible", "monday", quiet)
+    [made] = snapshot_store.create("bible", "monday", quiet)
     with opened(options) as (others, other):
         assert other.list("") == [made]
         fill(store.get("bible"), 100, 120)
@@ -111,45 +111,47 @@ def test_services_share_snapshots(
         assert store.get("bible").record == others.get("bible").record
         other.delete("bible", "monday")
     with pytest.raises(SnapshotNotFound, match="'monday' not found"):
-        list(shelf.verify(MONDAY, quiet))
+        list(snapshot_store.verify(MONDAY, quiet))
 
 
-def test_writes_go_on_and_are_told(service: tuple[MemoryStore, ServerShelf]) -> None:
-    store, shelf = service
+def test_writes_go_on_and_are_told(service: tuple[MemoryStore, ServerSnapshotStore]) -> None:
+    store, snapshot_store = service
     memory = store.get("bible")
 
     def write(stage: str, done: int, total: int) -> None:
         if (stage, done, total) == ("layers", 1, 2):
             memory.upsert(1, MODEL.digest(), numbered_entries(100, 101, 1))
 
-    [made] = shelf.create("bible", "monday", write)
+    [made] = snapshot_store.create("bible", "monday", write)
     assert "entries came or went while layers 1 were copied" in made.remark
-    [copy] = shelf.restore(MONDAY, "copy", False, quiet)
+    [copy] = snapshot_store.restore(MONDAY, "copy", False, quiet)
     assert copy.layers[0].info().entries == 100
     assert copy.layers[1].info().entries in (100, 101)
 
 
 def test_a_cancelled_snapshot_leaves_nothing(
-    service: tuple[MemoryStore, ServerShelf], monkeypatch: pytest.MonkeyPatch
+    service: tuple[MemoryStore, ServerSnapshotStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, shelf = service
+    _, snapshot_store = service
 
     def cancel(stage: str, done: int, total: int) -> None:
         if done == 1:
             raise Cancelled("a client asked for it")
 
     with pytest.raises(Cancelled):
-        list(shelf.create("bible", "monday", cancel))
-    assert shelf.list("") == []
-    [made] = shelf.create("bible", "monday", quiet)
+        list(snapshot_store.create("bible", "monday", cancel))
+    assert snapshot_store.list("") == []
+    [made] = snapshot_store.create("bible", "monday", quiet)
     monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
-    shelf.sweep()  # the server may have finished what was cancelled
-    assert shelf.list("") == list(shelf.verify(MONDAY, quiet)) == [made]
+    snapshot_store.sweep()  # the server may have finished what was cancelled
+    assert snapshot_store.list("") == list(snapshot_store.verify(MONDAY, quiet)) == [made]
 
 
-def test_a_cancelled_restore_changes_nothing(service: tuple[MemoryStore, ServerShelf]) -> None:
-    store, shelf = service
-    list(shelf.create("bible", "monday", quiet))
+def test_a_cancelled_restore_changes_nothing(
+    service: tuple[MemoryStore, ServerSnapshotStore],
+) -> None:
+    store, snapshot_store = service
+    list(snapshot_store.create("bible", "monday", quiet))
     fill(store.get("bible"), 100, 120)
 
     def cancel(stage: str, done: int, total: int) -> None:
@@ -157,22 +159,22 @@ def test_a_cancelled_restore_changes_nothing(service: tuple[MemoryStore, ServerS
             raise Cancelled("a client asked for it")
 
     def restore_too(stage: str, done: int, total: int) -> None:
-        list(shelf.restore(MONDAY, "bible", True, quiet))
+        list(snapshot_store.restore(MONDAY, "bible", True, quiet))
 
     with pytest.raises(Cancelled):
-        list(shelf.restore(MONDAY, "bible", True, cancel))
+        list(snapshot_store.restore(MONDAY, "bible", True, cancel))
     with pytest.raises(Busy, match="'bible' is being restored already"):
-        list(shelf.restore(MONDAY, "bible", True, restore_too))
+        list(snapshot_store.restore(MONDAY, "bible", True, restore_too))
     assert counts(store.get("bible")) == [120, 120]
 
 
 def test_a_memory_whose_collection_is_lost(
-    service: tuple[MemoryStore, ServerShelf], options: ServerOptions
+    service: tuple[MemoryStore, ServerSnapshotStore], options: ServerOptions
 ) -> None:
     """It is set aside at the next start; a snapshot takes its place."""
-    store, shelf = service
+    store, snapshot_store = service
     before = answers(store.get("bible"))
-    list(shelf.create("bible", "monday", quiet))
+    list(snapshot_store.create("bible", "monday", quiet))
     connection = Connection(options)
     reply = connection.call("collections", "List", q.ListCollectionsRequest(), 30.0)
     [lost] = [each.name for each in reply.collections if "bible~layer-001" in each.name]
@@ -186,18 +188,18 @@ def test_a_memory_whose_collection_is_lost(
 
 
 def test_records_of_a_newer_service(
-    service: tuple[MemoryStore, ServerShelf], monkeypatch: pytest.MonkeyPatch
+    service: tuple[MemoryStore, ServerSnapshotStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They say so, and hold nothing up."""
-    _, shelf = service
+    _, snapshot_store = service
     monkeypatch.setattr(server_book, "FORMAT", 2)
-    list(shelf.create("bible", "monday", quiet))
+    list(snapshot_store.create("bible", "monday", quiet))
     monkeypatch.undo()
-    [info] = shelf.list("bible")
+    [info] = snapshot_store.list("bible")
     assert "format 2, this version reads 1" in info.problem
-    shelf.sweep()
+    snapshot_store.sweep()
     monkeypatch.setattr(server_book, "FORMAT", 2)
-    shelf.delete("bible", "monday")
+    snapshot_store.delete("bible", "monday")
 
 
 def test_a_node_that_holds_a_part(standin_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +212,12 @@ def test_a_node_that_holds_a_part(standin_url: str, monkeypatch: pytest.MonkeyPa
             peer_id=1, shard_count=2, local_shards=[local], remote_shards=[remote]
         )
 
-    with clean_server(standin_url) as options, opened(options) as (store, shelf):
+    with clean_server(standin_url) as options, opened(options) as (store, snapshot_store):
         fill(store.create("bible", MODEL, SETTINGS), 0, 20)
         monkeypatch.setattr(Connection, "call", _answering(Connection.call, two_nodes))
         with pytest.raises(BackendMisconfigured) as refused:
-            list(shelf.create("bible", "monday", quiet))
-        assert shelf.list("") == []
+            list(snapshot_store.create("bible", "monday", quiet))
+        assert snapshot_store.list("") == []
     assert "peer 1" in str(refused.value)
     assert "shards [1]" in str(refused.value)
     assert "router-admin migrate --to DIR" in str(refused.value)
