@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from router_service.backends.disk import read_content
 from router_service.errors import RoutingServiceError, SnapshotInvalid
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
@@ -225,7 +226,7 @@ def test_damage_that_the_sums_do_not_show_is_found_when_the_layers_are_opened(
     (monday / path).write_text("{}")
     manifest = snapshot_manifest.read_manifest(monday)
     files = dict(manifest.files)
-    files[path] = local.snapshot_files.read_content(monday / path)
+    files[path] = read_content(monday / path)
     fitting = {n: getattr(manifest, n) for n in manifest.__slots__} | {"files": files}
     snapshot_manifest.write_manifest(monday, snapshot_manifest.SnapshotManifest(**fitting))
     with pytest.raises(RoutingServiceError, match="cannot be opened"):
