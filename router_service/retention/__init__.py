@@ -3,7 +3,6 @@
 Nothing here reads a clock, logs or changes a collection: cut-off times, hit counts and seeds come from the caller.
 """
 
-from router_service.arrays import HitCounts, OwnAssignments
 from router_service.retention.plan import (
     Age,
     Agreement,
@@ -28,10 +27,8 @@ __all__ = [
     "Coverage",
     "Forget",
     "Gain",
-    "HitCounts",
     "LayerReading",
     "NearDuplicates",
-    "OwnAssignments",
     "Policy",
     "PruneOptions",
     "PrunePlan",

@@ -39,7 +39,7 @@ class Forget:
     sources: frozenset[str] = frozenset()
 
     def scores(self, page: Entries, reading: LayerReading) -> F64:
-        """See scores.outside."""
+        """0 for what is to be forgotten, 1 for the others [n]."""
         return scores.outside(page, self.examples, self.sources)
 
 
@@ -59,7 +59,7 @@ class Age:
         return self.older_than_unix_ms
 
     def scores(self, page: Entries, reading: LayerReading) -> F64:
-        """See scores.created_unix_ms."""
+        """Creation times [n] in milliseconds since the epoch."""
         return scores.created_unix_ms(page)
 
 
@@ -78,7 +78,7 @@ class Use:
         return self.fewer_than
 
     def scores(self, page: Entries, reading: LayerReading) -> F64:
-        """See scores.use."""
+        """Hits [n]; inf for entries that are spared."""
         return scores.use(page, self.hits, self.spare_created_from_unix_ms)
 
 
@@ -95,7 +95,7 @@ class Gain:
         return self.below
 
     def scores(self, page: Entries, reading: LayerReading) -> F64:
-        """See scores.gains."""
+        """Gains [n] in nats."""
         return scores.gains(page)
 
 
@@ -113,7 +113,7 @@ class Strength:
         return self.below
 
     def scores(self, page: Entries, reading: LayerReading) -> F64:
-        """See scores.strength."""
+        """How far an entry can move routing [n], in logits or as half an L1 distance."""
         return scores.strength(page, reading, self.own)
 
 
@@ -142,7 +142,7 @@ class NearDuplicates:
     """Of entries with nearly the same key (kernel similarity) and value (cosine or overlap), the best one stays.
 
     Best is the highest gain, then the smallest id. Every entry that goes is itself near one that stays, except in
-    neighbourhoods of more than duplicates.MAX_LINKS better equals. As complete as the collection's search: of many
+    neighbourhoods of more than policies.MAX_LINKS better equals. As complete as the collection's search: of many
     identical keys an HNSW index may miss some, and more than one stays.
     """
 

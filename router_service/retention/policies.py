@@ -1,118 +1,151 @@
-"""Nearest neighbours among the entries that are still in: the collection cannot leave the others out, so ask for more.
+"""The policies that look at keys or neighbours, for all n entries of a run: agreement, near-duplicates, coverage.
 
-A search is repeated with twice, four times, ... as many neighbours for the queries that need it, up to MAX_WIDTH.
-T queries, w = neighbours asked for, W = width of a value row.
+T entries of a page, K neighbours, d = hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from router_service.arrays import F32, F64, NO_ID, U64, Bool, Entries, ExampleRef, Neighbours, Rows
-from router_service.backends.base import Collection, SearchOptions
-from router_service.memories.settings import Kind
-from router_service.retention.plan import Agreement, NearDuplicates
+from router_service.arrays import F32, F64, Bool, Entries, Neighbours, Rows
+from router_service.retention.plan import Agreement, Coverage, NearDuplicates
+from router_service.retention.run import Run
 from router_service.retention.scores import LayerReading, kernel_average
 
-MAX_WIDTH = 4096
-# Numbers in the neighbours' dense values of one search: 16 MiB in f64.
-_MAX_NUMBERS = 1 << 21
-_MAX_QUERIES = 256
-
-# Whether each query [T] has seen enough, from what was found and which slots [T, w] count.
-Enough = Callable[[Neighbours, Bool], Bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What was found for some of the queries."""
-
-    rows: Rows  # [t] of the queries
-    neighbours: Neighbours  # [t, w]
-    counted: Bool  # [t, w]: still in
-    cut_off: Bool  # [t]: there may be more, beyond MAX_WIDTH
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How to search a collection for neighbours that count."""
-
-    collection: Collection
-    options: SearchOptions
-    keeps: Callable[[U64], Bool]
-    num_experts: int
-
-    def widening(
-        self, queries: Entries, first_width: int, enough: Enough, *, other_examples: bool
-    ) -> Iterator[Found]:
-        """Every query once, as soon as it has seen enough, every entry, or MAX_WIDTH of them.
-
-        other_examples: leaves out entries of the query's own example, and with them the query itself.
-        """
-        waiting: Rows = np.arange(len(queries))
-        width = min(first_width, MAX_WIDTH)
-        while len(waiting):
-            again: list[Rows] = []
-            for rows in np.array_split(waiting, self._parts(queries, len(waiting), width)):
-                found = self._once(queries, rows, width, other_examples)
-                exhausted = found.neighbours.ids[:, -1] == NO_ID
-                satisfied = exhausted | enough(found.neighbours, found.counted)
-                done = satisfied | (width >= MAX_WIDTH)
-                again.append(rows[~done])
-                if done.any():
-                    yield _part(found, np.flatnonzero(done), ~satisfied[done])
-            waiting, width = np.concatenate(again), min(2 * width, MAX_WIDTH)
-
-    def nearest_elsewhere(self, queries: Entries, k: int) -> tuple[Neighbours, Bool]:
-        """The k nearest from other examples that count [T, k], and which queries [T] were cut off."""
-        result = Neighbours.empty(len(queries), k, queries.values.shape[1])
-        cut_off = np.zeros(len(queries), np.bool_)
-
-        def enough(_: Neighbours, counted: Bool) -> Bool:
-            return counted.sum(axis=1) >= k
-
-        for found in self.widening(queries, k, enough, other_examples=True):
-            _fill(result, found, k)
-            cut_off[found.rows] = found.cut_off
-        return result, cut_off
-
-    def _parts(self, queries: Entries, waiting: int, width: int) -> int:
-        """Into how many searches to split, so that neither value rows nor dense values fill the RAM."""
-        numbers = width * max(queries.values.shape[1], self.num_experts)
-        at_once = min(max(1, _MAX_NUMBERS // numbers), _MAX_QUERIES)
-        return -(-waiting // at_once)
-
-    def _once(self, queries: Entries, rows: Rows, width: int, other_examples: bool) -> Found:
-        origins = [queries.provenance[row] for row in rows]
-        exclude: Sequence[ExampleRef] = [ExampleRef(o.source, o.example) for o in origins]
-        found = self.collection.search(
-            queries.keys[rows], width, self.options, exclude if other_examples else ()
-        )
-        return Found(rows, found, self.keeps(found.ids), np.zeros(len(rows), np.bool_))
-
-
-def _part(found: Found, rows: Rows, cut_off: Bool) -> Found:
-    all_slots = found.neighbours
-    some = Neighbours(all_slots.ids[rows], all_slots.distances[rows], all_slots.values[rows])
-    return Found(found.rows[rows], some, found.counted[rows], cut_off)
-
-
-def _fill(result: Neighbours, found: Found, k: int) -> None:
-    """Writes the first k slots that count into the queries' rows of `result`; the others stay empty."""
-    order = np.argsort(~found.counted, axis=1, kind="stable")[:, :k]
-    counted = np.take_along_axis(found.counted, order, axis=1)
-    query, slot = np.nonzero(counted)
-    source = order[query, slot]
-    target = found.rows[query]
-    result.ids[target, slot] = found.neighbours.ids[query, source]
-    result.distances[target, slot] = found.neighbours.distances[query, source]
-    result.values[target, slot] = found.neighbours.values[query, source]
-
-
+# Links kept per entry, those to the best entries; bounds the RAM by n.
+MAX_LINKS = 64
+# Neighbours asked for at first when looking for duplicates: most entries have none.
+_FIRST_WIDTH = 8
 _CENTRES_AT_ONCE = 256
+
+
+def agreement_scores(run: Run, policy: Agreement) -> F64:
+    """Agreement [n] of the entries with the kernel average of their neighbours from other examples.
+
+    inf for those that are out, and for those that are not judged.
+    """
+    agreement = np.full(len(run.ledger), np.inf)
+    for rows, page in run.kept_pages(policy.name):
+        found, cut_off = run.search.nearest_elsewhere(page, policy.neighbours)
+        similarities = run.reading.similarities(found.distances)
+        average = kernel_average(run.reading.dense(found.values), similarities)
+        nearest = similarities[:, 0]
+        judged = (nearest > 0) & (nearest >= policy.min_similarity)
+        agreed = run.reading.agreement(run.reading.dense(page.values), average)
+        agreement[rows] = np.where(judged, agreed, np.inf)
+        run.mark_cut_off(rows[cut_off])
+    return agreement
+
+
+# Entry `worse[e]` is near `better[e]` in key and value, [E] each; and the entries that may have more such links.
+Links = tuple[Rows, Rows, Rows]
+
+
+def redundant(run: Run, policy: NearDuplicates) -> Bool:
+    """Which of the n entries go."""
+    place = places(run.gains)
+    none = np.empty(0, np.intp)
+    links = zip((none, none, none), *_links(run, policy, place), strict=True)
+    worse, better, truncated = (np.concatenate(column) for column in links)
+    return sent_away((worse, better, truncated), place)
+
+
+def places(gains: F64) -> Rows:
+    """Place [n] of each entry: from the highest gain down, equals by row."""
+    place = np.empty(len(gains), np.intp)
+    place[np.lexsort((np.arange(len(gains)), -gains))] = np.arange(len(gains))
+    return place
+
+
+def sent_away(links: Links, place: Rows) -> Bool:
+    """Which of n entries go, by their links and places.
+
+    From the best place on, an entry that is still in sends away all that are linked to it, so nobody goes for the sake
+    of a chain. An entry whose links are incomplete goes for any better one that it is linked to: a huge group of
+    equals, of which each entry sees only some, shrinks all the same.
+    """
+    worse, better, incomplete = links
+    truncated, gone = np.zeros((2, len(place)), np.bool_)
+    truncated[incomplete] = True
+    order = np.lexsort((worse, place[better]))
+    worse, better = worse[order], better[order]
+    starts = np.flatnonzero(np.diff(better, prepend=-1))
+    for start, stop in zip(starts, np.append(starts, len(better))[1:], strict=True):
+        linked = worse[start:stop]
+        gone[linked if not gone[better[start]] else linked[truncated[linked]]] = True
+    return gone
+
+
+def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[Links]:
+    """Links page by page; each entry sees every neighbour that is near enough, or is marked as truncated."""
+
+    def enough(found: Neighbours, _: Bool) -> Bool:
+        return ~_within(found.distances[:, -1], run.reading, policy)
+
+    for rows, page in run.kept_pages(policy.name):
+        for found in run.search.widening(page, _FIRST_WIDTH, enough, other_examples=False):
+            mine, others = page.values[found.rows], found.neighbours
+            near = found.counted & _near(mine, others, run.reading, policy)
+            other_rows, _ = run.ledger.rows_of(others.ids)
+            run.mark_cut_off(rows[found.rows[found.cut_off]])
+            yield links_to_better(rows[found.rows], other_rows, near, place, found.cut_off)
+
+
+def _near(
+    values: F32, neighbours: Neighbours, reading: LayerReading, policy: NearDuplicates
+) -> Bool:
+    """Which neighbours [T, K] of entries with these value rows say nearly the same at nearly the same place."""
+    mine, others = reading.dense(values)[:, None, :], reading.dense(neighbours.values)
+    same = reading.agreement(mine, others) >= policy.agreement
+    return same & _within(neighbours.distances, reading, policy)
+
+
+def _within(distances: F32, reading: LayerReading, policy: NearDuplicates) -> Bool:
+    """Whether distances [...] are near enough; that of an empty slot never is."""
+    return np.isfinite(distances) & (reading.similarities(distances) >= policy.similarity)
+
+
+def links_to_better(
+    rows: Rows, neighbour_rows: Rows, near: Bool, place: Rows, cut_off: Bool
+) -> Links:
+    """Links of entries `rows` [T] to those of their neighbours [T, K] that are `near` and have a better place.
+
+    cut_off [T]: entries that may have more such neighbours than K. An entry among its own neighbours is no link.
+    """
+    better = near & (place[neighbour_rows] < place[rows][:, None])
+    order = np.argsort(np.where(better, place[neighbour_rows], len(place)), axis=1, kind="stable")
+    first = order[:, :MAX_LINKS]
+    entry, slot = np.nonzero(np.take_along_axis(better, first, axis=1))
+    truncated = rows[cut_off | (better.sum(axis=1) > MAX_LINKS)]
+    return rows[entry], neighbour_rows[entry, first[entry, slot]], truncated
+
+
+def not_covering(run: Run, policy: Coverage, size: int) -> Bool:
+    """Which of the n entries go when `size` are to cover the keys."""
+    going = run.ledger.kept
+    blocks = _key_blocks(run.kept_pages(policy.name), policy.block_entries)
+    for centres in centres_by_block(blocks, size, int(going.sum())):
+        going[centres] = False
+    return going
+
+
+def _key_blocks(
+    parts: Iterator[tuple[Rows, Entries]], block_entries: int
+) -> Iterator[tuple[Rows, F32]]:
+    """Rows and keys in blocks of exactly `block_entries` (the last one less), however the pages fell."""
+    rows: list[Rows] = []
+    keys: list[F32] = []
+    for page_rows, page in parts:
+        rows.append(page_rows)
+        keys.append(page.keys)
+        while sum(map(len, rows)) >= block_entries:
+            joined_rows, joined_keys = np.concatenate(rows), np.concatenate(keys)
+            yield joined_rows[:block_entries], joined_keys[:block_entries]
+            rows, keys = [joined_rows[block_entries:]], [joined_keys[block_entries:]]
+    if sum(map(len, rows)):
+        yield np.concatenate(rows), np.concatenate(keys)
 
 
 def centres_by_block(blocks: Iterable[tuple[Rows, F32]], size: int, total: int) -> Iterator[Rows]:
@@ -155,14 +188,6 @@ def farthest_first(keys: F32, size: int, earlier: F32 | None = None) -> Rows:
         centres.append(int(np.argmax(distances)))
 
 
-def covering_radius(keys: F32, centres: Rows) -> float:
-    """The largest distance of a key [n, d] to its nearest centre; inf without centres, 0 without keys."""
-    if not len(keys):
-        return 0.0
-    wide, norms = _around(keys, keys.mean(axis=0, dtype=np.float64))
-    return float(np.sqrt(_nearest_distances(wide, norms, wide[centres]).max()))
-
-
 def block_share(size: int, total: int, start: int, stop: int) -> int:
     """How many of `size` places entries [start, stop) of `total` get; blocks end to end get `size` together."""
     return size * stop // total - size * start // total
@@ -187,129 +212,3 @@ def _nearest_distances(wide: F64, norms: F64, centres: F64) -> F64:
 def _squared_distances(wide: F64, norms: F64, centre: F64) -> F64:
     expanded = norms - 2.0 * (wide @ centre) + centre @ centre
     return np.maximum(expanded, 0.0)
-
-
-def leave_one_out_agreement(
-    values: F32, neighbours: Neighbours, reading: LayerReading, policy: Agreement
-) -> F64:
-    """Agreement [T] of value rows [T, W] with the kernel average of their neighbours [T, K]; inf: not judged."""
-    similarities = reading.similarities(neighbours.distances)
-    average = kernel_average(reading.dense(neighbours.values), similarities)
-    agreement = reading.agreement(reading.dense(values), average)
-    nearest = similarities[:, 0]
-    judged = (nearest > 0) & (nearest >= policy.min_similarity)
-    return np.where(judged, agreement, np.inf)
-
-
-# Links kept per entry, those to the best entries; bounds the RAM by n.
-MAX_LINKS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Links:
-    """Entry `worse[e]` is near `better[e]` in key and value; rows of the ledger."""
-
-    worse: Rows  # [E]
-    better: Rows  # [E]
-    truncated: Rows  # rows of entries that may have more links than are named
-
-
-def joined(parts: Sequence[Links]) -> Links:
-    """Links of parts, end to end."""
-
-    def column(name: str) -> Rows:
-        return np.concatenate([np.empty(0, np.intp), *(getattr(part, name) for part in parts)])
-
-    return Links(column("worse"), column("better"), column("truncated"))
-
-
-def places(gains: F64) -> Rows:
-    """Place [n] of each entry: from the highest gain down, equals by row."""
-    place = np.empty(len(gains), np.intp)
-    place[np.lexsort((np.arange(len(gains)), -gains))] = np.arange(len(gains))
-    return place
-
-
-def near_pairs(
-    values: F32, neighbours: F32, distances: F32, reading: LayerReading, policy: NearDuplicates
-) -> Bool:
-    """Which neighbours [T, K] say nearly the same at nearly the same place.
-
-    values: value rows [T, W] of the entries; neighbours: those of their neighbours [T, K, W], at `distances` [T, K].
-    """
-    near = within(distances, reading, policy)
-    same = reading.agreement(reading.dense(values)[:, None, :], reading.dense(neighbours))
-    return near & (same >= policy.agreement)
-
-
-def within(distances: F32, reading: LayerReading, policy: NearDuplicates) -> Bool:
-    """Whether distances [...] are near enough; that of an empty slot never is."""
-    return np.isfinite(distances) & (reading.similarities(distances) >= policy.similarity)
-
-
-def links_to_better(
-    rows: Rows, neighbour_rows: Rows, near: Bool, place: Rows, cut_off: Bool
-) -> Links:
-    """Links of entries `rows` [T] to those of their neighbours [T, K] that are `near` and have a better place.
-
-    cut_off [T]: entries that may have more such neighbours than K. An entry among its own neighbours is no link.
-    """
-    better = near & (place[neighbour_rows] < place[rows][:, None])
-    order = np.argsort(np.where(better, place[neighbour_rows], len(place)), axis=1, kind="stable")
-    first = order[:, :MAX_LINKS]
-    entry, slot = np.nonzero(np.take_along_axis(better, first, axis=1))
-    truncated = rows[cut_off | (better.sum(axis=1) > MAX_LINKS)]
-    return Links(rows[entry], neighbour_rows[entry, first[entry, slot]], truncated)
-
-
-def redundant(links: Links, place: Rows, truncated: Bool) -> Bool:
-    """Which of n entries go.
-
-    From the best place on, an entry that is still in sends away all that are linked to it, so nobody goes for the sake
-    of a chain. An entry whose links are incomplete (`truncated` [n]) goes for any better one that it is linked to: a
-    huge group of equals, of which each entry sees only some, shrinks all the same.
-    """
-    order = np.lexsort((links.worse, place[links.better]))
-    worse, better = links.worse[order], links.better[order]
-    starts = np.flatnonzero(np.diff(better, prepend=-1))
-    gone = np.zeros(len(place), np.bool_)
-    for start, stop in zip(starts, np.append(starts, len(better))[1:], strict=True):
-        linked = worse[start:stop]
-        gone[linked if not gone[better[start]] else linked[truncated[linked]]] = True
-    return gone
-
-
-def expected_effect(
-    values: F32, before: Neighbours, after: Neighbours, reading: LayerReading
-) -> dict[str, float]:
-    """Means over T leave-one-example-out queries: entries with value rows [T, W] and their neighbours [T, K].
-
-    lambda_*; abstained_*: the share with lambda 0; agreement_*: of the contribution with the entry's own value, 0 where
-    nothing is retrieved; contribution_before and contribution_change: sizes, the Euclidean norm in logits for deltas,
-    L1 of the weights for assignments.
-    """
-    if not len(values):
-        return {}
-    own = reading.dense(values)
-    lambdas, contributions = zip(*(_read(part, reading) for part in (before, after)), strict=True)
-    effect = {"queries": float(len(values))}
-    for name, weights, added in zip(("before", "after"), lambdas, contributions, strict=True):
-        effect[f"lambda_{name}"] = float(weights.mean())
-        effect[f"abstained_{name}"] = float((weights == 0).mean())
-        effect[f"agreement_{name}"] = float(reading.agreement(own, added).mean())
-    effect["lambda_change"] = effect["lambda_after"] - effect["lambda_before"]
-    effect["contribution_before"] = _mean_size(contributions[0], reading)
-    effect["contribution_change"] = _mean_size(contributions[1] - contributions[0], reading)
-    return effect
-
-
-def _read(neighbours: Neighbours, reading: LayerReading) -> tuple[F64, F64]:
-    """Lambdas [T] and contributions [T, N]."""
-    similarities = reading.similarities(neighbours.distances)
-    lambdas = reading.lambdas(similarities).astype(np.float64)
-    return lambdas, reading.contribution(reading.dense(neighbours.values), similarities)
-
-
-def _mean_size(rows: F64, reading: LayerReading) -> float:
-    order = 1 if reading.settings.kind is Kind.ASSIGNMENT else 2
-    return float(np.linalg.norm(rows, ord=order, axis=1).mean())

@@ -1,23 +1,16 @@
-"""The stages of a run over one layer that look at keys or neighbours; each drops entries in the ledger."""
+"""What a plan drops of one layer, and what that is expected to change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from router_service.arrays import F64, NO_ID, U64, Bool, Entries, Neighbours, Rows, mixed_ids
+from router_service.arrays import F64, U64, Entries, mixed_ids
 from router_service.backends.base import Collection, pages
 from router_service.errors import InvalidField
-from router_service.retention import policies, scores
-from router_service.retention.ledger import (
-    U32,
-    Ledger,
-    entries_of,
-    kept_pages,
-    key_blocks,
-)
+from router_service.retention import scores
 from router_service.retention.plan import (
     Agreement,
     Coverage,
@@ -29,118 +22,12 @@ from router_service.retention.plan import (
     reason_of,
     validate,
 )
-from router_service.retention.policies import Search, expected_effect
+from router_service.retention.policies import agreement_scores, not_covering, redundant
+from router_service.retention.run import U32, Ledger, Run
 from router_service.retention.scores import LayerReading
 
-# Neighbours asked for at first when looking for duplicates: most entries have none.
-_FIRST_WIDTH = 8
 # Another stream of numbers than Random's: a sample of its victims would be no sample.
 _SAMPLE_SALT = 0x5EED0FEFFEC7
-
-
-@dataclass(slots=True)
-class Run:
-    """A run over one layer of n entries."""
-
-    collection: Collection
-    reading: LayerReading
-    page_entries: int
-    on_page: Callable[[str, int], None]
-    ledger: Ledger
-    gains: F64  # [n], in nats
-    # Rows whose neighbourhood was too full of dropped entries or of equals to be seen whole.
-    cut_off: Bool = field(init=False)  # [n]
-
-    def __post_init__(self) -> None:
-        self.cut_off = np.zeros(len(self.ledger), np.bool_)
-
-    @property
-    def search(self) -> Search:
-        """Searches among the entries that are still in."""
-        return self._search(self.ledger.keeps)
-
-    @property
-    def search_of_all(self) -> Search:
-        """Searches among all entries."""
-        return self._search(lambda ids: ids != NO_ID)
-
-    def _search(self, keeps: Callable[[U64], Bool]) -> Search:
-        options = self.reading.settings.search
-        return Search(self.collection, options, keeps, self.reading.num_experts)
-
-    def kept_pages(self, stage: str) -> Iterator[tuple[Rows, Entries]]:
-        """See pages.kept_pages; reports progress."""
-        done = 0
-        for rows, page in kept_pages(self.collection, self.ledger, self.page_entries):
-            yield rows, page
-            done += len(rows)
-            self.on_page(stage, done)
-
-
-def agreement_scores(run: Run, policy: Agreement) -> F64:
-    """See policies.leave_one_out_agreement, for all n entries; inf for those that are out."""
-    agreement = np.full(len(run.ledger), np.inf)
-    for rows, page in run.kept_pages(policy.name):
-        found, cut_off = run.search.nearest_elsewhere(page, policy.neighbours)
-        judged = policies.leave_one_out_agreement(page.values, found, run.reading, policy)
-        agreement[rows] = judged
-        run.cut_off[rows[cut_off]] = True
-    return agreement
-
-
-def redundant(run: Run, policy: NearDuplicates) -> Bool:
-    """See policies.redundant, for all n entries."""
-    place = policies.places(run.gains)
-    links = policies.joined(list(_links(run, policy, place)))
-    truncated = np.zeros(len(run.ledger), np.bool_)
-    truncated[links.truncated] = True
-    return policies.redundant(links, place, truncated)
-
-
-def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[policies.Links]:
-    """Links page by page; each entry sees every neighbour that is near enough, or is marked as truncated."""
-
-    def enough(found: Neighbours, _: Bool) -> Bool:
-        return ~policies.within(found.distances[:, -1], run.reading, policy)
-
-    for rows, page in run.kept_pages(policy.name):
-        for found in run.search.widening(page, _FIRST_WIDTH, enough, other_examples=False):
-            slots, mine = found.neighbours, page.values[found.rows]
-            near = policies.near_pairs(mine, slots.values, slots.distances, run.reading, policy)
-            others, _ = run.ledger.rows_of(slots.ids)
-            near &= found.counted
-            run.cut_off[rows[found.rows[found.cut_off]]] = True
-            yield policies.links_to_better(rows[found.rows], others, near, place, found.cut_off)
-
-
-def not_covering(run: Run, policy: Coverage, size: int) -> Bool:
-    """Which of the n entries go when `size` are to cover the keys: see policies.centres_by_block."""
-    going = run.ledger.kept
-    blocks = key_blocks(run.kept_pages(policy.name), policy.block_entries)
-    for centres in policies.centres_by_block(blocks, size, int(going.sum())):
-        going[centres] = False
-    return going
-
-
-def lowest(run: Run, ranked: F64, size: int) -> Bool:
-    """Which of the n entries go when the `size` highest scores stay."""
-    kept = run.ledger.kept
-    return scores.lowest(ranked, kept, int(kept.sum()) - size)
-
-
-def effect_on_sample(run: Run, queries: int, seed: int) -> dict[str, float]:
-    """See effect.expected_effect, on a random sample of the layer's own entries, dropped ones included."""
-    mixed = mixed_ids(run.ledger.ids, seed ^ _SAMPLE_SALT)
-    chosen = np.sort(np.argsort(mixed, kind="stable")[:queries])
-    parts = entries_of(run.collection, run.ledger.ids[chosen].tolist())
-    if not parts:
-        return {}
-    sample, k = Entries.concat(parts), run.reading.settings.neighbours
-    before, _ = run.search_of_all.nearest_elsewhere(sample, k)
-    after, cut_off = run.search.nearest_elsewhere(sample, k)
-    rows, _ = run.ledger.rows_of(sample.ids)
-    run.cut_off[rows[cut_off]] = True
-    return expected_effect(sample.values, before, after, run.reading)
 
 
 def _ignore(stage: str, entries: int) -> None:
@@ -170,7 +57,7 @@ class PruneResult:
     kept: int
     rescued: int  # by keep_at_least
     bytes_estimate: int  # of what goes; the engine gives disk back when it optimizes
-    expected_effect: dict[str, float]  # see effect.expected_effect
+    expected_effect: dict[str, float]  # see scores.expected_effect
     incomplete_searches: int  # entries whose neighbourhood could not be seen whole
 
 
@@ -193,8 +80,8 @@ def plan_prune(
     forget = _forget_of(plan)
     _require_enough_left(plan, columns.scores.get(forget))
     for number, policy in plan.in_order():
-        _apply(run, number, policy, columns.scores.get(number))
-    _shrink(run, plan, columns)
+        _apply(run, columns, number, policy)
+    _shrink(run, columns, plan)
     rescued = ledger.rescue(plan.keep_at_least, forget)
     return _result(run, plan, rescued, options)
 
@@ -231,32 +118,35 @@ def _read_columns(
     return _Columns(np.concatenate(ids), np.concatenate(gains), columns)
 
 
-def _apply(run: Run, number: int, policy: Policy, row_scores: F64 | None) -> None:
+def _apply(run: Run, columns: _Columns, number: int, policy: Policy) -> None:
     """Drops what a policy with a threshold drops."""
     if isinstance(policy, NearDuplicates):
         run.ledger.drop(number, redundant(run, policy), run.gains)
     elif not isinstance(policy, Coverage) and policy.threshold is not None:
-        found = _scores_of(run, policy, row_scores)
+        found = _scores_of(run, columns, number, policy)
         run.ledger.drop(number, found < policy.threshold, found)
 
 
-def _scores_of(run: Run, policy: RowPolicy | Agreement, row_scores: F64 | None) -> F64:
-    """Scores [n]: those of the first pass, or a pass of their own."""
+def _scores_of(run: Run, columns: _Columns, number: int, policy: RowPolicy | Agreement) -> F64:
+    """Scores [n]: those of the first pass, or of a pass of their own."""
     if isinstance(policy, Agreement):
         return agreement_scores(run, policy)
-    return np.zeros(len(run.ledger)) if row_scores is None else row_scores
+    return columns.scores[number]
 
 
-def _shrink(run: Run, plan: PrunePlan, columns: _Columns) -> None:
+def _shrink(run: Run, columns: _Columns, plan: PrunePlan) -> None:
     """Drops the lowest of what is left, down to max_entries."""
     ranking, size = plan.ranking(), plan.max_entries
-    if ranking is None or size is None or run.ledger.kept.sum() <= size:
+    kept = run.ledger.kept
+    left = int(kept.sum())
+    if ranking is None or size is None or left <= size:
         return
     number, policy = ranking
     if isinstance(policy, Coverage):
         going = not_covering(run, policy, size)
     elif not isinstance(policy, NearDuplicates):
-        going = lowest(run, _scores_of(run, policy, columns.scores.get(number)), size)
+        ranked = _scores_of(run, columns, number, policy)
+        going = scores.lowest(ranked, kept, left - size)
     run.ledger.drop(number, going, np.zeros(len(run.ledger)))
 
 
@@ -285,7 +175,8 @@ def _result(run: Run, plan: PrunePlan, rescued: int, options: PruneOptions) -> P
         reason_of(policy): int(ledger.dropped_by(number).sum())
         for number, policy in enumerate(plan.policies)
     }
-    effect = effect_on_sample(run, options.effect_queries, options.seed)
+    # Before the searches that were cut off are counted: it searches too.
+    effect = _effect_on_sample(run, options.effect_queries, options.seed)
     return PruneResult(
         entries=len(ledger),
         ids_to_drop=ledger.ids[dropped],
@@ -297,6 +188,29 @@ def _result(run: Run, plan: PrunePlan, rescued: int, options: PruneOptions) -> P
         expected_effect=effect,
         incomplete_searches=int(run.cut_off.sum()),
     )
+
+
+def _effect_on_sample(run: Run, queries: int, seed: int) -> dict[str, float]:
+    """Means of expected_effect() over a random sample of the layer's own entries, dropped ones included."""
+    mixed = mixed_ids(run.ledger.ids, seed ^ _SAMPLE_SALT)
+    chosen = np.sort(np.argsort(mixed, kind="stable")[:queries])
+    parts = list(_entries_of(run.collection, run.ledger.ids[chosen].tolist()))
+    if not parts:
+        return {}
+    sample, k = Entries.concat(parts), run.reading.settings.neighbours
+    before, _ = run.search_of_all.nearest_elsewhere(sample, k)
+    after, cut_off = run.search.nearest_elsewhere(sample, k)
+    rows, _ = run.ledger.rows_of(sample.ids)
+    run.mark_cut_off(rows[cut_off])
+    return scores.expected_effect(sample.values, before, after, run.reading)
+
+
+def _entries_of(collection: Collection, ids: Sequence[int]) -> Iterator[Entries]:
+    """The entries of these ids, one by one and with keys; those that are gone are left out."""
+    for number in ids:
+        found = collection.scroll(number - 1 if number else None, 1)
+        if list(found.ids) == [number]:
+            yield found
 
 
 def _bytes_of(collection: Collection, dropped: int, entries: int) -> int:

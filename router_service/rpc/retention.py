@@ -11,7 +11,7 @@ from knnmoe.v1 import retention_pb2 as pb
 from knnmoe.v1 import retention_pb2_grpc
 
 from router_service import checks
-from router_service.arrays import U64, ExampleRef
+from router_service.arrays import U64, ExampleRef, HitCounts
 from router_service.errors import InvalidField
 from router_service.jobs.prune import LayerPruning, PruneRequest, prune
 from router_service.memories.deletion import EntryFilter, delete_entries
@@ -23,7 +23,6 @@ from router_service.retention import (
     Coverage,
     Forget,
     Gain,
-    HitCounts,
     NearDuplicates,
     Policy,
     PrunePlan,

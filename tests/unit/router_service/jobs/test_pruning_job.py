@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from router_service.arrays import Entries, ExampleRef, Provenance
+from router_service.arrays import Entries, ExampleRef, HitCounts, Provenance
 from router_service.backends.base import Report, say_nothing
 from router_service.backends.exact import ExactBackend
 from router_service.errors import Cancelled, InvalidField
@@ -16,7 +16,7 @@ from router_service.jobs.prune import LayerPruning, PruneRequest, prune
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.settings import MemorySettings
 from router_service.memories.store import MemoryStore
-from router_service.retention import Age, Forget, Gain, HitCounts, PrunePlan, Use
+from router_service.retention import Age, Forget, Gain, PrunePlan, Use
 
 MODEL = ModelFingerprint("tiny", 3, 4, 5, 2, "ab")
 NO_HITS = HitCounts.of({})

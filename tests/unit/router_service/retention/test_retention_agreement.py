@@ -126,7 +126,7 @@ def test_witnesses_are_found_behind_thousands_of_dropped_entries(
     result = pruned(entries, *policies)
     assert result.incomplete_searches == 0
     assert result.reasons["agreement"] == len(wrong)
-    monkeypatch.setattr("router_service.retention.policies.MAX_WIDTH", 8)
+    monkeypatch.setattr("router_service.retention.run.MAX_WIDTH", 8)
     assert pruned(entries, *policies).incomplete_searches > 0
 
 

@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 
 from router_service.arrays import Entries, Provenance
 from router_service.retention import Coverage, Random
-from router_service.retention.policies import (
-    block_share,
-    centres_by_block,
-    covering_radius,
-    farthest_first,
-)
+from router_service.retention.policies import block_share, centres_by_block, farthest_first
 from tests.unit.router_service.retention.pruning_memories import pruned, random_entries
 
 
@@ -25,6 +20,14 @@ def clustered(n: int, *, seed: int = 0) -> Entries:
     values = random.normal(size=(n, 4)).astype(np.float32)
     provenance = [Provenance("s", str(row)) for row in range(n)]
     return Entries(np.arange(n, dtype=np.uint64), keys.astype(np.float32), values, provenance)
+
+
+def covering_radius(keys: np.ndarray, centres: np.ndarray) -> float:
+    """The largest distance of a key [n, d] to its nearest centre; inf without centres, 0 without keys."""
+    wide = keys.astype(np.float64)
+    squared = [((wide - centre) ** 2).sum(axis=1) for centre in wide[centres]]
+    nearest = np.min([np.full(len(wide), np.inf), *squared], axis=0)
+    return float(np.sqrt(nearest.max(initial=0)))
 
 
 def kept_radius(entries: Entries, ids_to_drop: np.ndarray) -> float:

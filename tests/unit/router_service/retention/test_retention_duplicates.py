@@ -123,7 +123,7 @@ def test_cosine_memories_compare_directions() -> None:
 def test_a_group_too_large_to_see_whole_shrinks_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router_service.retention.policies.MAX_WIDTH", 16)
+    monkeypatch.setattr("router_service.retention.run.MAX_WIDTH", 16)
     monkeypatch.setattr(policies, "MAX_LINKS", 8)
     entries = groups_of(1, 300, DELTAS, spread=0.0)
     rounds = []
@@ -159,7 +159,7 @@ def test_everyone_who_goes_is_linked_to_one_that_stays(n: int, seed: int) -> Non
     rows = np.arange(n)
     neighbour_rows = np.broadcast_to(rows, (n, n))
     links = policies.links_to_better(rows, neighbour_rows, near, place, np.zeros(n, np.bool_))
-    gone = policies.redundant(policies.joined([links]), place, np.zeros(n, np.bool_))
+    gone = policies.sent_away(links, place)
     for row in rows:
         better = near[row] & ~gone & (place < place[row])
         assert gone[row] == better.any()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from router_service.arrays import NO_ID
-from router_service.retention.ledger import Ledger
+from router_service.retention.run import Ledger
 
 
 def rows(*numbers: int) -> np.ndarray:

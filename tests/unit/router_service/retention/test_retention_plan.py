@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_service.arrays import Entries, ExampleRef
+from router_service.arrays import Entries, ExampleRef, HitCounts
 from router_service.errors import InvalidField
 from router_service.retention import (
     Age,
@@ -15,7 +15,6 @@ from router_service.retention import (
     Coverage,
     Forget,
     Gain,
-    HitCounts,
     LayerReading,
     NearDuplicates,
     PruneOptions,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from router_service.arrays import HitCounts, OwnAssignments
 from router_service.errors import InvalidRequest
 from router_service.memories.settings import Kind
 from router_service.retention import (
@@ -11,9 +12,7 @@ from router_service.retention import (
     Coverage,
     Forget,
     Gain,
-    HitCounts,
     NearDuplicates,
-    OwnAssignments,
     PrunePlan,
     Random,
     Strength,

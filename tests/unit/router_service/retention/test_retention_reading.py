@@ -14,8 +14,13 @@ from router_service.backends.base import Metric
 from router_service.blending import scatter_dense
 from router_service.memories.layer import LayerMemory, RouteQuery
 from router_service.memories.settings import Similarity
-from router_service.retention.policies import expected_effect
-from router_service.retention.scores import LayerReading, cosine, kernel_average, overlap
+from router_service.retention.scores import (
+    LayerReading,
+    cosine,
+    expected_effect,
+    kernel_average,
+    overlap,
+)
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,

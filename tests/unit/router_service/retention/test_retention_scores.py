@@ -6,9 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from router_service.arrays import Entries, ExampleRef, mixed_ids, require_ascending, rows_of
+from router_service.arrays import (
+    Entries,
+    ExampleRef,
+    HitCounts,
+    OwnAssignments,
+    mixed_ids,
+    require_ascending,
+    rows_of,
+)
 from router_service.errors import InvalidTensor
-from router_service.retention import HitCounts, LayerReading, OwnAssignments, scores
+from router_service.retention import LayerReading, scores
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,

@@ -168,7 +168,7 @@ class Sized(ExactCollection):
 def test_no_call_asks_for_more_than_a_page(
     plan: PrunePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router_service.retention.policies._MAX_NUMBERS", 512)
+    monkeypatch.setattr("router_service.retention.run._MAX_NUMBERS", 512)
     entries = random_entries(100)
     collection = Sized(filled(entries).spec)
     collection.upsert(entries)
