@@ -17,8 +17,7 @@ from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import BadInput, ExitCode, Unreachable
 from router_service.cli.output import plain
 from router_service.cli.session import session_of
-from router_service.doctor import Finding, Severity, diagnose_directory
-from router_service.doctor.findings import error, warning
+from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
 from router_service.settings import ServiceSettings
 
 

@@ -1,4 +1,4 @@
-"""Settings of a memory that look like nobody has thought about them."""
+"""Looks for what is wrong with a data directory or a running service. Reads files only; never opens the engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
@@ -14,7 +16,6 @@ from router_service import __version__
 from router_service.backends.base import CollectionSpec
 from router_service.backends.disk import FreeSpace, storage_call
 from router_service.backends.edge.files import CollectionFiles
-from router_service.doctor.findings import Finding, Findings, error, fine, warning
 from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
 from router_service.memories import manifest
 from router_service.memories.catalogue import DOOMED
@@ -34,19 +35,92 @@ from router_service.snapshots import manifest as snapshot_manifest
 from router_service.snapshots.files import check_listing
 from router_service.snapshots.manifest import NAME, layer_directory
 
-
-def check_settings(record: MemoryRecord) -> Findings:
-    """A bandwidth that is still the default."""
-    settings, untouched = record.settings, MemorySettings().gamma
-    if settings.similarity is Similarity.RBF and set(settings.gamma) == set(untouched):
-        yield warning(
-            record.name,
-            f"gamma is {untouched[0]:g} everywhere, the default: it was never calibrated to the model's distances",
-            f"router-admin calibrate {quote(record.name)}",
-        )
-
-
 _ENGINE = "qdrant-edge-py"
+# Below this many entries of a layer, comparing with every key is fast enough.
+SMALL_LAYER = 5_000
+# Share of a large layer's entries without an index from which on searches are slow.
+UNINDEXED_SHARE = 0.25
+# Of files without access: one line stays one line.
+_MOST_NAMED = 3
+
+
+class Severity(StrEnum):
+    """How bad a finding is; an error makes `doctor` fail."""
+
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor. `check` is its topic, `remedy` a command to run, or empty."""
+
+    severity: Severity
+    check: str
+    what: str
+    remedy: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def fine(check: str, what: str) -> Finding:
+    """Nothing to do."""
+    return Finding(Severity.OK, check, what)
+
+
+def warning(check: str, what: str, remedy: str) -> Finding:
+    """It works, though not as well as it could."""
+    return Finding(Severity.WARNING, check, what, remedy)
+
+
+def error(check: str, what: str, remedy: str) -> Finding:
+    """It does not work."""
+    return Finding(Severity.ERROR, check, what, remedy)
+
+
+def diagnose_directory(data: Path, min_free_bytes: int | None, *, deep: bool) -> Findings:
+    """Everything that files say. `min_free_bytes`: default max(1 GiB, 5 % of the file system)."""
+    yield from check_versions()
+    if not data.is_dir():
+        remedy = f"router-service serve --data {quote(str(data))}"
+        yield error(
+            "data", f"{data}: " + ("not a directory" if data.exists() else "not there"), remedy
+        )
+        return
+    try:
+        holder = lock_holder(data / "memories")
+        in_use = holder is not None
+        yield check_lock(data, holder)
+        yield check_space(data, min_free_bytes)
+        yield from _check_files(data, in_use=in_use)
+        yield from check_snapshots(data / "snapshots", deep=deep, in_use=in_use)
+    except StorageError as failed:
+        yield error("data", str(failed), f"ls -lR {quote(str(data))}")
+
+
+def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool) -> Findings:
+    """What a running service says about itself and its files. Raises StorageError."""
+    yield from check_versions()
+    yield from check_entries(store)
+    if store.directory is None:
+        yield fine("data", store.location)
+        for memory in store.memories():
+            yield from check_settings(memory.record)
+        return
+    data = store.directory.parent
+    yield check_space(store.directory, min_free_bytes)
+    with store.exclusive():  # no memory appears or goes meanwhile
+        yield from _check_files(data, in_use=True, but=store.broken)
+    yield from check_snapshots(data / "snapshots", deep=deep, in_use=True)
+
+
+def _check_files(data: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
+    with storage_call(f"read {data}"):
+        yield from check_access(data)
+        if (data / "memories").is_dir():
+            yield from check_memories(data / "memories", in_use=in_use, but=but)
 
 
 def check_versions() -> Findings:
@@ -62,236 +136,6 @@ def _engine() -> Finding:
         return fine("versions", f"{_ENGINE} {metadata.version(_ENGINE)}")
     except metadata.PackageNotFoundError:
         return error("versions", f"{_ENGINE} is not installed", "pip install --upgrade knn-moe")
-
-
-def check_snapshots(directory: Path, *, deep: bool, in_use: bool) -> Findings:
-    """Every snapshot; ones that were never finished are not looked for `in_use`, when one may be under way.
-
-    Raises StorageError.
-    """
-    with storage_call(f"read {directory}"):
-        yield from _check_all(directory, deep, in_use)
-
-
-def _check_all(directory: Path, deep: bool, in_use: bool) -> Findings:
-    homes = sorted(path for path in directory.glob("*") if path.is_dir())
-    for home in homes:
-        found = sorted(path for path in home.iterdir() if path.is_dir())
-        yield from (_check(path, deep) for path in found if NAME.fullmatch(path.name))
-        if not in_use:
-            yield from _unfinished_snapshot(home)
-
-
-def _check(path: Path, deep: bool) -> Finding:
-    topic = f"snapshot {path.parent.name}/{path.name}"
-    try:
-        if deep:
-            entries = local.verify(path).entries
-        else:
-            manifest = snapshot_manifest.read_manifest(path)
-            check_listing(path, manifest)
-            entries = sum(manifest.entries)
-    except SnapshotInvalid as invalid:
-        return error(topic, str(invalid), f"rm -r {quote(str(path))}")
-    return fine(
-        topic, f"{entries} entries; " + ("every sum is right" if deep else "all files there")
-    )
-
-
-def _unfinished_snapshot(home: Path) -> Iterator[Finding]:
-    for path in home.glob(".partial-*"):
-        yield warning(
-            f"snapshot {home.name}",
-            f"{path} was never finished; the next snapshot or list removes it",
-            f"router-admin snapshot list {quote(home.name)}",
-        )
-
-
-def check_memories(memories: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
-    """Every memory `but` those; leftovers are not looked for `in_use`, when they may be work under way."""
-    on_their_way = (
-        [] if in_use else [move for move in file_swaps(memories) if move.home != move.origin]
-    )
-    yield from (_unfinished(move, memories) for move in on_their_way)
-    hidden = {*but, *(move.origin.relative_to(memories).parts[0] for move in on_their_way)}
-    paths = sorted(p for p in memories.iterdir() if p.is_dir() and p.name not in hidden)
-    for path in paths:
-        if path.name.endswith(DOOMED) or is_unfinished(path):
-            if not in_use:
-                yield _leftover(path.name, path, memories)
-        else:
-            yield from _check_memory(path, in_use=in_use)
-    if not paths:
-        yield fine("memories", f"{memories} holds no memory yet")
-
-
-def _check_memory(path: Path, *, in_use: bool) -> Findings:
-    try:
-        record = read_manifest(path)
-    except CorruptMemory as corrupt:
-        yield error(path.name, str(corrupt), _set_aside(path))
-        return
-    problems = [finding for n in _layers(record) if (finding := _check_layer(path, record, n))]
-    yield from problems
-    if not problems:
-        yield fine(path.name, f"manifest and {record.fingerprint.num_layers} layers agree")
-    yield from check_settings(record)
-    if not in_use:
-        yield from map(_half_written, path.glob("*.partial"))
-        yield from (_leftover(path.name, left, path.parent) for left in _leftovers(path, record))
-
-
-def _check_layer(path: Path, record: MemoryRecord, layer: int) -> Finding | None:
-    """What is wrong with the files of a layer."""
-    files = _files(path, record, layer)
-    spec = CollectionSpec(
-        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
-    )
-    try:
-        shard = files.shard(files.require_spec(spec).generation)
-        if not shard.is_dir():  # or the next generation has just taken over
-            shard = files.shard(files.require_spec(spec).generation)
-    except StorageError as failed:
-        return error(path.name, f"layer {layer}: {failed}", _restore(path))
-    if not shard.is_dir():
-        return error(path.name, f"layer {layer}: CURRENT names {shard}, missing", _restore(path))
-    return None
-
-
-def _leftovers(path: Path, record: MemoryRecord) -> Iterator[Path]:
-    """Files and directories of a memory that nothing leads to."""
-    restored = restored_directory(path.parent, record)
-    yield from (found for found in path.glob("restored-*") if is_stray(found, restored))
-    known = {_files(path, record, layer).directory for layer in _layers(record)}
-    home = path.parent / home_of(path.parent, record)
-    yield from (
-        found for place in {path, home} for found in place.glob("layer-*") if found not in known
-    )
-    for layer in _layers(record):
-        yield from _unnamed(_files(path, record, layer))
-
-
-def _unnamed(files: CollectionFiles) -> Iterator[Path]:
-    """Generations that CURRENT does not name, and half-written files."""
-    yield from files.directory.glob("*.partial")
-    try:
-        current = files.generation(files.read().generation)
-    except StorageError:  # told as an error of the layer
-        return
-    yield from (found for found in files.directory.glob("gen-*") if found != current)
-
-
-def _half_written(path: Path) -> Finding:
-    what = f"{path} was never finished; the next change of settings replaces it"
-    return warning(path.parent.name, what, f"rm {quote(str(path))}")
-
-
-def _unfinished(move: FileSwap, memories: Path) -> Finding:
-    name = move.origin.relative_to(memories).parts[0]
-    what = (
-        f"{move.home} came from {move.origin}, and a crash cut that short; the next start ends it"
-    )
-    return warning(name, what, _start(memories))
-
-
-def _leftover(memory: str, path: Path, memories: Path) -> Finding:
-    return warning(
-        memory,
-        f"{path} is what a crash left behind; the next start removes it",
-        _start(memories),
-    )
-
-
-def _start(memories: Path) -> str:
-    return f"router-service serve --data {quote(str(memories.parent))}"
-
-
-def _files(path: Path, record: MemoryRecord, layer: int) -> CollectionFiles:
-    return CollectionFiles(path.parent, f"{home_of(path.parent, record)}/{layer_directory(layer)}")
-
-
-def _layers(record: MemoryRecord) -> range:
-    return range(record.fingerprint.num_layers)
-
-
-def _set_aside(path: Path) -> str:
-    aside = path.parent.parent / f"{path.name}.broken"
-    return f"mv {quote(str(path))} {quote(str(aside))}"
-
-
-def _restore(path: Path) -> str:
-    restore = f"router-admin snapshot restore {quote(path.name)} SNAPSHOT --replace"
-    return f"{restore}  # or set it aside: {_set_aside(path)}"
-
-
-# Below this many entries of a layer, comparing with every key is fast enough.
-SMALL_LAYER = 5_000
-# Share of a large layer's entries without an index from which on searches are slow.
-UNINDEXED_SHARE = 0.25
-
-
-def check_entries(store: MemoryStore) -> Findings:
-    """Every memory that serves, and the reasons of those that do not."""
-    for name, reason in sorted(store.broken.items()):
-        yield error(
-            name,
-            f"set aside when the service started: {reason}",
-            f"router-admin snapshot restore {quote(name)} SNAPSHOT --replace",
-        )
-    with store.exclusive():  # a memory that is being deleted has no counts
-        for memory in store.latest():
-            yield from _check_served_memory(memory, indexed=store.directory is not None)
-
-
-def _check_served_memory(memory: RoutingMemory, *, indexed: bool) -> Findings:
-    """`indexed`: whether the backend builds indexes at all."""
-    record = memory.record
-    read = [layer for layer in memory.layers if record.settings.speaks_for(layer.layer)]
-    infos = {layer.layer: layer.info() for layer in read}
-    empty = [number for number, info in infos.items() if not info.entries]
-    slow = [
-        number
-        for number, info in infos.items()
-        if indexed
-        and info.entries >= SMALL_LAYER
-        and info.entries - info.indexed_entries > UNINDEXED_SHARE * info.entries
-    ]
-    if empty:
-        yield _empty(memory, empty, sorted(infos.keys() - set(empty)))
-    if slow:
-        yield _unindexed(memory, slow)
-    if not empty and not slow:
-        entries = sum(info.entries for info in infos.values())
-        yield fine(record.name, f"{entries} entries in {len(infos)} layers")
-
-
-def _empty(memory: RoutingMemory, empty: list[int], filled: list[int]) -> Finding:
-    name = quote(memory.record.name)
-    if not filled:
-        return warning(
-            name, "holds no entries: it answers nothing", f"router-admin import FILE --into {name}"
-        )
-    layers = ",".join(map(str, filled))
-    return warning(
-        name,
-        f"layers {_listed(empty)} hold no entries: the model's own router stands there",
-        f"router-admin memory set {name} --layers {layers}",
-    )
-
-
-def _unindexed(memory: RoutingMemory, slow: list[int]) -> Finding:
-    return warning(
-        memory.record.name,
-        f"layers {_listed(slow)} have {SMALL_LAYER} entries or more, and over {UNINDEXED_SHARE:.0%} without an index",
-        f"router-admin optimize {quote(memory.record.name)}",
-    )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-_MOST_NAMED = 3
 
 
 def lock_holder(memories: Path) -> str | None:
@@ -358,44 +202,228 @@ def _named(paths: Iterable[Path]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def diagnose_directory(data: Path, min_free_bytes: int | None, *, deep: bool) -> Findings:
-    """Everything that files say. `min_free_bytes`: default max(1 GiB, 5 % of the file system)."""
-    yield from check_versions()
-    if not data.is_dir():
-        remedy = f"router-service serve --data {quote(str(data))}"
-        yield error(
-            "data", f"{data}: " + ("not a directory" if data.exists() else "not there"), remedy
-        )
-        return
+def check_memories(memories: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
+    """Every memory `but` those; leftovers are not looked for `in_use`, when they may be work under way."""
+    on_their_way = (
+        [] if in_use else [move for move in file_swaps(memories) if move.home != move.origin]
+    )
+    yield from (_unfinished(move, memories) for move in on_their_way)
+    hidden = {*but, *(move.origin.relative_to(memories).parts[0] for move in on_their_way)}
+    paths = sorted(p for p in memories.iterdir() if p.is_dir() and p.name not in hidden)
+    for path in paths:
+        if path.name.endswith(DOOMED) or is_unfinished(path):
+            if not in_use:
+                yield _leftover(path.name, path, memories)
+        else:
+            yield from _check_memory(path, in_use=in_use)
+    if not paths:
+        yield fine("memories", f"{memories} holds no memory yet")
+
+
+def _check_memory(path: Path, *, in_use: bool) -> Findings:
     try:
-        holder = lock_holder(data / "memories")
-        in_use = holder is not None
-        yield check_lock(data, holder)
-        yield check_space(data, min_free_bytes)
-        yield from _check_files(data, in_use=in_use)
-        yield from check_snapshots(data / "snapshots", deep=deep, in_use=in_use)
-    except StorageError as failed:
-        yield error("data", str(failed), f"ls -lR {quote(str(data))}")
-
-
-def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool) -> Findings:
-    """What a running service says about itself and its files. Raises StorageError."""
-    yield from check_versions()
-    yield from check_entries(store)
-    if store.directory is None:
-        yield fine("data", store.location)
-        for memory in store.memories():
-            yield from check_settings(memory.record)
+        record = read_manifest(path)
+    except CorruptMemory as corrupt:
+        yield error(path.name, str(corrupt), _set_aside(path))
         return
-    data = store.directory.parent
-    yield check_space(store.directory, min_free_bytes)
-    with store.exclusive():  # no memory appears or goes meanwhile
-        yield from _check_files(data, in_use=True, but=store.broken)
-    yield from check_snapshots(data / "snapshots", deep=deep, in_use=True)
+    problems = [finding for n in _layers(record) if (finding := _check_layer(path, record, n))]
+    yield from problems
+    if not problems:
+        yield fine(path.name, f"manifest and {record.fingerprint.num_layers} layers agree")
+    yield from check_settings(record)
+    if not in_use:
+        yield from map(_half_written, path.glob("*.partial"))
+        yield from (_leftover(path.name, left, path.parent) for left in _leftovers(path, record))
 
 
-def _check_files(data: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
-    with storage_call(f"read {data}"):
-        yield from check_access(data)
-        if (data / "memories").is_dir():
-            yield from check_memories(data / "memories", in_use=in_use, but=but)
+def _check_layer(path: Path, record: MemoryRecord, layer: int) -> Finding | None:
+    """What is wrong with the files of a layer."""
+    files = _files(path, record, layer)
+    spec = CollectionSpec(
+        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
+    )
+    try:
+        shard = files.shard(files.require_spec(spec).generation)
+        if not shard.is_dir():  # or the next generation has just taken over
+            shard = files.shard(files.require_spec(spec).generation)
+    except StorageError as failed:
+        return error(path.name, f"layer {layer}: {failed}", _restore(path))
+    if not shard.is_dir():
+        return error(path.name, f"layer {layer}: CURRENT names {shard}, missing", _restore(path))
+    return None
+
+
+def _leftovers(path: Path, record: MemoryRecord) -> Iterator[Path]:
+    """Files and directories of a memory that nothing leads to."""
+    restored = restored_directory(path.parent, record)
+    yield from (found for found in path.glob("restored-*") if is_stray(found, restored))
+    known = {_files(path, record, layer).directory for layer in _layers(record)}
+    home = path.parent / home_of(path.parent, record)
+    yield from (
+        found for parent in {path, home} for found in parent.glob("layer-*") if found not in known
+    )
+    for layer in _layers(record):
+        yield from _unnamed(_files(path, record, layer))
+
+
+def _unnamed(files: CollectionFiles) -> Iterator[Path]:
+    """Generations that CURRENT does not name, and half-written files."""
+    yield from files.directory.glob("*.partial")
+    try:
+        current = files.generation(files.read().generation)
+    except StorageError:  # reported as an error of the layer
+        return
+    yield from (found for found in files.directory.glob("gen-*") if found != current)
+
+
+def _half_written(path: Path) -> Finding:
+    what = f"{path} was never finished; the next change of settings replaces it"
+    return warning(path.parent.name, what, f"rm {quote(str(path))}")
+
+
+def _unfinished(move: FileSwap, memories: Path) -> Finding:
+    name = move.origin.relative_to(memories).parts[0]
+    what = (
+        f"{move.home} came from {move.origin}, and a crash cut that short; the next start ends it"
+    )
+    return warning(name, what, _start(memories))
+
+
+def _leftover(memory: str, path: Path, memories: Path) -> Finding:
+    return warning(
+        memory,
+        f"{path} is what a crash left behind; the next start removes it",
+        _start(memories),
+    )
+
+
+def _start(memories: Path) -> str:
+    return f"router-service serve --data {quote(str(memories.parent))}"
+
+
+def _files(path: Path, record: MemoryRecord, layer: int) -> CollectionFiles:
+    return CollectionFiles(path.parent, f"{home_of(path.parent, record)}/{layer_directory(layer)}")
+
+
+def _layers(record: MemoryRecord) -> range:
+    return range(record.fingerprint.num_layers)
+
+
+def _set_aside(path: Path) -> str:
+    aside = path.parent.parent / f"{path.name}.broken"
+    return f"mv {quote(str(path))} {quote(str(aside))}"
+
+
+def _restore(path: Path) -> str:
+    restore = f"router-admin snapshot restore {quote(path.name)} SNAPSHOT --replace"
+    return f"{restore}  # or set it aside: {_set_aside(path)}"
+
+
+def check_settings(record: MemoryRecord) -> Findings:
+    """A bandwidth that is still the default."""
+    settings, untouched = record.settings, MemorySettings().gamma
+    if settings.similarity is Similarity.RBF and set(settings.gamma) == set(untouched):
+        yield warning(
+            record.name,
+            f"gamma is {untouched[0]:g} everywhere, the default: it was never calibrated to the model's distances",
+            f"router-admin calibrate {quote(record.name)}",
+        )
+
+
+def check_entries(store: MemoryStore) -> Findings:
+    """Every memory that serves, and the reasons of those that do not."""
+    for name, reason in sorted(store.broken.items()):
+        yield error(
+            name,
+            f"set aside when the service started: {reason}",
+            f"router-admin snapshot restore {quote(name)} SNAPSHOT --replace",
+        )
+    with store.exclusive():  # a memory that is being deleted has no counts
+        for memory in store.latest():
+            yield from _check_served_memory(memory, indexed=store.directory is not None)
+
+
+def _check_served_memory(memory: RoutingMemory, *, indexed: bool) -> Findings:
+    """`indexed`: whether the backend builds indexes at all."""
+    record = memory.record
+    read = [layer for layer in memory.layers if record.settings.speaks_for(layer.layer)]
+    infos = {layer.layer: layer.info() for layer in read}
+    empty = [number for number, info in infos.items() if not info.entries]
+    slow = [
+        number
+        for number, info in infos.items()
+        if indexed
+        and info.entries >= SMALL_LAYER
+        and info.entries - info.indexed_entries > UNINDEXED_SHARE * info.entries
+    ]
+    if empty:
+        yield _empty(memory, empty, sorted(infos.keys() - set(empty)))
+    if slow:
+        yield _unindexed(memory, slow)
+    if not empty and not slow:
+        entries = sum(info.entries for info in infos.values())
+        yield fine(record.name, f"{entries} entries in {len(infos)} layers")
+
+
+def _empty(memory: RoutingMemory, empty: list[int], filled: list[int]) -> Finding:
+    name = quote(memory.record.name)
+    if not filled:
+        return warning(
+            name, "holds no entries: it answers nothing", f"router-admin import FILE --into {name}"
+        )
+    layers = ",".join(map(str, filled))
+    return warning(
+        name,
+        f"layers {_listed(empty)} hold no entries: the model's own router stands there",
+        f"router-admin memory set {name} --layers {layers}",
+    )
+
+
+def _unindexed(memory: RoutingMemory, slow: list[int]) -> Finding:
+    return warning(
+        memory.record.name,
+        f"layers {_listed(slow)} have {SMALL_LAYER} entries or more, and over {UNINDEXED_SHARE:.0%} without an index",
+        f"router-admin optimize {quote(memory.record.name)}",
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def check_snapshots(directory: Path, *, deep: bool, in_use: bool) -> Findings:
+    """Every snapshot; ones that were never finished are not looked for `in_use`, when one may be under way.
+
+    Raises StorageError.
+    """
+    with storage_call(f"read {directory}"):
+        for home in sorted(path for path in directory.glob("*") if path.is_dir()):
+            found = sorted(path for path in home.iterdir() if path.is_dir())
+            yield from (_check_snapshot(path, deep) for path in found if NAME.fullmatch(path.name))
+            if not in_use:
+                yield from map(_unfinished_snapshot, home.glob(".partial-*"))
+
+
+def _check_snapshot(path: Path, deep: bool) -> Finding:
+    topic = f"snapshot {path.parent.name}/{path.name}"
+    try:
+        if deep:
+            entries = local.verify(path).entries
+        else:
+            manifest = snapshot_manifest.read_manifest(path)
+            check_listing(path, manifest)
+            entries = sum(manifest.entries)
+    except SnapshotInvalid as invalid:
+        return error(topic, str(invalid), f"rm -r {quote(str(path))}")
+    return fine(
+        topic, f"{entries} entries; " + ("every sum is right" if deep else "all files there")
+    )
+
+
+def _unfinished_snapshot(path: Path) -> Finding:
+    memory = path.parent.name
+    return warning(
+        f"snapshot {memory}",
+        f"{path} was never finished; the next snapshot or list removes it",
+        f"router-admin snapshot list {quote(memory)}",
+    )
