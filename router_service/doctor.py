@@ -13,7 +13,6 @@ from pathlib import Path
 from shlex import quote
 
 from router_service import __version__
-from router_service.backends.base import CollectionSpec
 from router_service.backends.disk import FreeSpace, storage_call
 from router_service.backends.edge.files import CollectionFiles
 from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
@@ -26,7 +25,7 @@ from router_service.memories.manifest import (
     read_manifest,
     restored_directory,
 )
-from router_service.memories.memory import MemoryRecord, RoutingMemory
+from router_service.memories.memory import MemoryRecord, RoutingMemory, spec_of
 from router_service.memories.settings import MemorySettings, Similarity
 from router_service.memories.store import MemoryStore
 from router_service.memories.unfinished_swaps import FileSwap, file_swaps
@@ -239,9 +238,7 @@ def _check_memory(path: Path, *, in_use: bool) -> Findings:
 def _check_layer(path: Path, record: MemoryRecord, layer: int) -> Finding | None:
     """What is wrong with the files of a layer."""
     files = _files(path, record, layer)
-    spec = CollectionSpec(
-        record.fingerprint.hidden_size, record.settings.similarity.metric, record.value_width
-    )
+    spec = spec_of(record)
     try:
         shard = files.shard(files.require_spec(spec).generation)
         if not shard.is_dir():  # or the next generation has just taken over

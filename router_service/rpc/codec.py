@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from functools import cache
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import numpy as np
 from knnmoe import tensors
@@ -20,19 +23,19 @@ from router_service.memories.layer import RouteAnswer, RouteQuery
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.settings import Kind, MemorySettings, Similarity, preset
 
-_KINDS = {
-    types_pb.MEMORY_KIND_ASSIGNMENT: Kind.ASSIGNMENT,
-    types_pb.MEMORY_KIND_LOGIT_DELTA: Kind.LOGIT_DELTA,
-}
-_SIMILARITIES = {
-    types_pb.SIMILARITY_RBF: Similarity.RBF,
-    types_pb.SIMILARITY_COSINE: Similarity.COSINE,
-}
-_SUPPORTS = {types_pb.SUPPORT_UNION: Support.UNION, types_pb.SUPPORT_TOP_K: Support.TOP_K}
+M = TypeVar("M")
+
+# The settings that are enums on the wire.
 _ENUMS: dict[str, dict[Any, Any]] = {
-    "kind": _KINDS,
-    "similarity": _SIMILARITIES,
-    "support": _SUPPORTS,
+    "kind": {
+        types_pb.MEMORY_KIND_ASSIGNMENT: Kind.ASSIGNMENT,
+        types_pb.MEMORY_KIND_LOGIT_DELTA: Kind.LOGIT_DELTA,
+    },
+    "similarity": {
+        types_pb.SIMILARITY_RBF: Similarity.RBF,
+        types_pb.SIMILARITY_COSINE: Similarity.COSINE,
+    },
+    "support": {types_pb.SUPPORT_UNION: Support.UNION, types_pb.SUPPORT_TOP_K: Support.TOP_K},
 }
 _LISTS = ("gamma", "step_size", "layers")
 _F16_MAX = float(np.finfo(np.float16).max)
@@ -67,7 +70,8 @@ def decode_assignment(field: str, message: types_pb.SparseAssignment) -> Assignm
     """Experts i32 [T, k] and weights [T, k]; raises InvalidTensor when they are no matrices or the shapes differ."""
     experts = decode_tensor(f"{field}.experts", message.experts, [types_pb.DTYPE_I32])
     weights = decode_floats(f"{field}.weights", message.weights)
-    _require_dimensions(f"{field}.experts", experts, 2)
+    if experts.ndim != 2:
+        raise InvalidTensor(f"{field}.experts", f"shape {list(experts.shape)}", "2 dimension(s)")
     if experts.shape != weights.shape:
         raise InvalidTensor(
             f"{field}.weights",
@@ -75,11 +79,6 @@ def decode_assignment(field: str, message: types_pb.SparseAssignment) -> Assignm
             f"shape {list(experts.shape)} (as experts)",
         )
     return Assignment(experts, weights)
-
-
-def _require_dimensions(field: str, array: AnyArray, dimensions: int) -> None:
-    if array.ndim != dimensions:
-        raise InvalidTensor(field, f"shape {list(array.shape)}", f"{dimensions} dimension(s)")
 
 
 def decode_query(request: routing_pb.RouteRequest) -> RouteQuery:
@@ -183,51 +182,40 @@ def encode_entries(entries: Entries, kind: Kind) -> admin_pb.Entries:
 
 
 def decode_provenance(message: types_pb.Provenance) -> Provenance:
-    """Field by field."""
-    return Provenance(
-        message.source,
-        message.example,
-        message.position,
-        message.token,
-        message.gain,
-        message.created_unix_ms,
-    )
+    """Where an entry came from; `gain` in nats, the time in milliseconds since the epoch."""
+    return Provenance(*_fields_of(Provenance)(message))
 
 
 def encode_provenance(origin: Provenance) -> types_pb.Provenance:
-    """Field by field."""
-    return types_pb.Provenance(
-        source=origin.source,
-        example=origin.example,
-        position=origin.position,
-        token=origin.token,
-        gain=origin.gain,
-        created_unix_ms=origin.created_unix_ms,
-    )
+    """Inverse of decode_provenance."""
+    return filled(types_pb.Provenance, origin)
 
 
 def decode_fingerprint(message: types_pb.ModelFingerprint) -> ModelFingerprint:
-    """Field by field."""
-    return ModelFingerprint(
-        message.architecture,
-        message.num_layers,
-        message.hidden_size,
-        message.num_experts,
-        message.top_k,
-        message.router_hash,
-    )
+    """The identity of a model; whether it makes sense, the memory checks."""
+    return ModelFingerprint(*_fields_of(ModelFingerprint)(message))
 
 
 def encode_fingerprint(fingerprint: ModelFingerprint) -> types_pb.ModelFingerprint:
-    """Field by field."""
-    return types_pb.ModelFingerprint(
-        architecture=fingerprint.architecture,
-        num_layers=fingerprint.num_layers,
-        hidden_size=fingerprint.hidden_size,
-        num_experts=fingerprint.num_experts,
-        top_k=fingerprint.top_k,
-        router_hash=fingerprint.router_hash,
-    )
+    """Inverse of decode_fingerprint."""
+    return filled(types_pb.ModelFingerprint, fingerprint)
+
+
+@cache
+def _fields_of(kind: type) -> Callable[[object], tuple[Any, ...]]:
+    """Reads what a dataclass needs, in its order, off an object with attributes of the same names."""
+    return attrgetter(*(field.name for field in fields(kind)))
+
+
+def filled(message: Callable[..., M], source: object, **others: Any) -> M:
+    """A message: each field from `others`, else from the attribute of `source` of the same name."""
+    given = {name: getattr(source, name) for name in _names_of(message) if name not in others}
+    return message(**given, **others)
+
+
+@cache
+def _names_of(message: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in message.DESCRIPTOR.fields)
 
 
 def decode_fsync(durability: int) -> bool:
@@ -263,7 +251,7 @@ def decode_settings(message: types_pb.MemorySettings) -> MemorySettings:
 
 
 def encode_settings(settings: MemorySettings) -> types_pb.MemorySettings:
-    """Every field set."""
+    """Inverse of decode_settings: every field set."""
     wire = {name: {v: k for k, v in table.items()} for name, table in _ENUMS.items()}
     values: dict[str, Any] = {
         name: wire[name][v] if name in wire else v for name, v in settings.fields().items()

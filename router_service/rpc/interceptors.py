@@ -1,4 +1,4 @@
-"""The one table from the service's errors to gRPC statuses."""
+"""What stands before every handler: a permit, requests that can be read, and the one table from errors to statuses."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from knnmoe.channels import ERROR_DOMAIN
@@ -20,7 +20,11 @@ from knnmoe.v1 import errors_pb2 as reasons
 from router_service import errors
 from router_service.errors import InvalidField, Overloaded, RoutingServiceError, ShuttingDown
 
-_TABLE: dict[type[errors.RoutingServiceError], tuple[int, int]] = {
+log = logging.getLogger(__name__)
+
+_UNGUARDED = "/grpc.health.v1.Health/"
+
+_TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.InvalidField: (code_pb2.INVALID_ARGUMENT, reasons.ERROR_REASON_INVALID_FIELD),
     errors.InvalidTensor: (code_pb2.INVALID_ARGUMENT, reasons.ERROR_REASON_INVALID_TENSOR),
     errors.WidthMismatch: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_MODEL_MISMATCH),
@@ -39,10 +43,7 @@ _TABLE: dict[type[errors.RoutingServiceError], tuple[int, int]] = {
     errors.SnapshotNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
     errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
-    errors.BackendUnavailable: (
-        code_pb2.UNAVAILABLE,
-        reasons.ERROR_REASON_BACKEND_UNAVAILABLE,
-    ),
+    errors.BackendUnavailable: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BACKEND_UNAVAILABLE),
     errors.BackendMisconfigured: (
         code_pb2.FAILED_PRECONDITION,
         reasons.ERROR_REASON_BACKEND_MISCONFIGURED,
@@ -53,56 +54,6 @@ _TABLE: dict[type[errors.RoutingServiceError], tuple[int, int]] = {
     errors.DirectoryInUse: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_STORAGE),
     errors.StorageError: (code_pb2.INTERNAL, reasons.ERROR_REASON_STORAGE),
 }
-
-
-def status_of(error: errors.RoutingServiceError) -> grpc.Status:
-    """The status of an error, with an ErrorInfo and, for a caller's mistake, the field violation."""
-    code, reason = _TABLE[_listed_class(type(error))]
-    return rpc_status.to_status(
-        status_pb2.Status(code=code, message=str(error), details=_details(error, reason))
-    )
-
-
-def internal_status(message: str) -> grpc.Status:
-    """The status of a defect of the service."""
-    info = error_details_pb2.ErrorInfo(
-        reason=reasons.ErrorReason.Name(reasons.ERROR_REASON_INTERNAL), domain=ERROR_DOMAIN
-    )
-    return rpc_status.to_status(
-        status_pb2.Status(code=code_pb2.INTERNAL, message=message, details=[_packed(info)])
-    )
-
-
-def _listed_class(error: type[errors.RoutingServiceError]) -> type[errors.RoutingServiceError]:
-    return next(base for base in error.__mro__ if base in _TABLE)
-
-
-def _details(error: errors.RoutingServiceError, reason: int) -> list[any_pb2.Any]:
-    info = error_details_pb2.ErrorInfo(reason=reasons.ErrorReason.Name(reason), domain=ERROR_DOMAIN)
-    details = [_packed(info)]
-    if isinstance(error, errors.InvalidRequest):
-        info.metadata.update(
-            {"field": error.field, "value": error.value, "expected": error.expected}
-        )
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=f"got {error.value}, expected {error.expected}"
-        )
-        details = [
-            _packed(info),
-            _packed(error_details_pb2.BadRequest(field_violations=[violation])),
-        ]
-    return details
-
-
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message)
-    return packed
-
-
-log = logging.getLogger(__name__)
-
-_UNGUARDED = "/grpc.health.v1.Health/"
 
 
 class Permits:
@@ -174,7 +125,7 @@ class Guard(grpc.ServerInterceptor):
 
     def _streaming(self, handler: Any, method: str) -> Any:
         behaviour = handler.stream_stream or handler.unary_stream
-        check = _each_well_formed if handler.request_streaming else _well_formed
+        check = partial(map, _well_formed) if handler.request_streaming else _well_formed
 
         def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             with _errors_to_status(context, method), self._permits.one():
@@ -204,10 +155,6 @@ def _well_formed(request: Any) -> Any:
     return request
 
 
-def _each_well_formed(requests: Iterator[Any]) -> Iterator[Any]:
-    return map(_well_formed, requests)
-
-
 @contextmanager
 def _errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lack context.code()
     try:
@@ -222,3 +169,33 @@ def _errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lac
         context.abort_with_status(
             internal_status(f"{method} failed: {type(error).__name__}; see the service's log")
         )
+
+
+def status_of(error: RoutingServiceError) -> grpc.Status:
+    """The status of an error, with an ErrorInfo and, for a caller's mistake, the field violation."""
+    code, reason = _TABLE[next(base for base in type(error).__mro__ if base in _TABLE)]
+    if not isinstance(error, errors.InvalidRequest):
+        return _status(code, str(error), reason, {})
+    found = {"field": error.field, "value": error.value, "expected": error.expected}
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=error.field, description=f"got {error.value}, expected {error.expected}"
+    )
+    request = error_details_pb2.BadRequest(field_violations=[violation])
+    return _status(code, str(error), reason, found, request)
+
+
+def internal_status(message: str) -> grpc.Status:
+    """The status of a defect of the service."""
+    return _status(code_pb2.INTERNAL, message, reasons.ERROR_REASON_INTERNAL, {})
+
+
+def _status(
+    code: int, message: str, reason: int, metadata: dict[str, str], *more: Message
+) -> grpc.Status:
+    info = error_details_pb2.ErrorInfo(
+        reason=reasons.ErrorReason.Name(reason), domain=ERROR_DOMAIN, metadata=metadata
+    )
+    status = status_pb2.Status(code=code, message=message)
+    for detail in (info, *more):
+        status.details.add().Pack(detail)
+    return rpc_status.to_status(status)

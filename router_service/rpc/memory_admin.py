@@ -1,4 +1,4 @@
-"""The admin plane's handlers."""
+"""The admin plane's handlers: memories and their entries, and the doctor."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
+from knnmoe.v1 import doctor_pb2, doctor_pb2_grpc, memory_admin_pb2_grpc
 from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1 import memory_admin_pb2_grpc
 
 from router_service import __version__, checks
+from router_service.doctor import Severity, diagnose_store
 from router_service.errors import InvalidField
 from router_service.jobs.optimize import optimized
 from router_service.memories.memory import LayerCalibration, RoutingMemory
@@ -22,13 +22,18 @@ from router_service.operations import Operations
 from router_service.rpc import codec
 from router_service.rpc.interceptors import Permits
 from router_service.rpc.operations import encoded
-from router_service.rpc.quantization import decode_compression
+from router_service.rpc.quantization import decode_compression, encode_optimized, filled_layers
 
 DEFAULT_EXPORT_BATCH = 512
 DEFAULT_SAMPLE = 1000
 MAX_SAMPLE = 100_000
 # Bytes of one Export message stay well under the message limit.
 EXPORT_BYTES = 4 * 1024 * 1024
+_SEVERITIES = {
+    Severity.OK: doctor_pb2.SEVERITY_OK,
+    Severity.WARNING: doctor_pb2.SEVERITY_WARNING,
+    Severity.ERROR: doctor_pb2.SEVERITY_ERROR,
+}
 
 
 class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
@@ -138,15 +143,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             gamma = _gamma_with(memory, results)
             memory = self._store.change_settings(request.memory, {"gamma": gamma})
         return pb.CalibrateResponse(
-            layers=[
-                pb.LayerCalibration(
-                    layer=r.layer,
-                    squared_distance=r.squared_distance,
-                    gamma=r.gamma,
-                    queries=r.queries,
-                )
-                for r in results
-            ],
+            layers=[codec.filled(pb.LayerCalibration, result) for result in results],
             memory=codec.encode_memory(memory),
         )
 
@@ -162,7 +159,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         steps = self._operations.run(
             "optimize", request.memory, lambda report: optimized(layers, compression, report)
         )
-        return encoded(steps, pb.OptimizeResponse, lambda done: _encode_optimized(memory, *done))
+        return encoded(steps, pb.OptimizeResponse, lambda done: encode_optimized(memory, *done))
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """What the service holds and did since it started."""
@@ -185,7 +182,7 @@ def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[Laye
     if not request.inputs:
         return [
             memory.calibrate(number, request.lambda0, quantile, None, sample)
-            for number in _layers_to_calibrate(memory)
+            for number in (layer.layer for layer in filled_layers(memory))
         ]
     return [
         memory.calibrate(
@@ -199,28 +196,12 @@ def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[Laye
     ]
 
 
-def _layers_to_calibrate(memory: RoutingMemory) -> list[int]:
-    """The layers that are read and hold entries. Raises InvalidField when there are none."""
-    numbers = [
-        layer.layer
-        for layer in memory.layers
-        if memory.record.settings.speaks_for(layer.layer) and layer.info().entries
-    ]
-    if not numbers:
-        raise InvalidField("memory", "no entries", "a memory with entries; upsert first")
-    return numbers
-
-
 def _gamma_with(memory: RoutingMemory, results: list[LayerCalibration]) -> tuple[float, ...]:
     """One gamma per layer: the measured ones, the stored ones elsewhere."""
     gamma = [memory.record.settings.gamma_of(number) for number in range(len(memory.layers))]
     for result in results:
         gamma[result.layer] = result.gamma
     return tuple(gamma)
-
-
-def _encode_optimized(memory: RoutingMemory, layer: int, elapsed_s: float) -> dict[str, Any]:
-    return {"layer": codec.encode_layer(memory, layer), "elapsed_s": elapsed_s}
 
 
 def _export_batch(memory: RoutingMemory, asked: int) -> int:
@@ -251,3 +232,20 @@ def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+class DoctorService(doctor_pb2_grpc.DoctorServiceServicer):
+    """Looks at the service's own store."""
+
+    def __init__(self, store: MemoryStore, min_free_bytes: int | None) -> None:
+        self._store, self._min_free_bytes = store, min_free_bytes
+
+    def Diagnose(  # noqa: N802
+        self, request: doctor_pb2.DiagnoseRequest, context: grpc.ServicerContext
+    ) -> doctor_pb2.DiagnoseResponse:
+        """Every finding."""
+        findings = [
+            codec.filled(doctor_pb2.Finding, finding, severity=_SEVERITIES[finding.severity])
+            for finding in diagnose_store(self._store, self._min_free_bytes, deep=request.deep)
+        ]
+        return doctor_pb2.DiagnoseResponse(findings=findings, service_version=__version__)

@@ -11,6 +11,7 @@ from knnmoe.v1 import operations_pb2 as pb
 from knnmoe.v1 import operations_pb2_grpc
 
 from router_service.operations import Operation, Operations, State, Steps
+from router_service.rpc.codec import filled
 
 _STATES = {
     State.RUNNING: pb.OPERATION_STATE_RUNNING,
@@ -51,19 +52,8 @@ class OperationService(operations_pb2_grpc.OperationServiceServicer):
 
 
 def encode_operation(operation: Operation) -> pb.Operation:
-    """Field by field."""
-    return pb.Operation(
-        id=operation.id,
-        kind=operation.kind,
-        memory=operation.memory,
-        state=_STATES[operation.state],
-        stage=operation.stage,
-        done=operation.done,
-        total=operation.total,
-        started_unix_ms=operation.started_unix_ms,
-        ended_unix_ms=operation.ended_unix_ms,
-        error=operation.error,
-    )
+    """One operation at one moment; times in milliseconds since the epoch."""
+    return filled(pb.Operation, operation, state=_STATES[operation.state])
 
 
 def encoded(

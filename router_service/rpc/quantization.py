@@ -49,7 +49,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
             request.memory,
             lambda report: quantized(store, memory, layers, compression, oversampling, report),
         )
-        return encoded(steps, pb.QuantizeResponse, lambda done: _encode_layer(memory, *done))
+        return encoded(steps, pb.QuantizeResponse, lambda done: encode_optimized(memory, *done))
 
     def MeasureQuantization(  # noqa: N802
         self, request: pb.MeasureQuantizationRequest, context: grpc.ServicerContext
@@ -114,8 +114,13 @@ def _layers(
         ]
     if request.layers:
         return [(layer, None) for layer in memory.chosen_layers(request.layers)]
+    return [(layer, None) for layer in filled_layers(memory)]
+
+
+def filled_layers(memory: RoutingMemory) -> list[LayerMemory]:
+    """The layers that are read and hold entries. Raises InvalidField when there are none."""
     read = [x for x in memory.layers if memory.record.settings.speaks_for(x.layer)]
-    filled = [(layer, None) for layer in read if layer.info().entries]
+    filled = [layer for layer in read if layer.info().entries]
     if not filled:
         raise InvalidField("memory", "no entries", "a memory with entries; upsert first")
     return filled
@@ -131,7 +136,8 @@ def _inputs(memory: RoutingMemory, tensor: Any) -> F32:
     return inputs
 
 
-def _encode_layer(memory: RoutingMemory, layer: int, elapsed_s: float) -> dict[str, Any]:
+def encode_optimized(memory: RoutingMemory, layer: int, elapsed_s: float) -> dict[str, Any]:
+    """Of a layer that was indexed or quantized: its counts, and the seconds that it took."""
     return {"layer": codec.encode_layer(memory, layer), "elapsed_s": elapsed_s}
 
 

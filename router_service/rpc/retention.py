@@ -1,4 +1,4 @@
-"""Plans of pruning from the wire, and their results."""
+"""The handlers of deletion and pruning, and plans of pruning from the wire."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from router_service.arrays import U64, ExampleRef, HitCounts
 from router_service.errors import InvalidField
 from router_service.jobs.prune import LayerPruning, PruneRequest, prune
 from router_service.memories.deletion import EntryFilter, delete_entries
-from router_service.memories.store import MemoryStore
 from router_service.operations import Operations
 from router_service.retention import (
     Age,
@@ -32,9 +31,52 @@ from router_service.retention import (
 )
 from router_service.rpc import codec
 from router_service.rpc.operations import encoded
+from router_service.rpc.routing import Memories
 
 # The service puts each layer's own in this place.
 _NO_HITS = HitCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
+
+
+class RetentionService(retention_pb2_grpc.RetentionServiceServicer):
+    """Delete, prune."""
+
+    def __init__(self, memories: Memories, operations: Operations) -> None:
+        self._memories, self._operations = memories, operations
+
+    def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteResponse:  # noqa: N802
+        """Removes entries by id or by where they came from."""
+        memory = self._memories.get(request.memory)
+        layers = memory.chosen_layers([request.layer] if request.HasField("layer") else [])
+        what, fsync = _named_entries(request), codec.decode_fsync(request.durability)
+        gone = delete_entries(memory, layers, what, fsync=fsync, dry_run=request.dry_run)
+        return pb.DeleteResponse(
+            layers=[codec.filled(pb.LayerDeletion, one) for one in gone],
+            deleted=sum(one.deleted for one in gone),
+        )
+
+    def Prune(  # noqa: N802
+        self, request: pb.PruneRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.PruneResponse]:
+        """Removes what a plan drops."""
+        memory, dry_run = self._memories.get(request.memory), request.dry_run
+        layers, plan = memory.chosen_layers(request.layers), decode_plan(request.plan)
+        steps = self._operations.run(
+            "prune-dry-run" if dry_run else "prune",
+            request.memory,
+            lambda report: prune(memory, layers, plan, dry_run=dry_run, report=report),
+            exclusive=not dry_run,
+        )
+        return encoded(steps, pb.PruneResponse, lambda done: {"layer": encode_pruning(done)})
+
+
+def _named_entries(request: pb.DeleteRequest) -> U64 | EntryFilter:
+    if request.WhichOneof("what") == "filter":
+        return decode_filter("filter", request.filter)
+    if request.WhichOneof("what") == "ids":
+        ids = codec.decode_ids("ids", request.ids)
+        checks.require_ids("ids", ids)
+        return ids
+    raise InvalidField("what", "nothing", "ids or a filter: what to delete")
 
 
 def decode_filter(field: str, message: pb.EntryFilter) -> EntryFilter:
@@ -60,18 +102,12 @@ def decode_plan(message: pb.PrunePlan) -> PruneRequest:
 
 
 def encode_pruning(done: LayerPruning) -> pb.LayerPruning:
-    """Field by field."""
-    result = done.result
-    return pb.LayerPruning(
+    """What the plan says of a layer, and what came of it; counts in entries."""
+    return codec.filled(
+        pb.LayerPruning,
+        done.result,
         layer=done.layer,
-        entries=result.entries,
-        dropped=len(result.ids_to_drop),
-        kept=result.kept,
-        rescued=result.rescued,
-        bytes_estimate=result.bytes_estimate,
-        reasons=result.reasons,
-        expected_effect=result.expected_effect,
-        incomplete_searches=result.incomplete_searches,
+        dropped=len(done.result.ids_to_drop),
         deleted=done.deleted,
         spared=done.spared,
         elapsed_s=done.elapsed_s,
@@ -165,48 +201,3 @@ def _within(name: str, value: float, least: float, most: float) -> float:
 
 def _refuse_alone(name: str, value: object, needed: str) -> None:
     raise InvalidField(f"plan.{name}", value, f"it together with plan.{needed}")
-
-
-class RetentionService(retention_pb2_grpc.RetentionServiceServicer):
-    """Delete, prune."""
-
-    def __init__(self, store: MemoryStore, operations: Operations) -> None:
-        self._store, self._operations = store, operations
-
-    def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteResponse:  # noqa: N802
-        """Removes entries by id or by where they came from."""
-        memory = self._store.get(request.memory)
-        layers = memory.chosen_layers([request.layer] if request.HasField("layer") else [])
-        what, fsync = _named_entries(request), codec.decode_fsync(request.durability)
-        gone = delete_entries(memory, layers, what, fsync=fsync, dry_run=request.dry_run)
-        return pb.DeleteResponse(
-            layers=[
-                pb.LayerDeletion(layer=one.layer, deleted=one.deleted, entries=one.entries)
-                for one in gone
-            ],
-            deleted=sum(one.deleted for one in gone),
-        )
-
-    def Prune(  # noqa: N802
-        self, request: pb.PruneRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.PruneResponse]:
-        """Removes what a plan drops."""
-        memory, dry_run = self._store.get(request.memory), request.dry_run
-        layers, plan = memory.chosen_layers(request.layers), decode_plan(request.plan)
-        steps = self._operations.run(
-            "prune-dry-run" if dry_run else "prune",
-            request.memory,
-            lambda report: prune(memory, layers, plan, dry_run=dry_run, report=report),
-            exclusive=not dry_run,
-        )
-        return encoded(steps, pb.PruneResponse, lambda done: {"layer": encode_pruning(done)})
-
-
-def _named_entries(request: pb.DeleteRequest) -> U64 | EntryFilter:
-    if request.WhichOneof("what") == "filter":
-        return decode_filter("filter", request.filter)
-    if request.WhichOneof("what") == "ids":
-        ids = codec.decode_ids("ids", request.ids)
-        checks.require_ids("ids", ids)
-        return ids
-    raise InvalidField("what", "nothing", "ids or a filter: what to delete")

@@ -25,9 +25,8 @@ from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server a
 from router_service.errors import BackendUnavailable, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import Upkeep
 from router_service.operations import Operations
-from router_service.rpc.doctor import DoctorService
 from router_service.rpc.interceptors import Guard, Permits
-from router_service.rpc.memory_admin import MemoryAdminService
+from router_service.rpc.memory_admin import DoctorService, MemoryAdminService
 from router_service.rpc.operations import OperationService
 from router_service.rpc.quantization import QuantizationService
 from router_service.rpc.retention import RetentionService
@@ -44,22 +43,10 @@ SPARE_THREADS = 8
 CANCEL_AGAIN_S = 1.0
 # How long the stop waits for cancelled operations; they look up a few times a second.
 OPERATIONS_END_S = 30.0
-_ROUTING = "knnmoe.v1.RoutingService"
-_SERVICES = (
-    "",
-    *(
-        f"knnmoe.v1.{name}Service"
-        for name in (
-            "Routing",
-            "MemoryAdmin",
-            "Operation",
-            "Retention",
-            "Snapshot",
-            "Doctor",
-            "Quantization",
-        )
-    ),
-)
+# What the health service answers for; "" is the whole process.
+_PLANES = ("Routing", "MemoryAdmin", "Operation", "Retention", "Snapshot", "Doctor", "Quantization")
+_SERVICES = ("", *(f"knnmoe.v1.{plane}Service" for plane in _PLANES))
+_ROUTING = _SERVICES[1]
 
 
 class RoutingServer:

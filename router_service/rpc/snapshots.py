@@ -107,15 +107,4 @@ def _snapshot(info: SnapshotInfo) -> dict[str, Any]:
 
 
 def _encode(info: SnapshotInfo) -> pb.SnapshotDescription:
-    return pb.SnapshotDescription(
-        memory=info.memory,
-        name=info.name,
-        path=str(info.path),
-        created_unix_ms=info.created_unix_ms,
-        entries=info.entries,
-        content_bytes=info.content_bytes,
-        write_pause_ms=info.write_pause_ms,
-        service_version=info.service_version,
-        problem=info.problem,
-        remark=info.remark,
-    )
+    return codec.filled(pb.SnapshotDescription, info, path=str(info.path))
