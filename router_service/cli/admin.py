@@ -8,21 +8,19 @@ import typer
 
 from router_service import __version__
 from router_service.cli import (
-    doctor_command,
     entry_commands,
     job_commands,
     memory_commands,
     migrate_command,
     operation_commands,
     retention_commands,
+    service_commands,
     snapshot_commands,
 )
-from router_service.cli import job_commands as quantize_command
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import AdminError
-from router_service.cli.help_text import ExampleCommand, ExampleGroup
-from router_service.cli.output import Output
-from router_service.cli.session import Session
+from router_service.cli.options import ExampleCommand, ExampleGroup
+from router_service.cli.output import Output, Session
 
 
 class AdminGroup(ExampleGroup):
@@ -57,13 +55,13 @@ for _command in (
     job_commands.calibrate,
     job_commands.optimize,
     retention_commands.prune,
-    quantize_command.quantize,
-    job_commands.stats,
-    job_commands.health,
+    job_commands.quantize,
+    service_commands.stats,
+    service_commands.health,
 ):
     app.command(cls=ExampleCommand)(_command)
 app.command("import", cls=ExampleCommand)(entry_commands.import_memory)
-app.command(cls=ExampleCommand)(doctor_command.doctor)
+app.command(cls=ExampleCommand)(service_commands.doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,9 +20,8 @@ from pydantic import ValidationError
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import AdminError, BadInput, ServiceRefused, Unreachable
 from router_service.cli.options import MemoryName
-from router_service.cli.output import parse_plain, plain, table
+from router_service.cli.output import Session, parse_plain, plain, session_of, table
 from router_service.cli.service_endpoint import ServiceEndpoint, ServiceEntries
-from router_service.cli.session import Session, session_of
 from router_service.errors import (
     BackendUnavailable,
     InvalidRequest,

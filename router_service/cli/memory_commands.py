@@ -2,24 +2,87 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import json
+import re
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from google.protobuf import json_format
+from google.protobuf.message import Message
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import routing_pb2 as routing_pb
+from knnmoe.v1 import types_pb2 as types_pb
 from rich.console import Console
 
-from router_service.cli import options as options
+from router_service.blending import Support
 from router_service.cli.errors import BadInput
-from router_service.cli.help_text import ExampleCommand
-from router_service.cli.output import confirm, plain, table
-from router_service.cli.session import Session, session_of
+from router_service.cli.options import ExampleCommand, MemoryName, Yes, command_group
+from router_service.cli.output import Session, confirm, plain, session_of, table, utc
+from router_service.memories.settings import Kind, Similarity
 
-app = typer.Typer(
-    help="Make, look at, change and remove memories.", no_args_is_help=True, rich_markup_mode=None
-)
+app = command_group("Make, look at, change and remove memories.")
+
+
+class Preset(StrEnum):
+    """The presets of settings."""
+
+    PAPER = "paper"
+    RECOMMENDED = "recommended"
+
+
+Neighbours = Annotated[
+    int | None, typer.Option(help="K, the entries read per token, 1 to 1024, e.g. 32.")
+]
+Gamma = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="RBF bandwidth: once for every layer (--gamma 0.5), or repeated, one per MoE layer. "
+        "`calibrate` measures it."
+    ),
+]
+StepSize = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Step size eta of a logit_delta memory: once for every layer (--step-size 2.25), or "
+        "repeated, one per MoE layer."
+    ),
+]
+NullWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="s0, the weight of the null neighbour that shrinks a logit_delta memory's answer, e.g. 0.5."
+    ),
+]
+MinLambda = Annotated[
+    float | None,
+    typer.Option(help="A token whose lambda is not above this keeps its own routing, e.g. 0.05."),
+]
+SupportFlag = Annotated[
+    Support | None,
+    typer.Option(
+        help="Experts of a blended assignment: union (model's and neighbours'), or top_k of them, "
+        "e.g. --support top_k."
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="MoE layers that the memory speaks for, counted from 0, e.g. 0,2,11-15; list all to undo."
+    ),
+]
+HnswEf = Annotated[
+    int | None,
+    typer.Option(help="Candidates of an indexed search: more finds better neighbours, e.g. 128."),
+]
+Oversampling = Annotated[
+    float | None,
+    typer.Option(
+        help="How many times K candidates a quantized search rescores with the stored keys, e.g. 2."
+    ),
+]
 
 
 @app.command("list", cls=ExampleCommand)
@@ -43,12 +106,11 @@ def list_memories(context: typer.Context) -> None:
         "indexed",
         "created",
     )
-    rows = [_summary(memory) for memory in reply.memories]
-    session.output.emit(plain(reply), lambda console: console.print(table(columns, rows)))
+    session.output.table(plain(reply), columns, [_summary(memory) for memory in reply.memories])
 
 
 @app.command("show", cls=ExampleCommand)
-def show(context: typer.Context, name: options.MemoryName) -> None:
+def show(context: typer.Context, name: MemoryName) -> None:
     """Show a memory: the model it was made for, its settings, and the entries of each layer.
 
     Example:
@@ -95,29 +157,29 @@ def create(
         typer.Option(help="sha256 (hex) over the router weights, e.g. as model-runner prints it."),
     ] = None,
     preset: Annotated[
-        options.PresetName | None,
+        Preset | None,
         typer.Option(
             help="Settings to start from: recommended (logit deltas, K = 32; the default) or paper "
             "(assignments, K = 1), e.g. --preset paper."
         ),
     ] = None,
     kind: Annotated[
-        options.KindName | None,
+        Kind | None,
         typer.Option(help="What the entries' values are; fixed from here on, e.g. assignment."),
     ] = None,
     similarity: Annotated[
-        options.SimilarityName | None,
+        Similarity | None,
         typer.Option(help="The kernel; fixed from here on, e.g. rbf."),
     ] = None,
-    neighbours: options.Neighbours = None,
-    gamma: options.Gamma = None,
-    step_size: options.StepSize = None,
-    null_weight: options.NullWeight = None,
-    min_lambda: options.MinLambda = None,
-    support: options.SupportFlag = None,
-    layers: options.Layers = None,
-    hnsw_ef: options.HnswEf = None,
-    oversampling: options.Oversampling = None,
+    neighbours: Neighbours = None,
+    gamma: Gamma = None,
+    step_size: StepSize = None,
+    null_weight: NullWeight = None,
+    min_lambda: MinLambda = None,
+    support: SupportFlag = None,
+    layers: Layers = None,
+    hnsw_ef: HnswEf = None,
+    oversampling: Oversampling = None,
 ) -> None:
     """Create an empty memory for one model.
 
@@ -134,8 +196,8 @@ def create(
     session = session_of(context)
     request = pb.CreateMemoryRequest(
         name=name,
-        fingerprint=options.fingerprint_message(_pick(given, _FINGERPRINT), fingerprint),
-        settings=options.settings_message(_pick(given, (*_FIXED, *_CHANGEABLE))),
+        fingerprint=_fingerprint_message(given, fingerprint),
+        settings=_settings_message(given),
     )
     _emit(session, session.client.unary(session.client.admin.CreateMemory, request).memory)
 
@@ -143,16 +205,16 @@ def create(
 @app.command("set", cls=ExampleCommand)
 def set_settings(
     context: typer.Context,
-    name: options.MemoryName,
-    neighbours: options.Neighbours = None,
-    gamma: options.Gamma = None,
-    step_size: options.StepSize = None,
-    null_weight: options.NullWeight = None,
-    min_lambda: options.MinLambda = None,
-    support: options.SupportFlag = None,
-    layers: options.Layers = None,
-    hnsw_ef: options.HnswEf = None,
-    oversampling: options.Oversampling = None,
+    name: MemoryName,
+    neighbours: Neighbours = None,
+    gamma: Gamma = None,
+    step_size: StepSize = None,
+    null_weight: NullWeight = None,
+    min_lambda: MinLambda = None,
+    support: SupportFlag = None,
+    layers: Layers = None,
+    hnsw_ef: HnswEf = None,
+    oversampling: Oversampling = None,
 ) -> None:
     """Change how a memory is read, from the next lookup on.
 
@@ -162,7 +224,7 @@ def set_settings(
       router-admin memory set bible --neighbours 8 --null-weight 1
 
     """
-    settings = options.settings_message(_pick(locals(), _CHANGEABLE))
+    settings = _settings_message(locals())
     if not settings.ListFields():
         raise BadInput("nothing to set; give at least one option, e.g. --neighbours 8")
     session = session_of(context)
@@ -173,10 +235,8 @@ def set_settings(
 @app.command("delete", cls=ExampleCommand)
 def delete(
     context: typer.Context,
-    name: options.MemoryName,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
-    ] = False,
+    name: MemoryName,
+    yes: Yes = False,
 ) -> None:
     """Delete a memory and all its entries. Asks first.
 
@@ -190,25 +250,21 @@ def delete(
         confirm("delete", lambda: f"{_deletion(session, name)}?")
     request = pb.DeleteMemoryRequest(memory=name)
     entries = session.client.unary(session.client.admin.DeleteMemory, request, long=True).entries
-    session.output.emit(
-        {"deleted": name, "entries": entries},
-        lambda console: console.print(f"deleted {name} ({entries} entries)"),
-    )
+    document = {"deleted": name, "entries": entries}
+    session.output.line(document, f"deleted {name} ({entries} entries)")
 
 
 @app.command("replace", cls=ExampleCommand)
 def replace(
     context: typer.Context,
-    name: options.MemoryName,
+    name: MemoryName,
     by: Annotated[
         str,
         typer.Option(
             metavar="OTHER", help="Memory that takes its place, e.g. law-2.", show_default=False
         ),
     ],
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
-    ] = False,
+    yes: Yes = False,
 ) -> None:
     """Let a rebuilt memory take the place of another, from one lookup to the next. Asks first.
 
@@ -226,31 +282,83 @@ def replace(
     request = pb.ReplaceMemoryRequest(memory=name, by=by)
     reply = session.client.unary(session.client.admin.ReplaceMemory, request, long=True)
     entries = sum(layer.entries for layer in reply.memory.layers)
-    session.output.emit(
-        {"memory": name, "by": by, "entries": entries, "removed": reply.removed},
-        lambda console: console.print(
-            f"{by} is {name} now ({entries} entries; {reply.removed} removed)"
-        ),
-    )
+    document = {"memory": name, "by": by, "entries": entries, "removed": reply.removed}
+    line = f"{by} is {name} now ({entries} entries; {reply.removed} removed)"
+    session.output.line(document, line)
 
 
-_FINGERPRINT = ("architecture", "num_layers", "hidden_size", "num_experts", "top_k", "router_hash")
-_FIXED = ("preset", "kind", "similarity")
-_CHANGEABLE = (
-    "neighbours",
-    "gamma",
-    "step_size",
-    "null_weight",
-    "min_lambda",
-    "support",
-    "layers",
-    "hnsw_ef",
-    "oversampling",
-)
+def _settings_message(flags: Mapping[str, Any]) -> types_pb.MemorySettings:
+    """The settings that are given among `flags`. Raises BadInput."""
+    given = _given(flags, types_pb.MemorySettings)
+    if "layers" in given:
+        given["layers"] = _parse_layers(given["layers"])
+    for name, prefix in (
+        ("kind", "MEMORY_KIND"),
+        ("similarity", "SIMILARITY"),
+        ("support", "SUPPORT"),
+    ):
+        if name in given:
+            given[name] = f"{prefix}_{given[name].value.upper()}"
+    try:
+        return types_pb.MemorySettings(**given)
+    except ValueError as error:
+        raise BadInput(f"settings: {error}; whole numbers must be 0 or more") from error
 
 
-def _pick(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: given[name] for name in names}
+def _given(flags: Mapping[str, Any], message: type[Message]) -> dict[str, Any]:
+    """Of a command's parameters those that are fields of the message, and not None."""
+    names = [field.name for field in message.DESCRIPTOR.fields]
+    return {name: flags[name] for name in names if flags.get(name) is not None}
+
+
+def _parse_layers(text: str) -> list[int]:
+    """`0,2,11-15` as numbers. Raises BadInput."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
+        if found is None:
+            raise BadInput(f"--layers: got {text!r}, expected numbers and ranges such as 0,2,11-15")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise BadInput(f"--layers: got {part.strip()!r}, expected the smaller number first")
+        numbers += range(first, last + 1)
+    return sorted(set(numbers))
+
+
+def _fingerprint_message(flags: Mapping[str, Any], file: Path | None) -> types_pb.ModelFingerprint:
+    """The fingerprint from one flag per field, or from a JSON file. Raises BadInput naming what is missing."""
+    given = _given(flags, types_pb.ModelFingerprint)
+    if file is not None:
+        if given:
+            raise BadInput("--fingerprint: give the file or the single flags, not both")
+        return _fingerprint_file(file)
+    names = [field.name for field in types_pb.ModelFingerprint.DESCRIPTOR.fields]
+    missing = [f"--{name.replace('_', '-')}" for name in names if name not in given]
+    if missing:
+        raise BadInput(
+            f"the model is not known: give {', '.join(missing)}, or --fingerprint FILE.json"
+        )
+    try:
+        return types_pb.ModelFingerprint(**given)
+    except ValueError as error:
+        raise BadInput(f"fingerprint: {error}; counts must be 1 or more") from error
+
+
+def _fingerprint_file(file: Path) -> types_pb.ModelFingerprint:
+    """From the six fields, or from the `fingerprint` of what `memory show` prints with --json."""
+    try:
+        document = json.loads(file.read_text())
+        fields = document.get("fingerprint", document) if isinstance(document, dict) else document
+        message = json_format.ParseDict(fields, types_pb.ModelFingerprint())
+    except OSError as error:
+        raise BadInput(f"--fingerprint: {file}: {error.strerror}") from error
+    except (ValueError, json_format.ParseError) as error:
+        raise BadInput(f"--fingerprint: {file}: {error}") from error
+    names = [field.name for field in message.DESCRIPTOR.fields]
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise BadInput(f"--fingerprint: {file}: field {', '.join(missing)} missing")
+    return message
 
 
 def _deletion(session: Session, name: str) -> str:
@@ -271,7 +379,7 @@ def _summary(memory: routing_pb.MemoryDescription) -> list[object]:
         memory.fingerprint.num_layers,
         sum(layer.entries for layer in memory.layers),
         sum(layer.indexed_entries for layer in memory.layers),
-        _date(memory.created_unix_ms),
+        utc(memory.created_unix_ms, seconds=False),
     ]
 
 
@@ -279,17 +387,12 @@ def _emit(session: Session, memory: routing_pb.MemoryDescription) -> None:
     document = plain(memory)
 
     def render(console: Console) -> None:
-        identity = [("name", memory.name), ("created", _date(memory.created_unix_ms))]
+        identity = [("name", memory.name), ("created", utc(memory.created_unix_ms, seconds=False))]
         identity += [("model digest", memory.model_digest), ("version", str(memory.version))]
         console.print(table(("memory", ""), identity))
         console.print(table(("model", ""), list(document["fingerprint"].items())))
         console.print(table(("setting", ""), list(document["settings"].items())))
         columns = ("layer", "entries", "indexed_entries", "quantization")
-        rows = [[layer[column] for column in columns] for layer in document["layers"]]
-        console.print(table(columns, rows))
+        console.print(table(columns, document["layers"]))
 
     session.output.emit(document, render)
-
-
-def _date(unix_ms: int) -> str:
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")

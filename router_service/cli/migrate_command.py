@@ -21,9 +21,8 @@ from router_service.cli import options
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.entry_commands import copy_errors, require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted
-from router_service.cli.output import table
+from router_service.cli.output import Session, session_of, table
 from router_service.cli.service_endpoint import EMBEDDED, ServiceEndpoint
-from router_service.cli.session import Session, session_of
 from router_service.errors import (
     InvalidField,
     shorten,

@@ -1,4 +1,7 @@
-"""How a command follows a long operation: progress on stderr, and Ctrl-C cancels it rather than leaves it."""
+"""`router-admin operations`: list, show, cancel; and how every command follows a long operation.
+
+Its progress is on stderr, and Ctrl-C cancels it rather than leaves it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import grpc
@@ -14,13 +16,12 @@ import typer
 from knnmoe.v1 import operations_pb2 as pb
 
 from router_service.cli.errors import AdminError, Interrupted
-from router_service.cli.help_text import ExampleCommand
-from router_service.cli.output import plain, table
-from router_service.cli.session import Session, session_of
+from router_service.cli.options import ExampleCommand, command_group
+from router_service.cli.output import Session, plain, session_of, utc
 
 
-def followed(session: Session, method: Any, request: Any) -> Iterator[Any]:
-    """Begins an operation; yields its replies, each within the deadline. Raises AdminError.
+def followed(session: Session, method: Any, request: Any, result: str) -> Iterator[Any]:
+    """Begins an operation; yields its replies with a `result`, each within the deadline. Raises AdminError.
 
     At Ctrl-C the operation is cancelled, its last words are awaited, and Interrupted is raised; a second Ctrl-C does
     not wait.
@@ -32,7 +33,8 @@ def followed(session: Session, method: Any, request: Any) -> Iterator[Any]:
             for reply in session.client.replies(call, long=True):
                 watcher.heard(call, reply.operation)
                 show(reply.operation)
-                yield reply
+                if reply.HasField(result):
+                    yield reply
         except AdminError as error:
             if watcher.interrupted:
                 raise Interrupted(f"interrupted: {error}") from error
@@ -70,8 +72,8 @@ class _Watcher:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _cancel(self, call: Any, operation: pb.Operation) -> None:
-        told = f"router-admin: cancelling operation {operation.id}; Ctrl-C again leaves at once"
-        self._session.output.remark(told)
+        remark = f"router-admin: cancelling operation {operation.id}; Ctrl-C again leaves at once"
+        self._session.output.remark(remark)
         try:
             cancel = self._session.client.operations.CancelOperation
             cancel(pb.CancelOperationRequest(id=operation.id), timeout=10)
@@ -79,11 +81,7 @@ class _Watcher:
             call.cancel()
 
 
-app = typer.Typer(
-    help="Look at and cancel long operations: optimize, prune, snapshots.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = command_group("Look at and cancel long operations: optimize, prune, snapshots.")
 
 OperationId = Annotated[
     str,
@@ -115,7 +113,7 @@ def list_operations(
     reply = session.client.unary(session.client.operations.ListOperations, request)
     columns = ("id", "kind", "memory", "state", "stage", "done", "started", "took_s")
     rows = [_summary(operation) for operation in reply.operations]
-    session.output.emit(plain(reply), lambda console: console.print(table(columns, rows)))
+    session.output.table(plain(reply), columns, rows)
 
 
 @app.command("show", cls=ExampleCommand)
@@ -130,8 +128,7 @@ def show(context: typer.Context, operation_id: OperationId) -> None:
     request = pb.GetOperationRequest(id=operation_id)
     reply = session.client.unary(session.client.operations.GetOperation, request)
     document = plain(reply.operation)
-    rows = list(document.items())
-    session.output.emit(document, lambda console: console.print(table(("operation", ""), rows)))
+    session.output.table(document, ("operation", ""), list(document.items()))
 
 
 @app.command("cancel", cls=ExampleCommand)
@@ -149,16 +146,15 @@ def cancel(context: typer.Context, operation_id: OperationId) -> None:
     running = reply.operation.state == pb.OPERATION_STATE_RUNNING
     ended = f"had ended already: {document['state']}"
     line = f"operation {operation_id} " + ("is asked to end" if running else ended)
-    session.output.emit(document, lambda console: console.print(line))
+    session.output.line(document, line)
 
 
 def _summary(operation: pb.Operation) -> list[Any]:
     document = plain(operation)
-    started = datetime.fromtimestamp(operation.started_unix_ms / 1000, UTC)
     took_ms = max(0, operation.ended_unix_ms - operation.started_unix_ms)
     return [
         *(document[name] for name in ("id", "kind", "memory", "state", "stage")),
         f"{operation.done} of {operation.total}" if operation.total else str(operation.done),
-        started.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        utc(operation.started_unix_ms),
         took_ms / 1000 if operation.ended_unix_ms else "",
     ]

@@ -1,4 +1,7 @@
-"""What `router-admin` prints: one JSON document, or tables for people. Progress and remarks go to stderr."""
+"""What every command of `router-admin` gets: the client of one service, and where to print.
+
+Results are one JSON document or human-readable tables, on stdout; progress and remarks go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import typer
@@ -19,6 +24,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,6 +32,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import BadInput
 
 # Wide enough that a table is not cut when stdout is a file or a pipe.
@@ -46,44 +53,70 @@ class Output:
         else:
             render(_console())
 
+    def table(
+        self,
+        document: dict[str, Any],
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object] | Mapping[str, object]],
+        title: str = "",
+    ) -> None:
+        """Prints the document, or these columns of the rows."""
+        self.emit(document, lambda console: console.print(table(columns, rows, title)))
+
+    def line(self, document: dict[str, Any], text: str) -> None:
+        """Prints the document, or the text; a line of it is never broken."""
+        self.emit(document, lambda console: console.print(text, markup=False, soft_wrap=True))
+
     def remark(self, text: str) -> None:
-        """A line for people, on stderr."""
+        """A human-readable line on stderr."""
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """A bar on stderr when that is a terminal; yields the function that advances it."""
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        with _bar(MofNCompleteColumn()) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
 
     @contextmanager
     def operation(self) -> Iterator[Callable[[operations_pb.Operation], None]]:
         """A bar on stderr when that is a terminal; yields the function that shows how far an operation is."""
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        with _bar(TextColumn("{task.completed:.0f}")) as bar:
             task = bar.add_task("", total=None)
 
             def show(now: operations_pb.Operation) -> None:
-                told, total = f"{now.kind}, {now.stage}", now.total or None
-                bar.update(task, description=told, completed=now.done, total=total)
+                text, total = f"{now.kind}, {now.stage}", now.total or None
+                bar.update(task, description=text, completed=now.done, total=total)
 
             yield show
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The global options, opened."""
+
+    client: AdminClient
+    output: Output
+
+
+def session_of(context: typer.Context) -> Session:
+    """The session that the root command opened."""
+    session = context.find_object(Session)
+    if session is None:
+        raise RuntimeError("the root command did not open a session")
+    return session
+
+
+def _bar(amount: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        amount,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _console() -> Console:
@@ -91,13 +124,18 @@ def _console() -> Console:
     return Console(width=width, highlight=False)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> Table:
-    """A plain table; numbers to the right."""
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object] | Mapping[str, object]],
+    title: str = "",
+) -> Table:
+    """A plain table; numbers to the right. Of a row that is a mapping the columns are shown."""
     made = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    cells = [[row[name] for name in columns] if isinstance(row, Mapping) else row for row in rows]
     for number, name in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        numeric = bool(cells) and all(isinstance(row[number], int | float) for row in cells)
         made.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
+    for row in cells:
         made.add_row(*(Text(_cell(value)) for value in row))  # Text: no markup
     return made
 
@@ -108,6 +146,12 @@ def _cell(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value) or "all"
     return str(value)
+
+
+def utc(unix_ms: int, *, seconds: bool = True) -> str:
+    """A time in milliseconds since the epoch, for tables."""
+    form = "%Y-%m-%d %H:%M:%S UTC" if seconds else "%Y-%m-%d %H:%M UTC"
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime(form)
 
 
 def plain(message: Any) -> dict[str, Any]:
@@ -168,9 +212,6 @@ def _enum_number(enum: Any, name: Any) -> int:
     if name not in known:
         raise ValueError(f"{enum.name}: got {ascii(name)[:50]}, expected one of {', '.join(known)}")
     return int(known[name])
-
-
-__all__ = ["confirm", "on_terminal"]
 
 
 def confirm(command: str, question: Callable[[], str]) -> None:

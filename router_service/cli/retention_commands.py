@@ -1,4 +1,4 @@
-"""`router-admin delete`."""
+"""`router-admin delete` and `prune`: entries that go, by name or by policy."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from rich.console import Console
 from router_service.arrays import MAX_ENTRY_ID
 from router_service.cli.errors import BadInput
 from router_service.cli.operation_commands import followed
-from router_service.cli.options import MemoryName
-from router_service.cli.output import confirm, plain, table
-from router_service.cli.session import Session, session_of
+from router_service.cli.options import MemoryName, OnlyLayers, Yes
+from router_service.cli.output import Session, confirm, plain, session_of, table
+
+_NOTHING = (
+    "say what goes: --forget, --older-than, --unused-below, --gain-below, --strength-below, --disagreeing-below, "
+    "--near-duplicates, or --max-entries with --by"
+)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def delete(
@@ -59,9 +64,7 @@ def delete(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count; delete nothing, e.g. --dry-run.")
     ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
-    ] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete entries of a memory: some ids, or all of a source or of one of its examples. Asks first.
 
@@ -71,22 +74,31 @@ def delete(
       router-admin delete bible --id 17 --id 18 --layer 15 --yes
 
     """
-    request = _request(entry_id, source, example)
+    request = _delete_request(entry_id, source, example)
     request.memory = name
     if layer is not None:
         request.layer = layer
     request.durability = admin_pb.DURABILITY_FSYNC if fsync else admin_pb.DURABILITY_PROCESS
     session = session_of(context)
-    if dry_run or not yes:
-        counted = _send(session, request, dry_run=True)
-        if dry_run:
-            _emit_deleted(session, name, counted, dry_run=True)
-            return
-        confirm(f"delete ({counted.deleted} entries)", lambda: _delete_question(name, counted))
-    _emit_deleted(session, name, _send(session, request, dry_run=False), dry_run=False)
+    if not dry_run and not yes:
+        counted = _delete(session, request, dry_run=True)
+        layers = sum(1 for one in counted.layers if one.deleted)
+        question = f"Delete {counted.deleted} entries of {layers} layer(s) of {name}?"
+        confirm(f"delete ({counted.deleted} entries)", lambda: question)
+    reply = _delete(session, request, dry_run=dry_run)
+    verb = "would delete" if dry_run else "deleted"
+    rows = [[one.layer, one.deleted, one.entries - one.deleted] for one in reply.layers]
+
+    def render(console: Console) -> None:
+        console.print(f"{verb} {reply.deleted} entries of {name}")
+        console.print(table(("layer", verb, "left"), rows))
+
+    session.output.emit({"memory": name, "dry_run": dry_run, **plain(reply)}, render)
 
 
-def _request(ids: list[int] | None, source: str | None, example: str | None) -> pb.DeleteRequest:
+def _delete_request(
+    ids: list[int] | None, source: str | None, example: str | None
+) -> pb.DeleteRequest:
     if bool(ids) == (source is not None):
         raise BadInput("say what to delete: either --id (repeated for more) or --source")
     if ids and example is not None:
@@ -97,35 +109,9 @@ def _request(ids: list[int] | None, source: str | None, example: str | None) -> 
     return pb.DeleteRequest(filter=pb.EntryFilter(source=source, example=example))
 
 
-def _send(session: Session, request: pb.DeleteRequest, *, dry_run: bool) -> pb.DeleteResponse:
+def _delete(session: Session, request: pb.DeleteRequest, *, dry_run: bool) -> Any:
     request.dry_run = dry_run
-    reply: pb.DeleteResponse = session.client.unary(
-        session.client.retention.Delete, request, long=True
-    )
-    return reply
-
-
-def _delete_question(name: str, counted: pb.DeleteResponse) -> str:
-    layers = sum(1 for layer in counted.layers if layer.deleted)
-    return f"Delete {counted.deleted} entries of {layers} layer(s) of {name}?"
-
-
-def _emit_deleted(session: Session, name: str, reply: pb.DeleteResponse, *, dry_run: bool) -> None:
-    document = {"memory": name, "dry_run": dry_run, **plain(reply)}
-    verb = "would delete" if dry_run else "deleted"
-    rows: list[list[object]] = [
-        [layer.layer, layer.deleted, layer.entries - layer.deleted] for layer in reply.layers
-    ]
-    columns = ("layer", verb, "left")
-
-    def render(console: Console) -> None:
-        console.print(f"{verb} {reply.deleted} entries of {name}")
-        console.print(table(columns, rows))
-
-    session.output.emit(document, render)
-
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    return session.client.unary(session.client.retention.Delete, request, long=True)
 
 
 class RankingName(StrEnum):
@@ -143,54 +129,6 @@ class RankingName(StrEnum):
     def wire_name(self) -> str:
         """Of the enum on the wire."""
         return f"PRUNE_RANKING_{self.value.upper()}"
-
-
-def filters(texts: Sequence[str] | None) -> list[pb.EntryFilter]:
-    """SOURCE or SOURCE/EXAMPLE; the first slash divides. Raises BadInput."""
-    found = []
-    for text in texts or ():
-        source, slash, example = text.partition("/")
-        if not source or (slash and not example):
-            raise BadInput(f"--forget: got {text!r}, expected SOURCE or SOURCE/EXAMPLE")
-        found.append(pb.EntryFilter(source=source, example=example if slash else None))
-    return found
-
-
-def moment(flag: str, text: str | None) -> int | None:
-    """Milliseconds since the epoch of a time, or of an age before now. Raises BadInput."""
-    if text is None:
-        return None
-    age = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text)
-    try:
-        if age is not None:
-            unix_s = time.time() - float(age[1]) * _SECONDS[age[2]]
-        else:
-            given = datetime.fromisoformat(text)
-            unix_s = (given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError) as error:
-        expected = "an age such as 30d, 12h or 90s, or a time such as 2026-01-31T12:00 (UTC)"
-        raise BadInput(f"{flag}: got {text!r}, expected {expected}") from error
-    if unix_s < 0:
-        raise BadInput(f"{flag}: got {text!r}, expected a time after 1970")
-    return int(unix_s * 1000)
-
-
-def size(text: str | None) -> tuple[int | None, float | None]:
-    """A number of entries, or a share of them, of `5000` or `50%`. Raises BadInput."""
-    if text is None:
-        return None, None
-    share = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", text)
-    if share is not None and 0 < float(share[1]) <= 100:
-        return None, float(share[1]) / 100
-    if re.fullmatch(r"\d{1,18}", text) and int(text) > 0:
-        return int(text), None
-    raise BadInput(f"--max-entries: got {text!r}, expected a number such as 5000, or 1% to 100%")
-
-
-_NOTHING = (
-    "say what goes: --forget, --older-than, --unused-below, --gain-below, --strength-below, --disagreeing-below, "
-    "--near-duplicates, or --max-entries with --by"
-)
 
 
 def prune(
@@ -279,20 +217,12 @@ def prune(
     seed: Annotated[
         int, typer.Option(min=0, help="Of --by random and of the sample of lookups, e.g. 7.")
     ] = 0,
-    layer: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            help="Only this layer; repeat it for more (--layer 14 --layer 15). All when not given.",
-        ),
-    ] = None,
+    layer: OnlyLayers = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would go; delete nothing, e.g. --dry-run."),
     ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
-    ] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete the entries of a memory that any of the given policies drops. Asks first.
 
@@ -330,8 +260,56 @@ def prune(
     request = pb.PruneRequest(memory=name, layers=layer, plan=plan, dry_run=dry_run)
     session = session_of(context)
     if not dry_run and not yes:
-        confirm("prune", lambda: _question(session, request))
-    _emit(session, request, _run(session, request))
+        confirm("prune", lambda: _prune_question(session, request))
+    layers = _run(session, request)
+    names = ("entries", "dropped", "deleted", "spared", "bytes_estimate")
+    totals = {total: _total(layers, total) for total in names}
+    session.output.emit(
+        {"memory": name, "dry_run": dry_run, **totals, "layers": layers},
+        lambda console: _render(console, layers, dry_run=dry_run),
+    )
+
+
+def filters(texts: Sequence[str] | None) -> list[pb.EntryFilter]:
+    """SOURCE or SOURCE/EXAMPLE; the first slash divides. Raises BadInput."""
+    found = []
+    for text in texts or ():
+        source, slash, example = text.partition("/")
+        if not source or (slash and not example):
+            raise BadInput(f"--forget: got {text!r}, expected SOURCE or SOURCE/EXAMPLE")
+        found.append(pb.EntryFilter(source=source, example=example if slash else None))
+    return found
+
+
+def moment(flag: str, text: str | None) -> int | None:
+    """Milliseconds since the epoch of a time, or of an age before now. Raises BadInput."""
+    if text is None:
+        return None
+    age = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text)
+    try:
+        if age is not None:
+            unix_s = time.time() - float(age[1]) * _SECONDS[age[2]]
+        else:
+            given = datetime.fromisoformat(text)
+            unix_s = (given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError) as error:
+        expected = "an age such as 30d, 12h or 90s, or a time such as 2026-01-31T12:00 (UTC)"
+        raise BadInput(f"{flag}: got {text!r}, expected {expected}") from error
+    if unix_s < 0:
+        raise BadInput(f"{flag}: got {text!r}, expected a time after 1970")
+    return int(unix_s * 1000)
+
+
+def size(text: str | None) -> tuple[int | None, float | None]:
+    """A number of entries, or a share of them, of `5000` or `50%`. Raises BadInput."""
+    if text is None:
+        return None, None
+    share = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", text)
+    if share is not None and 0 < float(share[1]) <= 100:
+        return None, float(share[1]) / 100
+    if re.fullmatch(r"\d{1,18}", text) and int(text) > 0:
+        return int(text), None
+    raise BadInput(f"--max-entries: got {text!r}, expected a number such as 5000, or 1% to 100%")
 
 
 def _check(plan: pb.PrunePlan) -> None:
@@ -351,11 +329,11 @@ def _check(plan: pb.PrunePlan) -> None:
 
 def _run(session: Session, request: pb.PruneRequest) -> list[dict[str, Any]]:
     """What became of each layer."""
-    replies = followed(session, session.client.retention.Prune, request)
-    return [plain(reply.layer) for reply in replies if reply.HasField("layer")]
+    replies = followed(session, session.client.retention.Prune, request, "layer")
+    return [plain(reply.layer) for reply in replies]
 
 
-def _question(session: Session, request: pb.PruneRequest) -> str:
+def _prune_question(session: Session, request: pb.PruneRequest) -> str:
     """Asks the service what would go, and shows it."""
     dry = pb.PruneRequest()
     dry.CopyFrom(request)
@@ -364,16 +342,6 @@ def _question(session: Session, request: pb.PruneRequest) -> str:
     _render(Console(stderr=True, highlight=False), layers, dry_run=True)
     dropped, entries = _total(layers, "dropped"), _total(layers, "entries")
     return f"Delete these {dropped} of {entries} entries of {request.memory}?"
-
-
-def _emit(session: Session, request: pb.PruneRequest, layers: list[dict[str, Any]]) -> None:
-    names = ("entries", "dropped", "deleted", "spared", "bytes_estimate")
-    document = {"memory": request.memory, "dry_run": request.dry_run}
-    document |= {name: _total(layers, name) for name in names}
-    session.output.emit(
-        document | {"layers": layers},
-        lambda console: _render(console, layers, dry_run=request.dry_run),
-    )
 
 
 def _total(layers: list[dict[str, Any]], name: str) -> int:
@@ -397,7 +365,7 @@ def _render(console: Console, layers: list[dict[str, Any]], *, dry_run: bool) ->
     effects = [_effect(layer) for layer in layers if layer["expected_effect"]]
     if effects:
         console.print("expected effect on lookups, before -> after:")
-        console.print(table(tuple(effects[0]), [list(effect.values()) for effect in effects]))
+        console.print(table(tuple(effects[0]), effects))
 
 
 def _effect(layer: dict[str, Any]) -> dict[str, object]:

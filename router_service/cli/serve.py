@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from router_service import __version__
 from router_service.cli import options
-from router_service.cli.help_text import ExampleCommand, ExampleGroup
+from router_service.cli.options import ExampleCommand, ExampleGroup
 from router_service.errors import InvalidRequest, RoutingServiceError
 from router_service.rpc.server import RoutingServer
 from router_service.settings import QdrantSettings, ServiceSettings
@@ -32,13 +33,7 @@ app = typer.Typer(
 _SWITCH_INTERVAL_S = 0.0005
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
-
-
-def _help(name: str) -> str:
-    """The setting's description, with its default and its environment variable."""
-    field = ServiceSettings.model_fields[name]
-    default = "required" if field.is_required() else f"default: {field.get_default()}"
-    return f"{field.description} [env var: ROUTER_SERVICE_{name.upper()}; {default}]"
+_help = partial(options.setting_help, ServiceSettings)
 
 
 @app.callback()

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 from knnmoe.v1 import snapshots_pb2 as pb
 
 from router_service.cli.errors import AdminError, BadInput
-from router_service.cli.help_text import ExampleCommand
 from router_service.cli.operation_commands import followed
-from router_service.cli.options import MemoryName
-from router_service.cli.output import confirm, plain, table
-from router_service.cli.session import Session, session_of
+from router_service.cli.options import ExampleCommand, MemoryName, Yes, command_group
+from router_service.cli.output import Session, confirm, plain, session_of, utc
 
-app = typer.Typer(
-    help="Whole copies of memories: make, check, restore and move them.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = command_group("Whole copies of memories: make, check, restore and move them.")
 
 SnapshotName = Annotated[
     str,
@@ -91,13 +84,14 @@ def list_snapshots(
     columns = ("memory", "snapshot", "created", "entries", "MiB", "problem")
     rows = [
         [
-            *(one.memory, one.name, _date(one.created_unix_ms), one.entries),
+            *(one.memory, one.name, utc(one.created_unix_ms) if one.created_unix_ms else ""),
+            one.entries,
             round(one.content_bytes / 2**20, 3),
             one.problem,
         ]
         for one in reply.snapshots
     ]
-    session.output.emit(plain(reply), lambda console: console.print(table(columns, rows)))
+    session.output.table(plain(reply), columns, rows)
 
 
 @app.command("verify", cls=ExampleCommand)
@@ -157,11 +151,10 @@ def restore(
     request = pb.RestoreSnapshotRequest(
         snapshot=_ref(name, snapshot), as_memory=target, replace=replace
     )
-    replies = followed(session, session.client.snapshots.RestoreSnapshot, request)
-    [memory] = _last([reply.memory for reply in replies if reply.HasField("memory")])
+    memory = _result(session, session.client.snapshots.RestoreSnapshot, request, "memory")
     entries = sum(layer.entries for layer in memory.layers)
     line = f"restored {target} from {snapshot} ({entries} entries)"
-    session.output.emit(plain(memory), lambda console: console.print(line, soft_wrap=True))
+    session.output.line(plain(memory), line)
 
 
 @app.command("pack", cls=ExampleCommand)
@@ -189,9 +182,8 @@ def pack(
     session = session_of(context)
     request = pb.PackSnapshotRequest(memory=name, name=snapshot, path=file)
     packed = _result(session, session.client.snapshots.PackSnapshot, request)
-    document = plain(packed) | {"archive": file}
     line = f"packed {packed.memory} {packed.name} into {file}"
-    session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
+    session.output.line(plain(packed) | {"archive": file}, line)
 
 
 @app.command("delete", cls=ExampleCommand)
@@ -199,9 +191,7 @@ def delete(
     context: typer.Context,
     name: MemoryName,
     snapshot: SnapshotName,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")
-    ] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete a snapshot. Asks first.
 
@@ -226,29 +216,16 @@ def _ref(memory: str, snapshot: str) -> pb.SnapshotRef:
     return pb.SnapshotRef(memory=memory, name=snapshot)
 
 
-def _result(session: Session, method: Any, request: Any) -> pb.SnapshotDescription:
-    """The snapshot that an operation ends with."""
-    replies = followed(session, method, request)
-    [found] = _last([reply.snapshot for reply in replies if reply.HasField("snapshot")])
-    described: pb.SnapshotDescription = found
-    return described
-
-
-def _last(found: list[Any]) -> list[Any]:
-    if not found:
+def _result(session: Session, method: Any, request: Any, field: str = "snapshot") -> Any:
+    """The snapshot, or the memory, that an operation ends with. Raises AdminError."""
+    replies = list(followed(session, method, request, field))
+    if not replies:
         raise AdminError("the service ended the operation without a result; see its log")
-    return found[-1:]
+    return getattr(replies[-1], field)
 
 
 def _emit(session: Session, verb: str, snapshot: pb.SnapshotDescription) -> None:
     mib = snapshot.content_bytes / 2**20
     line = f"{verb} {snapshot.memory} {snapshot.name}: {snapshot.entries} entries, {mib:.1f} MiB, {snapshot.path}"
-    lines = [line, *([f"note: {snapshot.remark}"] if snapshot.remark else [])]
-    text = "\n".join(lines)
-    session.output.emit(plain(snapshot), lambda console: console.print(text, soft_wrap=True))
-
-
-def _date(unix_ms: int) -> str:
-    if not unix_ms:
-        return ""
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    note = f"\nnote: {snapshot.remark}" if snapshot.remark else ""
+    session.output.line(plain(snapshot), line + note)

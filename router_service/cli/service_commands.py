@@ -1,4 +1,4 @@
-"""`router-admin doctor`: what is wrong, and the command that helps."""
+"""How the service is: `router-admin stats`, `health` and `doctor`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,74 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from knnmoe.v1 import doctor_pb2 as pb
+from knnmoe.v1 import doctor_pb2 as doctor_pb
+from knnmoe.v1 import memory_admin_pb2 as pb
 from pydantic import ValidationError
 from rich.console import Console
 
 from router_service import __version__
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import BadInput, ExitCode, Unreachable
-from router_service.cli.output import plain
-from router_service.cli.session import session_of
+from router_service.cli.output import plain, session_of, table
 from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
 from router_service.settings import ServiceSettings
+
+SERVICES = ("knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
+
+
+def stats(
+    context: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Only this memory, e.g. bible; all when left out.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show what the service holds and what it has done since it started.
+
+    Example:
+      router-admin stats
+      router-admin --json stats bible
+
+    """
+    if name == "":  # to the service: all
+        raise BadInput("NAME: got '', expected the name of a memory, or nothing for all")
+    session = session_of(context)
+    reply = session.client.unary(session.client.admin.Stats, pb.StatsRequest(memory=name))
+    document = plain(reply)
+
+    def render(console: Console) -> None:
+        service = [
+            ("version", document["service_version"]),
+            ("uptime", f"{document['uptime_s']} s"),
+            ("resident", f"{document['resident_bytes'] / 2**20:.0f} MiB"),
+            ("calls in flight", str(document["in_flight"])),
+        ]
+        console.print(table(("service", ""), service))
+        for memory in document["memories"]:
+            layers = memory["layers"]
+            console.print(table(tuple(layers[0]), layers, title=memory["memory"]))
+
+    session.output.emit(document, render)
+
+
+def health(context: typer.Context) -> None:
+    """Ask the service whether it serves. Exit code 0: it does; 1: it is up but does not; 3: nobody answers.
+
+    Example:
+      router-admin --target unix:/run/knnmoe.sock health
+
+    """
+    session = session_of(context)
+    services = {name: session.client.serving_status(name) for name in SERVICES}
+    serving = all(status == "SERVING" for status in services.values())
+    document = {"target": session.client.target, "serving": serving, "services": services}
+    session.output.table(document, ("service", "status"), list(services.items()))
+    if not serving:
+        raise typer.Exit(ExitCode.REFUSED)
 
 
 def doctor(
@@ -58,14 +115,16 @@ def doctor(
         findings = list(diagnose_directory(data, minimum, deep=deep))
     sound = all(finding.severity is not Severity.ERROR for finding in findings)
     document = {"sound": sound, "findings": [asdict(finding) for finding in findings]}
-    session.output.emit(document, lambda console: _render(console, findings))
+    session.output.line(document, _text(findings))
     if not sound:
         raise typer.Exit(ExitCode.REFUSED)
 
 
 def _of_service(client: AdminClient, deep: bool) -> list[Finding]:
     try:
-        reply = client.unary(client.doctor.Diagnose, pb.DiagnoseRequest(deep=deep), long=True)
+        reply = client.unary(
+            client.doctor.Diagnose, doctor_pb.DiagnoseRequest(deep=deep), long=True
+        )
     except Unreachable as unreachable:
         remedy = f"router-service serve --data DIR --listen {client.target}"
         return [error("service", str(unreachable), remedy)]
@@ -76,7 +135,7 @@ def _of_service(client: AdminClient, deep: bool) -> list[Finding]:
     return findings
 
 
-def _decoded(message: pb.Finding) -> Finding:
+def _decoded(message: doctor_pb.Finding) -> Finding:
     severity = Severity(plain(message)["severity"])
     return Finding(severity, message.check, message.what, message.remedy)
 
@@ -93,14 +152,12 @@ def _settings(data: Path) -> ServiceSettings:
         raise BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}") from invalid
 
 
-def _render(console: Console, findings: list[Finding]) -> None:
+def _text(findings: list[Finding]) -> str:
+    """Each finding with its remedy, and how many there are of each severity."""
+    lines = []
     for finding in findings:
-        _print(console, f"{finding.severity:8} {finding.check}: {finding.what}")
+        lines.append(f"{finding.severity:8} {finding.check}: {finding.what}")
         if finding.remedy:
-            _print(console, f"{'':8} -> {finding.remedy}")
+            lines.append(f"{'':8} -> {finding.remedy}")
     counts = Counter(finding.severity for finding in findings)
-    _print(console, ", ".join(f"{counts[severity]} {severity}" for severity in Severity))
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
+    return "\n".join([*lines, ", ".join(f"{counts[severity]} {severity}" for severity in Severity)])
