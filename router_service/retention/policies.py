@@ -28,7 +28,7 @@ def agreement_scores(run: Run, policy: Agreement) -> F64:
     """
     agreement = np.full(len(run.ledger), np.inf)
     for rows, page in run.kept_pages(policy.name):
-        found, cut_off = run.search.nearest_elsewhere(page, policy.neighbours)
+        found, cut_off = run.nearest_elsewhere(page, policy.neighbours, run.ledger.keeps)
         similarities = run.reading.similarities(found.distances)
         average = kernel_average(run.reading.dense(found.values), similarities)
         nearest = similarities[:, 0]
@@ -85,7 +85,9 @@ def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[Links]:
         return ~_within(found.distances[:, -1], run.reading, policy)
 
     for rows, page in run.kept_pages(policy.name):
-        for found in run.search.widening(page, _FIRST_WIDTH, enough, other_examples=False):
+        for found in run.widening(
+            page, _FIRST_WIDTH, enough, run.ledger.keeps, other_examples=False
+        ):
             mine, others = page.values[found.rows], found.neighbours
             near = found.counted & _near(mine, others, run.reading, policy)
             other_rows, _ = run.ledger.rows_of(others.ids)

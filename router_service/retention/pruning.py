@@ -23,7 +23,7 @@ from router_service.retention.plan import (
     validate,
 )
 from router_service.retention.policies import agreement_scores, not_covering, redundant
-from router_service.retention.run import U32, Ledger, Run
+from router_service.retention.run import U32, Ledger, Run, everyone
 from router_service.retention.scores import LayerReading
 
 # Another stream of numbers than Random's: a sample of its victims would be no sample.
@@ -74,30 +74,20 @@ def plan_prune(
     """
     options = options or PruneOptions()
     validate(plan, reading.settings.kind)
-    columns = _read_columns(collection, plan, reading, options)
-    ledger = Ledger(columns.ids)
-    run = Run(collection, reading, options.page_entries, options.on_page, ledger, columns.gains)
+    run = _first_pass(collection, plan, reading, options)
     forget = _forget_of(plan)
-    _require_enough_left(plan, columns.scores.get(forget))
+    _require_enough_left(plan, run.scores.get(forget))
     for number, policy in plan.in_order():
-        _apply(run, columns, number, policy)
-    _shrink(run, columns, plan)
-    rescued = ledger.rescue(plan.keep_at_least, forget)
+        _apply(run, number, policy)
+    _shrink(run, plan)
+    rescued = run.ledger.rescue(plan.keep_at_least, forget)
     return _result(run, plan, rescued, options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """What the first pass reads of n entries."""
-
-    ids: U64
-    gains: F64
-    scores: dict[int, F64]  # by number of a policy that looks at entries one by one
-
-
-def _read_columns(
+def _first_pass(
     collection: Collection, plan: PrunePlan, reading: LayerReading, options: PruneOptions
-) -> _Columns:
+) -> Run:
+    """Reads ids, gains and what the policies that look at entries one by one say of them."""
     alone = {
         number: policy
         for number, policy in enumerate(plan.policies)
@@ -114,27 +104,34 @@ def _read_columns(
             parts[number].append(policy.scores(page, reading))
         done += len(page)
         options.on_page("read", done)
-    columns = {number: np.concatenate(column) for number, column in parts.items()}
-    return _Columns(np.concatenate(ids), np.concatenate(gains), columns)
+    return Run(
+        collection,
+        reading,
+        options.page_entries,
+        options.on_page,
+        Ledger(np.concatenate(ids)),
+        np.concatenate(gains),
+        {number: np.concatenate(column) for number, column in parts.items()},
+    )
 
 
-def _apply(run: Run, columns: _Columns, number: int, policy: Policy) -> None:
+def _apply(run: Run, number: int, policy: Policy) -> None:
     """Drops what a policy with a threshold drops."""
     if isinstance(policy, NearDuplicates):
         run.ledger.drop(number, redundant(run, policy), run.gains)
     elif not isinstance(policy, Coverage) and policy.threshold is not None:
-        found = _scores_of(run, columns, number, policy)
+        found = _scores_of(run, number, policy)
         run.ledger.drop(number, found < policy.threshold, found)
 
 
-def _scores_of(run: Run, columns: _Columns, number: int, policy: RowPolicy | Agreement) -> F64:
+def _scores_of(run: Run, number: int, policy: RowPolicy | Agreement) -> F64:
     """Scores [n]: those of the first pass, or of a pass of their own."""
     if isinstance(policy, Agreement):
         return agreement_scores(run, policy)
-    return columns.scores[number]
+    return run.scores[number]
 
 
-def _shrink(run: Run, columns: _Columns, plan: PrunePlan) -> None:
+def _shrink(run: Run, plan: PrunePlan) -> None:
     """Drops the lowest of what is left, down to max_entries."""
     ranking, size = plan.ranking(), plan.max_entries
     kept = run.ledger.kept
@@ -145,8 +142,7 @@ def _shrink(run: Run, columns: _Columns, plan: PrunePlan) -> None:
     if isinstance(policy, Coverage):
         going = not_covering(run, policy, size)
     elif not isinstance(policy, NearDuplicates):
-        ranked = _scores_of(run, columns, number, policy)
-        going = scores.lowest(ranked, kept, left - size)
+        going = scores.lowest(_scores_of(run, number, policy), kept, left - size)
     run.ledger.drop(number, going, np.zeros(len(run.ledger)))
 
 
@@ -198,8 +194,8 @@ def _effect_on_sample(run: Run, queries: int, seed: int) -> dict[str, float]:
     if not parts:
         return {}
     sample, k = Entries.concat(parts), run.reading.settings.neighbours
-    before, _ = run.search_of_all.nearest_elsewhere(sample, k)
-    after, cut_off = run.search.nearest_elsewhere(sample, k)
+    before, _ = run.nearest_elsewhere(sample, k, everyone)
+    after, cut_off = run.nearest_elsewhere(sample, k, run.ledger.keeps)
     rows, _ = run.ledger.rows_of(sample.ids)
     run.mark_cut_off(rows[cut_off])
     return scores.expected_effect(sample.values, before, after, run.reading)

@@ -24,7 +24,7 @@ from router_service.arrays import (
     Rows,
     rows_of,
 )
-from router_service.backends.base import Collection, SearchOptions, pages
+from router_service.backends.base import Collection, pages
 from router_service.retention.scores import LayerReading
 
 U32 = NDArray[np.uint32]
@@ -94,6 +94,8 @@ class Ledger:
 
 # Whether each query [T] has seen enough, from what was found and which slots [T, w] count.
 Enough = Callable[[Neighbours, Bool], Bool]
+# Which entries count, by their ids [...].
+Among = Callable[[U64], Bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +108,50 @@ class Found:
     cut_off: Bool  # [t]: there may be more, beyond MAX_WIDTH
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How to search a collection for neighbours that count."""
+def everyone(ids: U64) -> Bool:
+    """Dropped entries count as well: all that a search found [...]."""
+    return ids != NO_ID
+
+
+@dataclass(slots=True)
+class Run:
+    """A run over one layer of n entries."""
 
     collection: Collection
-    options: SearchOptions
-    keeps: Callable[[U64], Bool]
-    num_experts: int
+    reading: LayerReading
+    page_entries: int
+    on_page: Callable[[str, int], None]
+    ledger: Ledger
+    gains: F64  # [n], in nats
+    scores: dict[int, F64]  # [n] by number of a policy that looks at entries one by one
+    cut_off: Bool = field(init=False)  # [n]: whose neighbourhood could not be seen whole
+
+    def __post_init__(self) -> None:
+        self.cut_off = np.zeros(len(self.ledger), np.bool_)
+
+    def kept_pages(self, stage: str) -> Iterator[tuple[Rows, Entries]]:
+        """Entries that are still in when their page comes, with keys, and their rows; reports progress."""
+        done = 0
+        for page in pages(self.collection, self.page_entries, with_keys=True):
+            chosen = np.flatnonzero(self.ledger.keeps(page.ids))
+            if len(chosen):
+                rows, _ = self.ledger.rows_of(page.ids[chosen])
+                yield rows, page.take(chosen)
+                done += len(rows)
+                self.on_page(stage, done)
+
+    def mark_cut_off(self, rows: Rows) -> None:
+        """Neighbourhoods of these entries were too full of dropped entries or of equals to be seen whole."""
+        self.cut_off[rows] = True
 
     def widening(
-        self, queries: Entries, first_width: int, enough: Enough, *, other_examples: bool
+        self,
+        queries: Entries,
+        first_width: int,
+        enough: Enough,
+        among: Among,
+        *,
+        other_examples: bool,
     ) -> Iterator[Found]:
         """Every query once, as soon as it has seen enough, every entry, or MAX_WIDTH of them.
 
@@ -127,7 +162,7 @@ class Search:
         while len(waiting):
             again: list[Rows] = []
             for rows in np.array_split(waiting, self._parts(queries, len(waiting), width)):
-                found = self._once(queries, rows, width, other_examples)
+                found = self._search(queries, rows, width, among, other_examples)
                 exhausted = found.neighbours.ids[:, -1] == NO_ID
                 satisfied = exhausted | enough(found.neighbours, found.counted)
                 done = satisfied | (width >= MAX_WIDTH)
@@ -136,7 +171,7 @@ class Search:
                     yield _part(found, np.flatnonzero(done), ~satisfied[done])
             waiting, width = np.concatenate(again), min(2 * width, MAX_WIDTH)
 
-    def nearest_elsewhere(self, queries: Entries, k: int) -> tuple[Neighbours, Bool]:
+    def nearest_elsewhere(self, queries: Entries, k: int, among: Among) -> tuple[Neighbours, Bool]:
         """The k nearest from other examples that count [T, k], and which queries [T] were cut off."""
         result = Neighbours.empty(len(queries), k, queries.values.shape[1])
         cut_off = np.zeros(len(queries), np.bool_)
@@ -144,24 +179,27 @@ class Search:
         def enough(_: Neighbours, counted: Bool) -> Bool:
             return counted.sum(axis=1) >= k
 
-        for found in self.widening(queries, k, enough, other_examples=True):
+        for found in self.widening(queries, k, enough, among, other_examples=True):
             _fill(result, found, k)
             cut_off[found.rows] = found.cut_off
         return result, cut_off
 
     def _parts(self, queries: Entries, waiting: int, width: int) -> int:
         """Into how many searches to split, so that neither value rows nor dense values fill the RAM."""
-        numbers = width * max(queries.values.shape[1], self.num_experts)
+        numbers = width * max(queries.values.shape[1], self.reading.num_experts)
         at_once = min(max(1, _MAX_NUMBERS // numbers), _MAX_QUERIES)
         return -(-waiting // at_once)
 
-    def _once(self, queries: Entries, rows: Rows, width: int, other_examples: bool) -> Found:
+    def _search(
+        self, queries: Entries, rows: Rows, width: int, among: Among, other_examples: bool
+    ) -> Found:
         origins = [queries.provenance[row] for row in rows]
         exclude: Sequence[ExampleRef] = [ExampleRef(o.source, o.example) for o in origins]
+        options = self.reading.settings.search
         found = self.collection.search(
-            queries.keys[rows], width, self.options, exclude if other_examples else ()
+            queries.keys[rows], width, options, exclude if other_examples else ()
         )
-        return Found(rows, found, self.keeps(found.ids), np.zeros(len(rows), np.bool_))
+        return Found(rows, found, among(found.ids), np.zeros(len(rows), np.bool_))
 
 
 def _part(found: Found, rows: Rows, cut_off: Bool) -> Found:
@@ -180,48 +218,3 @@ def _fill(result: Neighbours, found: Found, k: int) -> None:
     result.ids[target, slot] = found.neighbours.ids[query, source]
     result.distances[target, slot] = found.neighbours.distances[query, source]
     result.values[target, slot] = found.neighbours.values[query, source]
-
-
-@dataclass(slots=True)
-class Run:
-    """A run over one layer of n entries."""
-
-    collection: Collection
-    reading: LayerReading
-    page_entries: int
-    on_page: Callable[[str, int], None]
-    ledger: Ledger
-    gains: F64  # [n], in nats
-    cut_off: Bool = field(init=False)  # [n]: whose neighbourhood could not be seen whole
-
-    def __post_init__(self) -> None:
-        self.cut_off = np.zeros(len(self.ledger), np.bool_)
-
-    @property
-    def search(self) -> Search:
-        """Searches among the entries that are still in."""
-        return self._search(self.ledger.keeps)
-
-    @property
-    def search_of_all(self) -> Search:
-        """Searches among all entries."""
-        return self._search(lambda ids: ids != NO_ID)
-
-    def _search(self, keeps: Callable[[U64], Bool]) -> Search:
-        options = self.reading.settings.search
-        return Search(self.collection, options, keeps, self.reading.num_experts)
-
-    def kept_pages(self, stage: str) -> Iterator[tuple[Rows, Entries]]:
-        """Entries that are still in when their page comes, with keys, and their rows; reports progress."""
-        done = 0
-        for page in pages(self.collection, self.page_entries, with_keys=True):
-            chosen = np.flatnonzero(self.ledger.keeps(page.ids))
-            if len(chosen):
-                rows, _ = self.ledger.rows_of(page.ids[chosen])
-                yield rows, page.take(chosen)
-                done += len(rows)
-                self.on_page(stage, done)
-
-    def mark_cut_off(self, rows: Rows) -> None:
-        """Neighbourhoods of these entries were too full of dropped entries or of equals to be seen whole."""
-        self.cut_off[rows] = True

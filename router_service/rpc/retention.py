@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
@@ -35,6 +36,8 @@ from router_service.rpc.routing import Memories
 
 # The service puts each layer's own in this place.
 _NO_HITS = HitCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
+# The fields that a plan sets, by name.
+_Given = Mapping[str, Any]
 
 
 class RetentionService(retention_pb2_grpc.RetentionServiceServicer):
@@ -90,13 +93,13 @@ def decode_filter(field: str, message: pb.EntryFilter) -> EntryFilter:
 
 def decode_plan(message: pb.PrunePlan) -> PruneRequest:
     """Raises InvalidField on a field that is out of range; the memory checks the rest."""
-    policies = [*_with_thresholds(message), *_ranking(message)]
-    share = message.max_share if message.HasField("max_share") else None
+    given = {field.name: value for field, value in message.ListFields()}
+    policies = [*_with_thresholds(given), *_ranking(given)]
+    share, size = given.get("max_share"), given.get("max_entries")
     if share is not None and not 0 < share <= 1:
         raise InvalidField("plan.max_share", share, "a share in (0, 1], e.g. 0.5")
-    size = message.max_entries if message.HasField("max_entries") else None
+    keep = given.get("keep_at_least", 1)
     # A plan for shares is checked as one for a number; the layer's own number replaces it.
-    keep = message.keep_at_least if message.HasField("keep_at_least") else 1
     size = max(1, keep) if share is not None else size
     return PruneRequest(PrunePlan(policies, keep, size), share, message.seed)
 
@@ -114,77 +117,65 @@ def encode_pruning(done: LayerPruning) -> pb.LayerPruning:
     )
 
 
-def _with_thresholds(message: pb.PrunePlan) -> list[Policy]:
+def _with_thresholds(given: _Given) -> list[Policy]:
     policies: list[Policy] = []
-    if message.forget:
-        policies.append(_forget(message))
-    if message.HasField("older_than_unix_ms"):
-        policies.append(Age(message.older_than_unix_ms))
-    if message.HasField("unused_below"):
-        policies.append(Use(_NO_HITS, message.unused_below, _spare(message)))
-    if message.HasField("gain_below"):
-        policies.append(Gain(_finite("gain_below", message.gain_below)))
-    if message.HasField("strength_below"):
-        policies.append(Strength(_finite("strength_below", message.strength_below)))
-    if message.HasField("agreement_below"):
-        policies.append(Agreement(_within("agreement_below", message.agreement_below, -1, 1)))
-    if message.HasField("near_duplicate_similarity"):
-        policies.append(_near_duplicates(message))
-    elif message.HasField("near_duplicate_agreement"):
-        _refuse_alone(
-            "near_duplicate_agreement",
-            message.near_duplicate_agreement,
-            "near_duplicate_similarity",
-        )
-    if message.HasField("spare_newer_than_unix_ms") and not _uses_hits(message):
-        _refuse_alone("spare_newer_than_unix_ms", message.spare_newer_than_unix_ms, "unused_below")
+    spare = given.get("spare_newer_than_unix_ms")
+    if "forget" in given:
+        policies.append(_forget(given["forget"]))
+    if "older_than_unix_ms" in given:
+        policies.append(Age(given["older_than_unix_ms"]))
+    if "unused_below" in given:
+        policies.append(Use(_NO_HITS, given["unused_below"], spare))
+    if "gain_below" in given:
+        policies.append(Gain(_finite("gain_below", given["gain_below"])))
+    if "strength_below" in given:
+        policies.append(Strength(_finite("strength_below", given["strength_below"])))
+    if "agreement_below" in given:
+        policies.append(Agreement(_within("agreement_below", given["agreement_below"], -1, 1)))
+    if "near_duplicate_similarity" in given:
+        policies.append(_near_duplicates(given))
+    elif "near_duplicate_agreement" in given:
+        _refuse_alone(given, "near_duplicate_agreement", "near_duplicate_similarity")
+    by_use = "unused_below" in given or given.get("by") == pb.PRUNE_RANKING_USE
+    if spare is not None and not by_use:
+        _refuse_alone(given, "spare_newer_than_unix_ms", "unused_below")
     return policies
 
 
-def _forget(message: pb.PrunePlan) -> Forget:
-    wanted = [decode_filter(f"plan.forget[{n}]", one) for n, one in enumerate(message.forget)]
+def _forget(filters: Sequence[pb.EntryFilter]) -> Forget:
+    wanted = [decode_filter(f"plan.forget[{n}]", one) for n, one in enumerate(filters)]
     examples = [ExampleRef(one.source, one.example) for one in wanted if one.example is not None]
     sources = [one.source for one in wanted if one.example is None]
     return Forget(frozenset(examples), frozenset(sources))
 
 
-def _near_duplicates(message: pb.PrunePlan) -> NearDuplicates:
-    similarity = message.near_duplicate_similarity
-    agreement = 0.9
-    if message.HasField("near_duplicate_agreement"):
-        agreement = message.near_duplicate_agreement
+def _near_duplicates(given: _Given) -> NearDuplicates:
+    similarity = given["near_duplicate_similarity"]
+    agreement = given.get("near_duplicate_agreement", 0.9)
     if not 0 < similarity <= 1:
         raise InvalidField("plan.near_duplicate_similarity", similarity, "in (0, 1], e.g. 0.98")
     return NearDuplicates(similarity, _within("near_duplicate_agreement", agreement, -1, 1))
 
 
-def _ranking(message: pb.PrunePlan) -> list[Policy]:
-    if not message.WhichOneof("size"):
-        if message.by:
-            _refuse_alone("by", message.by, "max_entries or max_share")
+def _ranking(given: _Given) -> list[Policy]:
+    by = given.get("by", pb.PRUNE_RANKING_UNSPECIFIED)
+    if not given.keys() & {"max_entries", "max_share"}:
+        if by:
+            _refuse_alone(given, "by", "max_entries or max_share")
         return []
     make: dict[int, Callable[[], Policy]] = {
         pb.PRUNE_RANKING_AGE: Age,
-        pb.PRUNE_RANKING_USE: lambda: Use(_NO_HITS, None, _spare(message)),
+        pb.PRUNE_RANKING_USE: lambda: Use(_NO_HITS, None, given.get("spare_newer_than_unix_ms")),
         pb.PRUNE_RANKING_GAIN: Gain,
         pb.PRUNE_RANKING_STRENGTH: Strength,
         pb.PRUNE_RANKING_DISAGREEMENT: Agreement,
         pb.PRUNE_RANKING_COVERAGE: Coverage,
-        pb.PRUNE_RANKING_RANDOM: lambda: Random(message.seed),
+        pb.PRUNE_RANKING_RANDOM: lambda: Random(given.get("seed", 0)),
     }
-    if message.by not in make:
+    if by not in make:
         expected = ", ".join(pb.PruneRanking.keys()[1:])
-        raise InvalidField("plan.by", message.by or "nothing", f"who goes first: {expected}")
-    return [make[message.by]()]
-
-
-def _spare(message: pb.PrunePlan) -> int | None:
-    given = message.HasField("spare_newer_than_unix_ms")
-    return message.spare_newer_than_unix_ms if given else None
-
-
-def _uses_hits(message: pb.PrunePlan) -> bool:
-    return message.HasField("unused_below") or message.by == pb.PRUNE_RANKING_USE
+        raise InvalidField("plan.by", by or "nothing", f"who goes first: {expected}")
+    return [make[by]()]
 
 
 def _finite(name: str, value: float) -> float:
@@ -199,5 +190,5 @@ def _within(name: str, value: float, least: float, most: float) -> float:
     return value
 
 
-def _refuse_alone(name: str, value: object, needed: str) -> None:
-    raise InvalidField(f"plan.{name}", value, f"it together with plan.{needed}")
+def _refuse_alone(given: _Given, name: str, needed: str) -> None:
+    raise InvalidField(f"plan.{name}", given[name], f"it together with plan.{needed}")
