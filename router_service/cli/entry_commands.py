@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import AdminError, BadInput, ServiceRefused, Unreachable
-from router_service.cli.options import MemoryName
+from router_service.cli.options import MemoryName, environment_problem
 from router_service.cli.output import Session, parse_plain, plain, session_of, table
 from router_service.cli.service_endpoint import ServiceEndpoint, ServiceEntries
 from router_service.errors import (
@@ -69,9 +69,7 @@ def copy_errors() -> Iterator[None]:
     except RoutingServiceError as error:
         raise AdminError(str(error)) from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = "_".join(str(part) for part in problem["loc"]).upper()
-        raise BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}") from error
+        raise environment_problem(error) from error
 
 
 def _fsync(help_text: str) -> Any:

@@ -261,12 +261,12 @@ def replace(
     by: Annotated[
         str,
         typer.Option(
-            metavar="OTHER", help="Memory that takes its place, e.g. law-2.", show_default=False
+            metavar="OTHER", help="Memory that is swapped in, e.g. law-2.", show_default=False
         ),
     ],
     yes: Yes = False,
 ) -> None:
-    """Let a rebuilt memory take the place of another, from one lookup to the next. Asks first.
+    """Swap a rebuilt memory in for another, from one lookup to the next. Asks first.
 
     NAME has the entries, settings and hit counts of OTHER then, whose name is gone; the entries that NAME
     had are removed. Both must be of the same model and kind.

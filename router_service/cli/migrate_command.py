@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from router_service.cli import options
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.entry_commands import copy_errors, require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted
+from router_service.cli.operation_commands import first_interrupt
 from router_service.cli.output import Session, session_of, table
 from router_service.cli.service_endpoint import EMBEDDED, ServiceEndpoint
 from router_service.errors import (
@@ -274,27 +274,15 @@ def _opened(
 def interruptible(reason: str) -> Iterator[Callable[[], None]]:
     """Yields a function that raises Interrupted with `reason` once Ctrl-C was pressed; to be called often.
 
-    A second Ctrl-C ends the process at once, which a store survives as it survives SIGKILL. Only the main thread hears
-    signals; elsewhere nothing changes.
+    A second Ctrl-C ends the process at once, which a store survives as it survives SIGKILL.
     """
-    pressed = threading.Event()
+    with first_interrupt(signal.SIG_DFL) as pressed:
 
-    def check() -> None:
-        if pressed.is_set():
-            raise Interrupted(reason)
+        def check() -> None:
+            if pressed.is_set():
+                raise Interrupted(reason)
 
-    def on_interrupt(*_: object) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():
         yield check
-        return
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _watched(progress: Progress, check: Callable[[], None]) -> Progress:

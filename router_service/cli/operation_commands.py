@@ -26,59 +26,56 @@ def followed(session: Session, method: Any, request: Any, result: str) -> Iterat
     At Ctrl-C the operation is cancelled, its last words are awaited, and Interrupted is raised; a second Ctrl-C does
     not wait.
     """
-    watcher = _Watcher(session)
-    with watcher.interruptible(), session.output.operation() as show:
-        call = method(request)
+    with (
+        first_interrupt(signal.default_int_handler) as pressed,
+        session.output.operation() as show,
+    ):
+        call, cancelled = method(request), False
         try:
+            # Replies come a few times a second, so an interrupt is seen soon; the first one has the operation's id.
             for reply in session.client.replies(call, long=True):
-                watcher.heard(call, reply.operation)
+                if pressed.is_set() and not cancelled:
+                    cancelled = True
+                    _cancel(session, call, reply.operation)
                 show(reply.operation)
                 if reply.HasField(result):
                     yield reply
         except AdminError as error:
-            if watcher.interrupted:
+            if pressed.is_set():
                 raise Interrupted(f"interrupted: {error}") from error
             raise
 
 
-class _Watcher:
-    """Turns the first SIGINT into a CancelOperation, as soon as the operation's id is known."""
+def _cancel(session: Session, call: Any, operation: pb.Operation) -> None:
+    remark = f"router-admin: cancelling operation {operation.id}; Ctrl-C again leaves at once"
+    session.output.remark(remark)
+    try:
+        cancel = session.client.operations.CancelOperation
+        cancel(pb.CancelOperationRequest(id=operation.id), timeout=10)
+    except grpc.RpcError:  # then the end of the call cancels it
+        call.cancel()
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._asked = False
-        self.interrupted = False
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Only the main thread hears signals; elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+@contextmanager
+def first_interrupt(second: Any) -> Iterator[threading.Event]:
+    """Yields an event that the first Ctrl-C sets; the next one finds `second` as its handler.
 
-    def heard(self, call: Any, operation: pb.Operation) -> None:
-        """A reply came; they come a few times a second."""
-        if self.interrupted and not self._asked:
-            self._asked = True
-            self._cancel(call, operation)
+    Only the main thread hears signals; elsewhere nothing changes.
+    """
+    pressed = threading.Event()
 
-    def _on_interrupt(self, *_: object) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def on_interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, second)  # first: Event.set() must not be entered twice
+        pressed.set()
 
-    def _cancel(self, call: Any, operation: pb.Operation) -> None:
-        remark = f"router-admin: cancelling operation {operation.id}; Ctrl-C again leaves at once"
-        self._session.output.remark(remark)
-        try:
-            cancel = self._session.client.operations.CancelOperation
-            cancel(pb.CancelOperationRequest(id=operation.id), timeout=10)
-        except grpc.RpcError:  # then the end of the call cancels it
-            call.cancel()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 app = command_group("Look at and cancel long operations: optimize, prune, snapshots.")

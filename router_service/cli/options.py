@@ -64,6 +64,13 @@ def setting_help(settings: type[BaseSettings], name: str, prefix: str = "") -> s
     return f"{field.description} [env var: ROUTER_SERVICE_{prefix}{name.upper()}; {default}]"
 
 
+def environment_problem(invalid: ValidationError) -> BadInput:
+    """The first setting of the environment that cannot be used."""
+    problem = invalid.errors()[0]
+    name = "_".join(str(part) for part in problem["loc"]).upper()
+    return BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}")
+
+
 _PREFIX = "qdrant_"
 _help = partial(setting_help, QdrantSettings, prefix="QDRANT_")
 

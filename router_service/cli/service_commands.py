@@ -16,6 +16,7 @@ from rich.console import Console
 from router_service import __version__
 from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import BadInput, ExitCode, Unreachable
+from router_service.cli.options import environment_problem
 from router_service.cli.output import plain, session_of, table
 from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
 from router_service.settings import ServiceSettings
@@ -147,9 +148,7 @@ def _settings(data: Path) -> ServiceSettings:
     try:
         return ServiceSettings(**given)
     except ValidationError as invalid:
-        problem = invalid.errors()[0]
-        name = "_".join(str(part) for part in problem["loc"]).upper()
-        raise BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}") from invalid
+        raise environment_problem(invalid) from invalid
 
 
 def _text(findings: list[Finding]) -> str:

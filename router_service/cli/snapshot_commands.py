@@ -125,7 +125,7 @@ def restore(
         bool,
         typer.Option(
             "--replace",
-            help="Take the place of the memory that is served under that name, e.g. --replace --yes.",
+            help="Swap it in for the memory that is served under that name, e.g. --replace --yes.",
         ),
     ] = False,
     yes: Annotated[

@@ -45,31 +45,31 @@ Links = tuple[Rows, Rows, Rows]
 
 def redundant(run: Run, policy: NearDuplicates) -> Bool:
     """Which of the n entries go."""
-    place = places(run.gains)
+    rank = gain_ranks(run.gains)
     none = np.empty(0, np.intp)
-    links = zip((none, none, none), *_links(run, policy, place), strict=True)
+    links = zip((none, none, none), *_links(run, policy, rank), strict=True)
     worse, better, truncated = (np.concatenate(column) for column in links)
-    return sent_away((worse, better, truncated), place)
+    return sent_away((worse, better, truncated), rank)
 
 
-def places(gains: F64) -> Rows:
-    """Place [n] of each entry: from the highest gain down, equals by row."""
-    place = np.empty(len(gains), np.intp)
-    place[np.lexsort((np.arange(len(gains)), -gains))] = np.arange(len(gains))
-    return place
+def gain_ranks(gains: F64) -> Rows:
+    """Rank [n] of each entry: from the highest gain down, equals by row."""
+    rank = np.empty(len(gains), np.intp)
+    rank[np.lexsort((np.arange(len(gains)), -gains))] = np.arange(len(gains))
+    return rank
 
 
-def sent_away(links: Links, place: Rows) -> Bool:
-    """Which of n entries go, by their links and places.
+def sent_away(links: Links, rank: Rows) -> Bool:
+    """Which of n entries go, by their links and ranks.
 
-    From the best place on, an entry that is still in sends away all that are linked to it, so nobody goes for the sake
+    From the best rank on, an entry that is still in sends away all that are linked to it, so nobody goes for the sake
     of a chain. An entry whose links are incomplete goes for any better one that it is linked to: a huge group of
     equals, of which each entry sees only some, shrinks all the same.
     """
     worse, better, incomplete = links
-    truncated, gone = np.zeros((2, len(place)), np.bool_)
+    truncated, gone = np.zeros((2, len(rank)), np.bool_)
     truncated[incomplete] = True
-    order = np.lexsort((worse, place[better]))
+    order = np.lexsort((worse, rank[better]))
     worse, better = worse[order], better[order]
     starts = np.flatnonzero(np.diff(better, prepend=-1))
     for start, stop in zip(starts, np.append(starts, len(better))[1:], strict=True):
@@ -78,7 +78,7 @@ def sent_away(links: Links, place: Rows) -> Bool:
     return gone
 
 
-def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[Links]:
+def _links(run: Run, policy: NearDuplicates, rank: Rows) -> Iterator[Links]:
     """Links page by page; each entry sees every neighbour that is near enough, or is marked as truncated."""
 
     def enough(found: Neighbours, _: Bool) -> Bool:
@@ -92,7 +92,7 @@ def _links(run: Run, policy: NearDuplicates, place: Rows) -> Iterator[Links]:
             near = found.counted & _near(mine, others, run.reading, policy)
             other_rows, _ = run.ledger.rows_of(others.ids)
             run.mark_cut_off(rows[found.rows[found.cut_off]])
-            yield links_to_better(rows[found.rows], other_rows, near, place, found.cut_off)
+            yield links_to_better(rows[found.rows], other_rows, near, rank, found.cut_off)
 
 
 def _near(
@@ -110,14 +110,14 @@ def _within(distances: F32, reading: LayerReading, policy: NearDuplicates) -> Bo
 
 
 def links_to_better(
-    rows: Rows, neighbour_rows: Rows, near: Bool, place: Rows, cut_off: Bool
+    rows: Rows, neighbour_rows: Rows, near: Bool, rank: Rows, cut_off: Bool
 ) -> Links:
-    """Links of entries `rows` [T] to those of their neighbours [T, K] that are `near` and have a better place.
+    """Links of entries `rows` [T] to those of their neighbours [T, K] that are `near` and have a better rank.
 
     cut_off [T]: entries that may have more such neighbours than K. An entry among its own neighbours is no link.
     """
-    better = near & (place[neighbour_rows] < place[rows][:, None])
-    order = np.argsort(np.where(better, place[neighbour_rows], len(place)), axis=1, kind="stable")
+    better = near & (rank[neighbour_rows] < rank[rows][:, None])
+    order = np.argsort(np.where(better, rank[neighbour_rows], len(rank)), axis=1, kind="stable")
     first = order[:, :MAX_LINKS]
     entry, slot = np.nonzero(np.take_along_axis(better, first, axis=1))
     truncated = rows[cut_off | (better.sum(axis=1) > MAX_LINKS)]
@@ -191,7 +191,7 @@ def farthest_first(keys: F32, size: int, earlier: F32 | None = None) -> Rows:
 
 
 def block_share(size: int, total: int, start: int, stop: int) -> int:
-    """How many of `size` places entries [start, stop) of `total` get; blocks end to end get `size` together."""
+    """How many of the `size` that stay are among entries [start, stop) of `total`; the blocks have `size` together."""
     return size * stop // total - size * start // total
 
 

@@ -91,7 +91,7 @@ class Permits:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Bytes that could not be decoded, in the place of a request."""
+    """Bytes that could not be decoded, where a request should be."""
 
     size: int
 

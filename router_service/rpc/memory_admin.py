@@ -12,6 +12,8 @@ from knnmoe.v1 import doctor_pb2, doctor_pb2_grpc, memory_admin_pb2_grpc
 from knnmoe.v1 import memory_admin_pb2 as pb
 
 from router_service import __version__, checks
+from router_service.arrays import F32
+from router_service.backends.base import pages
 from router_service.doctor import Severity, diagnose_store
 from router_service.errors import InvalidField
 from router_service.jobs.optimize import optimized
@@ -78,7 +80,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     def ReplaceMemory(  # noqa: N802
         self, request: pb.ReplaceMemoryRequest, context: grpc.ServicerContext
     ) -> pb.ReplaceMemoryResponse:
-        """Lets a memory take the place of another."""
+        """Swaps a memory in under the name of another."""
         done = replace_memory(self._store, self._operations, request.memory, request.by)
         return pb.ReplaceMemoryResponse(
             memory=codec.encode_memory(done.memory), removed=done.removed
@@ -120,15 +122,10 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> Iterator[pb.ExportResponse]:
         """A layer's entries in the order of ids."""
         memory = self._store.get(request.memory)
-        layer = memory.layer(request.layer)
-        after, limit = None, _export_batch(memory, request.batch_size)
-        while len(
-            entries := layer.collection.scroll(after, limit, with_keys=not request.without_keys)
-        ):
-            yield pb.ExportResponse(
-                entries=codec.encode_entries(entries, memory.record.settings.kind)
-            )
-            after = int(entries.ids[-1])
+        collection, kind = memory.layer(request.layer).collection, memory.record.settings.kind
+        size = _export_batch(memory, request.batch_size)
+        for entries in pages(collection, size, with_keys=not request.without_keys):
+            yield pb.ExportResponse(entries=codec.encode_entries(entries, kind))
 
     def Calibrate(  # noqa: N802
         self, request: pb.CalibrateRequest, context: grpc.ServicerContext
@@ -179,20 +176,13 @@ def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[Laye
     quantile, sample = request.quantile or 0.5, request.sample or DEFAULT_SAMPLE
     if sample > MAX_SAMPLE:
         raise InvalidField("sample", sample, f"0 to {MAX_SAMPLE}")
-    if not request.inputs:
-        return [
-            memory.calibrate(number, request.lambda0, quantile, None, sample)
-            for number in (layer.layer for layer in filled_layers(memory))
-        ]
-    return [
-        memory.calibrate(
-            item.layer,
-            request.lambda0,
-            quantile,
-            codec.decode_floats("inputs.router_inputs", item.router_inputs),
-            sample,
-        )
+    # Without inputs every layer's own keys; a layer that is not read, or is empty, has nothing to measure.
+    inputs: list[tuple[int, F32 | None]] = [
+        (item.layer, codec.decode_floats("inputs.router_inputs", item.router_inputs))
         for item in request.inputs
+    ] or [(layer.layer, None) for layer in filled_layers(memory)]
+    return [
+        memory.calibrate(number, request.lambda0, quantile, rows, sample) for number, rows in inputs
     ]
 
 

@@ -112,9 +112,8 @@ def _layers(
             (memory.layer(item.layer), _inputs(memory, item.router_inputs))
             for item in request.inputs
         ]
-    if request.layers:
-        return [(layer, None) for layer in memory.chosen_layers(request.layers)]
-    return [(layer, None) for layer in filled_layers(memory)]
+    chosen = memory.chosen_layers(request.layers) if request.layers else filled_layers(memory)
+    return [(layer, None) for layer in chosen]
 
 
 def filled_layers(memory: RoutingMemory) -> list[LayerMemory]:

@@ -34,7 +34,7 @@ from router_service.rpc import codec
 from router_service.rpc.operations import encoded
 from router_service.rpc.routing import Memories
 
-# The service puts each layer's own in this place.
+# The service puts each layer's own here.
 _NO_HITS = HitCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
 # The fields that a plan sets, by name.
 _Given = Mapping[str, Any]

@@ -182,7 +182,7 @@ def _check_address(settings: ServiceSettings) -> None:
 
 
 def _refuse_live_socket(listen: str) -> None:
-    """Raises StorageError when another process answers on a Unix socket: gRPC would silently take its place."""
+    """Raises StorageError when another process answers on a Unix socket: gRPC would silently take the path from it."""
     if not listen.startswith("unix:"):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

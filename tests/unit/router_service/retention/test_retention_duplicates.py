@@ -155,7 +155,7 @@ def test_everyone_who_goes_is_linked_to_one_that_stays(n: int, seed: int) -> Non
     random = np.random.default_rng(seed)
     near = np.triu(random.random((n, n)) < 0.3, 1)
     near |= near.T
-    place = policies.places(random.integers(0, 3, n).astype(float))
+    place = policies.gain_ranks(random.integers(0, 3, n).astype(float))
     rows = np.arange(n)
     neighbour_rows = np.broadcast_to(rows, (n, n))
     links = policies.links_to_better(rows, neighbour_rows, near, place, np.zeros(n, np.bool_))
