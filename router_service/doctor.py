@@ -125,16 +125,12 @@ def _check_files(data: Path, *, in_use: bool, but: Collection[str] = ()) -> Find
 def check_versions() -> Findings:
     """Of this program, of its engine, and the formats that it reads."""
     yield fine("versions", f"knn-moe {__version__}")
-    yield _engine()
+    try:
+        yield fine("versions", f"{_ENGINE} {metadata.version(_ENGINE)}")
+    except metadata.PackageNotFoundError:
+        yield error("versions", f"{_ENGINE} is not installed", "pip install --upgrade knn-moe")
     formats = f"memory.json {manifest.FORMAT}, snapshots {snapshot_manifest.FORMAT}"
     yield fine("versions", f"reads and writes the formats: {formats}")
-
-
-def _engine() -> Finding:
-    try:
-        return fine("versions", f"{_ENGINE} {metadata.version(_ENGINE)}")
-    except metadata.PackageNotFoundError:
-        return error("versions", f"{_ENGINE} is not installed", "pip install --upgrade knn-moe")
 
 
 def lock_holder(memories: Path) -> str | None:

@@ -227,10 +227,7 @@ def quantize(
     if not measure:
         wanted = Compression(method or Quantization.NONE, search_dimension or 0, projection)
         change = quantization_pb.QuantizeRequest(
-            memory=name,
-            layers=layer,
-            compression=wanted.label,
-            oversampling=oversampling or 0,
+            memory=name, layers=layer, compression=wanted.label, oversampling=oversampling or 0
         )
         _quantize(session, change)
         return

@@ -17,25 +17,21 @@ from router_service.cli.errors import BadInput
 from router_service.settings import QdrantSettings
 
 
-class ExampleCommand(TyperCommand):
+class _Examples:
+    """Marks the paragraphs of a help with indented lines: a backspace on a line of its own stops re-wrapping."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        paragraphs = (kwargs.get("help") or "").split("\n\n")
+        marked = [f"\b\n{text}" if "\n  " in text else text for text in paragraphs]
+        super().__init__(*args, **kwargs | {"help": "\n\n".join(marked)})
+
+
+class ExampleCommand(_Examples, TyperCommand):
     """A command whose docstring shows examples."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_kept(kwargs))
 
-
-class ExampleGroup(TyperGroup):
+class ExampleGroup(_Examples, TyperGroup):
     """A group whose docstring shows examples."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_kept(kwargs))
-
-
-def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Marks the paragraphs with indented lines: a backspace on a line of its own stops re-wrapping."""
-    paragraphs = (kwargs.get("help") or "").split("\n\n")
-    marked = [f"\b\n{text}" if "\n  " in text else text for text in paragraphs]
-    return kwargs | {"help": "\n\n".join(marked)}
 
 
 def command_group(help_text: str) -> typer.Typer:

@@ -38,6 +38,8 @@ from router_service.cli.errors import BadInput
 # Wide enough that a table is not cut when stdout is a file or a pipe.
 PIPE_WIDTH = 160
 
+Rows = Sequence[Sequence[object] | Mapping[str, object]]
+
 
 class Output:
     """Where results go. With `as_json`, stdout gets exactly one JSON document."""
@@ -54,11 +56,7 @@ class Output:
             render(_console())
 
     def table(
-        self,
-        document: dict[str, Any],
-        columns: Sequence[str],
-        rows: Sequence[Sequence[object] | Mapping[str, object]],
-        title: str = "",
+        self, document: dict[str, Any], columns: Sequence[str], rows: Rows, title: str = ""
     ) -> None:
         """Prints the document, or these columns of the rows."""
         self.emit(document, lambda console: console.print(table(columns, rows, title)))
@@ -124,11 +122,7 @@ def _console() -> Console:
     return Console(width=width, highlight=False)
 
 
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object] | Mapping[str, object]],
-    title: str = "",
-) -> Table:
+def table(columns: Sequence[str], rows: Rows, title: str = "") -> Table:
     """A plain table; numbers to the right. Of a row that is a mapping the columns are shown."""
     made = Table(title=title or None, title_justify="left", box=None, header_style="bold")
     cells = [[row[name] for name in columns] if isinstance(row, Mapping) else row for row in rows]

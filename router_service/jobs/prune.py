@@ -17,14 +17,9 @@ from router_service.memories.deletion import batches, deleter
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.write_gate import Watch
-from router_service.retention import (
-    LayerReading,
-    PruneOptions,
-    PrunePlan,
-    PruneResult,
-    Use,
-    plan_prune,
-)
+from router_service.retention.plan import PrunePlan, Use
+from router_service.retention.pruning import PruneOptions, PruneResult, plan_prune
+from router_service.retention.scores import LayerReading
 
 # Searches of one engine call: lookups of others wait no longer than for a request of as many tokens.
 PAGE_ENTRIES = 256

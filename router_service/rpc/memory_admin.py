@@ -149,9 +149,8 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> Iterator[pb.OptimizeResponse]:
         """Indexes layer after layer."""
         memory = self._store.get(request.memory)
-        compression = decode_compression(
-            "quantization", request.quantization, memory.record.fingerprint.hidden_size
-        )
+        label = request.quantization
+        compression = decode_compression(memory, "quantization", label) if label else None
         layers = memory.chosen_layers(request.layers)
         steps = self._operations.run(
             "optimize", request.memory, lambda report: optimized(layers, compression, report)

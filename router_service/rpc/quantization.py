@@ -42,7 +42,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
     ) -> Iterator[pb.QuantizeResponse]:
         """Layer after layer."""
         store, memory = self._store, self._store.get(request.memory)
-        compression = _required(memory, "compression", request.compression)
+        compression = decode_compression(memory, "compression", request.compression)
         layers, oversampling = memory.chosen_layers(request.layers), _oversampling(request)
         steps = self._operations.run(
             "quantize",
@@ -58,7 +58,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
         memory = self._store.get(request.memory)
         labels = list(request.compressions) or list(Quantization)
         for number, label in enumerate(labels):
-            _required(memory, f"compressions[{number}]", label)
+            decode_compression(memory, f"compressions[{number}]", label)
         sample = request.sample or DEFAULT_SAMPLE
         if sample > MAX_SAMPLE:
             raise InvalidField("sample", sample, f"0 to {MAX_SAMPLE}")
@@ -72,10 +72,11 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
         return encoded(steps, pb.MeasureQuantizationResponse, _encode_measurement)
 
 
-def decode_compression(field: str, label: str, dimension: int) -> Compression | None:
-    """None of an empty label. Raises InvalidField when it is not one for keys of this dimension."""
+def decode_compression(memory: RoutingMemory, field: str, label: str) -> Compression:
+    """Raises InvalidField when it is no compression of the memory's keys."""
     if not label:
-        return None
+        raise InvalidField(field, "nothing", "a compression such as int8")
+    dimension = memory.record.fingerprint.hidden_size
     expected = (
         ", ".join(Quantization)
         + f", pcaP or randomP with 1 <= P < {dimension}, or both as in pca16+int8"
@@ -86,13 +87,6 @@ def decode_compression(field: str, label: str, dimension: int) -> Compression | 
         raise InvalidField(field, label, expected) from None
     if compression.search_dimension >= dimension:
         raise InvalidField(field, label, expected)
-    return compression
-
-
-def _required(memory: RoutingMemory, field: str, label: str) -> Compression:
-    compression = decode_compression(field, label, memory.record.fingerprint.hidden_size)
-    if compression is None:
-        raise InvalidField(field, "nothing", "a compression such as int8")
     return compression
 
 

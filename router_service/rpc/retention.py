@@ -17,7 +17,7 @@ from router_service.errors import InvalidField
 from router_service.jobs.prune import LayerPruning, PruneRequest, prune
 from router_service.memories.deletion import EntryFilter, delete_entries
 from router_service.operations import Operations
-from router_service.retention import (
+from router_service.retention.plan import (
     Age,
     Agreement,
     Coverage,

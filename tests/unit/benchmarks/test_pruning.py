@@ -17,7 +17,7 @@ from benchmarks.pruning_arms import CURVE, POLICIES, RANDOM, SHARES, Arm, Pruner
 from benchmarks.pruning_report import FULL, Row, Trial, gain_kept, plot, rows_of, table_of
 from model_runner.evaluation.nll import Scores
 from router_service.memories.settings import Kind
-from router_service.retention import validate
+from router_service.retention.plan import validate
 from router_service.rpc.retention import decode_plan
 from tests.sidecar import CALL_TIMEOUT_S, LOGIT_DELTA, random_entries, running_sidecar
 from tests.tiny_checkpoint import byte_tokenizer

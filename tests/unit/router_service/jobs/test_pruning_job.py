@@ -16,7 +16,7 @@ from router_service.jobs.prune import LayerPruning, PruneRequest, prune
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.settings import MemorySettings
 from router_service.memories.store import MemoryStore
-from router_service.retention import Age, Forget, Gain, PrunePlan, Use
+from router_service.retention.plan import Age, Forget, Gain, PrunePlan, Use
 
 MODEL = ModelFingerprint("tiny", 3, 4, 5, 2, "ab")
 NO_HITS = HitCounts.of({})

@@ -9,7 +9,8 @@ import numpy as np
 
 from router_service.arrays import Entries
 from router_service.memories.settings import Kind
-from router_service.retention import Agreement, LayerReading, NearDuplicates
+from router_service.retention.plan import Agreement, NearDuplicates
+from router_service.retention.scores import LayerReading
 
 
 def dense(row: np.ndarray, reading: LayerReading) -> list[float]:

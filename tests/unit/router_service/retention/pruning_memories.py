@@ -11,7 +11,9 @@ from router_service.arrays import F32, Entries, Provenance
 from router_service.backends.base import Collection, CollectionSpec, Metric
 from router_service.backends.exact import ExactCollection
 from router_service.memories.settings import Kind, MemorySettings, preset
-from router_service.retention import LayerReading, PruneOptions, PrunePlan, PruneResult, plan_prune
+from router_service.retention.plan import PrunePlan
+from router_service.retention.pruning import PruneOptions, PruneResult, plan_prune
+from router_service.retention.scores import LayerReading
 
 DIMENSION = 3
 EXPERTS = 4

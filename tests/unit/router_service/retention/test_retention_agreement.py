@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_service.arrays import Entries, Provenance
-from router_service.retention import Age, Agreement, Forget, LayerReading
+from router_service.retention.plan import Age, Agreement, Forget
+from router_service.retention.scores import LayerReading
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,

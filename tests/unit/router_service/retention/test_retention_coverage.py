@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_service.arrays import Entries, Provenance
-from router_service.retention import Coverage, Random
+from router_service.retention.plan import Coverage, Random
 from router_service.retention.policies import block_share, centres_by_block, farthest_first
 from tests.unit.router_service.retention.pruning_memories import pruned, random_entries
 

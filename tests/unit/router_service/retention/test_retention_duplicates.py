@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from router_service.arrays import Entries, Provenance
 from router_service.backends.base import Metric
 from router_service.memories.settings import Similarity
-from router_service.retention import (
-    Forget,
-    LayerReading,
-    NearDuplicates,
-    PruneOptions,
-    PrunePlan,
-    plan_prune,
-    policies,
-)
+from router_service.retention import policies
+from router_service.retention.plan import Forget, NearDuplicates, PrunePlan
+from router_service.retention.pruning import PruneOptions, plan_prune
+from router_service.retention.scores import LayerReading
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,

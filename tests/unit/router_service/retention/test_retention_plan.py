@@ -9,21 +9,20 @@ from hypothesis import strategies as st
 
 from router_service.arrays import Entries, ExampleRef, HitCounts
 from router_service.errors import InvalidField
-from router_service.retention import (
+from router_service.retention.plan import (
     Age,
     Agreement,
     Coverage,
     Forget,
     Gain,
-    LayerReading,
     NearDuplicates,
-    PruneOptions,
     PrunePlan,
     Random,
     Strength,
     Use,
-    plan_prune,
 )
+from router_service.retention.pruning import PruneOptions, plan_prune
+from router_service.retention.scores import LayerReading
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     DELTAS,

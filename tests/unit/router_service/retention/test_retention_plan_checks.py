@@ -6,7 +6,7 @@ import pytest
 from router_service.arrays import HitCounts, OwnAssignments
 from router_service.errors import InvalidRequest
 from router_service.memories.settings import Kind
-from router_service.retention import (
+from router_service.retention.plan import (
     Age,
     Agreement,
     Coverage,

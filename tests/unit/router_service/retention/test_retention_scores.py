@@ -16,7 +16,8 @@ from router_service.arrays import (
     rows_of,
 )
 from router_service.errors import InvalidTensor
-from router_service.retention import LayerReading, scores
+from router_service.retention import scores
+from router_service.retention.scores import LayerReading
 from tests.unit.router_service.retention import plain_pruning as plain
 from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,

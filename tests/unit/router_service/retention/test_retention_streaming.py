@@ -8,26 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import router_service.retention as retention
 from router_service.arrays import F32, Entries, ExampleRef, Neighbours
 from router_service.backends.base import CollectionSpec, Metric, SearchOptions
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.exact import ExactCollection
-from router_service.retention import (
+from router_service.retention.plan import (
     Age,
     Agreement,
     Coverage,
     Forget,
     Gain,
-    LayerReading,
     NearDuplicates,
-    PruneOptions,
     PrunePlan,
-    PruneResult,
     Random,
     Strength,
-    plan_prune,
 )
+from router_service.retention.pruning import PruneOptions, PruneResult, plan_prune
+from router_service.retention.scores import LayerReading
 from tests.unit.router_service.retention.pruning_memories import (
     DELTAS,
     READINGS,
@@ -218,9 +215,3 @@ def test_ids_at_both_ends_of_the_range() -> None:
     result = plan_prune(filled(entries), plan, DELTAS)
     assert result.kept == 1
     assert result.expected_effect["queries"] == 3
-
-
-def test_the_public_list() -> None:
-    assert sorted(retention.__all__) == retention.__all__
-    for name in retention.__all__:
-        assert getattr(retention, name).__doc__

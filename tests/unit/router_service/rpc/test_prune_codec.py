@@ -9,7 +9,7 @@ from knnmoe.v1 import retention_pb2 as pb
 
 from router_service.arrays import ExampleRef
 from router_service.errors import InvalidField
-from router_service.retention import (
+from router_service.retention.plan import (
     Age,
     Agreement,
     Coverage,
