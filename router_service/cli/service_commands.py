@@ -142,9 +142,8 @@ def _decoded(message: doctor_pb.Finding) -> Finding:
 
 
 def _settings(data: Path) -> ServiceSettings:
-    given: dict[str, Any] = {
-        "data": data
-    }  # the rest comes from the environment, as for the service
+    # The rest comes from the environment, as for the service.
+    given: dict[str, Any] = {"data": data}
     try:
         return ServiceSettings(**given)
     except ValidationError as invalid:
