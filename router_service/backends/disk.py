@@ -1,4 +1,4 @@
-"""The one place where exceptions of the engine and of the file system become StorageErrors."""
+"""Files: errors of the file system and the engine as StorageErrors, durable writes, sparse copies, sizes, locks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,11 @@ from router_service.errors import (
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # An open that fails on one of these says nothing about the files themselves.
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
+# The kernel does not copy between these two files by itself.
+_NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
+_BLOCK_BYTES = 1 << 20
+_ZEROS = bytes(_BLOCK_BYTES)
+_GIB = 1 << 30
 
 
 @contextmanager
@@ -59,10 +64,6 @@ def _has_errno(error: BaseException, numbers: tuple[int, ...]) -> bool:
     if isinstance(error, OSError):
         return error.errno in numbers
     return any(f"os error {number})" in str(error) for number in numbers)
-
-
-_COPY_BYTES = 1 << 22
-_GIB = 1 << 30
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -127,44 +128,89 @@ def copy_tree(source: Path, target: Path, never_changed: Collection[str] = ()) -
             copied = target / Path(parent).relative_to(source)
             copied.mkdir(parents=True)
             for name in files:
-                if name in never_changed:
-                    os.link(Path(parent, name), copied / name)
-                else:
-                    _copy_sparse(Path(parent, name), copied / name)
+                copy = os.link if name in never_changed else copy_file
+                copy(Path(parent, name), copied / name)
 
 
-def _copy_sparse(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        size = os.fstat(reader.fileno()).st_size
-        for start, stop in _data_ranges(reader.fileno(), size):
-            while start < stop:
-                start += _copy_range(reader.fileno(), writer.fileno(), start, stop)
-        writer.truncate(size)
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file to the new file `target`, holes staying holes. Raises OSError."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        for start, stop in _data_ranges(reader.fileno()):
+            _copy_range(reader.fileno(), writer.fileno(), start, stop)
+        os.ftruncate(writer.fileno(), os.fstat(reader.fileno()).st_size)
 
 
-def _copy_range(reader: int, writer: int, start: int, stop: int) -> int:
-    """Copies some bytes within the kernel, where there is such a call; returns how many."""
-    size = min(stop - start, _COPY_BYTES)
-    with suppress(OSError):  # not between these file systems
-        if hasattr(os, "copy_file_range") and (
-            copied := os.copy_file_range(reader, writer, size, start, start)
-        ):
-            return copied
-    return os.pwrite(writer, os.pread(reader, size, start), start)
+def _copy_range(reader: int, writer: int, start: int, stop: int) -> None:
+    """One call for all of it, so as not to wait for the GIL in between; where it can, the file system only shares."""
+    while start < stop:
+        copied = _copied_by_kernel(reader, writer, start, stop)
+        if not copied:
+            block = os.pread(reader, min(_BLOCK_BYTES, stop - start), start)
+            copied = os.pwrite(writer, block, start)
+        if not copied:
+            raise OSError(errno.EIO, "the file became shorter while it was copied")
+        start += copied
 
 
-def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+def _copied_by_kernel(reader: int, writer: int, start: int, stop: int) -> int:
+    if not hasattr(os, "copy_file_range"):  # not Linux
+        return 0
+    try:
+        return os.copy_file_range(reader, writer, stop - start, start, start)
+    except OSError as error:
+        if error.errno in _NOT_HERE:
+            return 0
+        raise
+
+
+def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
     """The parts of a file that are not holes."""
     stop = 0
-    while stop < size:
-        try:
-            start = os.lseek(descriptor, stop, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
+    while (start := _next_data(descriptor, stop)) is not None:
         stop = os.lseek(descriptor, start, os.SEEK_HOLE)
         yield start, stop
+
+
+def _next_data(descriptor: int, offset: int) -> int | None:
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # only a hole is left, or nothing
+            return None
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds: `content_bytes` bytes with this SHA-256 (hex), then zeros up to `size_bytes`."""
+
+    size_bytes: int
+    content_bytes: int
+    sha256: str
+
+
+def read_content(path: Path) -> Content:
+    """Reads a file to its end. Raises OSError."""
+    digest, summed = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for offset, block in _data_blocks(file.fileno()):
+            for _ in range((offset - summed) // _BLOCK_BYTES):
+                digest.update(_ZEROS)
+            digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])
+            body = block.rstrip(b"\0")
+            digest.update(body)
+            summed = offset + len(body)
+        size = os.fstat(file.fileno()).st_size
+    return Content(size, summed, digest.hexdigest())
+
+
+def _data_blocks(descriptor: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of the blocks that are not all zeros."""
+    for start, stop in _data_ranges(descriptor):
+        while block := os.pread(descriptor, min(_BLOCK_BYTES, stop - start), start):
+            if block != _ZEROS[: len(block)]:
+                yield start, block
+            start += len(block)
 
 
 def disk_bytes(directory: Path) -> int:
@@ -228,84 +274,3 @@ class DirectoryLock:
     def release(self) -> None:
         """Gives the directory back. Releasing twice is allowed."""
         self._file.close()
-
-
-_BLOCK_BYTES = 1 << 20
-_ZEROS = bytes(_BLOCK_BYTES)
-# The kernel does not copy between these two files by itself.
-_NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What a file holds: `content_bytes` bytes with this SHA-256 (hex), then zeros up to `size_bytes`."""
-
-    size_bytes: int
-    content_bytes: int
-    sha256: str
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file to the new file `target`, holes staying holes. Raises OSError."""
-    with source.open("rb") as reader, target.open("xb") as writer:
-        for start, stop in _sparse_data_ranges(reader.fileno()):
-            _copy_sparse_range(reader.fileno(), writer.fileno(), start, stop)
-        os.ftruncate(writer.fileno(), os.fstat(reader.fileno()).st_size)
-
-
-def read_content(path: Path) -> Content:
-    """Reads a file to its end. Raises OSError."""
-    digest, summed = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        for offset, block in _data_blocks(file.fileno()):
-            for _ in range((offset - summed) // _BLOCK_BYTES):
-                digest.update(_ZEROS)
-            digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])
-            body = block.rstrip(b"\0")
-            digest.update(body)
-            summed = offset + len(body)
-        size = os.fstat(file.fileno()).st_size
-    return Content(size, summed, digest.hexdigest())
-
-
-def _data_blocks(descriptor: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of the blocks that are not all zeros."""
-    for start, stop in _sparse_data_ranges(descriptor):
-        while block := os.pread(descriptor, min(_BLOCK_BYTES, stop - start), start):
-            if block != _ZEROS[: len(block)]:
-                yield start, block
-            start += len(block)
-
-
-def _sparse_data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are not holes."""
-    stop = 0
-    while (start := _next_data(descriptor, stop)) is not None:
-        stop = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, stop
-
-
-def _next_data(descriptor: int, offset: int) -> int | None:
-    try:
-        return os.lseek(descriptor, offset, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # only a hole is left, or nothing
-            return None
-        raise
-
-
-def _copy_sparse_range(reader: int, writer: int, start: int, stop: int) -> None:
-    """One call for all of it, so as not to wait for the GIL in between; where it can, the file system only shares."""
-    while start < stop:
-        try:
-            copied = os.copy_file_range(reader, writer, stop - start, start, start)
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            copied = 0
-        if not copied:
-            block = os.pread(reader, min(_BLOCK_BYTES, stop - start), start)
-            copied = os.pwrite(writer, block, start)
-        if not copied:
-            raise OSError(errno.EIO, "the file became shorter while it was copied")
-        start += copied
