@@ -70,7 +70,7 @@ def spec_of(dimension: int, value_floats: int) -> CollectionSpec:
 def written(directory: Path, workload: Workload) -> Path:
     """A shard with the entries of a workload, as the service writes it, without an index."""
     spec = spec_of(workload.keys.shape[1], workload.deltas.shape[1])
-    shard, path = EngineShard.create(directory, spec, 1), directory
+    shard, path = EngineShard.create(directory, spec), directory
     for start in range(0, len(workload.ids), _ENTRIES_PER_UPDATE):
         rows = np.s_[start : start + _ENTRIES_PER_UPDATE]
         ids = workload.ids[rows]
@@ -85,7 +85,7 @@ def optimized(source: Path, target: Path, spec: CollectionSpec, method: str) -> 
     """A copy of a shard with an index and quantized keys; returns the seconds that the indexing took."""
     copy_tree(source, target, ("matrix.dat",))
     forget_configuration(target)
-    shard = EngineShard.load(target, spec, Compression.parse(method), 1)
+    shard = EngineShard.load(target, spec, Compression.parse(method))
     started = time.perf_counter()
     shard.optimize()
     elapsed_s = time.perf_counter() - started
@@ -115,7 +115,7 @@ class Queries:
 
     def __init__(self, shard: Path, spec: CollectionSpec, method: str, queries: F32) -> None:
         compression = Compression.parse(method)
-        self._shard = EngineShard.load(shard, spec, compression, 1)
+        self._shard = EngineShard.load(shard, spec, compression)
         self._options = SearchOptions(HNSW_EF, compression.oversampling)
         self._queries = queries
 

@@ -1,4 +1,4 @@
-"""How writes make way for searches of the same collection."""
+"""What a backend is: collections of entries, how they are searched, written and compressed, and what all do alike."""
 
 from __future__ import annotations
 
@@ -11,57 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
-
-# A collection that was searched this long ago counts as being searched.
-_RECENT_S = 0.5
-# While it is, writes rest this many times as long as they worked: they take 2 % of the engine.
-_REST = 50.0
-# And they wait while the service indexes what is new, so that lookups share the cores with one of the two at a time;
-# not longer than a caller's patience.
-_PATIENCE_S = 5.0
-_POLL_S = 0.02
-
-
-class Pacing:
-    """When a collection was searched and written to."""
-
-    def __init__(self) -> None:
-        self._searched = self._wrote = -float("inf")
-
-    def searched(self) -> None:
-        """A search begins."""
-        self._searched = time.monotonic()
-
-    @property
-    def searched_ago_s(self) -> float:
-        """Seconds since the last search began."""
-        return time.monotonic() - self._searched
-
-    @property
-    def wrote_ago_s(self) -> float:
-        """Seconds since the last write ended."""
-        return time.monotonic() - self._wrote
-
-    def patience(self) -> float:
-        """When a caller whose write begins now should no longer be kept waiting, on the monotonic clock."""
-        return time.monotonic() + _PATIENCE_S
-
-    def rest(self, worked_s: float, until: float = float("inf")) -> None:
-        """After a write that kept the engine for `worked_s`; not when it is later than `until`."""
-        self._wrote = time.monotonic()
-        if self.being_searched and self._wrote < until:
-            time.sleep(_REST * worked_s)
-
-    @property
-    def being_searched(self) -> bool:
-        """Whether searches go on."""
-        return self.searched_ago_s < _RECENT_S
-
-    def wait_while(self, indexing: Callable[[], bool], until: float) -> None:
-        """Before a write: waits while the service indexes on its own account, and searches go on."""
-        while indexing() and self.being_searched and time.monotonic() < until:
-            time.sleep(_POLL_S)
+from router_service.errors import DeadlineTooShort, InvalidField
 
 
 class Metric(StrEnum):
@@ -183,9 +136,12 @@ class SearchOptions:
     hnsw_ef: int = 64
     oversampling: float = 2.0
     exact: bool = False  # look at every entry, index or not
-    deadline: float | None = (
-        None  # of time.monotonic(); only a backend on another machine can miss it
-    )
+    deadline: float | None = None  # of time.monotonic()
+
+    def require_time(self) -> None:
+        """Raises DeadlineTooShort when the deadline has passed. Asked before each engine call, not only the first."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineTooShort("the deadline passed before the search was done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +159,8 @@ class CollectionInfo:
         return self.compression.quantization
 
 
-class Collection(Protocol):
-    """The entries of one layer. Safe to call from several threads.
-
-    Callers pass validated arrays: finite f32, right widths, ids below 2^63. Every engine failure surfaces as a
-    StorageError.
-    """
+class CollectionReader(Protocol):
+    """The entries of one layer, to read. Safe to call from several threads. Every engine failure is a StorageError."""
 
     def search(
         self,
@@ -219,22 +171,9 @@ class Collection(Protocol):
     ) -> Neighbours:
         """The k nearest entries of each query [T, d]. `exclude`: none, one for all tokens, or one per token.
 
-        Entries at the same distance come in any order; one whose distance overflows f32 is no neighbour.
-        Raises InvalidField on a zero vector under cosine.
-        """
-        ...
-
-    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
-        """Writes entries, replacing those with the same id. On return they survive SIGKILL (fsync: loss of power).
-
-        Raises InvalidField on a zero vector under cosine, DiskFull when too little disk is free.
-        """
-        ...
-
-    def delete(self, ids: U64, *, fsync: bool = False) -> int:
-        """Removes the entries of these ids and returns how many were there; ids that are not there count for nothing.
-
-        On return they stay away after SIGKILL (fsync: after loss of power).
+        Any number of tokens: a backend cuts them where its engine needs it. Entries at the same distance come in any
+        order; one whose distance overflows f32 is no neighbour.
+        Raises InvalidField on a zero vector under cosine, DeadlineTooShort when `options.deadline` passes meanwhile.
         """
         ...
 
@@ -248,6 +187,24 @@ class Collection(Protocol):
 
     def info(self) -> CollectionInfo:
         """Exact state, without a search."""
+        ...
+
+
+class Collection(CollectionReader, Protocol):
+    """The entries of one layer. Callers pass validated arrays: finite f32, right widths, ids below 2^63."""
+
+    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
+        """Writes entries, replacing those with the same id. On return they survive SIGKILL (fsync: loss of power).
+
+        Raises InvalidField on a zero vector under cosine, DiskFull when too little disk is free.
+        """
+        ...
+
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:
+        """Removes the entries of these ids and returns how many were there; ids that are not there count for nothing.
+
+        On return they stay away after SIGKILL (fsync: after loss of power). Needs no free disk.
+        """
         ...
 
     def optimize(
@@ -270,7 +227,7 @@ class Collection(Protocol):
         ...
 
 
-def pages(collection: Collection, page_entries: int, *, with_keys: bool) -> Iterator[Entries]:
+def pages(collection: CollectionReader, page_entries: int, *, with_keys: bool) -> Iterator[Entries]:
     """Every entry in the order of ids, at most `page_entries` at a time; no empty page."""
     after: int | None = None
     while len(page := collection.scroll(after, page_entries, with_keys=with_keys)):
@@ -298,6 +255,57 @@ class FileCollection(Protocol):
         ...
 
 
+# A collection that was searched this long ago counts as being searched.
+_RECENT_S = 0.5
+# While it is, writes rest this many times as long as they worked: they take 2 % of the engine.
+_REST = 50.0
+# And they wait while the service indexes what is new, so that lookups share the cores with one of the two at a time;
+# not longer than a caller's patience.
+_PATIENCE_S = 5.0
+_POLL_S = 0.02
+
+
+class Pacing:
+    """When a collection was searched and written to."""
+
+    def __init__(self) -> None:
+        self._searched = self._wrote = -float("inf")
+
+    def searched(self) -> None:
+        """A search begins."""
+        self._searched = time.monotonic()
+
+    @property
+    def searched_ago_s(self) -> float:
+        """Seconds since the last search began."""
+        return time.monotonic() - self._searched
+
+    @property
+    def wrote_ago_s(self) -> float:
+        """Seconds since the last write ended."""
+        return time.monotonic() - self._wrote
+
+    def patience(self) -> float:
+        """When a caller whose write begins now should no longer be kept waiting, on the monotonic clock."""
+        return time.monotonic() + _PATIENCE_S
+
+    def rest(self, worked_s: float, until: float = float("inf")) -> None:
+        """After a write that kept the engine for `worked_s`; not when it is later than `until`."""
+        self._wrote = time.monotonic()
+        if self.being_searched and self._wrote < until:
+            time.sleep(_REST * worked_s)
+
+    @property
+    def being_searched(self) -> bool:
+        """Whether searches go on."""
+        return self.searched_ago_s < _RECENT_S
+
+    def wait_while(self, indexing: Callable[[], bool], until: float) -> None:
+        """Before a write: waits while the service indexes on its own account, and searches go on."""
+        while indexing() and self.being_searched and time.monotonic() < until:
+            time.sleep(_POLL_S)
+
+
 @runtime_checkable
 class Maintained(Protocol):
     """A Collection whose index falls behind as entries change."""
@@ -319,10 +327,10 @@ class Maintained(Protocol):
         """Share of the index's entries that were replaced or deleted since; a graph falls apart above some 0.5."""
         ...
 
-    def tidy(self, report: Report = say_nothing) -> bool:
+    def auto_optimize(self, report: Report = say_nothing) -> bool:
         """optimize() with the compression there is, on the service's own account: an optimize() ends it.
 
-        Returns False when the collection is being optimized, or an optimize() takes over; nothing has changed then.
+        Returns False when the collection is being optimized, or an optimize() ended it; nothing has changed then.
         """
         ...
 
@@ -362,3 +370,47 @@ class Renaming(Protocol):
     def drop_replaced(self, name: str) -> None:
         """Removes the collection that `name` led to before swapping(); nobody may search it any more."""
         ...
+
+
+# "gen-", CURRENT and LOCK are names of the Edge backend's own files.
+_PART = r"(?!gen-|CURRENT(?:/|$)|LOCK(?:/|$))[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
+_NAME = re.compile(rf"{_PART}(/{_PART}){{0,3}}")
+# Rounding a unit vector to f32 leaves its length within 2^-24 of 1.
+_UNIT_TOLERANCE = 2.0**-23
+
+
+def require_name(name: str) -> None:
+    """Raises InvalidField unless `name` is 1 to 4 path parts that are safe and not reserved."""
+    if not _NAME.fullmatch(name):
+        raise InvalidField(
+            "name", name, "letters, digits, '_', '-', '.', in up to 4 parts joined by '/'"
+        )
+
+
+def as_stored(rows: F32, metric: Metric, field: str) -> F32:
+    """Keys or queries [n, d] as the metric compares them: unit length in f32 under cosine, else unchanged.
+
+    Rows that are unit vectors as closely as f32 can tell stay as they are, so that a stored key stays what it was.
+    Done here and not by the engine, which leaves vectors shorter than about 3e-4 as they are. Raises InvalidField that
+    names the row when its length is 0 under cosine.
+    """
+    if metric is not Metric.COSINE:
+        return rows
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    if not norms.all():
+        row = int(np.argmin(norms))
+        raise InvalidField(
+            f"{field}[{row}]", "a zero vector", "a length above 0 under the cosine metric"
+        )
+    norms[np.abs(norms - 1.0) <= _UNIT_TOLERANCE] = 1.0
+    stored: F32 = (rows / norms[:, None]).astype(np.float32)
+    return stored
+
+
+def per_query(exclude: Sequence[ExampleRef], queries: int) -> list[ExampleRef | None]:
+    """The example that each query leaves out. Raises InvalidField unless none, one or one per query is given."""
+    if len(exclude) == queries:
+        return list(exclude)
+    if len(exclude) > 1:
+        raise InvalidField("exclude", f"{len(exclude)} examples", f"none, 1 or {queries}")
+    return [exclude[0] if exclude else None] * queries

@@ -9,36 +9,43 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 from router_service.backends.base import (
+    Backend,
+    Collection,
     CollectionInfo,
     CollectionSpec,
     Compression,
     Metric,
     Quantization,
+    Renaming,
     Report,
     SearchOptions,
+    as_stored,
+    per_query,
+    require_name,
     say_nothing,
 )
-from router_service.backends.common import as_stored, empty_neighbours, per_query, require_name
 from router_service.errors import CollectionClosed, CorruptMemory, StorageError
 
-# float64 differences held at once: 32 MiB
+# float64 differences held at once, 32 MiB: where a search is cut
 _BLOCK_ELEMENTS = 1 << 22
 # A larger squared distance is infinite in f32: no neighbour.
 _FARTHEST = np.finfo(np.float32).max
 
 
-class ExactCollection:
+class ExactCollection(Collection):
     """A Collection in RAM. Ties in distance go to the smaller id."""
 
     def __init__(self, spec: CollectionSpec) -> None:
         self._spec = spec
-        self._entries = _no_entries(spec)
+        self._entries = Entries.concat([], spec.dimension, spec.value_width)
         self._compression = Compression()
         self._closed = False
         self._write_lock = threading.Lock()
@@ -57,20 +64,21 @@ class ExactCollection:
         """Lets the collection be used again after close()."""
         self._closed = False
 
+    @override
     def search(
         self,
         queries: F32,
         k: int,
-        options: SearchOptions,  # exact whatever the options
+        options: SearchOptions,  # only the deadline counts: always exact
         exclude: Sequence[ExampleRef] = (),
     ) -> Neighbours:
-        """See Collection.search."""
         entries = self._open_entries()
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
-        found = empty_neighbours(len(queries), k, self._spec.value_width)
+        found = Neighbours.empty(len(queries), k, self._spec.value_width)
         rows = max(1, _BLOCK_ELEMENTS // max(1, len(entries) * self._spec.dimension))
         for start in range(0, len(queries), rows):
+            options.require_time()
             distances = _distances(stored[start : start + rows], entries.keys, self._spec.metric)
             for query, row in enumerate(distances, start):
                 allowed = _allowed(entries, excluded[query])
@@ -81,53 +89,43 @@ class ExactCollection:
                 found.values[query, : len(order)] = entries.values[order]
         return found
 
+    @override
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # nothing to sync
-        """See Collection.upsert."""
         keys = as_stored(entries.keys, self._spec.metric, "keys")
         with self._write_lock:
-            old = self._open_entries()
-            ids = np.concatenate([old.ids, entries.ids])
-            _, last = np.unique(ids[::-1], return_index=True)
-            kept = len(ids) - 1 - last
-            provenance = [*old.provenance, *entries.provenance]
-            self._entries = Entries(
-                ids[kept],
-                np.concatenate([old.keys, keys])[kept],
-                np.concatenate([old.values, entries.values])[kept],
-                [provenance[row] for row in kept],
-            )
+            parts = [self._open_entries(), replace(entries, keys=keys)]
+            both = Entries.concat(parts, self._spec.dimension, self._spec.value_width)
+            _, last = np.unique(both.ids[::-1], return_index=True)
+            self._entries = both.take(len(both) - 1 - last)
 
+    @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:  # nothing to sync
-        """See Collection.delete."""
         with self._write_lock:
             old = self._open_entries()
             kept = np.flatnonzero(~np.isin(old.ids, ids))
-            self._entries = Entries(
-                old.ids[kept],
-                old.keys[kept],
-                old.values[kept],
-                [old.provenance[int(row)] for row in kept],
-            )
+            self._entries = old.take(kept)
             return len(old) - len(kept)
 
+    @override
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
-        """See Collection.scroll."""
         entries = self._open_entries()
         start = 0 if after is None else int(np.searchsorted(entries.ids, np.uint64(after), "right"))
         page = entries.slice(start, start + limit)
         keys = page.keys.copy() if with_keys else np.empty((len(page), 0), np.float32)
         return Entries(page.ids.copy(), keys, page.values.copy(), page.provenance)
 
+    @override
     def provenance(self, ids: U64) -> dict[int, Provenance]:
-        """See Collection.provenance."""
         entries = self._open_entries()
         _, rows, _ = np.intersect1d(entries.ids, ids, assume_unique=False, return_indices=True)
         return {int(entries.ids[row]): entries.provenance[row] for row in rows}
 
+    @override
     def info(self) -> CollectionInfo:
-        """See Collection.info; no index is ever built, since every search is exact."""
+        """No index is ever built, since every search is exact."""
         return CollectionInfo(len(self._open_entries()), 0, self._compression, 0)
 
+    @override
     def optimize(
         self, compression: Compression | Quantization | None = None, report: Report = say_nothing
     ) -> None:
@@ -136,12 +134,14 @@ class ExactCollection:
         if compression is not None:
             self._compression = Compression.of(compression)
 
+    @override
     def flush(self) -> None:
         """Nothing to do: there are no files."""
         self._open_entries()
 
+    @override
     def close(self) -> None:
-        """See Collection.close; the backend keeps the entries until drop()."""
+        """The backend keeps the entries until drop()."""
         self._closed = True
 
     def _open_entries(self) -> Entries:
@@ -150,22 +150,22 @@ class ExactCollection:
         return self._entries
 
 
-class ExactBackend:
+class ExactBackend(Backend, Renaming):
     """A Backend in RAM: collections last as long as the object."""
 
     def __init__(self) -> None:
         self._collections: dict[str, ExactCollection] = {}
 
+    @override
     def create(self, name: str, spec: CollectionSpec) -> ExactCollection:
-        """See Backend.create."""
         require_name(name)
         if name in self._collections:
             raise StorageError(f"collection {name!r} already exists")
         self._collections[name] = ExactCollection(spec)
         return self._collections[name]
 
+    @override
     def open(self, name: str, spec: CollectionSpec) -> ExactCollection:
-        """See Backend.open."""
         require_name(name)
         collection = self._collections.get(name)
         if collection is None:
@@ -177,25 +177,26 @@ class ExactBackend:
         collection.reopen()
         return collection
 
+    @override
     @contextmanager
     def swapping(self, names: Mapping[str, str]) -> Iterator[None]:
-        """See Renaming.swapping."""
         yield
         for name, other in names.items():
             self._collections[name] = self._collections.pop(other)
 
+    @override
     def drop_replaced(self, name: str) -> None:
-        """See Renaming.drop_replaced: nobody holds them any more."""
+        """Nobody holds them any more."""
 
+    @override
     def drop(self, name: str) -> None:
-        """See Backend.drop."""
         require_name(name)
         if name in self._collections and not self._collections[name].closed:
             raise StorageError(f"collection {name!r} is open; close it before dropping it")
         self._collections.pop(name, None)
 
+    @override
     def close(self) -> None:
-        """See Backend.close."""
         for collection in self._collections.values():
             collection.close()
 
@@ -225,11 +226,3 @@ def _allowed(entries: Entries, excluded: ExampleRef | None) -> NDArray[np.intp]:
         return np.arange(len(entries))
     same = (ExampleRef(p.source, p.example) == excluded for p in entries.provenance)
     return np.flatnonzero(~np.fromiter(same, np.bool_, len(entries)))
-
-
-def _no_entries(spec: CollectionSpec) -> Entries:
-    keys, values = (
-        np.empty((0, spec.dimension), np.float32),
-        np.empty((0, spec.value_width), np.float32),
-    )
-    return Entries(np.empty(0, np.uint64), keys, values, ())

@@ -79,7 +79,7 @@ class Upkeep:
     def _tidy(self, name: str, collection: Maintained) -> None:
         started, changed = time.monotonic(), collection.changed_entries
         try:
-            if collection.tidy(self._report):
+            if collection.auto_optimize(self._report):
                 log.info(
                     "indexed %d changes of %s in %.1f s", changed, name, time.monotonic() - started
                 )

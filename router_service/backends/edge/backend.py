@@ -7,40 +7,41 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from router_service.backends.base import CollectionSpec, Compression
-from router_service.backends.common import require_name
+from typing_extensions import override
+
+from router_service.backends.base import Backend, CollectionSpec, Compression, require_name
 from router_service.backends.disk import DirectoryLock, FreeSpace, storage_call
 from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.generation import EdgeSettings, Hosts, create_files
+from router_service.backends.edge.generation import Resources
+from router_service.backends.edge.processes import ShardOpener
 from router_service.errors import CorruptMemory, StorageError
 
 # Opening a shard of that size takes 10 ms, of 160 MB 250 ms, and keeps every thread of its process waiting.
 ISOLATE_ABOVE_BYTES = 8 << 20
 
 
-class EdgeBackend:
-    """See Backend. Safe to call from several threads."""
+class EdgeBackend(Backend):
+    """Safe to call from several threads."""
 
     def __init__(
         self,
         data_dir: Path,
         *,
         min_free_bytes: int | None = None,
-        search_threads: int = 1,
         isolate_above_bytes: int = ISOLATE_ABOVE_BYTES,
         workers: int = 64,
     ) -> None:
         """Takes the directory, making it when it is not there. Raises DirectoryInUse.
 
         `min_free_bytes`: below it writes raise DiskFull; default max(1 GiB, 5 % of the file system).
-        `search_threads`: of the engine, per collection; more than 1 gains nothing, a collection has one large segment.
         `isolate_above_bytes`: of keys, above which a collection has an engine process of its own, for at most `workers`
         of them.
         """
         self._data_dir = data_dir
-        self._settings = EdgeSettings(
-            search_threads, FreeSpace(data_dir, min_free_bytes), isolate_above_bytes, Hosts(workers)
+        self._resources = Resources(
+            FreeSpace(data_dir, min_free_bytes), ShardOpener(isolate_above_bytes, workers)
         )
         self._open: dict[str, EdgeCollection] = {}
         self._opening: set[str] = set()
@@ -49,18 +50,28 @@ class EdgeBackend:
             data_dir.mkdir(parents=True, exist_ok=True)
             self._directory_lock = DirectoryLock(data_dir)
 
+    @override
     def create(self, name: str, spec: CollectionSpec) -> EdgeCollection:
-        """See Backend.create."""
         files = self._files(name)
         with self._lock:
             if files.exists():
                 raise StorageError(f"{files.directory} already holds a collection")
             pointer = Pointer(0, spec, Compression())
-            create_files(files, pointer, self._settings)
+            self._create_files(files, pointer)
             return self._opened(name, files, pointer)
 
+    def _create_files(self, files: CollectionFiles, pointer: Pointer) -> None:
+        """After a crash they are all there, or count as leftovers."""
+        self._resources.free_space.require()
+        files.remove_leftovers(None)
+        shard = EngineShard.create(files.shard(pointer.generation), pointer.spec)
+        shard.flush()
+        shard.close()
+        files.write(pointer)
+
+    @override
     def open(self, name: str, spec: CollectionSpec) -> EdgeCollection:
-        """See Backend.open. Removes what a crash left behind."""
+        """Removes what a crash left behind."""
         files = self._files(name)
         with self._alone_with(name):  # others open at the same time
             if not files.exists():
@@ -80,8 +91,8 @@ class EdgeBackend:
         finally:
             self._opening.discard(name)
 
+    @override
     def drop(self, name: str) -> None:
-        """See Backend.drop."""
         files = self._files(name)
         with self._lock:
             if name in self._open and not self._open[name].closed:
@@ -89,8 +100,8 @@ class EdgeBackend:
             self._open.pop(name, None)
             files.remove()
 
+    @override
     def close(self) -> None:
-        """See Backend.close."""
         with self._lock, ExitStack() as every_one:  # even when one fails
             every_one.callback(self._directory_lock.release)
             for collection in self._open.values():
@@ -101,5 +112,5 @@ class EdgeBackend:
         return CollectionFiles(self._data_dir, name)
 
     def _opened(self, name: str, files: CollectionFiles, pointer: Pointer) -> EdgeCollection:
-        self._open[name] = EdgeCollection(files, pointer, self._settings)
+        self._open[name] = EdgeCollection(files, pointer, self._resources)
         return self._open[name]

@@ -1,9 +1,11 @@
-"""What the adapter of Qdrant Edge asks of the engine: configurations, filters, queries."""
+"""The adapter of Qdrant Edge: what a shard is, and the engine's form of configurations, filters and queries."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import qdrant_edge as qe
+from typing_extensions import override
 
 from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
 from router_service.backends.base import (
@@ -22,14 +25,7 @@ from router_service.backends.base import (
 )
 from router_service.backends.disk import storage_call
 from router_service.backends.edge.search_keys import SearchKeys
-from router_service.backends.edge.shard import ShardCounts
-from router_service.backends.points import (
-    GENERATION,
-    VALUE,
-    Record,
-    entries_of,
-    payloads_of,
-)
+from router_service.backends.points import GENERATION, VALUE, Record, entries_of, payloads_of
 
 _DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}
 # Against 16: a quarter as many lambdas off by 1e-3 at K = 32, 8 % more work at K = 1 (benchmarks/README.md).
@@ -48,6 +44,72 @@ _FULL_SCAN_ENTRIES = 512
 _INDEXING_THRESHOLD_KB = 1
 # 1 TB: one segment per collection, whatever the number of cores (the default is 200 MB for each).
 _MAX_SEGMENT_KB = 10**9
+# More gain nothing: a collection has one large segment.
+_SEARCH_THREADS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCounts:
+    """Exact number of entries, those written since the last optimize, and vectors in graphs, replaced ones included."""
+
+    entries: int
+    tail: int
+    graph_vectors: int
+
+
+class Shard(ABC):
+    """One open shard of the engine, in this process or in one of its own.
+
+    Not thread-safe: the collection holds a lock around each call. Failures are StorageErrors.
+    """
+
+    @abstractmethod
+    def search(
+        self,
+        queries: F32,
+        limit: int,
+        options: SearchOptions,
+        excluded: Sequence[ExampleRef | None],
+    ) -> tuple[U64, F32]:
+        """Ids and engine scores [t, limit] of the nearest entries, best first; NO_ID and inf where there are fewer."""
+
+    @abstractmethod
+    def upsert(self, entries: Entries, generation: int) -> None:
+        """Writes entries, marked with the generation of files; they survive SIGKILL when this returns.
+
+        Of repeated ids the last counts.
+        """
+
+    @abstractmethod
+    def delete(self, ids: U64) -> None:
+        """Removes the entries of these ids; they stay away after SIGKILL when this returns."""
+
+    @abstractmethod
+    def scroll(
+        self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
+    ) -> Entries:
+        """Up to `limit` entries above an id, in the order of ids; d = 0 without keys."""
+
+    @abstractmethod
+    def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
+        """The entries of these ids, in any order; those that are not there are left out."""
+
+    @abstractmethod
+    def counts(self, generation: int) -> ShardCounts:
+        """What there is; `generation` is the one being written."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Fsyncs every write, and cuts the write-ahead log."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases the files. Closing twice is allowed."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether calls can still succeed; a process of its own may have died."""
 
 
 def search_request(
@@ -58,55 +120,55 @@ def search_request(
     search_keys: SearchKeys | None = None,
 ) -> Any:
     """The engine's form of a batch of queries [t, d], each without the entries of its excluded example."""
-    if search_keys is not None and not options.exact:
-        return _two_stage_request(queries, limit, options, excluded, search_keys)
     with storage_call("prepare queries"):
-        quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
-        params = qe.SearchParams(options.hnsw_ef, options.exact, quantized)
         filters = {ref: _without(ref) for ref in set(excluded)}
-        nearest, request = qe.Query.Nearest, qe.QueryRequest
-        return qe.QueryBatchRequest(
-            [
-                request(limit, None, nearest(query), None, False, False, filters[ref], None, params)
-                for query, ref in zip(map(FLOATS, queries), excluded, strict=True)
-            ]
-        )
+        refused = [filters[ref] for ref in excluded]
+        if search_keys is None or options.exact:
+            requests = _one_stage(queries, limit, options, refused)
+        else:
+            requests = _two_stages(queries, limit, options, refused, search_keys)
+        return qe.QueryBatchRequest(requests)
 
 
-def _two_stage_request(
+def _one_stage(
+    queries: F32, limit: int, options: SearchOptions, refused: Sequence[Any]
+) -> list[Any]:
+    quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
+    params = qe.SearchParams(options.hnsw_ef, options.exact, quantized)
+    nearest, request = qe.Query.Nearest, qe.QueryRequest
+    return [
+        request(limit, None, nearest(query), None, False, False, refuse, None, params)
+        for query, refuse in zip(map(FLOATS, queries), refused, strict=True)
+    ]
+
+
+def _two_stages(
     queries: F32,
     limit: int,
     options: SearchOptions,
-    excluded: Sequence[ExampleRef | None],
+    refused: Sequence[Any],
     search_keys: SearchKeys,
-) -> Any:
+) -> list[Any]:
     """Candidates by their search keys, of which the nearest by their keys are taken, exactly as stored."""
-    with storage_call("prepare queries"):
-        candidates = max(math.ceil(limit * options.oversampling), _FEWEST_CANDIDATES)
-        quantized = qe.QuantizationSearchParams(rescore=False)  # the keys do it
-        params = qe.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
-        filters = {ref: _without(ref) for ref in set(excluded)}
-        nearest, request, prefetch = qe.Query.Nearest, qe.QueryRequest, qe.Prefetch
-        rows = zip(
-            map(FLOATS, queries), map(FLOATS, search_keys.of(queries)), excluded, strict=True
+    candidates = max(math.ceil(limit * options.oversampling), _FEWEST_CANDIDATES)
+    quantized = qe.QuantizationSearchParams(rescore=False)  # the keys do it
+    params = qe.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
+    nearest, request, prefetch = qe.Query.Nearest, qe.QueryRequest, qe.Prefetch
+    rows = zip(map(FLOATS, queries), map(FLOATS, search_keys.of(queries)), refused, strict=True)
+    return [
+        request(
+            limit,
+            None,
+            nearest(query, KEY),
+            [prefetch(candidates, nearest(short, SEARCH_KEY), None, params, refuse)],
         )
-        return qe.QueryBatchRequest(
-            [
-                request(
-                    limit,
-                    None,
-                    nearest(query, KEY),
-                    [prefetch(candidates, nearest(short, SEARCH_KEY), None, params, filters[ref])],
-                )
-                for query, short, ref in rows
-            ]
-        )
+        for query, short, refuse in rows
+    ]
 
 
 def configuration(
     spec: CollectionSpec,
     quantization: Quantization,
-    search_threads: int,
     search_keys: SearchKeys | None,
     segments: int = 1,
 ) -> Any:
@@ -125,7 +187,7 @@ def configuration(
             indexing_threshold=_INDEXING_THRESHOLD_KB,
             prevent_unoptimized=False,  # True would hide the tail from searches
         ),
-        max_search_threads=search_threads,
+        max_search_threads=_SEARCH_THREADS,
     )
 
 
@@ -207,7 +269,7 @@ def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
     return ids, scores
 
 
-class EngineShard:
+class EngineShard(Shard):
     """A Shard in this process."""
 
     def __init__(
@@ -225,7 +287,6 @@ class EngineShard:
     def create(
         directory: Path,
         spec: CollectionSpec,
-        search_threads: int,
         search_keys: SearchKeys | None = None,
     ) -> EngineShard:
         """A new shard in a directory that is not there yet, with its payload indexes."""
@@ -233,7 +294,7 @@ class EngineShard:
             directory.mkdir(parents=True)
             if search_keys is not None:
                 search_keys.save(directory)
-            config = configuration(spec, Quantization.NONE, search_threads, search_keys)
+            config = configuration(spec, Quantization.NONE, search_keys)
             shard = qe.EdgeShard.create(str(directory), config)
             for field, schema in payload_indexes().items():
                 shard.update(qe.UpdateOperation.create_field_index(field, schema))
@@ -244,7 +305,6 @@ class EngineShard:
         directory: Path,
         spec: CollectionSpec,
         wanted: Compression | Quantization,
-        search_threads: int,
         segments: int = 1,
     ) -> EngineShard:
         """Opens a shard. Raises DirectoryInUse when a process has it open, CorruptMemory when it cannot be read.
@@ -256,7 +316,7 @@ class EngineShard:
         search_keys = SearchKeys.load(directory) if compression.apart else None
         with storage_call(f"open {directory}", opening=True):
             quantization = compression.quantization
-            config = configuration(spec, quantization, search_threads, search_keys, segments)
+            config = configuration(spec, quantization, search_keys, segments)
             shard = qe.EdgeShard.load(str(directory), config)
         return EngineShard(shard, directory, spec, search_keys)
 
@@ -267,10 +327,11 @@ class EngineShard:
             return EngineShard(qe.EdgeShard.load(str(directory)), directory, spec)
 
     @property
+    @override
     def alive(self) -> bool:
-        """See Shard.alive: as long as this process."""
         return True
 
+    @override
     def search(
         self,
         queries: F32,
@@ -278,13 +339,12 @@ class EngineShard:
         options: SearchOptions,
         excluded: Sequence[ExampleRef | None],
     ) -> tuple[U64, F32]:
-        """See Shard.search."""
         request = search_request(queries, limit, options, excluded, self._search_keys)
         with storage_call(f"search {self._directory}"):
             return read_hits(self._shard.query_batch(request), limit)
 
+    @override
     def upsert(self, entries: Entries, generation: int) -> None:
-        """See Shard.upsert; of repeated ids the last counts."""
         with storage_call(f"write to {self._directory}"):
             rows, payloads = self._points(entries.keys), payloads_of(entries, generation)
             points = list(map(qe.Point, entries.ids.tolist(), rows, payloads))
@@ -319,15 +379,15 @@ class EngineShard:
             if start is None:
                 return
 
+    @override
     def delete(self, ids: U64) -> None:
-        """See Shard.delete."""
         with storage_call(f"write to {self._directory}"):
             self._shard.update(qe.UpdateOperation.delete_points(ids.tolist()))
 
+    @override
     def scroll(
         self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
     ) -> Entries:
-        """See Shard.scroll."""
         offset = None if after is None else after + 1
         fields: bool | list[str] = True if provenance else [VALUE]
         with storage_call(f"read {self._directory}"):
@@ -335,8 +395,8 @@ class EngineShard:
             records, _ = self._shard.scroll(request)
         return self._entries(records, keys)
 
+    @override
     def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
-        """See Shard.retrieve."""
         with storage_call(f"read {self._directory}"):
             records = self._shard.retrieve(ids.tolist(), True, keys and self._vectors)
         return self._entries(records, keys)
@@ -345,8 +405,8 @@ class EngineShard:
         dimension = self._spec.dimension if keys else 0
         return entries_of(list(map(_record, records)), dimension, self._spec.value_width)
 
+    @override
     def counts(self, generation: int) -> ShardCounts:
-        """See Shard.counts."""
         written = qe.FieldCondition(GENERATION, match=qe.MatchValue(generation))
         with storage_call(f"count {self._directory}"):
             tail = self._shard.count(qe.CountRequest(exact=True, filter=qe.Filter(must=[written])))
@@ -361,13 +421,13 @@ class EngineShard:
         with storage_call(f"optimize {self._directory}"):
             self._shard.optimize()
 
+    @override
     def flush(self) -> None:
-        """Fsyncs every write, and cuts the write-ahead log."""
         with storage_call(f"flush {self._directory}"):
             self._shard.flush()
 
+    @override
     def close(self) -> None:
-        """Releases the files. Closing twice is allowed."""
         with storage_call(f"close {self._directory}"):
             self._shard.close()
 

@@ -1,136 +1,274 @@
-"""Makes the next generation of a collection's files beside the present one, which stays in use meanwhile."""
+"""The generation of its files that a collection serves, open, and the locks around it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakSet
+from types import TracebackType
 
-from router_service.backends.disk import FreeSpace, copy_tree, disk_bytes, remove_tree
-from router_service.backends.edge.engine import EngineShard
+import numpy as np
+
+from router_service.arrays import U64, Entries
+from router_service.backends.disk import FreeSpace, fsync_tree, remove_durably
+from router_service.backends.edge.engine import Shard, ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.hosted_shard import HostedShard
-from router_service.backends.edge.shard import Shard
-from router_service.errors import DirectoryInUse
+from router_service.backends.edge.processes import ShardOpener
+from router_service.backends.edge.values import ValueTable
+from router_service.errors import CollectionClosed, CorruptMemory, StorageError
 
-# How long the engine process of a service that was killed may take to let go of its files.
-_ORPHAN_S = 5.0
-# Keys and quantized keys of an indexed segment, most of the bytes: written once, deletions are marked elsewhere.
-_NEVER_CHANGED = ("matrix.dat", "quantized.data")
+_REVIVE_EVERY_S = 1.0
+_ENTRIES_PER_PAGE = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeSettings:
+class Resources:
     """What the collections of a backend share."""
 
-    search_threads: int
     free_space: FreeSpace
-    # A collection with more bytes of keys has a process of its own from its next opening or optimize on,
-    isolate_above_bytes: int
-    # as long as there is one to be had.
-    hosts: Hosts
+    shards: ShardOpener
 
 
-class Hosts:
-    """The engine processes of a backend, at most `workers` of them. Safe to call from several threads."""
+class Generation:
+    """An open generation: its files, the engine's shard, and in RAM the value row of each entry.
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._running: WeakSet[HostedShard] = WeakSet()
-        self._starting = 0
-        self._lock = threading.Lock()
+    Not thread-safe: whatever touches the shard is an engine call, see ServedGeneration.
+    """
+
+    def __init__(
+        self,
+        files: CollectionFiles,
+        pointer: Pointer,
+        shard: Shard,
+        table: ValueTable,
+        counts: ShardCounts,
+    ) -> None:
+        self.files, self.pointer, self.shard, self.table = files, pointer, shard, table
+        # Entries of the tail count again when they are written again: too many, never too few.
+        self.changed, self._in_graphs = counts.tail, counts.graph_vectors
+        self._outdated = max(0, counts.graph_vectors - (counts.entries - counts.tail))
+        self._saved = (
+            False  # the value rows, in a file that is there only while it has those of all entries
+        )
+        self._flushed: ValueTable | None = None
+        self._revived = -_REVIVE_EVERY_S
+
+    @staticmethod
+    def open(files: CollectionFiles, pointer: Pointer, resources: Resources) -> Generation:
+        """Raises CorruptMemory when its entries are not those of the last close()."""
+        shard = resources.shards.open(files, pointer)
+        try:
+            counts = shard.counts(pointer.generation)
+            width = pointer.spec.value_width
+            saved = ValueTable.load(files.values(pointer.generation), width)
+            table = _read_table(shard, width) if saved is None else saved
+            made = Generation(files, pointer, shard, table, counts)
+            made.require_all(counts)
+            made._saved = saved is not None
+        except BaseException:
+            shard.close()
+            raise
+        return made
+
+    @property
+    def flushed(self) -> bool:
+        """Whether nothing was written since the last flush(): each write makes another table."""
+        return self._flushed is self.table
+
+    @property
+    def outdated_share(self) -> float:
+        """Share of the graphs' entries that were replaced or deleted since they were built."""
+        return self._outdated / max(self._in_graphs, 1)
+
+    def require_all(self, counts: ShardCounts) -> None:
+        """A damaged write-ahead log shows only as missing entries. Raises CorruptMemory."""
+        if counts.entries != len(self.table):
+            values = self.files.values(self.pointer.generation)
+            raise CorruptMemory(
+                f"{self.files.directory} has {counts.entries} entries, {len(self.table)} when it was closed; restore "
+                f"the memory from a snapshot, or remove {values} to go on with what is left"
+            )
+
+    def before_writes(self) -> None:
+        """The saved value rows go first: from here on they are not those of all entries."""
+        if self._saved:
+            remove_durably(self.files.values(self.pointer.generation))
+            self._saved = False
 
     @contextmanager
-    def one(self, replaced: Shard | None) -> Iterator[Callable[..., Shard]]:
-        """How to open a shard that takes the place of `replaced`: in a process of its own if there may be one more."""
-        with self._lock:
-            others = sum(host.alive for host in self._running if host is not replaced)
-            allowed = others + self._starting < self._workers
-            self._starting += allowed
+    def changing(self, ids: U64) -> Iterator[None]:
+        """Around an engine call that writes or deletes the entries of `ids`, and sets the table."""
+        self._outdated += int(np.count_nonzero(self.table.holds(ids)))
         try:
-            yield self._started if allowed else EngineShard.load
+            yield
+        except BaseException:  # Ctrl-C too
+            if self.shard.alive:  # else read when it is revived
+                self._read_table()  # some may be written
+            raise
         finally:
-            with self._lock:
-                self._starting -= allowed
+            self.changed += len(ids)
 
-    def _started(self, *arguments: Any) -> HostedShard:
-        host = HostedShard.load(*arguments)
-        with self._lock:
-            self._running.add(host)
-        return host
+    def revive(self, resources: Resources) -> None:
+        """Opens the shard again whose process died. Raises StorageError when that was tried a moment ago."""
+        if time.monotonic() < self._revived + _REVIVE_EVERY_S:
+            raise StorageError(
+                f"the engine process of {self.files.directory} ended; it is started again soon, retry"
+            )
+        self._revived = time.monotonic()
+        self.shard.close()
+        self.shard = resources.shards.open(self.files, self.pointer, len(self.table))
+        self._read_table()
 
+    def _read_table(self) -> None:
+        self.table = _read_table(self.shard, self.pointer.spec.value_width)
 
-def create_files(files: CollectionFiles, pointer: Pointer, settings: EdgeSettings) -> None:
-    """The files of an empty collection; after a crash they are all there or count as leftovers."""
-    settings.free_space.require()
-    files.remove_leftovers(None)
-    directory = files.shard(pointer.generation)
-    shard = EngineShard.create(directory, pointer.spec, settings.search_threads)
-    shard.flush()
-    shard.close()
-    files.write(pointer)
+    def flush(self) -> None:
+        """Flushes unless nothing was written since: a flush takes 30 ms."""
+        if not self.flushed:
+            self.shard.flush()
+            self._flushed = self.table
 
+    def save_values(self) -> None:
+        """Saves the value rows, so that the next open reads no payloads. Raises StorageError."""
+        if not self._saved:
+            self.table.save(self.files.values(self.pointer.generation))
+            self._saved = True
 
-def open_shard(
-    files: CollectionFiles,
-    pointer: Pointer,
-    settings: EdgeSettings,
-    entries: int | None = None,
-    replaced: Shard | None = None,
-) -> Shard:
-    """The shard of a generation, in its own process when its `entries` (None: not known yet) are many.
-
-    Raises what EngineShard.load() raises. Waits for the engine process of a killed service to end: the data directory
-    is ours, so no other service can have the shard.
-    """
-    if entries is None:
-        entries = files.entries_about(pointer)
-    arguments = (
-        files.shard(pointer.generation),
-        pointer.spec,
-        pointer.compression,
-        settings.search_threads,
-    )
-    if entries * pointer.spec.dimension * 4 <= settings.isolate_above_bytes:
-        return _patiently(EngineShard.load, arguments)
-    with settings.hosts.one(replaced) as load:
-        return _patiently(load, arguments)
-
-
-def _patiently(load: Callable[..., Shard], arguments: tuple[Any, ...]) -> Shard:
-    deadline = time.monotonic() + _ORPHAN_S
-    while True:
+    def close(self) -> None:
+        """Flushes, saves the value rows and releases the files."""
         try:
-            return load(*arguments)
-        except DirectoryInUse:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+            if self.shard.alive:
+                self.shard.flush()
+                with suppress(
+                    StorageError
+                ):  # a full disk is no harm here: the next open reads the engine
+                    self.save_values()
+        finally:
+            self.shard.close()
 
 
-def copy_generation(
-    files: CollectionFiles, current: Pointer, target: Pointer, settings: EdgeSettings
-) -> None:
-    """Copies the engine's files, which must be flushed and not written to meanwhile. Raises DiskFull."""
-    source = files.shard(current.generation)
-    rebuilt = target.compression.apart or current.compression.apart
-    # The copy, its index, and when search keys are stored apart perhaps another copy.
-    settings.free_space.require((3 if rebuilt else 2) * disk_bytes(source))
-    remove_tree(files.generation(target.generation))
-    copy_tree(source, files.shard(target.generation), _NEVER_CHANGED)
+def _read_table(shard: Shard, value_width: int) -> ValueTable:
+    """The value rows as the engine has them; takes 20 us per entry."""
+    pages: list[Entries] = []
+    after = None
+    while len(page := shard.scroll(after, _ENTRIES_PER_PAGE, keys=False, provenance=False)):
+        pages.append(page)
+        after = int(page.ids[-1])
+    read = Entries.concat(pages, 0, value_width)
+    return ValueTable(read.ids, read.values)
 
 
-@contextmanager
-def new_generation(files: CollectionFiles, current: Pointer, target: Pointer) -> Iterator[None]:
-    """Whatever fails inside leaves `current` in force and nothing of `target`."""
-    try:
-        yield
-    except BaseException:
-        if files.read() != current:
-            files.write(current)
-        remove_tree(files.generation(target.generation))
-        raise
+class FifoLock:
+    """Handed on in the order of asking: a loop of short writes cannot starve a search. Not reentrant.
+
+    threading.Lock lets the thread that just released it take it again before those that wait.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._held = False
+
+    def __enter__(self) -> None:
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()  # who waited longest holds it now
+            else:
+                self._held = False
+
+
+class ServedGeneration:
+    """The generation that a collection serves now, and the locks that all who use it take. Open until close()."""
+
+    def __init__(self, generation: Generation, resources: Resources) -> None:
+        self.now = generation  # changed under all three locks
+        self.files = generation.files
+        self._resources = resources
+        # The order of locks, outermost first; who needs only a later one takes only that.
+        # 1. One optimize at a time; close() waits for it.
+        self.optimizing = threading.Lock()
+        # 2. One writer at a time. Held while files are copied and generations are swapped too: then writes wait.
+        self.writing = threading.Lock()
+        # 3. One engine call at a time. The only one that searches take; never held over a copy or a build.
+        self._engine = FifoLock()
+        self._frozen = False
+        self._closing = self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    @contextmanager
+    def engine_call(self) -> Iterator[Generation]:
+        """The generation, for one call of its shard, which is opened again when its process has died.
+
+        Raises CollectionClosed.
+        """
+        with self._engine:
+            if self._closing:
+                raise CollectionClosed(self.files.directory)
+            if not self.now.shard.alive:
+                self.now.revive(self._resources)
+            yield self.now
+
+    def flush(self) -> None:
+        """Makes every write durable. Returns at once while the files are frozen, for they were flushed before."""
+        if not self.now.flushed and not self._frozen:
+            # Beside the engine, so that little is left for its own flush, during which no search is answered.
+            with suppress(OSError):  # a file that is being replaced
+                fsync_tree(self.files.shard(self.now.pointer.generation) / "segments")
+        with self.engine_call() as generation:
+            if not self._frozen:
+                generation.flush()
+
+    @contextmanager
+    def frozen(self) -> Iterator[Generation]:
+        """Inside, the files on disk are complete and nobody changes them; searches go on."""
+        self.flush()  # so that little is left to do while writes wait
+        with self.writing:
+            try:
+                with self.engine_call() as generation:
+                    generation.flush()
+                    self._frozen = True
+                yield generation
+            finally:
+                self._frozen = False
+
+    def swap(self, successor: Generation) -> Generation:
+        """Serves `successor`, of the same entries, from the next engine call on; returns what served until now.
+
+        For who holds `optimizing` and `writing`.
+        """
+        with self._engine:
+            replaced, self.now = self.now, successor
+        return replaced
+
+    def refuse_calls(self) -> None:
+        """From here on engine_call() raises CollectionClosed: what goes on ends soon, and close() waits for it."""
+        self._closing = True
+
+    def close(self) -> None:
+        """After refuse_calls(): flushes and releases the files. Closing twice is allowed."""
+        with self.optimizing, self.writing, self._engine:
+            if not self._closed:
+                self._closed = True
+                self.now.close()

@@ -14,8 +14,8 @@ import numpy as np
 from router_service.arrays import F32
 from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.disk import fsync_tree, remove_tree, storage_call
-from router_service.backends.edge.child_process import die_with_parent_thread
 from router_service.backends.edge.engine import EngineShard, forget_configuration
+from router_service.backends.edge.processes import die_with_parent_thread
 from router_service.backends.edge.search_keys import FILE, SAMPLE, SearchKeys, fitted
 
 _FLOATS_PER_PAGE = 1 << 20
@@ -41,7 +41,7 @@ def _rebuild(directory: Path, spec: CollectionSpec, compression: Compression, en
     search_keys = None
     if compression.apart:
         search_keys = fitted(_sample(old, spec, entries), compression, entries)
-    new = EngineShard.create(directory, spec, 1, search_keys)
+    new = EngineShard.create(directory, spec, search_keys)
     for records in old.pages(_page(spec), payloads=True):
         new.put(records)
     new.flush()
@@ -72,7 +72,7 @@ def main(directory: str, dimension: str, metric: str, label: str, segments: str)
     path, compression = Path(directory), Compression.parse(label)
     rebuild_if_needed(path, spec, compression)
     forget_configuration(path)
-    shard = EngineShard.load(path, spec, compression, 1, int(segments))
+    shard = EngineShard.load(path, spec, compression, int(segments))
     shard.optimize()
     shard.flush()
     shard.close()

@@ -7,17 +7,15 @@ tables of one history share one growing array; a table sees only the rows that i
 from __future__ import annotations
 
 import zipfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_service.arrays import F32, NO_ID, U64, Bool, Entries
-from router_service.backends.disk import remove_durably, write_atomically
-from router_service.backends.edge.shard import Shard
-from router_service.errors import CorruptMemory, StorageError
+from router_service.arrays import F32, NO_ID, U64, Bool
+from router_service.backends.disk import write_atomically
+from router_service.errors import CorruptMemory
 
 _SMALLEST_CAPACITY = 1024
 
@@ -121,52 +119,3 @@ class ValueTable:
         if ids.ndim != 1 or values.shape != (len(ids), value_width):
             return None
         return ValueTable(ids, values)
-
-
-_ENTRIES_PER_PAGE = 2048
-
-
-def read_table(shard: Shard, value_width: int) -> ValueTable:
-    """The table as the engine has it; takes 20 us per entry."""
-    pages: list[Entries] = []
-    after = None
-    while len(page := shard.scroll(after, _ENTRIES_PER_PAGE, keys=False, provenance=False)):
-        pages.append(page)
-        after = int(page.ids[-1])
-    read = Entries.concat(pages, 0, value_width)
-    return ValueTable(read.ids, read.values)
-
-
-class SavedValues:
-    """The saved table of one generation, or that there is none."""
-
-    def __init__(self, path: Path, *, is_saved: bool) -> None:
-        self._path, self._is_saved = path, is_saved
-
-    @staticmethod
-    def open(path: Path, value_width: int) -> tuple[SavedValues, ValueTable | None]:
-        """What is saved at `path`; the table is None when there is no intact one."""
-        table = ValueTable.load(path, value_width)
-        return SavedValues(path, is_saved=table is not None), table
-
-    def forget(self) -> None:
-        """Before the first write."""
-        if self._is_saved:
-            remove_durably(self._path)
-            self._is_saved = False
-
-    def save(self, table: ValueTable) -> None:
-        """At close; a disk that is full now is no harm: the next open reads the engine."""
-        if not self._is_saved:
-            with suppress(StorageError):
-                table.save(self._path)
-
-    def check(self, table: ValueTable, entries: int) -> ValueTable:
-        """A damaged write-ahead log shows only as missing entries. Raises CorruptMemory."""
-        if entries != len(table):
-            directory = self._path.parent.parent
-            raise CorruptMemory(
-                f"{directory} has {entries} entries, {len(table)} when it was closed; restore the memory from a "
-                f"snapshot, or remove {self._path} to go on with what is left"
-            )
-        return table

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from router_service.backends.base import CollectionSpec
-from router_service.backends.common import require_name
+from router_service.backends.base import CollectionSpec, require_name
 from router_service.backends.qdrant_server import messages
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import (

@@ -17,9 +17,10 @@ from router_service.backends.base import (
     Quantization,
     Report,
     SearchOptions,
+    as_stored,
+    per_query,
     say_nothing,
 )
-from router_service.backends.common import as_stored, per_query
 from router_service.backends.points import VALUE, provenance_of
 from router_service.backends.qdrant_server import messages
 from router_service.backends.qdrant_server.connection import (

@@ -103,8 +103,8 @@ class BrokenEngine:
 def engine_calls(shard: EngineShard, directory: Path) -> dict[str, object]:
     """How each public method of EngineShard is called; the test below fails when one is missing here."""
     return {
-        "create": lambda: EngineShard.create(directory / "new", SPEC, 1),
-        "load": lambda: EngineShard.load(directory, SPEC, Quantization.NONE, 1),
+        "create": lambda: EngineShard.create(directory / "new", SPEC),
+        "load": lambda: EngineShard.load(directory, SPEC, Quantization.NONE),
         "load_as_it_is": lambda: EngineShard.load_as_it_is(directory, SPEC),
         "pages": lambda: list(shard.pages(2, payloads=True)),
         "put": lambda: shard.put([Record(1, {}, [0.0] * SPEC.dimension)]),
@@ -141,21 +141,21 @@ def test_requests_that_the_engine_cannot_represent_are_storage_errors() -> None:
 
 def test_a_real_panic_of_the_engine_is_a_storage_error(tmp_path: Path) -> None:
     directory = tmp_path / "shard"
-    shard = EngineShard.create(directory, SPEC, 1)
+    shard = EngineShard.create(directory, SPEC)
     shard.upsert(THREE, 0)
     shard.flush()
     shard.close()
     (status,) = directory.glob("segments/*/vector_storage/vectors/status.dat")
     status.write_bytes(status.read_bytes()[: status.stat().st_size // 2])
     with pytest.raises(CorruptMemory) as caught:
-        EngineShard.load(directory, SPEC, Quantization.NONE, 1)
+        EngineShard.load(directory, SPEC, Quantization.NONE)
     assert not isinstance(caught.value.__cause__, Exception)
 
 
 def test_a_second_opener_of_a_shard_is_told_who_is_in_the_way(tmp_path: Path) -> None:
-    shard = EngineShard.create(tmp_path / "shard", SPEC, 1)
+    shard = EngineShard.create(tmp_path / "shard", SPEC)
     with pytest.raises(DirectoryInUse, match="another process has it open") as caught:
-        EngineShard.load(tmp_path / "shard", SPEC, Quantization.NONE, 1)
+        EngineShard.load(tmp_path / "shard", SPEC, Quantization.NONE)
     assert str(tmp_path / "shard") in str(caught.value)
     shard.close()
 

@@ -218,7 +218,7 @@ def test_free_disk_is_asked_for_once_per_upsert(
 def test_dropping_a_quantization_needs_the_configuration_forgotten(tmp_path: Path) -> None:
     """Guards forget_configuration: when the engine learns to do without, it can go."""
     spec = replace(SPEC, value_width=0)
-    shard = EngineShard.create(tmp_path / "s", spec, 1)
+    shard = EngineShard.create(tmp_path / "s", spec)
     shard.close()
     for wanted, forget, found in [
         ("int8", False, True),
@@ -227,6 +227,6 @@ def test_dropping_a_quantization_needs_the_configuration_forgotten(tmp_path: Pat
     ]:
         if forget:
             forget_configuration(tmp_path / "s")
-        EngineShard.load(tmp_path / "s", spec, Quantization(wanted), 1).close()
+        EngineShard.load(tmp_path / "s", spec, Quantization(wanted)).close()
         config = json.loads((tmp_path / "s" / "edge_config.json").read_text())
         assert bool(config.get("quantization_config")) is found

@@ -15,7 +15,7 @@ import pytest
 
 from router_service.backends.base import Quantization, say_nothing
 from router_service.backends.edge import files as edge_files
-from router_service.backends.edge import generation, optimizer
+from router_service.backends.edge import optimizer
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.edge.collection import EdgeCollection
 from router_service.backends.edge.engine import EngineShard
@@ -79,7 +79,7 @@ def fail(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (generation, "copy_tree"),
+        (optimizer, "copy_tree"),
         (OptimizeJob, "run"),
         (EngineShard, "load"),
         (EngineShard, "counts"),
@@ -168,7 +168,8 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
 
 
 def child_runs(collection: EdgeCollection) -> bool:
-    return collection._job is not None and collection._job._process is not None
+    job = collection._optimizer._job
+    return job is not None and job._process is not None
 
 
 def test_searches_and_writes_go_on(
@@ -210,13 +211,13 @@ def test_a_crash_while_others_write_and_optimize_loses_nothing(
     again.close()
 
 
-def test_tidy_indexes_what_is_new_and_leaves_the_rest(
+def test_auto_optimize_indexes_what_is_new_and_leaves_the_rest(
     edge: EdgeBackend, collection: EdgeCollection
 ) -> None:
     collection.optimize(Quantization.INT8)
     for start in (600, 900, 1200):
         collection.upsert(numbered_entries(start, start + 300))
-        assert collection.tidy()
+        assert collection.auto_optimize()
         assert (collection.info().indexed_entries, collection.changed_entries) == (start + 300, 0)
         assert collection.info().compression.quantization is Quantization.INT8
     collection.delete(np.arange(1300, 1500, dtype=np.uint64))
@@ -230,7 +231,7 @@ def test_what_two_generations_share_is_never_changed(
 ) -> None:
     """Large files of indexed segments are linked, not copied."""
     collection.optimize(Quantization.INT8)
-    shared = [p for name in generation._NEVER_CHANGED for p in data_dir.glob(f"**/{name}")]
+    shared = [p for name in optimizer._NEVER_CHANGED for p in data_dir.glob(f"**/{name}")]
     assert shared
     links = [data_dir / str(number) for number in range(len(shared))]
     for path, link in zip(shared, links, strict=True):
@@ -239,7 +240,7 @@ def test_what_two_generations_share_is_never_changed(
     collection.upsert(numbered_entries(550, 900))
     collection.delete(np.arange(0, 50, dtype=np.uint64))
     collection.flush()
-    collection.tidy()
+    collection.auto_optimize()
     collection.upsert(numbered_entries(0, 100))
     collection.optimize(Quantization.NONE)
     assert_holds(collection, 900)
@@ -247,14 +248,14 @@ def test_what_two_generations_share_is_never_changed(
         assert link.read_bytes() == link.with_suffix(".before").read_bytes()
 
 
-def test_optimize_takes_over_from_tidy(slow_child: Path, collection: EdgeCollection) -> None:
+def test_optimize_ends_auto_optimize(slow_child: Path, collection: EdgeCollection) -> None:
     with ThreadPoolExecutor(1) as pool:
-        tidied = pool.submit(collection.tidy)
+        automatic = pool.submit(collection.auto_optimize)
         wait_for(lambda: child_runs(collection))
-        assert not collection.tidy()
+        assert not collection.auto_optimize()
         slow_child.touch()
         collection.optimize(Quantization.INT8)
-        assert tidied.result(60) is False
+        assert automatic.result(60) is False
     assert collection.info().compression.quantization is Quantization.INT8
 
 

@@ -16,7 +16,7 @@ from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.edge.collection import EdgeCollection
 from router_service.backends.edge.engine import EngineShard
-from router_service.backends.edge.hosted_shard import HostedShard
+from router_service.backends.edge.processes import HostedShard
 from router_service.errors import CorruptMemory, DirectoryInUse, StorageError
 from tests.unit.router_service.backends.numbered_entries import (
     OPTIONS,
@@ -33,9 +33,14 @@ def edge(data_dir: Path) -> Iterator[EdgeBackend]:
     backend.close()
 
 
+def hosted(collection: EdgeCollection) -> HostedShard:
+    shard = collection._served.now.shard
+    assert isinstance(shard, HostedShard)
+    return shard
+
+
 def host_of(collection: EdgeCollection) -> int:
-    assert isinstance(collection._shard, HostedShard)
-    return collection._shard.process_id
+    return hosted(collection).process_id
 
 
 def is_running(process: int) -> bool:
@@ -91,16 +96,14 @@ def test_a_process_that_dies_is_started_again_and_has_every_acknowledged_write(
 
 
 def test_a_call_under_way_says_how_the_process_ended(collection: EdgeCollection) -> None:
-    shard = collection._shard
-    assert isinstance(shard, HostedShard)
+    shard = hosted(collection)
     os.kill(shard.process_id, signal.SIGKILL)
     with pytest.raises(StorageError, match=r"ended with status -9.*started again"):
         shard.flush()
 
 
 def test_the_process_ends_with_the_service(collection: EdgeCollection) -> None:
-    shard = collection._shard
-    assert isinstance(shard, HostedShard)
+    shard = hosted(collection)
     shard._connection.close()  # what the kernel does when the service is killed
     shard._process.wait(10)
     assert shard._process.returncode == 0
@@ -108,17 +111,17 @@ def test_the_process_ends_with_the_service(collection: EdgeCollection) -> None:
 
 def test_errors_keep_their_kind_and_text(collection: EdgeCollection, data_dir: Path) -> None:
     with pytest.raises(CorruptMemory, match="cannot open"):
-        HostedShard.load(data_dir / "nothing", SPEC, Compression(), 1)
+        HostedShard.load(data_dir / "nothing", SPEC, Compression())
     with pytest.raises(DirectoryInUse, match="another process"):
-        HostedShard.load(data_dir / "layer/gen-000000/shard", SPEC, Compression(), 1)
+        HostedShard.load(data_dir / "layer/gen-000000/shard", SPEC, Compression())
 
 
 def test_a_collection_moves_to_its_own_process_when_it_has_grown(data_dir: Path) -> None:
     edge = EdgeBackend(data_dir, min_free_bytes=0, isolate_above_bytes=64 << 10)
     made = edge.create("layer", SPEC)
     made.upsert(numbered_entries(0, 3000))
-    assert isinstance(made._shard, EngineShard)
+    assert isinstance(made._served.now.shard, EngineShard)
     made.optimize(Quantization.NONE)
-    assert isinstance(made._shard, HostedShard)
+    assert hosted(made).alive
     assert_holds(made, 3000)
     edge.close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_service.backends.base import Metric
-from router_service.backends.common import as_stored
+from router_service.backends.base import Metric, as_stored
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3, 16, 256])

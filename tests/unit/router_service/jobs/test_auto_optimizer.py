@@ -38,7 +38,7 @@ class Layer:
     blocks: bool = False
     entered: threading.Event = field(default_factory=threading.Event)
 
-    def tidy(self, report: Report = say_nothing) -> bool:
+    def auto_optimize(self, report: Report = say_nothing) -> bool:
         self.entered.set()
         while self.blocks:
             report("index", 0, 0)

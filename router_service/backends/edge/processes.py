@@ -1,0 +1,257 @@
+"""Processes of this backend: how they are started, and shards that live in one of their own.
+
+An engine call holds the GIL; in a process of its own it is nobody else's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakSet
+
+from typing_extensions import override
+
+from router_service.arrays import F32, U64, Entries, ExampleRef
+from router_service.backends.base import CollectionSpec, Compression, SearchOptions
+from router_service.backends.edge.engine import EngineShard, Shard, ShardCounts
+from router_service.backends.edge.files import CollectionFiles, Pointer
+from router_service.errors import DirectoryInUse, StorageError
+
+_PR_SET_PDEATHSIG = 1
+_PARENT = "KNNMOE_PARENT_PROCESS"
+_HOST = "router_service.backends.edge.engine_host"
+_EXIT_S = 10.0
+# How long the engine process of a service that was killed may take to let go of its files.
+_ORPHAN_S = 5.0
+_ORPHAN_POLL_S = 0.05
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def start_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    stderr: int | None,
+    pass_fds: Sequence[int] = (),
+    niceness: int = 0,
+) -> subprocess.Popen[bytes]:
+    """`python -m module arguments` with this interpreter and its import path, stdin and stdout closed.
+
+    Never a fork: a forked engine hangs at its first query.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        pass_fds=pass_fds,
+        start_new_session=True,  # Ctrl-C is for the service, which ends its processes in order
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), _PARENT: str(os.getpid())},
+    )
+    if niceness:
+        with suppress(ProcessLookupError):  # it has ended already
+            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+    return process
+
+
+def die_with_parent_thread() -> None:
+    """The kernel kills this process, which start_module() made, when the thread that did so ends (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if str(os.getppid()) != os.environ.get(_PARENT):
+        sys.exit("the service has ended")  # before it could be asked for
+
+
+class HostedShard(Shard):
+    """A Shard in a process of its own, see engine_host. One call at a time."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], connection: Connection, directory: Path
+    ) -> None:
+        """Made by load()."""
+        self._process, self._connection = process, connection
+        self._directory = directory
+        self._closed = False
+
+    @staticmethod
+    def load(directory: Path, spec: CollectionSpec, wanted: Compression) -> HostedShard:
+        """Starts the process, which opens the shard. Raises what EngineShard.load() raises."""
+        ours, theirs = Pipe()
+        with theirs:
+            process = start_module(
+                _HOST,
+                [str(theirs.fileno()), str(directory)],
+                stderr=None,
+                pass_fds=[theirs.fileno()],
+            )
+        shard = HostedShard(process, ours, directory)
+        try:
+            shard._exchange((spec, wanted))
+        except BaseException:
+            shard._end()
+            raise
+        return shard
+
+    @property
+    @override
+    def alive(self) -> bool:
+        return not self._closed and self._process.poll() is None
+
+    @property
+    def process_id(self) -> int:
+        """Of the process that holds the shard."""
+        return self._process.pid
+
+    @override
+    def search(
+        self,
+        queries: F32,
+        limit: int,
+        options: SearchOptions,
+        excluded: Sequence[ExampleRef | None],
+    ) -> tuple[U64, F32]:
+        return self._call(Shard.search, queries, limit, options, excluded)
+
+    @override
+    def upsert(self, entries: Entries, generation: int) -> None:
+        self._call(Shard.upsert, entries, generation)
+
+    @override
+    def delete(self, ids: U64) -> None:
+        self._call(Shard.delete, ids)
+
+    @override
+    def scroll(
+        self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
+    ) -> Entries:
+        return self._call(Shard.scroll, after, limit, keys=keys, provenance=provenance)
+
+    @override
+    def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
+        return self._call(Shard.retrieve, ids, keys=keys)
+
+    @override
+    def counts(self, generation: int) -> ShardCounts:
+        return self._call(Shard.counts, generation)
+
+    @override
+    def flush(self) -> None:
+        self._call(Shard.flush)
+
+    @override
+    def close(self) -> None:
+        if self._closed:
+            return
+        try:
+            if self.alive:
+                self._call(Shard.close)
+        finally:
+            self._end()
+
+    def _call(
+        self,
+        method: Callable[Concatenate[Shard, _Arguments], _Result],
+        *arguments: _Arguments.args,
+        **keywords: _Arguments.kwargs,
+    ) -> _Result:
+        """What the method of the shard in the process returns, or raises."""
+        found: _Result = self._exchange((method.__name__, arguments, keywords))
+        return found
+
+    def _exchange(self, message: object) -> Any:
+        """Pickles, for both ends are the same program and nobody else has the pipe."""
+        try:
+            self._connection.send(message)
+            found, error = self._connection.recv()
+        except (OSError, EOFError) as gone:
+            raise self._died() from gone
+        if error is not None:
+            raise error
+        return found
+
+    def _died(self) -> StorageError:
+        """What to say of a process that is gone: a full disk kills it with SIGBUS."""
+        self._end()
+        return StorageError(
+            f"the engine process of {self._directory} ended with status {self._process.returncode}; it is started "
+            "again at the next call (status -7: the disk was full)"
+        )
+
+    def _end(self) -> None:
+        self._closed = True
+        self._connection.close()
+        try:
+            self._process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class ShardOpener:
+    """Opens the shards of a backend, large ones in processes of their own. Safe to call from several threads."""
+
+    def __init__(self, isolate_above_bytes: int, workers: int) -> None:
+        """`isolate_above_bytes`: of keys, above which a shard has a process, for at most `workers` of them."""
+        self._isolate_above_bytes, self._workers = isolate_above_bytes, workers
+        self._running: WeakSet[HostedShard] = WeakSet()
+        self._starting = 0
+        self._lock = threading.Lock()
+
+    def open(
+        self,
+        files: CollectionFiles,
+        pointer: Pointer,
+        entries: int | None = None,
+        replaced: Shard | None = None,
+    ) -> Shard:
+        """The shard of a generation with `entries` (None: not known yet), which serves instead of `replaced`.
+
+        Raises what EngineShard.load() raises. Waits for the engine process of a killed service to end: the data
+        directory is ours, so no other service can have the shard.
+        """
+        if entries is None:
+            entries = files.entries_about(pointer)
+        deadline = time.monotonic() + _ORPHAN_S
+        with self._loader(entries * pointer.spec.dimension * 4, replaced) as load:
+            while True:
+                try:
+                    return load(files.shard(pointer.generation), pointer.spec, pointer.compression)
+                except DirectoryInUse:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(_ORPHAN_POLL_S)
+
+    @contextmanager
+    def _loader(
+        self, key_bytes: int, replaced: Shard | None
+    ) -> Iterator[Callable[[Path, CollectionSpec, Compression], Shard]]:
+        """How to open a shard: in a process of its own if it is large and there may be one more."""
+        with self._lock:
+            others = sum(host.alive for host in self._running if host is not replaced)
+            free = others + self._starting < self._workers
+            hosted = free and key_bytes > self._isolate_above_bytes
+            self._starting += hosted
+        try:
+            yield self._hosted if hosted else EngineShard.load
+        finally:
+            with self._lock:
+                self._starting -= hosted
+
+    def _hosted(self, directory: Path, spec: CollectionSpec, wanted: Compression) -> HostedShard:
+        host = HostedShard.load(directory, spec, wanted)
+        with self._lock:
+            self._running.add(host)
+        return host
