@@ -44,25 +44,11 @@ class ExactCollection(Collection):
     """A Collection in RAM. Ties in distance go to the smaller id."""
 
     def __init__(self, spec: CollectionSpec) -> None:
-        self._spec = spec
+        self.spec = spec
+        self.closed = False  # until close(); open() of the backend undoes it
         self._entries = Entries.concat([], spec.dimension, spec.value_width)
         self._compression = Compression()
-        self._closed = False
         self._write_lock = threading.Lock()
-
-    @property
-    def spec(self) -> CollectionSpec:
-        """What the collection holds."""
-        return self._spec
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called after the last open."""
-        return self._closed
-
-    def reopen(self) -> None:
-        """Lets the collection be used again after close()."""
-        self._closed = False
 
     @override
     def search(
@@ -73,13 +59,13 @@ class ExactCollection(Collection):
         exclude: Sequence[ExampleRef] = (),
     ) -> Neighbours:
         entries = self._open_entries()
-        stored = as_stored(queries, self._spec.metric, "queries")
+        stored = as_stored(queries, self.spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
-        found = Neighbours.empty(len(queries), k, self._spec.value_width)
-        rows = max(1, _BLOCK_ELEMENTS // max(1, len(entries) * self._spec.dimension))
+        found = Neighbours.empty(len(queries), k, self.spec.value_width)
+        rows = max(1, _BLOCK_ELEMENTS // max(1, len(entries) * self.spec.dimension))
         for start in range(0, len(queries), rows):
             options.require_time()
-            distances = _distances(stored[start : start + rows], entries.keys, self._spec.metric)
+            distances = _distances(stored[start : start + rows], entries.keys, self.spec.metric)
             for query, row in enumerate(distances, start):
                 allowed = _allowed(entries, excluded[query])
                 allowed = allowed[row[allowed] <= _FARTHEST]
@@ -91,10 +77,10 @@ class ExactCollection(Collection):
 
     @override
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # nothing to sync
-        keys = as_stored(entries.keys, self._spec.metric, "keys")
+        keys = as_stored(entries.keys, self.spec.metric, "keys")
         with self._write_lock:
             parts = [self._open_entries(), replace(entries, keys=keys)]
-            both = Entries.concat(parts, self._spec.dimension, self._spec.value_width)
+            both = Entries.concat(parts, self.spec.dimension, self.spec.value_width)
             _, last = np.unique(both.ids[::-1], return_index=True)
             self._entries = both.take(len(both) - 1 - last)
 
@@ -142,10 +128,10 @@ class ExactCollection(Collection):
     @override
     def close(self) -> None:
         """The backend keeps the entries until drop()."""
-        self._closed = True
+        self.closed = True
 
     def _open_entries(self) -> Entries:
-        if self._closed:
+        if self.closed:
             raise CollectionClosed("the collection")
         return self._entries
 
@@ -174,7 +160,7 @@ class ExactBackend(Backend, Renaming):
             raise CorruptMemory(f"collection {name!r} holds {collection.spec}, expected {spec}")
         if not collection.closed:
             raise StorageError(f"collection {name!r} is already open")
-        collection.reopen()
+        collection.closed = False
         return collection
 
     @override

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import qdrant_edge as qe
-from typing_extensions import override
 
 from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
 from router_service.backends.base import (
@@ -55,61 +53,6 @@ class ShardCounts:
     entries: int
     tail: int
     graph_vectors: int
-
-
-class Shard(ABC):
-    """One open shard of the engine, in this process or in one of its own.
-
-    Not thread-safe: the collection holds a lock around each call. Failures are StorageErrors.
-    """
-
-    @abstractmethod
-    def search(
-        self,
-        queries: F32,
-        limit: int,
-        options: SearchOptions,
-        excluded: Sequence[ExampleRef | None],
-    ) -> tuple[U64, F32]:
-        """Ids and engine scores [t, limit] of the nearest entries, best first; NO_ID and inf where there are fewer."""
-
-    @abstractmethod
-    def upsert(self, entries: Entries, generation: int) -> None:
-        """Writes entries, marked with the generation of files; they survive SIGKILL when this returns.
-
-        Of repeated ids the last counts.
-        """
-
-    @abstractmethod
-    def delete(self, ids: U64) -> None:
-        """Removes the entries of these ids; they stay away after SIGKILL when this returns."""
-
-    @abstractmethod
-    def scroll(
-        self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
-    ) -> Entries:
-        """Up to `limit` entries above an id, in the order of ids; d = 0 without keys."""
-
-    @abstractmethod
-    def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
-        """The entries of these ids, in any order; those that are not there are left out."""
-
-    @abstractmethod
-    def counts(self, generation: int) -> ShardCounts:
-        """What there is; `generation` is the one being written."""
-
-    @abstractmethod
-    def flush(self) -> None:
-        """Fsyncs every write, and cuts the write-ahead log."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Releases the files. Closing twice is allowed."""
-
-    @property
-    @abstractmethod
-    def alive(self) -> bool:
-        """Whether calls can still succeed; a process of its own may have died."""
 
 
 def search_request(
@@ -219,19 +162,20 @@ def _vectors(
 def _quantization(quantization: Quantization) -> Any:
     """What the engine itself quantizes, held in RAM; None for the rest."""
     ram, bits = qe.Memory.Pinned, qe.TurboQuantBitSize
+    turbo = {
+        Quantization.TURBO4: bits.Bits4,
+        Quantization.TURBO2: bits.Bits2,
+        Quantization.TURBO1: bits.Bits1,
+    }
     match quantization:
         case Quantization.INT8:
             return qe.ScalarQuantizationConfig(qe.ScalarType.Int8, memory=ram)
-        case Quantization.TURBO4:
-            return qe.TurboQuantQuantizationConfig(bits=bits.Bits4, memory=ram)
-        case Quantization.TURBO2:
-            return qe.TurboQuantQuantizationConfig(bits=bits.Bits2, memory=ram)
-        case Quantization.TURBO1:
-            return qe.TurboQuantQuantizationConfig(bits=bits.Bits1, memory=ram)
         case Quantization.BINARY:
             return qe.BinaryQuantizationConfig(memory=ram)
         case Quantization.PRODUCT:
             return qe.ProductQuantizationConfig(qe.CompressionRatio.X16, memory=ram)
+        case Quantization.TURBO4 | Quantization.TURBO2 | Quantization.TURBO1:
+            return qe.TurboQuantQuantizationConfig(bits=turbo[quantization], memory=ram)
         case _:
             return None
 
@@ -269,8 +213,11 @@ def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
     return ids, scores
 
 
-class EngineShard(Shard):
-    """A Shard in this process."""
+class EngineShard:
+    """One open shard of the engine, in this process.
+
+    Not thread-safe: the collection holds a lock around each call. Failures are StorageErrors.
+    """
 
     def __init__(
         self,
@@ -327,11 +274,10 @@ class EngineShard(Shard):
             return EngineShard(qe.EdgeShard.load(str(directory)), directory, spec)
 
     @property
-    @override
     def alive(self) -> bool:
+        """Whether calls can still succeed: as long as this process."""
         return True
 
-    @override
     def search(
         self,
         queries: F32,
@@ -339,12 +285,16 @@ class EngineShard(Shard):
         options: SearchOptions,
         excluded: Sequence[ExampleRef | None],
     ) -> tuple[U64, F32]:
+        """Ids and engine scores [t, limit] of the nearest entries, best first; NO_ID and inf where there are fewer."""
         request = search_request(queries, limit, options, excluded, self._search_keys)
         with storage_call(f"search {self._directory}"):
             return read_hits(self._shard.query_batch(request), limit)
 
-    @override
     def upsert(self, entries: Entries, generation: int) -> None:
+        """Writes entries, marked with the generation of files; they survive SIGKILL when this returns.
+
+        Of repeated ids the last counts.
+        """
         with storage_call(f"write to {self._directory}"):
             rows, payloads = self._points(entries.keys), payloads_of(entries, generation)
             points = list(map(qe.Point, entries.ids.tolist(), rows, payloads))
@@ -379,15 +329,15 @@ class EngineShard(Shard):
             if start is None:
                 return
 
-    @override
     def delete(self, ids: U64) -> None:
+        """Removes the entries of these ids; they stay away after SIGKILL when this returns."""
         with storage_call(f"write to {self._directory}"):
             self._shard.update(qe.UpdateOperation.delete_points(ids.tolist()))
 
-    @override
     def scroll(
         self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
     ) -> Entries:
+        """Up to `limit` entries above an id, in the order of ids; d = 0 without keys."""
         offset = None if after is None else after + 1
         fields: bool | list[str] = True if provenance else [VALUE]
         with storage_call(f"read {self._directory}"):
@@ -395,8 +345,8 @@ class EngineShard(Shard):
             records, _ = self._shard.scroll(request)
         return self._entries(records, keys)
 
-    @override
     def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
+        """The entries of these ids, in any order; those that are not there are left out."""
         with storage_call(f"read {self._directory}"):
             records = self._shard.retrieve(ids.tolist(), True, keys and self._vectors)
         return self._entries(records, keys)
@@ -405,8 +355,8 @@ class EngineShard(Shard):
         dimension = self._spec.dimension if keys else 0
         return entries_of(list(map(_record, records)), dimension, self._spec.value_width)
 
-    @override
     def counts(self, generation: int) -> ShardCounts:
+        """What there is; `generation` is the one being written."""
         written = qe.FieldCondition(GENERATION, match=qe.MatchValue(generation))
         with storage_call(f"count {self._directory}"):
             tail = self._shard.count(qe.CountRequest(exact=True, filter=qe.Filter(must=[written])))
@@ -421,13 +371,13 @@ class EngineShard(Shard):
         with storage_call(f"optimize {self._directory}"):
             self._shard.optimize()
 
-    @override
     def flush(self) -> None:
+        """Fsyncs every write, and cuts the write-ahead log."""
         with storage_call(f"flush {self._directory}"):
             self._shard.flush()
 
-    @override
     def close(self) -> None:
+        """Releases the files. Closing twice is allowed."""
         with storage_call(f"close {self._directory}"):
             self._shard.close()
 

@@ -8,15 +8,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
 from router_service.arrays import U64, Entries
 from router_service.backends.disk import FreeSpace, fsync_tree, remove_durably
-from router_service.backends.edge.engine import Shard, ShardCounts
+from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.processes import ShardOpener
+from router_service.backends.edge.processes import Shard, ShardOpener
 from router_service.backends.edge.values import ValueTable
 from router_service.errors import CollectionClosed, CorruptMemory, StorageError
 
@@ -182,12 +181,7 @@ class FifoLock:
             self._waiting.append(turn)
         turn.acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._mutex:
             if self._waiting:
                 self._waiting.popleft().release()  # who waited longest holds it now

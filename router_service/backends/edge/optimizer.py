@@ -26,10 +26,9 @@ from router_service.backends.base import (
     say_nothing,
 )
 from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, storage_call
-from router_service.backends.edge.engine import Shard
 from router_service.backends.edge.files import Pointer
 from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
-from router_service.backends.edge.processes import start_module
+from router_service.backends.edge.processes import Shard, start_module
 from router_service.errors import Busy, StorageError
 
 # A graph search steps over replaced and deleted entries, but no longer finds its way when they are many: recall@1 is

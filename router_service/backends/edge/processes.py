@@ -20,11 +20,8 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
-from typing_extensions import override
-
-from router_service.arrays import F32, U64, Entries, ExampleRef
-from router_service.backends.base import CollectionSpec, Compression, SearchOptions
-from router_service.backends.edge.engine import EngineShard, Shard, ShardCounts
+from router_service.backends.base import CollectionSpec, Compression
+from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.errors import DirectoryInUse, StorageError
 
@@ -75,8 +72,32 @@ def die_with_parent_thread() -> None:
         sys.exit("the service has ended")  # before it could be asked for
 
 
-class HostedShard(Shard):
-    """A Shard in a process of its own, see engine_host. One call at a time."""
+def _forwarded(
+    method: Callable[Concatenate[EngineShard, _Arguments], _Result],
+) -> Callable[Concatenate[HostedShard, _Arguments], _Result]:
+    """A method of HostedShard: what that of the EngineShard in the process returns, or raises."""
+    name = method.__name__
+
+    def call(
+        shard: HostedShard, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs
+    ) -> _Result:
+        found: _Result = shard.exchange((name, arguments, keywords))
+        return found
+
+    return call
+
+
+class HostedShard:
+    """An EngineShard in a process of its own, see engine_host. One call at a time."""
+
+    search = _forwarded(EngineShard.search)
+    upsert = _forwarded(EngineShard.upsert)
+    delete = _forwarded(EngineShard.delete)
+    scroll = _forwarded(EngineShard.scroll)
+    retrieve = _forwarded(EngineShard.retrieve)
+    counts = _forwarded(EngineShard.counts)
+    flush = _forwarded(EngineShard.flush)
+    _close = _forwarded(EngineShard.close)
 
     def __init__(
         self, process: subprocess.Popen[bytes], connection: Connection, directory: Path
@@ -99,80 +120,29 @@ class HostedShard(Shard):
             )
         shard = HostedShard(process, ours, directory)
         try:
-            shard._exchange((spec, wanted))
+            shard.exchange((spec, wanted))
         except BaseException:
             shard._end()
             raise
         return shard
 
     @property
-    @override
     def alive(self) -> bool:
+        """Whether calls can still succeed; the process may have died."""
         return not self._closed and self._process.poll() is None
 
-    @property
-    def process_id(self) -> int:
-        """Of the process that holds the shard."""
-        return self._process.pid
-
-    @override
-    def search(
-        self,
-        queries: F32,
-        limit: int,
-        options: SearchOptions,
-        excluded: Sequence[ExampleRef | None],
-    ) -> tuple[U64, F32]:
-        return self._call(Shard.search, queries, limit, options, excluded)
-
-    @override
-    def upsert(self, entries: Entries, generation: int) -> None:
-        self._call(Shard.upsert, entries, generation)
-
-    @override
-    def delete(self, ids: U64) -> None:
-        self._call(Shard.delete, ids)
-
-    @override
-    def scroll(
-        self, after: int | None, limit: int, *, keys: bool = True, provenance: bool = True
-    ) -> Entries:
-        return self._call(Shard.scroll, after, limit, keys=keys, provenance=provenance)
-
-    @override
-    def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
-        return self._call(Shard.retrieve, ids, keys=keys)
-
-    @override
-    def counts(self, generation: int) -> ShardCounts:
-        return self._call(Shard.counts, generation)
-
-    @override
-    def flush(self) -> None:
-        self._call(Shard.flush)
-
-    @override
     def close(self) -> None:
+        """Releases the files and ends the process. Closing twice is allowed."""
         if self._closed:
             return
         try:
             if self.alive:
-                self._call(Shard.close)
+                self._close()
         finally:
             self._end()
 
-    def _call(
-        self,
-        method: Callable[Concatenate[Shard, _Arguments], _Result],
-        *arguments: _Arguments.args,
-        **keywords: _Arguments.kwargs,
-    ) -> _Result:
-        """What the method of the shard in the process returns, or raises."""
-        found: _Result = self._exchange((method.__name__, arguments, keywords))
-        return found
-
-    def _exchange(self, message: object) -> Any:
-        """Pickles, for both ends are the same program and nobody else has the pipe."""
+    def exchange(self, message: object) -> Any:
+        """One question and its answer, pickled: both ends are the same program and nobody else has the pipe."""
         try:
             self._connection.send(message)
             found, error = self._connection.recv()
@@ -198,6 +168,9 @@ class HostedShard(Shard):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+Shard = EngineShard | HostedShard
 
 
 class ShardOpener:

@@ -40,7 +40,7 @@ def hosted(collection: EdgeCollection) -> HostedShard:
 
 
 def host_of(collection: EdgeCollection) -> int:
-    return hosted(collection).process_id
+    return hosted(collection)._process.pid
 
 
 def is_running(process: int) -> bool:
@@ -97,7 +97,7 @@ def test_a_process_that_dies_is_started_again_and_has_every_acknowledged_write(
 
 def test_a_call_under_way_says_how_the_process_ended(collection: EdgeCollection) -> None:
     shard = hosted(collection)
-    os.kill(shard.process_id, signal.SIGKILL)
+    os.kill(shard._process.pid, signal.SIGKILL)
     with pytest.raises(StorageError, match=r"ended with status -9.*started again"):
         shard.flush()
 
