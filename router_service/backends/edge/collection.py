@@ -33,8 +33,9 @@ from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
 from router_service.backends.edge.optimizer import MOST_OUTDATED, Optimizer
 
-# One engine call at a time: with 128, one token waits 40 ms beside a long request, with 64 half of that, and 512 tokens
-# take 2 % longer (benchmarks/README.md).
+# Where a search is cut, the only place on this side of the wire: an engine call holds the engine (and in this process
+# the GIL), so other lookups get in between, and what has expired is dropped there. With 128, one token waits 40 ms
+# beside a long request, with 64 half of that, and 512 tokens take 2 % longer (benchmarks/README.md).
 QUERIES_PER_CALL = 64
 # An update of so many floats keeps the engine for 7 to 10 ms. Few large ones and long rests (see pacing) delay fewer
 # lookups than many small ones: at 2,048 floats per key p99 is 7.4 ms rather than 9.5.
