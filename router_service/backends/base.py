@@ -153,11 +153,6 @@ class CollectionInfo:
     compression: Compression
     disk_bytes: int
 
-    @property
-    def quantization(self) -> Quantization:
-        """Of the compression."""
-        return self.compression.quantization
-
 
 class CollectionReader(Protocol):
     """The entries of one layer, to read. Safe to call from several threads. Every engine failure is a StorageError."""

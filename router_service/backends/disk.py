@@ -166,18 +166,15 @@ def _copied_by_kernel(reader: int, writer: int, start: int, stop: int) -> int:
 def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
     """The parts of a file that are not holes."""
     stop = 0
-    while (start := _next_data(descriptor, stop)) is not None:
+    while True:
+        try:
+            start = os.lseek(descriptor, stop, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left, or nothing
+                return
+            raise
         stop = os.lseek(descriptor, start, os.SEEK_HOLE)
         yield start, stop
-
-
-def _next_data(descriptor: int, offset: int) -> int | None:
-    try:
-        return os.lseek(descriptor, offset, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # only a hole is left, or nothing
-            return None
-        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class History(RuleBasedStateMachine):
         self.world.crash()
         self._start_again()
 
-    @precondition(lambda self: self.oracle.info().quantization is Quantization.NONE)
+    @precondition(lambda self: self.oracle.info().compression.quantization is Quantization.NONE)
     @rule()
     def optimize(self) -> None:
         for collection in (self.collection, self.oracle):
@@ -176,7 +176,10 @@ class History(RuleBasedStateMachine):
     def same_size(self) -> None:
         if hasattr(self, "collection"):
             info, expected = self.collection.info(), self.oracle.info()
-            assert (info.entries, info.quantization) == (expected.entries, expected.quantization)
+            assert (info.entries, info.compression.quantization) == (
+                expected.entries,
+                expected.compression.quantization,
+            )
             assert 0 <= info.indexed_entries <= info.entries
 
     def teardown(self) -> None:

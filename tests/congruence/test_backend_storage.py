@@ -134,7 +134,7 @@ def test_optimized_collections_find_the_same(backend: Backend, metric: Metric) -
     for quantization in (Quantization.INT8, Quantization.NONE):
         collection.optimize(quantization)
         info = collection.info()
-        assert (info.entries, info.quantization) == (1500, quantization)
+        assert (info.entries, info.compression.quantization) == (1500, quantization)
         for k in (1, 5):
             found = collection.search(queries, k, OPTIONS)
             assert_slots_agree(found, entries, true, k, metric)
@@ -153,7 +153,7 @@ def test_entries_written_after_optimize_are_found(backend: Backend) -> None:
     expected = np.concatenate([later.ids[:100], new.ids])
     assert (found.ids[:, 0] == expected).mean() >= 0.99
     assert collection.info().entries == 1250
-    assert collection.info().quantization is Quantization.INT8
+    assert collection.info().compression.quantization is Quantization.INT8
     assert collection.scroll(None, 5).ids.tolist() == entries.ids[:5].tolist()
 
 

@@ -23,7 +23,14 @@ from router_service.backends.base import (
 )
 from router_service.backends.disk import storage_call
 from router_service.backends.edge.search_keys import SearchKeys
-from router_service.backends.points import GENERATION, VALUE, Record, entries_of, payloads_of
+from router_service.backends.points import (
+    GENERATION,
+    VALUE,
+    Payload,
+    Record,
+    entries_of,
+    payloads_of,
+)
 
 _DISTANCES = {Metric.EUCLID: qe.Distance.Euclid, Metric.COSINE: qe.Distance.Cosine}
 # Against 16: a quarter as many lambdas off by 1e-3 at K = 32, 8 % more work at K = 1 (benchmarks/README.md).
@@ -295,9 +302,16 @@ class EngineShard:
 
         Of repeated ids the last counts.
         """
+        self._write(entries.ids.tolist(), entries.keys, payloads_of(entries, generation))
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Writes records of another shard with the payloads that they have there."""
+        keys = np.array([record.key for record in records], np.float32)
+        self._write([each.id for each in records], keys, [each.payload for each in records])
+
+    def _write(self, ids: Sequence[int], keys: F32, payloads: Sequence[Payload]) -> None:
         with storage_call(f"write to {self._directory}"):
-            rows, payloads = self._points(entries.keys), payloads_of(entries, generation)
-            points = list(map(qe.Point, entries.ids.tolist(), rows, payloads))
+            points = list(map(qe.Point, ids, self._points(keys), payloads))
             self._shard.update(qe.UpdateOperation.upsert_points(points))
 
     def _points(self, keys: F32) -> Iterator[Any]:
@@ -306,16 +320,6 @@ class EngineShard:
             return map(FLOATS, keys)
         pairs = zip(map(FLOATS, keys), map(FLOATS, self._search_keys.of(keys)), strict=True)
         return ({KEY: key, SEARCH_KEY: short} for key, short in pairs)
-
-    def put(self, records: Sequence[Record]) -> None:
-        """Writes records of another shard with the payloads that they have there."""
-        with storage_call(f"write to {self._directory}"):
-            keys = np.array([record.key for record in records], np.float32)
-            points = [
-                qe.Point(record.id, vectors, record.payload)
-                for record, vectors in zip(records, self._points(keys), strict=True)
-            ]
-            self._shard.update(qe.UpdateOperation.upsert_points(points))
 
     def pages(self, size: int, *, payloads: bool) -> Iterator[list[Record]]:
         """Every record, in the order of ids."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,19 +31,13 @@ def main(descriptor: str, directory: str) -> None:
         with suppress(EOFError):
             while True:
                 call, arguments, keywords = connection.recv()
-                connection.send(_answer(getattr(shard, call), arguments, keywords))
+                try:
+                    answer, failure = getattr(shard, call)(*arguments, **keywords), None
+                except StorageError as error:
+                    answer, failure = None, error
+                connection.send((answer, failure))
     finally:
         shard.close()
-
-
-def _answer(
-    method: Callable[..., object], arguments: tuple[object, ...], keywords: dict[str, object]
-) -> tuple[object, StorageError | None]:
-    """What the method returns, or the error that it raises."""
-    try:
-        return method(*arguments, **keywords), None
-    except StorageError as error:
-        return None, error
 
 
 if __name__ == "__main__":

@@ -46,12 +46,9 @@ class Generation:
         counts: ShardCounts,
     ) -> None:
         self.files, self.pointer, self.shard, self.table = files, pointer, shard, table
-        # Entries of the tail count again when they are written again: too many, never too few.
         self.changed, self._in_graphs = counts.tail, counts.graph_vectors
         self._outdated = max(0, counts.graph_vectors - (counts.entries - counts.tail))
-        self._saved = (
-            False  # the value rows, in a file that is there only while it has those of all entries
-        )
+        self._saved = False  # whether the file of value rows is there: only while it has all
         self._flushed: ValueTable | None = None
         self._revived = -_REVIVE_EVERY_S
 
@@ -100,6 +97,7 @@ class Generation:
     @contextmanager
     def changing(self, ids: U64) -> Iterator[None]:
         """Around an engine call that writes or deletes the entries of `ids`, and sets the table."""
+        # Entries of the tail count here too when they are written again: too many, never too few.
         self._outdated += int(np.count_nonzero(self.table.holds(ids)))
         try:
             yield
@@ -141,9 +139,7 @@ class Generation:
         try:
             if self.shard.alive:
                 self.shard.flush()
-                with suppress(
-                    StorageError
-                ):  # a full disk is no harm here: the next open reads the engine
+                with suppress(StorageError):  # the next open reads the engine instead
                     self.save_values()
         finally:
             self.shard.close()

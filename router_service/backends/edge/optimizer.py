@@ -10,14 +10,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from router_service.arrays import U64, Entries
+from router_service.arrays import U64
 from router_service.backends.base import (
     CollectionSpec,
     Compression,
@@ -114,9 +113,8 @@ class OptimizeJob:
 class Replay:
     """Ids of entries that were changed since the copy. note() comes after the change: none is read too early."""
 
-    def __init__(self, read: Callable[[U64], Entries]) -> None:
-        """`read` gives the entries of ids that the served shard has, with keys."""
-        self._read = read
+    def __init__(self, served: ServedGeneration) -> None:
+        self._served = served
         self._ids: dict[int, None] = {}  # in the order of writing
         self._lock = threading.Lock()
 
@@ -130,7 +128,8 @@ class Replay:
         done = 0
         while len(self._ids) > down_to:
             ids = self._taken()
-            entries = self._read(ids)
+            with self._served.engine_call() as served:
+                entries = served.shard.retrieve(ids, keys=True)
             gone = np.setdiff1d(ids, entries.ids)
             if len(entries):
                 shard.upsert(entries, generation)
@@ -241,12 +240,8 @@ class Optimizer:
             self._resources.free_space.require((3 if rebuilt else 2) * disk_bytes(source))
             remove_tree(files.generation(target.generation))
             copy_tree(source, files.shard(target.generation), _NEVER_CHANGED)
-            self._replay = Replay(self._read)
+            self._replay = Replay(self._served)
             return now.changed
-
-    def _read(self, ids: U64) -> Entries:
-        with self._served.engine_call() as generation:
-            return generation.shard.retrieve(ids, keys=True)
 
     def _open_and_swap(self, target: Pointer, report: Report) -> Generation:
         """Opens the next generation and serves it; returns the one that was served."""

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
@@ -99,32 +98,19 @@ class HostedShard:
     flush = _forwarded(EngineShard.flush)
     _close = _forwarded(EngineShard.close)
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], connection: Connection, directory: Path
-    ) -> None:
-        """Made by load()."""
-        self._process, self._connection = process, connection
-        self._directory = directory
-        self._closed = False
-
-    @staticmethod
-    def load(directory: Path, spec: CollectionSpec, wanted: Compression) -> HostedShard:
+    def __init__(self, directory: Path, spec: CollectionSpec, wanted: Compression) -> None:
         """Starts the process, which opens the shard. Raises what EngineShard.load() raises."""
-        ours, theirs = Pipe()
+        self._directory, self._closed = directory, False
+        self._connection, theirs = Pipe()
         with theirs:
-            process = start_module(
-                _HOST,
-                [str(theirs.fileno()), str(directory)],
-                stderr=None,
-                pass_fds=[theirs.fileno()],
-            )
-        shard = HostedShard(process, ours, directory)
+            descriptor = theirs.fileno()
+            arguments = [str(descriptor), str(directory)]
+            self._process = start_module(_HOST, arguments, stderr=None, pass_fds=[descriptor])
         try:
-            shard.exchange((spec, wanted))
+            self.exchange((spec, wanted))
         except BaseException:
-            shard._end()
+            self._end()
             raise
-        return shard
 
     @property
     def alive(self) -> bool:
@@ -224,7 +210,7 @@ class ShardOpener:
                 self._starting -= hosted
 
     def _hosted(self, directory: Path, spec: CollectionSpec, wanted: Compression) -> HostedShard:
-        host = HostedShard.load(directory, spec, wanted)
+        host = HostedShard(directory, spec, wanted)
         with self._lock:
             self._running.add(host)
         return host

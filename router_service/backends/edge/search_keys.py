@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from router_service.arrays import F32
+from router_service.arrays import F32, F64
 from router_service.backends.base import Compression, Projection, Quantization
 from router_service.backends.disk import storage_call, write_atomically
 
@@ -106,17 +106,13 @@ def fitted(sample: F32, compression: Compression, entries: int) -> SearchKeys:
     return SearchKeys(centre.astype(np.float32), scale, matrix, compression.label, entries)
 
 
-def _scale(lengths: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
+def _scale(lengths: F64) -> float:
     """Brings the median of root mean squares to 1; 1 where that is no number an f32 can hold."""
     median = float(np.median(lengths)) if len(lengths) else 0.0
     return 1.0 / median if 1e-30 < median < 1e30 else 1.0
 
 
-def _matrix(
-    rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    dimension: int,
-    compression: Compression,
-) -> F32:
+def _matrix(rows: F64, dimension: int, compression: Compression) -> F32:
     """Orthonormal columns [d, p]: the directions of most variance, or random ones."""
     wanted = compression.search_dimension
     if compression.projection is Projection.PCA:

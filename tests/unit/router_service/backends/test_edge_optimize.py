@@ -41,7 +41,7 @@ def test_all_entries_are_indexed_and_quantized_and_back_again(
         collection.optimize(quantization)
         info = collection.info()
         assert (info.entries, info.indexed_entries) == (600, 600)
-        assert info.quantization is quantization
+        assert info.compression.quantization is quantization
         assert info.disk_bytes > 0
         assert generations(data_dir) == [f"gen-{number:06d}"]
         shard = data_dir / "layer" / f"gen-{number:06d}" / "shard"
@@ -101,7 +101,7 @@ def test_a_failure_at_any_step_changes_nothing(
         with pytest.raises(StorageError, match="made to fail"):
             collection.optimize(Quantization.INT8)
     assert generations(data_dir) == ["gen-000000"]
-    assert collection.info().quantization is Quantization.NONE
+    assert collection.info().compression.quantization is Quantization.NONE
     collection.upsert(numbered_entries(600, 610))
     collection.close()
     assert_holds(edge.open("layer", SPEC), 610)
@@ -189,7 +189,11 @@ def test_searches_and_writes_go_on(
         optimized.result(60)
     assert_holds(collection, 700)
     info = collection.info()
-    assert (info.entries, info.indexed_entries, info.quantization) == (700, 500, Quantization.INT8)
+    assert (info.entries, info.indexed_entries, info.compression.quantization) == (
+        700,
+        500,
+        Quantization.INT8,
+    )
     assert collection.changed_entries == 200
     collection.close()
     assert_holds(edge.open("layer", SPEC), 700)
@@ -249,13 +253,14 @@ def test_what_two_generations_share_is_never_changed(
 
 
 def test_optimize_ends_auto_optimize(slow_child: Path, collection: EdgeCollection) -> None:
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         automatic = pool.submit(collection.auto_optimize)
         wait_for(lambda: child_runs(collection))
         assert not collection.auto_optimize()
-        slow_child.touch()
-        collection.optimize(Quantization.INT8)
+        optimized = pool.submit(collection.optimize, Quantization.INT8)
         assert automatic.result(60) is False
+        slow_child.touch()  # not before: the first child would be done in no time
+        optimized.result(60)
     assert collection.info().compression.quantization is Quantization.INT8
 
 

@@ -111,9 +111,9 @@ def test_the_process_ends_with_the_service(collection: EdgeCollection) -> None:
 
 def test_errors_keep_their_kind_and_text(collection: EdgeCollection, data_dir: Path) -> None:
     with pytest.raises(CorruptMemory, match="cannot open"):
-        HostedShard.load(data_dir / "nothing", SPEC, Compression())
+        HostedShard(data_dir / "nothing", SPEC, Compression())
     with pytest.raises(DirectoryInUse, match="another process"):
-        HostedShard.load(data_dir / "layer/gen-000000/shard", SPEC, Compression())
+        HostedShard(data_dir / "layer/gen-000000/shard", SPEC, Compression())
 
 
 def test_a_collection_moves_to_its_own_process_when_it_has_grown(data_dir: Path) -> None:
