@@ -105,11 +105,6 @@ class Compression:
             raise ValueError(f"{label!r} is no compression of search keys; {made.label!r} is")
         return made
 
-    @staticmethod
-    def of(wanted: Compression | Quantization) -> Compression:
-        """A compression; a quantization alone keeps the dimension."""
-        return Compression(wanted) if isinstance(wanted, Quantization) else wanted
-
 
 # Called now and then by long work with its stage, how much of it is done and how much there is (0: not known); what it
 # raises ends the work, and nothing has changed.
@@ -203,7 +198,7 @@ class Collection(CollectionReader, Protocol):
         ...
 
     def optimize(
-        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+        self, compression: Compression | None = None, report: Report = say_nothing
     ) -> None:
         """Builds the HNSW index and the search keys of all entries; searches and writes go on meanwhile.
 

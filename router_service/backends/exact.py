@@ -23,7 +23,6 @@ from router_service.backends.base import (
     CollectionSpec,
     Compression,
     Metric,
-    Quantization,
     Renaming,
     Report,
     SearchOptions,
@@ -113,12 +112,12 @@ class ExactCollection(Collection):
 
     @override
     def optimize(
-        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+        self, compression: Compression | None = None, report: Report = say_nothing
     ) -> None:
         """Only remembers the compression; search keys stay f32."""
         self._open_entries()
         if compression is not None:
-            self._compression = Compression.of(compression)
+            self._compression = compression
 
     @override
     def flush(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from router_service.backends.base import Compression, Quantization, Report
+from router_service.backends.base import Compression, Report
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
@@ -13,7 +13,7 @@ from router_service.memories.store import MemoryStore
 
 def optimized(
     layers: Sequence[LayerMemory],
-    compression: Compression | Quantization | None,
+    compression: Compression | None,
     report: Report,
 ) -> Iterator[tuple[int, float]]:
     """Optimizes layer after layer; yields the number of each and the seconds it took. Raises what `report` raises.

@@ -26,7 +26,6 @@ from router_service.backends.base import (
     Collection,
     CollectionInfo,
     Compression,
-    Quantization,
     Report,
     say_nothing,
 )
@@ -146,7 +145,7 @@ class LayerMemory:
         return deleted
 
     def optimize(
-        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+        self, compression: Compression | None = None, report: Report = say_nothing
     ) -> CollectionInfo:
         """Builds index and search keys, as before unless told otherwise; returns the state afterwards."""
         self.collection.optimize(compression, report)

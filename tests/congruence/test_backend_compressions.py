@@ -108,7 +108,7 @@ def test_what_a_backend_does_not_have_is_refused_and_nothing_changes(
     if not isinstance(backend, ServerBackend):
         pytest.skip("this backend has every compression")
     collection = filled(backend, clustered_entries(600, 16))
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     with pytest.raises(InvalidField, match=f"{re.escape(label)}.*--backend edge"):
         collection.optimize(Compression.parse(label))
     assert collection.info().compression.label == "int8"
@@ -120,7 +120,7 @@ def test_a_compression_is_kept_until_another_is_asked_for(backend: Backend) -> N
     for wanted, label in (
         (Compression.parse("binary"), "binary"),
         (None, "binary"),
-        (Quantization.INT8, "int8"),
+        (Compression(Quantization.INT8), "int8"),
         (None, "int8"),
     ):
         collection.optimize(wanted)
@@ -134,10 +134,10 @@ def test_back_to_none_every_answer_is_what_it_was(backend: Backend, label: str) 
     require_compression(backend, label)
     entries = clustered_entries(900, 16)
     collection, queries = filled(backend, entries), queries_near(entries, 100)
-    collection.optimize(Quantization.NONE)
+    collection.optimize(Compression())
     before = collection.search(queries, 5, SearchOptions(256))
     collection.optimize(Compression.parse(label))
-    collection.optimize(Quantization.NONE)
+    collection.optimize(Compression())
     after = collection.search(queries, 5, SearchOptions(256))
     for name in ("ids", "distances", "values"):
         assert getattr(after, name).tobytes() == getattr(before, name).tobytes()

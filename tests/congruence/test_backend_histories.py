@@ -29,6 +29,7 @@ from router_service.arrays import F32, Entries, ExampleRef, Provenance
 from router_service.backends.base import (
     Backend,
     CollectionSpec,
+    Compression,
     Metric,
     Quantization,
     SearchOptions,
@@ -170,16 +171,13 @@ class History(RuleBasedStateMachine):
     @rule()
     def optimize(self) -> None:
         for collection in (self.collection, self.oracle):
-            collection.optimize(Quantization.INT8)
+            collection.optimize(Compression(Quantization.INT8))
 
     @invariant()
     def same_size(self) -> None:
         if hasattr(self, "collection"):
             info, expected = self.collection.info(), self.oracle.info()
-            assert (info.entries, info.compression.quantization) == (
-                expected.entries,
-                expected.compression.quantization,
-            )
+            assert (info.entries, info.compression) == (expected.entries, expected.compression)
             assert 0 <= info.indexed_entries <= info.entries
 
     def teardown(self) -> None:

@@ -9,6 +9,7 @@ from router_service.arrays import Entries, Provenance
 from router_service.backends.base import (
     Backend,
     CollectionSpec,
+    Compression,
     Maintained,
     Metric,
     Quantization,
@@ -36,7 +37,7 @@ def test_entries_are_found_when_most_of_the_index_is_outdated(
     collection = backend.create("layer", SPEC)
     entries = numbered(np.arange(ENTRIES), 0)
     collection.upsert(entries)
-    collection.optimize(quantization)
+    collection.optimize(Compression(quantization))
     gone, left = entries.ids[: ENTRIES * 9 // 10], entries.slice(ENTRIES * 9 // 10, ENTRIES)
     if how == "deleted":
         collection.delete(gone)
@@ -47,6 +48,6 @@ def test_entries_are_found_when_most_of_the_index_is_outdated(
     found = collection.search(left.keys, 1, SearchOptions())
     np.testing.assert_array_equal(found.ids[:, 0], left.ids)
     np.testing.assert_allclose(found.distances, 0, atol=1e-6)
-    collection.optimize(quantization)
+    collection.optimize(Compression(quantization))
     if isinstance(collection, Maintained):
         assert collection.outdated_share == 0

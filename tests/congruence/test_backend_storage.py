@@ -10,6 +10,7 @@ import pytest
 from router_service.arrays import MAX_ENTRY_ID, Entries, Provenance
 from router_service.backends.base import (
     Backend,
+    Compression,
     Metric,
     Quantization,
 )
@@ -132,7 +133,7 @@ def test_optimized_collections_find_the_same(backend: Backend, metric: Metric) -
     collection, queries = filled(backend, entries, metric), queries_near(entries, 300)
     true = true_distances(queries, entries.keys, metric)
     for quantization in (Quantization.INT8, Quantization.NONE):
-        collection.optimize(quantization)
+        collection.optimize(Compression(quantization))
         info = collection.info()
         assert (info.entries, info.compression.quantization) == (1500, quantization)
         for k in (1, 5):
@@ -145,7 +146,7 @@ def test_optimized_collections_find_the_same(backend: Backend, metric: Metric) -
 def test_entries_written_after_optimize_are_found(backend: Backend) -> None:
     entries, later = clustered_entries(1200, 16), clustered_entries(1200, 16, seed=9)
     collection = filled(backend, entries)
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     collection.upsert(later.slice(0, 100))
     new = replace(later.slice(100, 150), ids=later.ids[100:150] + np.uint64(10**6))
     collection.upsert(new)
@@ -161,7 +162,7 @@ def test_entries_written_after_optimize_are_found(backend: Backend) -> None:
 def test_tiny_collections_can_be_optimized_and_stay_exact(backend: Backend, entries: int) -> None:
     stored = clustered_entries(entries, 16)
     collection = filled(backend, stored)
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     queries = np.ones((4, 16), np.float32)
     assert_nearest(collection.search(queries, 3, OPTIONS), stored, queries, 3, Metric.EUCLID)
 
@@ -173,7 +174,7 @@ def test_everything_is_there_after_reopening(
     entries = clustered_entries(1100, 16)
     collection, queries = filled(backend, entries), queries_near(entries, 30)
     if quantization:
-        collection.optimize(quantization)
+        collection.optimize(Compression(quantization))
     before, info = collection.search(queries, 3, OPTIONS), collection.info()
     collection.close()
     collection.close()
@@ -193,7 +194,7 @@ def test_a_closed_collection_refuses_to_work(backend: Backend) -> None:
         lambda: collection.search(entries.keys, 1, OPTIONS),
         lambda: collection.upsert(entries),
         lambda: collection.scroll(None, 1),
-        lambda: collection.optimize(Quantization.NONE),
+        lambda: collection.optimize(Compression()),
         collection.info,
         collection.flush,
     ]

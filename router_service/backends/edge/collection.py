@@ -21,7 +21,6 @@ from router_service.backends.base import (
     Maintained,
     Metric,
     Pacing,
-    Quantization,
     Report,
     SearchOptions,
     as_stored,
@@ -211,7 +210,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
 
     @override
     def optimize(
-        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+        self, compression: Compression | None = None, report: Report = say_nothing
     ) -> None:
         """Ends an auto_optimize()."""
         self._optimizer.optimize(compression, report)

@@ -258,15 +258,14 @@ class EngineShard:
     def load(
         directory: Path,
         spec: CollectionSpec,
-        wanted: Compression | Quantization,
+        compression: Compression,
         segments: int = 1,
     ) -> EngineShard:
         """Opens a shard. Raises DirectoryInUse when a process has it open, CorruptMemory when it cannot be read.
 
-        `wanted` is what the next optimize() builds; Quantization.NONE keeps what the shard has (see
+        `compression` is what the next optimize() builds; Quantization.NONE keeps what the shard has (see
         forget_configuration), and `segments` how many it leaves. Search keys that are stored apart must be there.
         """
-        compression = Compression.of(wanted)
         search_keys = SearchKeys.load(directory) if compression.apart else None
         with storage_call(f"open {directory}", opening=True):
             quantization = compression.quantization

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from router_service.backends.base import CollectionSpec, Compression, Metric, Quantization
+from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.disk import (
     allocated_bytes,
     disk_bytes,
@@ -37,9 +37,9 @@ class Pointer:
     spec: CollectionSpec
     compression: Compression
 
-    def next(self, wanted: Compression | Quantization | None) -> Pointer:
+    def next(self, wanted: Compression | None) -> Pointer:
         """The generation after this one; None: with the same compression."""
-        compression = self.compression if wanted is None else Compression.of(wanted)
+        compression = wanted or self.compression
         return replace(self, generation=self.generation + 1, compression=compression)
 
     def to_json(self) -> bytes:

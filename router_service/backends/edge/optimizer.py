@@ -20,7 +20,6 @@ from router_service.arrays import U64
 from router_service.backends.base import (
     CollectionSpec,
     Compression,
-    Quantization,
     Report,
     say_nothing,
 )
@@ -166,7 +165,7 @@ class Optimizer:
         if replay := self._replay:
             replay.note(ids)
 
-    def optimize(self, compression: Compression | Quantization | None, report: Report) -> None:
+    def optimize(self, compression: Compression | None, report: Report) -> None:
         """As Collection.optimize(); ends an auto_optimize()."""
         while not self._served.optimizing.acquire(timeout=_LOCK_POLL_S):
             if not self._automatic:

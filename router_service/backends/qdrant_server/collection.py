@@ -301,7 +301,7 @@ class ServerCollection:
         return CollectionInfo(entries, indexed, compression_from(state.config), 0)
 
     def optimize(
-        self, compression: Compression | Quantization | None = None, report: Report = say_nothing
+        self, compression: Compression | None = None, report: Report = say_nothing
     ) -> None:
         """See Collection.optimize: tells the server what is wanted, and waits until it is done.
 
@@ -311,7 +311,7 @@ class ServerCollection:
         if not self._optimizing.acquire(blocking=False):
             raise Busy(f"{self._name} is being optimized; try again when that is done")
         try:
-            self._quantize(None if compression is None else Compression.of(compression))
+            self._quantize(compression)
             self._wait_until_optimized(report)
         finally:
             self._optimizing.release()

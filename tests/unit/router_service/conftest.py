@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from router_service.backends.base import Quantization
+from router_service.backends.base import Compression, Quantization
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
 from router_service.snapshots import files, local
@@ -54,7 +54,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> SnapshotInfo:
     with open_store(directory / "data") as opened:
         made = opened.create("bible", MODEL, SETTINGS)
         fill(made, 0, 300)
-        made.layers[1].optimize(Quantization.INT8)
+        made.layers[1].optimize(Compression(Quantization.INT8))
         fill(made, 300, 310)
         return local.create(
             opened, "bible", directory / "snapshot_store", "monday", min_free_bytes=0

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries, Provenance
-from router_service.backends.base import CollectionSpec, Metric, Quantization, SearchOptions
+from router_service.backends.base import (
+    CollectionSpec,
+    Compression,
+    Metric,
+    SearchOptions,
+)
 from router_service.backends.disk import storage_call
 from router_service.backends.edge import engine
 from router_service.backends.edge.engine import EngineShard, search_request
@@ -104,7 +109,7 @@ def engine_calls(shard: EngineShard, directory: Path) -> dict[str, object]:
     """How each public method of EngineShard is called; the test below fails when one is missing here."""
     return {
         "create": lambda: EngineShard.create(directory / "new", SPEC),
-        "load": lambda: EngineShard.load(directory, SPEC, Quantization.NONE),
+        "load": lambda: EngineShard.load(directory, SPEC, Compression()),
         "load_as_it_is": lambda: EngineShard.load_as_it_is(directory, SPEC),
         "pages": lambda: list(shard.pages(2, payloads=True)),
         "put": lambda: shard.put([Record(1, {}, [0.0] * SPEC.dimension)]),
@@ -148,14 +153,14 @@ def test_a_real_panic_of_the_engine_is_a_storage_error(tmp_path: Path) -> None:
     (status,) = directory.glob("segments/*/vector_storage/vectors/status.dat")
     status.write_bytes(status.read_bytes()[: status.stat().st_size // 2])
     with pytest.raises(CorruptMemory) as caught:
-        EngineShard.load(directory, SPEC, Quantization.NONE)
+        EngineShard.load(directory, SPEC, Compression())
     assert not isinstance(caught.value.__cause__, Exception)
 
 
 def test_a_second_opener_of_a_shard_is_told_who_is_in_the_way(tmp_path: Path) -> None:
     shard = EngineShard.create(tmp_path / "shard", SPEC)
     with pytest.raises(DirectoryInUse, match="another process has it open") as caught:
-        EngineShard.load(tmp_path / "shard", SPEC, Quantization.NONE)
+        EngineShard.load(tmp_path / "shard", SPEC, Compression())
     assert str(tmp_path / "shard") in str(caught.value)
     shard.close()
 

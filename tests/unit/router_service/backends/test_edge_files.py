@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries
-from router_service.backends.base import Quantization
+from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge import values
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.edge.collection import EdgeCollection
@@ -193,7 +193,7 @@ def test_a_nearly_full_disk_refuses_writes_and_nothing_else(
     with pytest.raises(DiskFull):
         collection.upsert(numbered_entries(600, 700))
     with pytest.raises(DiskFull):
-        collection.optimize(Quantization.NONE)
+        collection.optimize(Compression())
     with pytest.raises(DiskFull):
         edge.create("other", SPEC)
     assert_holds(collection, 600)
@@ -227,6 +227,6 @@ def test_dropping_a_quantization_needs_the_configuration_forgotten(tmp_path: Pat
     ]:
         if forget:
             forget_configuration(tmp_path / "s")
-        EngineShard.load(tmp_path / "s", spec, Quantization(wanted)).close()
+        EngineShard.load(tmp_path / "s", spec, Compression(Quantization(wanted))).close()
         config = json.loads((tmp_path / "s" / "edge_config.json").read_text())
         assert bool(config.get("quantization_config")) is found

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.backends.base import Quantization, say_nothing
+from router_service.backends.base import Compression, Quantization, say_nothing
 from router_service.backends.edge import files as edge_files
 from router_service.backends.edge import optimizer
 from router_service.backends.edge.backend import EdgeBackend
@@ -38,7 +38,7 @@ def test_all_entries_are_indexed_and_quantized_and_back_again(
     collection: EdgeCollection, data_dir: Path
 ) -> None:
     for number, quantization in enumerate([Quantization.INT8, Quantization.NONE], start=1):
-        collection.optimize(quantization)
+        collection.optimize(Compression(quantization))
         info = collection.info()
         assert (info.entries, info.indexed_entries) == (600, 600)
         assert info.compression.quantization is quantization
@@ -53,20 +53,20 @@ def test_all_entries_are_indexed_and_quantized_and_back_again(
 def test_later_entries_and_overwrites_count_as_not_indexed(
     edge: EdgeBackend, collection: EdgeCollection
 ) -> None:
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     collection.upsert(numbered_entries(590, 650))
     assert (collection.info().entries, collection.info().indexed_entries) == (650, 590)
     collection.close()
     again = edge.open("layer", SPEC)
     assert (again.info().entries, again.info().indexed_entries) == (650, 590)
-    again.optimize(Quantization.INT8)
+    again.optimize(Compression(Quantization.INT8))
     assert (again.info().entries, again.info().indexed_entries) == (650, 650)
 
 
 def test_the_optimized_generation_opens_without_reading_payloads(
     edge: EdgeBackend, collection: EdgeCollection, data_dir: Path
 ) -> None:
-    collection.optimize(Quantization.NONE)
+    collection.optimize(Compression())
     assert (data_dir / "layer" / "gen-000001" / "values.npz").exists()
     collection.upsert(numbered_entries(600, 601))
     assert not (data_dir / "layer" / "gen-000001" / "values.npz").exists()
@@ -99,7 +99,7 @@ def test_a_failure_at_any_step_changes_nothing(
     with monkeypatch.context() as broken:
         broken.setattr(owner, name, fail)
         with pytest.raises(StorageError, match="made to fail"):
-            collection.optimize(Quantization.INT8)
+            collection.optimize(Compression(Quantization.INT8))
     assert generations(data_dir) == ["gen-000000"]
     assert collection.info().compression.quantization is Quantization.NONE
     collection.upsert(numbered_entries(600, 610))
@@ -121,7 +121,7 @@ def test_a_failure_right_after_the_switch_of_current_goes_back(
 
     monkeypatch.setattr(edge_files.CollectionFiles, "write", fail_once_after)
     with pytest.raises(StorageError, match="made to fail"):
-        collection.optimize(Quantization.INT8)
+        collection.optimize(Compression(Quantization.INT8))
     assert calls == [1, 0]
     collection.upsert(numbered_entries(600, 610))
     collection.close()
@@ -138,7 +138,7 @@ def test_a_child_that_fails_tells_why(
     monkeypatch.syspath_prepend(data_dir)
     monkeypatch.setattr(optimizer, "_CHILD", "failing_child")
     with pytest.raises(StorageError, match=r"status 3: x+ no memory left$") as caught:
-        collection.optimize(Quantization.INT8)
+        collection.optimize(Compression(Quantization.INT8))
     assert len(str(caught.value)) < 3000
     assert_holds(collection, 600)
     assert generations(data_dir) == ["gen-000000"]
@@ -177,7 +177,7 @@ def test_searches_and_writes_go_on(
 ) -> None:
     """What is written meanwhile is in both generations: replaced, added and deleted entries."""
     with ThreadPoolExecutor(1) as pool:
-        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        optimized = pool.submit(collection.optimize, Compression(Quantization.INT8))
         wait_for(lambda: child_runs(collection))
         assert_holds(collection, 600)
         collection.upsert(numbered_entries(500, 800))
@@ -203,7 +203,7 @@ def test_a_crash_while_others_write_and_optimize_loses_nothing(
     slow_child: Path, collection: EdgeCollection, data_dir: Path, tmp_path: Path
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
-        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        optimized = pool.submit(collection.optimize, Compression(Quantization.INT8))
         wait_for(lambda: child_runs(collection))
         collection.upsert(numbered_entries(600, 650))
         shutil.copytree(data_dir, tmp_path / "crashed")  # what SIGKILL leaves
@@ -218,7 +218,7 @@ def test_a_crash_while_others_write_and_optimize_loses_nothing(
 def test_auto_optimize_indexes_what_is_new_and_leaves_the_rest(
     edge: EdgeBackend, collection: EdgeCollection
 ) -> None:
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     for start in (600, 900, 1200):
         collection.upsert(numbered_entries(start, start + 300))
         assert collection.auto_optimize()
@@ -234,7 +234,7 @@ def test_what_two_generations_share_is_never_changed(
     collection: EdgeCollection, data_dir: Path
 ) -> None:
     """Large files of indexed segments are linked, not copied."""
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     shared = [p for name in optimizer._NEVER_CHANGED for p in data_dir.glob(f"**/{name}")]
     assert shared
     links = [data_dir / str(number) for number in range(len(shared))]
@@ -246,7 +246,7 @@ def test_what_two_generations_share_is_never_changed(
     collection.flush()
     collection.auto_optimize()
     collection.upsert(numbered_entries(0, 100))
-    collection.optimize(Quantization.NONE)
+    collection.optimize(Compression())
     assert_holds(collection, 900)
     for link in links:
         assert link.read_bytes() == link.with_suffix(".before").read_bytes()
@@ -257,7 +257,7 @@ def test_optimize_ends_auto_optimize(slow_child: Path, collection: EdgeCollectio
         automatic = pool.submit(collection.auto_optimize)
         wait_for(lambda: child_runs(collection))
         assert not collection.auto_optimize()
-        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        optimized = pool.submit(collection.optimize, Compression(Quantization.INT8))
         assert automatic.result(60) is False
         slow_child.touch()  # not before: the first child would be done in no time
         optimized.result(60)
@@ -266,10 +266,10 @@ def test_optimize_ends_auto_optimize(slow_child: Path, collection: EdgeCollectio
 
 def test_one_optimize_at_a_time(slow_child: Path, collection: EdgeCollection) -> None:
     with ThreadPoolExecutor(1) as pool:
-        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        optimized = pool.submit(collection.optimize, Compression(Quantization.INT8))
         wait_for(lambda: child_runs(collection))
         with pytest.raises(Busy, match="try again"):
-            collection.optimize(Quantization.NONE)
+            collection.optimize(Compression())
         slow_child.touch()
         optimized.result(60)
 
@@ -282,7 +282,7 @@ def test_what_the_report_raises_ends_the_child_and_changes_nothing(
             raise StorageError("no longer wanted")
 
     with pytest.raises(StorageError, match="no longer wanted"):
-        collection.optimize(Quantization.INT8, cancel)
+        collection.optimize(Compression(Quantization.INT8), cancel)
     assert generations(data_dir) == ["gen-000000"]
     collection.upsert(numbered_entries(600, 610))
     assert_holds(collection, 610)
@@ -292,7 +292,7 @@ def test_close_stops_a_running_optimization(
     slow_child: Path, edge: EdgeBackend, collection: EdgeCollection
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
-        optimized = pool.submit(collection.optimize, Quantization.INT8)
+        optimized = pool.submit(collection.optimize, Compression(Quantization.INT8))
         wait_for(lambda: child_runs(collection))
         collection.close()
         with pytest.raises(StorageError, match="stopped"):
@@ -304,7 +304,7 @@ def test_a_job_that_was_stopped_does_not_start(tmp_path: Path) -> None:
     job = OptimizeJob(say_nothing)
     job.stop()
     with pytest.raises(StorageError, match="stopped"):
-        job.run(tmp_path, SPEC, Quantization.NONE)
+        job.run(tmp_path, SPEC, Compression())
 
 
 def test_readers_never_see_a_torn_entry_while_others_write_and_optimize(
@@ -328,7 +328,7 @@ def test_readers_never_see_a_torn_entry_while_others_write_and_optimize(
             for start in range(500, 2000, 100):
                 collection.upsert(numbered_entries(start, start + 100))
                 if start == 1000:
-                    collection.optimize(Quantization.INT8)
+                    collection.optimize(Compression(Quantization.INT8))
         finally:
             done.set()
         assert all(reader.result(60) > 0 for reader in readers)

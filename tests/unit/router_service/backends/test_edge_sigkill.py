@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
-from router_service.backends.base import Quantization
+from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge.backend import EdgeBackend
 from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
 
@@ -31,7 +31,7 @@ for start in range(0, 100_000, 700):
     print(start + 700, flush=True)
     if start + 700 == int(sys.argv[2]):
         print("optimizing", flush=True)
-        collection.optimize(Quantization.INT8)
+        collection.optimize(Compression(Quantization.INT8))
         print("optimized", flush=True)
 """
 

@@ -67,7 +67,7 @@ def test_every_call_gives_what_the_engine_gives(
     assert len(collection.scroll(None, 5, with_keys=False).keys[0]) == 0
     collection.upsert(numbered_entries(590, 600), fsync=True)
     before = host_of(collection)
-    collection.optimize(Quantization.INT8)
+    collection.optimize(Compression(Quantization.INT8))
     assert host_of(collection) != before
     assert not is_running(before)
     assert_holds(collection, 600)
@@ -121,7 +121,7 @@ def test_a_collection_moves_to_its_own_process_when_it_has_grown(data_dir: Path)
     made = edge.create("layer", SPEC)
     made.upsert(numbered_entries(0, 3000))
     assert isinstance(made._served.now.shard, EngineShard)
-    made.optimize(Quantization.NONE)
+    made.optimize(Compression())
     assert hosted(made).alive
     assert_holds(made, 3000)
     edge.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from qdrant_client import grpc as q
 
-from router_service.backends.base import Quantization
+from router_service.backends.base import Compression, Quantization
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.options import ServerOptions
@@ -74,7 +74,7 @@ def quiet(stage: str, done: int, total: int) -> None:
 def test_what_is_restored_answers_alike(service: tuple[MemoryStore, ServerSnapshotStore]) -> None:
     store, snapshot_store = service
     memory = store.get("bible")
-    memory.layers[1].optimize(Quantization.INT8)
+    memory.layers[1].optimize(Compression(Quantization.INT8))
     before = answers(memory)
     [made] = snapshot_store.create("bible", "monday", quiet)
     assert (made.entries, made.remark, made.problem) == (200, "", "")

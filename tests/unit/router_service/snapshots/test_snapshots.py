@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.backends.base import Quantization
+from router_service.backends.base import Compression, Quantization
 from router_service.backends.exact import ExactBackend
 from router_service.errors import (
     Busy,
@@ -52,8 +52,8 @@ def test_another_service_gives_the_same_answers(
     store: MemoryStore, memory: RoutingMemory, snapshot_store: Path, fast_dir: Path
 ) -> None:
     """Layers indexed in full precision and in int8, each with a tail that is not indexed."""
-    memory.layers[0].optimize(Quantization.NONE)
-    memory.layers[1].optimize(Quantization.INT8)
+    memory.layers[0].optimize(Compression())
+    memory.layers[1].optimize(Compression(Quantization.INT8))
     fill(memory, 290, 340)  # ten of them replace indexed ones
     made = local.create(store, "bible", snapshot_store, min_free_bytes=0)
     expected, infos = answers(memory), [layer.info() for layer in memory.layers]
@@ -63,7 +63,7 @@ def test_another_service_gives_the_same_answers(
         assert_same_answers(answers(restored), expected)
         again = [layer.info() for layer in restored.layers]
         assert [i.indexed_entries for i in again] == [i.indexed_entries for i in infos]
-        assert [i.quantization for i in again] == [i.quantization for i in infos]
+        assert [i.compression for i in again] == [i.compression for i in infos]
         fill(restored, 340, 350)
     with open_store(fast_dir / "elsewhere") as other:  # and after a restart, with what was added
         assert counts(other.get("copy")) == [350] * 2
@@ -187,7 +187,7 @@ def test_a_snapshot_while_a_layer_is_optimized_is_of_the_files_in_force(
         if stage == "index" and not made:
             made.append(local.create(store, "bible", snapshot_store, min_free_bytes=0))
 
-    memory.layers[1].optimize(Quantization.INT8, while_indexing)
+    memory.layers[1].optimize(Compression(Quantization.INT8), while_indexing)
     assert local.verify(made[0].path) == made[0]
     restored = local.restore(store, made[0].path, "copy", min_free_bytes=0)
     assert restored.layers[1].info().compression.quantization is Quantization.NONE
