@@ -39,8 +39,12 @@ class Record(NamedTuple):
 
 def payload_of(value: F32, provenance: Provenance) -> Payload:
     """Payload of an entry with value row [W]; provenance fields that have their default value are left out."""
-    row = b64encode(value.astype("<f4").tobytes()).decode("ascii")
-    return {VALUE: row, **_fields(provenance)}
+    fields = {
+        field: stored
+        for field, name in _ATTRIBUTE_OF_FIELD.items()
+        if (stored := getattr(provenance, name)) != getattr(_DEFAULTS, name)
+    }
+    return {VALUE: b64encode(value.astype("<f4").tobytes()).decode("ascii"), **fields}
 
 
 def payloads_of(entries: Entries, generation: int) -> list[Payload]:
@@ -76,11 +80,3 @@ def entries_of(records: Sequence[Record], dimension: int, value_width: int) -> E
         value_rows((record.payload for record in records), value_width),
         [provenance_of(record.payload) for record in records],
     )
-
-
-def _fields(provenance: Provenance) -> Payload:
-    return {
-        field: value
-        for field, name in _ATTRIBUTE_OF_FIELD.items()
-        if (value := getattr(provenance, name)) != getattr(_DEFAULTS, name)
-    }

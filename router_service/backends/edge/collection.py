@@ -222,20 +222,16 @@ class EdgeCollection(Collection, FileCollection, Maintained):
     @override
     @contextmanager
     def paused_for_copy(self) -> Iterator[FrozenFiles]:
-        with self._served.frozen():
-            yield self._frozen_files()
-
-    def _frozen_files(self) -> FrozenFiles:
-        with self._served.engine_call() as generation:
-            number, table = generation.pointer.generation, generation.table
-            generation.require_all(generation.shard.counts(number))
-
         def complete(copy: Path) -> None:
             table.save(CollectionFiles(copy.parent, copy.name).values(number))
 
         files = self._served.files
-        names = ("CURRENT", files.generation(number).name)
-        return FrozenFiles(files.directory, names, len(table), complete)
+        with self._served.frozen():
+            with self._served.engine_call() as generation:
+                number, table = generation.pointer.generation, generation.table
+                generation.require_all(generation.shard.counts(number))
+            names = ("CURRENT", files.generation(number).name)
+            yield FrozenFiles(files.directory, names, len(table), complete)
 
     @override
     def flush(self) -> None:

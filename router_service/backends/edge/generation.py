@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from router_service.arrays import U64, Entries
+from router_service.backends.base import CollectionSpec
 from router_service.backends.disk import FreeSpace, fsync_tree, remove_durably
 from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
@@ -58,9 +59,8 @@ class Generation:
         shard = resources.shards.open(files, pointer)
         try:
             counts = shard.counts(pointer.generation)
-            width = pointer.spec.value_width
-            saved = ValueTable.load(files.values(pointer.generation), width)
-            table = _read_table(shard, width) if saved is None else saved
+            saved = ValueTable.load(files.values(pointer.generation), pointer.spec.value_width)
+            table = _read_table(shard, pointer.spec) if saved is None else saved
             made = Generation(files, pointer, shard, table, counts)
             made.require_all(counts)
             made._saved = saved is not None
@@ -103,7 +103,7 @@ class Generation:
             yield
         except BaseException:  # Ctrl-C too
             if self.shard.alive:  # else read when it is revived
-                self._read_table()  # some may be written
+                self.table = _read_table(self.shard, self.pointer.spec)  # some may be written
             raise
         finally:
             self.changed += len(ids)
@@ -117,10 +117,7 @@ class Generation:
         self._revived = time.monotonic()
         self.shard.close()
         self.shard = resources.shards.open(self.files, self.pointer, len(self.table))
-        self._read_table()
-
-    def _read_table(self) -> None:
-        self.table = _read_table(self.shard, self.pointer.spec.value_width)
+        self.table = _read_table(self.shard, self.pointer.spec)
 
     def flush(self) -> None:
         """Flushes unless nothing was written since: a flush takes 30 ms."""
@@ -145,14 +142,14 @@ class Generation:
             self.shard.close()
 
 
-def _read_table(shard: Shard, value_width: int) -> ValueTable:
+def _read_table(shard: Shard, spec: CollectionSpec) -> ValueTable:
     """The value rows as the engine has them; takes 20 us per entry."""
     pages: list[Entries] = []
     after = None
     while len(page := shard.scroll(after, _ENTRIES_PER_PAGE, keys=False, provenance=False)):
         pages.append(page)
         after = int(page.ids[-1])
-    read = Entries.concat(pages, 0, value_width)
+    read = Entries.concat(pages, 0, spec.value_width)
     return ValueTable(read.ids, read.values)
 
 
@@ -200,12 +197,8 @@ class ServedGeneration:
         # 3. One engine call at a time. The only one that searches take; never held over a copy or a build.
         self._engine = FifoLock()
         self._frozen = False
-        self._closing = self._closed = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called."""
-        return self._closed
+        self._closing = False  # engine_call() raises CollectionClosed
+        self.closed = False  # whether close() was called
 
     @contextmanager
     def engine_call(self) -> Iterator[Generation]:
@@ -259,6 +252,6 @@ class ServedGeneration:
     def close(self) -> None:
         """After refuse_calls(): flushes and releases the files. Closing twice is allowed."""
         with self.optimizing, self.writing, self._engine:
-            if not self._closed:
-                self._closed = True
+            if not self.closed:
+                self.closed = True
                 self.now.close()

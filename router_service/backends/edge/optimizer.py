@@ -69,7 +69,13 @@ class OptimizeJob:
         """
         with storage_call(f"optimize {shard}"), tempfile.TemporaryFile() as stderr:
             what = [str(shard), str(spec.dimension), spec.metric, compression.label]
-            process = self._start([*what, str(segments)], stderr.fileno())
+            with self._lock:
+                if self._stopped:
+                    raise StorageError("the optimization was stopped before it began")
+                process = start_module(
+                    _CHILD, [*what, str(segments)], stderr=stderr.fileno(), niceness=_NICENESS
+                )
+                self._process = process
             self._wait(process)
             stderr.seek(0)
             text = stderr.read().decode(errors="replace")
@@ -87,13 +93,6 @@ class OptimizeJob:
             self._stopped = True
             if self._process is not None:
                 self._process.kill()
-
-    def _start(self, arguments: list[str], stderr: int) -> subprocess.Popen[bytes]:
-        with self._lock:
-            if self._stopped:
-                raise StorageError("the optimization was stopped before it began")
-            self._process = start_module(_CHILD, arguments, stderr=stderr, niceness=_NICENESS)
-            return self._process
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         """Until the child has ended; it does not outlive an interrupt, or what the report raises."""
@@ -152,13 +151,9 @@ class Optimizer:
         self._served, self._resources = served, resources
         self._job: OptimizeJob | None = None
         self._replay: Replay | None = None  # of an optimize whose copy has been taken
-        self._automatic = self._ended = False
+        self.automatic = False  # whether auto_optimize() is at work
+        self._ended = False  # and an optimize() ended it
         self._apart = 0  # entries outside of the largest indexed segment, as far as is known
-
-    @property
-    def automatic(self) -> bool:
-        """Whether auto_optimize() is at work."""
-        return self._automatic
 
     def note(self, ids: U64) -> None:
         """After a write or deletion, by who holds `writing`: the next generation will have what these entries are."""
@@ -168,7 +163,7 @@ class Optimizer:
     def optimize(self, compression: Compression | None, report: Report) -> None:
         """As Collection.optimize(); ends an auto_optimize()."""
         while not self._served.optimizing.acquire(timeout=_LOCK_POLL_S):
-            if not self._automatic:
+            if not self.automatic:
                 raise Busy(
                     f"{self._served.files.directory} is being optimized; try again when that is done"
                 )
@@ -183,7 +178,7 @@ class Optimizer:
         """With the compression there is. Returns False when an optimize() is at work, or ended this one."""
         if not self._served.optimizing.acquire(blocking=False):
             return False
-        self._automatic, self._ended = True, False
+        self.automatic, self._ended = True, False
         try:
             self._build(self._served.now.pointer.next(None), report, self._segments())
         except StorageError:
@@ -191,7 +186,7 @@ class Optimizer:
                 raise
             return False
         finally:
-            self._automatic = False
+            self.automatic = False
             self._served.optimizing.release()
         return True
 

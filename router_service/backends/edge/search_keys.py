@@ -58,13 +58,11 @@ class SearchKeys:
 
     def serves(self, compression: Compression, entries: int) -> bool:
         """Whether they can stay for another index: same kind, and fitted when there were not far fewer entries."""
-        wanted, present = compression, Compression.parse(self.label)
-        same = (wanted.search_dimension, wanted.projection) == (
-            present.search_dimension,
-            present.projection,
-        )
-        halves = (wanted.quantization, present.quantization).count(Quantization.FLOAT16)
-        return same and halves != 1 and entries <= 2 * self.fitted_entries
+        kinds = {
+            (each.search_dimension, each.projection, each.quantization is Quantization.FLOAT16)
+            for each in (compression, Compression.parse(self.label))
+        }
+        return len(kinds) == 1 and entries <= 2 * self.fitted_entries
 
     def save(self, directory: Path) -> None:
         """Writes FILE into a shard's directory, durably. Raises StorageError."""
