@@ -1,25 +1,260 @@
-"""The embedded backend: Qdrant Edge shards under one data directory, which one process holds at a time."""
+"""The embedded backend: Qdrant Edge shards under one data directory, which one process holds at a time.
+
+A collection holds the generation of files that it serves, and an optimizer beside it that builds the next one.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from typing_extensions import override
 
-from router_service.backends.base import Backend, CollectionSpec, Compression, require_name
-from router_service.backends.disk import DirectoryLock, FreeSpace, storage_call
-from router_service.backends.edge.collection import EdgeCollection
+from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+from router_service.backends.base import (
+    Backend,
+    Collection,
+    CollectionInfo,
+    CollectionSpec,
+    Compression,
+    FileCollection,
+    FrozenFiles,
+    Maintained,
+    Metric,
+    Pacing,
+    Report,
+    SearchOptions,
+    as_stored,
+    per_query,
+    require_name,
+    say_nothing,
+)
+from router_service.backends.disk import DirectoryLock, FreeSpace, disk_bytes, storage_call
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.generation import Resources
+from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
+from router_service.backends.edge.optimizer import MOST_OUTDATED, Optimizer
 from router_service.backends.edge.processes import ShardOpener
 from router_service.errors import CorruptMemory, StorageError
 
+# Where a search is cut, the only place on this side of the wire: an engine call holds the engine (and in this process
+# the GIL), so other lookups get in between, and what has expired is dropped there. With 128, one token waits 40 ms
+# beside a long request, with 64 half of that, and 512 tokens take 2 % longer (benchmarks/README.md).
+QUERIES_PER_CALL = 64
+# An update of so many floats keeps the engine for 7 to 10 ms. Few large ones and long rests (see pacing) delay fewer
+# lookups than many small ones: at 2,048 floats per key p99 is 7.4 ms rather than 9.5.
+_FLOATS_PER_UPDATE = 131_072
+_IDS_PER_DELETE = 128
+_ENTRIES_PER_PAGE = 2048
+_FLOATS_PER_PAGE = 1 << 19
 # Opening a shard of that size takes 10 ms, of 160 MB 250 ms, and keeps every thread of its process waiting.
 ISOLATE_ABOVE_BYTES = 8 << 20
+
+
+class EdgeCollection(Collection, FileCollection, Maintained):
+    """Open from the start until close(). Ties in distance come in the engine's order."""
+
+    def __init__(self, files: CollectionFiles, pointer: Pointer, resources: Resources) -> None:
+        """Opens the collection. Raises CorruptMemory when its entries are not those of the last close()."""
+        self.pacing = Pacing()
+        self._spec = pointer.spec
+        self._free_space = resources.free_space
+        self._served = ServedGeneration(Generation.open(files, pointer, resources), resources)
+        self._optimizer = Optimizer(self._served, resources)
+        self._worked_s = 0.0  # by the last write
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._served.closed
+
+    @property
+    @override
+    def changed_entries(self) -> int:
+        return self._served.now.changed
+
+    @property
+    @override
+    def changed_bytes(self) -> int:
+        return self.changed_entries * self._spec.dimension * 4
+
+    @property
+    @override
+    def outdated_share(self) -> float:
+        return self._served.now.outdated_share
+
+    @override
+    def search(
+        self,
+        queries: F32,
+        k: int,
+        options: SearchOptions,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Neighbours:
+        if self.outdated_share > MOST_OUTDATED:
+            options = replace(options, exact=True)
+        stored = as_stored(queries, self._spec.metric, "queries")
+        excluded = per_query(exclude, len(queries))
+        found = Neighbours.empty(len(queries), k, self._spec.value_width)
+        for start in range(0, len(queries), QUERIES_PER_CALL):
+            rows = np.s_[start : start + QUERIES_PER_CALL]
+            part = self._search_part(stored[rows], k, options, excluded[rows])
+            width = part.ids.shape[1]
+            found.ids[rows, :width] = part.ids
+            found.distances[rows, :width] = part.distances
+            found.values[rows, :width] = part.values
+        return found
+
+    def _search_part(
+        self, stored: F32, k: int, options: SearchOptions, excluded: Sequence[ExampleRef | None]
+    ) -> Neighbours:
+        """One engine call for its queries; as many columns as there are entries, at most k."""
+        self.pacing.searched()
+        with self._served.engine_call() as generation:
+            options.require_time()  # here, for waiting for one's turn takes time too
+            table = generation.table
+            limit = min(k, len(table))
+            if not limit:
+                return Neighbours.empty(len(stored), 0, self._spec.value_width)
+            ids, scores = generation.shard.search(stored, limit, options, excluded)
+        return Neighbours(ids, self._distances(scores), table.gather(ids))
+
+    def _distances(self, scores: F32) -> F32:
+        """The engine's scores, d or cosine, as distances: d squared, or 1 - cosine."""
+        wide = scores.astype(np.float64)
+        if self._spec.metric is Metric.EUCLID:
+            with np.errstate(over="ignore"):  # too far for f32 is inf
+                return (wide * wide).astype(np.float32)
+        return np.where(np.isinf(wide), np.inf, np.clip(1.0 - wide, 0.0, 2.0)).astype(np.float32)
+
+    @override
+    def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
+        """Each engine update is written whole or not at all."""
+        stored = replace(entries, keys=as_stored(entries.keys, self._spec.metric, "keys"))
+        step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), 512)
+        until = self.pacing.patience()
+        self.pacing.wait_while(lambda: self._optimizer.automatic, until)
+        with self._served.writing:
+            self._free_space.require()
+            self._served.now.before_writes()
+            for start in range(0, len(stored), step):
+                self._upsert_part(stored.slice(start, start + step))
+                self.pacing.rest(self._worked_s, until)
+        if fsync:
+            self.flush()
+
+    def _upsert_part(self, entries: Entries) -> None:
+        before = self._served.now.table
+        after = before.with_rows(entries.ids, entries.values)
+        with self._changing(entries.ids) as generation:
+            generation.shard.upsert(entries, generation.pointer.generation)
+            if generation.table is not before:  # the shard's process was started again
+                after = generation.table.with_rows(entries.ids, entries.values)
+            generation.table = after
+
+    @override
+    def delete(self, ids: U64, *, fsync: bool = False) -> int:
+        until = self.pacing.patience()
+        with self._served.writing:
+            present = np.unique(ids[self._served.now.table.holds(ids)])
+            if len(present):
+                self._served.now.before_writes()
+            for start in range(0, len(present), _IDS_PER_DELETE):
+                self._delete_part(present[start : start + _IDS_PER_DELETE])
+                self.pacing.rest(self._worked_s, until)
+        if fsync:
+            self.flush()
+        return len(present)
+
+    def _delete_part(self, ids: U64) -> None:
+        with self._changing(ids) as generation:
+            generation.shard.delete(ids)
+            generation.table = generation.table.without(ids)
+
+    @contextmanager
+    def _changing(self, ids: U64) -> Iterator[Generation]:
+        """The generation, for one engine call that changes the entries of `ids`."""
+        with self._served.engine_call() as generation:
+            started = time.monotonic()
+            try:
+                with generation.changing(ids):
+                    yield generation
+            finally:
+                self._optimizer.note(ids)
+                self._worked_s = time.monotonic() - started
+
+    @override
+    def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
+        dimension = self._spec.dimension if with_keys else 0
+        pages: list[Entries] = []
+        most = max(64, _FLOATS_PER_PAGE // self._spec.dimension) if with_keys else _ENTRIES_PER_PAGE
+        left = min(limit, len(self._served.now.table))
+        while left > 0:
+            size = min(left, most, _ENTRIES_PER_PAGE)
+            with self._served.engine_call() as generation:
+                page = generation.shard.scroll(after, size, keys=with_keys)
+            pages.append(page)
+            left -= size
+            if len(page) < size:
+                break
+            after = int(page.ids[-1])
+        return Entries.concat(pages, dimension, self._spec.value_width)
+
+    @override
+    def provenance(self, ids: U64) -> dict[int, Provenance]:
+        with self._served.engine_call() as generation:
+            found = generation.shard.retrieve(ids)
+        return dict(zip(found.ids.tolist(), found.provenance, strict=True))
+
+    @override
+    def info(self) -> CollectionInfo:
+        with self._served.engine_call() as generation:
+            pointer = generation.pointer
+            counts = generation.shard.counts(pointer.generation)
+        indexed = min(counts.graph_vectors, counts.entries - counts.tail)
+        size = disk_bytes(self._served.files.generation(pointer.generation))
+        return CollectionInfo(counts.entries, indexed, pointer.compression, size)
+
+    @override
+    def optimize(
+        self, compression: Compression | None = None, report: Report = say_nothing
+    ) -> None:
+        """Ends an auto_optimize()."""
+        self._optimizer.optimize(compression, report)
+
+    @override
+    def auto_optimize(self, report: Report = say_nothing) -> bool:
+        return self._optimizer.auto_optimize(report)
+
+    @override
+    @contextmanager
+    def paused_for_copy(self) -> Iterator[FrozenFiles]:
+        def complete(copy: Path) -> None:
+            table.save(CollectionFiles(copy.parent, copy.name).values(number))
+
+        files = self._served.files
+        with self._served.frozen():
+            with self._served.engine_call() as generation:
+                number, table = generation.pointer.generation, generation.table
+                generation.require_all(generation.shard.counts(number))
+            names = ("CURRENT", files.generation(number).name)
+            yield FrozenFiles(files.directory, names, len(table), complete)
+
+    @override
+    def flush(self) -> None:
+        """Returns at once while the files are copied, for they were flushed before."""
+        self._served.flush()
+
+    @override
+    def close(self) -> None:
+        self._served.refuse_calls()
+        self._optimizer.stop()
+        self._served.close()
 
 
 class EdgeBackend(Backend):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from router_service.backends.edge.backend import EdgeBackend
-from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from tests.congruence.fast_dir import fast_dir
 from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
 

@@ -16,8 +16,7 @@ import pytest
 from router_service.arrays import Entries
 from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge import values
-from router_service.backends.edge.backend import EdgeBackend
-from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard, forget_configuration
 from router_service.errors import CorruptMemory, DirectoryInUse, DiskFull, StorageError
 from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds, numbered_entries

@@ -16,8 +16,7 @@ import pytest
 from router_service.backends.base import Compression, Quantization, say_nothing
 from router_service.backends.edge import files as edge_files
 from router_service.backends.edge import optimizer
-from router_service.backends.edge.backend import EdgeBackend
-from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.optimizer import OptimizeJob
 from router_service.backends.edge.values import ValueTable

@@ -13,8 +13,7 @@ import pytest
 from router_service.arrays import F32
 from router_service.backends import base, exact
 from router_service.backends.base import SearchOptions
-from router_service.backends.edge.backend import EdgeBackend
-from router_service.backends.edge.collection import QUERIES_PER_CALL, EdgeCollection
+from router_service.backends.edge.backend import QUERIES_PER_CALL, EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.exact import ExactBackend
 from router_service.errors import DeadlineTooShort

@@ -13,8 +13,7 @@ import pytest
 
 from router_service.arrays import ExampleRef
 from router_service.backends.base import Compression, Quantization
-from router_service.backends.edge.backend import EdgeBackend
-from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.processes import HostedShard
 from router_service.errors import CorruptMemory, DirectoryInUse, StorageError

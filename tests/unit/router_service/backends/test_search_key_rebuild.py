@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from router_service.backends.base import Compression, SearchOptions
-from router_service.backends.edge.backend import EdgeBackend
-from router_service.backends.edge.collection import EdgeCollection
+from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.search_keys import FILE
 from router_service.errors import CorruptMemory, StorageError
 from tests.unit.router_service.backends.numbered_entries import SPEC, numbered_entries
