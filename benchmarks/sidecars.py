@@ -71,7 +71,8 @@ class SidecarClient:
 
     def streamed(self, request: pb.RouteRequest) -> pb.RouteResponse:
         """The next exchange of the stream."""
-        return self._stream.exchange(request, TIMEOUT_S)
+        self._stream.send(request)
+        return self._stream.receive(TIMEOUT_S)
 
     def search_with(self, hnsw_ef: int) -> None:
         """Sets the size of the candidate list for the calls that follow."""

@@ -1,4 +1,4 @@
-"""Keeps indexes up to date while the service runs: a thread that looks at every layer and tidies one at a time."""
+"""Keeps indexes up to date while the service runs: a thread that looks at every layer and optimizes one at a time."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def is_due(collection: Maintained, threshold_bytes: int) -> bool:
 
 
 @dataclass
-class Upkeep:
-    """start() and stop() once each. A layer that cannot be tidied is left alone for a minute, and serves on."""
+class AutoOptimizer:
+    """start() and stop() once each. A layer that cannot be optimized is left alone for a minute, and serves on."""
 
     store: MemoryStore
     threshold_bytes: int
@@ -47,7 +47,7 @@ class Upkeep:
     _failed: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="auto-optimizer", daemon=True)
 
     def start(self) -> None:
         """Begins to look."""
@@ -64,7 +64,7 @@ class Upkeep:
         while not self._done.wait(_LOOK_EVERY_S):
             for name, collection in self._collections():
                 if is_due(collection, self.threshold_bytes) and self._may_try(name):
-                    self._tidy(name, collection)
+                    self._optimize(name, collection)
 
     def _collections(self) -> Iterator[tuple[str, Maintained]]:
         for memory in self.store.memories():
@@ -76,7 +76,7 @@ class Upkeep:
         failed = self._failed.get(name)
         return failed is None or time.monotonic() > failed + _AFTER_FAILURE_S
 
-    def _tidy(self, name: str, collection: Maintained) -> None:
+    def _optimize(self, name: str, collection: Maintained) -> None:
         started, changed = time.monotonic(), collection.changed_entries
         try:
             if collection.auto_optimize(self._report):

@@ -1,4 +1,8 @@
-"""How far the answers of one search are from those of another. Pure functions."""
+"""What each compression of the search keys costs on a layer at hand: tried on a copy, in a process of its own.
+
+The process (measure_child) finds in its directory a copy of the layer (COPY), what to do (TASK) and the router inputs
+to ask about (QUERIES), and appends a line of JSON to RESULTS as each compression begins and ends.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server 
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
 from router_service.errors import BackendUnavailable, InvalidField, StorageError
-from router_service.jobs.auto_optimizer import Upkeep
+from router_service.jobs.auto_optimizer import AutoOptimizer
 from router_service.operations import Operations
 from router_service.rpc.interceptors import Guard, Permits
 from router_service.rpc.memory_admin import DoctorService, MemoryAdminService
@@ -62,7 +62,7 @@ class RoutingServer:
         self._health = health.HealthServicer()
         self._grpc = self._make_server()
         self._stopping = threading.Event()
-        self._upkeep = Upkeep(self._store, settings.optimize_above_mib << 20)
+        self._auto_optimizer = AutoOptimizer(self._store, settings.optimize_above_mib << 20)
         self._flusher = threading.Thread(target=self._flush_often, name="flush", daemon=True)
         self.address = settings.listen
 
@@ -73,7 +73,7 @@ class RoutingServer:
         self.address = self._bind()
         self._grpc.start()
         self._flusher.start()
-        self._upkeep.start()
+        self._auto_optimizer.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         names = ", ".join(self._store.names()) or "none yet"
         log.info("serving on %s; memories: %s", self.address, names)
@@ -87,7 +87,7 @@ class RoutingServer:
         self._drain()
         if not self._operations.join(OPERATIONS_END_S):
             log.warning("an operation does not end; closing the memories under it")
-        self._upkeep.stop()
+        self._auto_optimizer.stop()
         if self._flusher.is_alive():
             self._flusher.join()
         with closing(self._backend):

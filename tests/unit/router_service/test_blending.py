@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 
 from router_service import kernels
 from router_service.arrays import Assignment
-from router_service.blending import blend_assignments, blend_logits, scatter_dense, top_k_of
-from router_service.memories.settings import Support
+from router_service.blending import (
+    Support,
+    blend_assignments,
+    blend_logits,
+    scatter_dense,
+    top_k_of,
+)
 
 F32 = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import pytest
 from router_service.backends.base import Pacing, Report, say_nothing
 from router_service.errors import StorageError
 from router_service.jobs import auto_optimizer
-from router_service.jobs.auto_optimizer import Upkeep, is_due
+from router_service.jobs.auto_optimizer import AutoOptimizer, is_due
 
 MIB = 1 << 20
 
@@ -27,13 +27,13 @@ class Moments(Pacing):
 
 @dataclass
 class Layer:
-    """A collection that counts how often it was tidied."""
+    """A collection that counts how often it was optimized."""
 
     pacing: Pacing
     changed_entries: int = 1000
     changed_bytes: int = 8 * MIB
     outdated_share: float = 0.1
-    tidied: int = 0
+    optimized: int = 0
     fails: bool = False
     blocks: bool = False
     entered: threading.Event = field(default_factory=threading.Event)
@@ -45,7 +45,7 @@ class Layer:
             time.sleep(0.001)
         if self.fails:
             raise StorageError("made to fail")
-        self.tidied += 1
+        self.optimized += 1
         self.changed_entries = 0
         return True
 
@@ -96,17 +96,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_layer_is_tidied_once_per_backlog() -> None:
     layer = Layer(Moments(0, 0))
-    thread = Upkeep(Store(layer), 8 * MIB)  # type: ignore[arg-type]
+    thread = AutoOptimizer(Store(layer), 8 * MIB)  # type: ignore[arg-type]
     thread.start()
-    wait_for(lambda: layer.tidied == 1)
+    wait_for(lambda: layer.optimized == 1)
     layer.changed_entries = 1000
-    wait_for(lambda: layer.tidied == 2)
+    wait_for(lambda: layer.optimized == 2)
     thread.stop()
 
 
 def test_a_layer_that_fails_is_left_alone_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     layer = Layer(Moments(0, 0), fails=True)
-    thread = Upkeep(Store(layer), 8 * MIB)  # type: ignore[arg-type]
+    thread = AutoOptimizer(Store(layer), 8 * MIB)  # type: ignore[arg-type]
     thread.start()
     wait_for(lambda: "made to fail" in caplog.text)
     time.sleep(0.05)
@@ -116,17 +116,17 @@ def test_a_layer_that_fails_is_left_alone_for_a_while(caplog: pytest.LogCaptureF
 
 def test_stop_ends_what_is_under_way() -> None:
     layer = Layer(Moments(0, 0), blocks=True)
-    thread = Upkeep(Store(layer), 8 * MIB)  # type: ignore[arg-type]
+    thread = AutoOptimizer(Store(layer), 8 * MIB)  # type: ignore[arg-type]
     thread.start()
     assert layer.entered.wait(30)
     thread.stop()
-    assert layer.tidied == 0
+    assert layer.optimized == 0
 
 
 def test_a_threshold_of_0_never_indexes() -> None:
     layer = Layer(Moments(0, 0))
-    thread = Upkeep(Store(layer), 0)  # type: ignore[arg-type]
+    thread = AutoOptimizer(Store(layer), 0)  # type: ignore[arg-type]
     thread.start()
     time.sleep(0.02)
     thread.stop()
-    assert layer.tidied == 0
+    assert layer.optimized == 0

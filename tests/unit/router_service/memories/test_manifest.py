@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from router_service.blending import Support
 from router_service.errors import CorruptMemory, StorageError
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import manifest
 from router_service.memories.memory import MemoryRecord
-from router_service.memories.settings import MemorySettings, Support
+from router_service.memories.settings import MemorySettings
 
 FINGERPRINT = ModelFingerprint("olmoe", 16, 2048, 64, 8, "ab" * 32)
 RECORD = MemoryRecord(

@@ -11,13 +11,13 @@ import pytest
 from knnmoe.v1 import types_pb2
 
 from router_service.backends.base import Metric
+from router_service.blending import Support
 from router_service.errors import InvalidField
 from router_service.memories.settings import (
     PRESETS,
     Kind,
     MemorySettings,
     Similarity,
-    Support,
     changed,
     preset,
     settings_from_json,

@@ -72,7 +72,7 @@ def check_replaced(store: MemoryStore) -> None:
     assert store.get("bible").record.settings.neighbours == 3
 
 
-def check_tidy(data: Path) -> None:
+def check_nothing_is_left(data: Path) -> None:
     """No mark, and layers of no memory but those that serve."""
     assert list(data.rglob("CAME-FROM")) == []
     for home in data.iterdir():
@@ -129,14 +129,14 @@ def test_at_every_moment_a_kill_leaves_both_or_the_new_one(
     with moments.noted():
         replace(store)
     check_replaced(store)
-    check_tidy(fast_dir / "data")
+    check_nothing_is_left(fast_dir / "data")
     ends = []
     for copy in moments.copies:
         with open_store(copy, workers=0) as again:
             ends.append(len(again.names()))
             (check_both if ends[-1] == 2 else check_replaced)(again)
             answers(again.get("bible"), 3)
-        check_tidy(copy)
+        check_nothing_is_left(copy)
     assert ends == sorted(ends, reverse=True)
     assert ends.count(2) >= 3  # before it, marked, moved
     assert ends.count(1) >= 3  # the manifest, the rest, the mark
@@ -207,7 +207,7 @@ def test_layers_that_cannot_be_brought_back_are_at_the_next_start(
         assert set(store.broken) == {"rebuilt"}
     with open_store(fast_dir / "data") as store:
         check_both(store)
-    check_tidy(fast_dir / "data")
+    check_nothing_is_left(fast_dir / "data")
 
 
 def test_what_cannot_be_tidied_up_goes_at_the_next_start(
@@ -221,7 +221,7 @@ def test_what_cannot_be_tidied_up_goes_at_the_next_start(
     store.close()
     store.open_all()
     check_replaced(store)
-    check_tidy(fast_dir / "data")
+    check_nothing_is_left(fast_dir / "data")
 
 
 def test_a_memory_of_the_given_name_that_is_made_meanwhile_stays(
@@ -235,7 +235,7 @@ def test_a_memory_of_the_given_name_that_is_made_meanwhile_stays(
     store.open_all()
     assert counts(store.get("bible")) == [NEW] * 2
     assert counts(store.get("rebuilt")) == [NEW + 5] * 2
-    check_tidy(fast_dir / "data")
+    check_nothing_is_left(fast_dir / "data")
 
 
 def test_a_replaced_memory_is_restored_and_replaced_again(
@@ -248,7 +248,7 @@ def test_a_replaced_memory_is_restored_and_replaced_again(
     check_both(store)
     replace(store)
     check_replaced(store)
-    check_tidy(fast_dir / "data")
+    check_nothing_is_left(fast_dir / "data")
 
 
 @pytest.mark.parametrize(("held", "exclusive"), [("bible", False), ("rebuilt", True)])

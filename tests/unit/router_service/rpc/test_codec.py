@@ -17,10 +17,11 @@ from knnmoe.v1 import types_pb2
 from numpy.typing import NDArray
 
 from router_service.arrays import Assignment, Entries, Neighbours, Provenance
+from router_service.blending import Support
 from router_service.errors import InvalidField, InvalidTensor
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories.layer import RouteAnswer
-from router_service.memories.settings import PRESETS, Kind, MemorySettings, Similarity, Support
+from router_service.memories.settings import PRESETS, Kind, MemorySettings, Similarity
 from router_service.rpc import codec
 
 F32 = NDArray[np.float32]
