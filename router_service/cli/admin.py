@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from knnmoe.client import AdminClient, ServiceError
 
 from router_service import __version__
 from router_service.cli import (
@@ -17,8 +18,7 @@ from router_service.cli import (
     service_commands,
     snapshot_commands,
 )
-from router_service.cli.admin_client import AdminClient
-from router_service.cli.errors import AdminError
+from router_service.cli.errors import AdminError, admin_error
 from router_service.cli.options import ExampleCommand, ExampleGroup
 from router_service.cli.output import Output, Session
 
@@ -30,9 +30,10 @@ class AdminGroup(ExampleGroup):
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except AdminError as error:
-            typer.echo(f"router-admin: {error}", err=True)
-            raise typer.Exit(int(error.exit_code)) from error
+        except (AdminError, ServiceError) as error:
+            shown = admin_error(error) if isinstance(error, ServiceError) else error
+            typer.echo(f"router-admin: {shown}", err=True)
+            raise typer.Exit(int(shown.exit_code)) from error
 
 
 app = typer.Typer(

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from knnmoe.client import AdminClient, ServiceError
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import types_pb2 as types_pb
 from pydantic import ValidationError
 
-from router_service.cli.admin_client import AdminClient
-from router_service.cli.errors import AdminError, BadInput, ServiceRefused, Unreachable
+from router_service.cli.errors import AdminError, BadInput, Unreachable, admin_error
 from router_service.cli.options import MemoryName, environment_problem
 from router_service.cli.output import Session, parse_plain, plain, session_of, table
-from router_service.cli.service_endpoint import ServiceEndpoint, ServiceEntries
 from router_service.errors import (
     BackendUnavailable,
     InvalidRequest,
@@ -35,6 +34,7 @@ from router_service.transfer.copying import Copy
 from router_service.transfer.endpoints import EntryShape
 from router_service.transfer.entry_fields import EntryReader, FileError
 from router_service.transfer.file import format_of, new_file, open_reader, read_metadata
+from router_service.transfer.service import ServiceEndpoint, ServiceEntries
 
 # What a file says about itself: the key in its metadata, and the version of what is found there.
 _KEY = "knnmoe"
@@ -377,9 +377,8 @@ def merge(
         copy = Copy(source, target, layers, _POLICIES[on_conflict])
         try:
             copy.run(session.output.progress, "merging")
-        except ServiceRefused as error:
-            told = f"{error} (merging again goes on where this ended)"
-            raise ServiceRefused(told, error.error) from error
+        except ServiceError as error:
+            raise _with_remark(error, " (merging again goes on where this ended)") from error
     columns = ("added", "replaced", "kept")
     counts = {layer: [getattr(copy.counts[layer], name) for name in columns] for layer in layers}
     totals = [sum(column) for column in zip(*counts.values(), strict=True)] or [0] * len(columns)
@@ -406,20 +405,26 @@ def _entries(client: AdminClient, name: str, *, fsync: bool = False) -> ServiceE
     return ServiceEndpoint(client, fsync=fsync).entries(name)
 
 
+def _with_remark(error: ServiceError, remark: str) -> AdminError:
+    """The error, and what became of the copy; a service that is gone says enough itself."""
+    shown = admin_error(error)
+    return shown if isinstance(shown, Unreachable) else AdminError(f"{shown}{remark}")
+
+
 def _write_file(session: Session, copy: Copy, source: EntryReader, label: str) -> None:
     """Raises AdminError that names the file and, where it is known, the row."""
     try:
         copy.run(session.output.progress, label)
     except FileError as error:
         raise BadInput(f"{error}{_so_far(copy)}") from error
-    except ServiceRefused as error:
-        found = _ROW_OF_FIELD.match(error.error.metadata.get("field", ""))
+    except ServiceError as error:
+        found = _ROW_OF_FIELD.match(error.metadata.get("field", ""))
         if not found or not copy.waiting:
-            raise ServiceRefused(f"{error}{_so_far(copy)}", error.error) from error
+            raise _with_remark(error, _so_far(copy)) from error
         # The service's answer is to the oldest batch on its way.
         batch, row = copy.waiting[0][0], int(found[1])
         place = source.place(batch.layer, batch.rows[row])
-        raise BadInput(f"{source.path}: {place}: {error}{_so_far(copy)}") from error
+        raise BadInput(f"{source.path}: {place}: {error.message}{_so_far(copy)}") from error
 
 
 def _so_far(copy: Copy) -> str:

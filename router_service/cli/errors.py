@@ -5,17 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import grpc
-from knnmoe.client import ServiceError, service_error
-
-__all__ = [
-    "AdminError",
-    "BadInput",
-    "ExitCode",
-    "Interrupted",
-    "ServiceRefused",
-    "Unreachable",
-    "admin_error",
-]
+from knnmoe.client import ServiceError
 
 
 class ExitCode(IntEnum):
@@ -40,14 +30,6 @@ class BadInput(AdminError):
     exit_code = ExitCode.BAD_INPUT
 
 
-class ServiceRefused(AdminError):
-    """The service answered with an error; `error` is its structured form."""
-
-    def __init__(self, message: str, error: ServiceError) -> None:
-        super().__init__(message)
-        self.error = error
-
-
 class Unreachable(AdminError):
     """Nobody answers at the target."""
 
@@ -60,23 +42,22 @@ class Interrupted(AdminError):
     exit_code = ExitCode.INTERRUPTED
 
 
-def admin_error(failed: grpc.RpcError, target: str, timeout_s: float | None) -> AdminError:
+def admin_error(error: ServiceError) -> AdminError:
     """What a failed call means to the user of `router-admin`."""
-    error = service_error(failed)
     if error.reason:
-        return ServiceRefused(error.message, error)
+        return AdminError(error.message)
     if error.code is grpc.StatusCode.UNAVAILABLE:
+        start = f"router-service serve --data DIR --listen {error.target}"
         return Unreachable(
-            f"nothing listens on {target}; start it with: router-service serve --data DIR --listen {target} "
-            f"({error.message})"
+            f"nothing listens on {error.target}; start it with: {start} ({error.message})"
         )
     # A call is cancelled only by this program's own clock.
     if error.code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return Unreachable(
-            f"no answer from {target} within {timeout_s} s; raise --timeout-s, or look at the service's log"
+            f"no answer from {error.target} within {error.timeout_s} s; raise --timeout-s, or look at the service's log"
         )
     if error.code is grpc.StatusCode.UNIMPLEMENTED:
-        return ServiceRefused(
-            f"{target} does not speak knnmoe.v1 (another program, or another version?)", error
+        return AdminError(
+            f"{error.target} does not speak knnmoe.v1 (another program, or another version?)"
         )
-    return ServiceRefused(f"{error.code.name}: {error.message}", error)
+    return AdminError(f"{error.code.name}: {error.message}")

@@ -248,7 +248,7 @@ def quantize(
 
 def _quantize(session: Session, request: quantization_pb.QuantizeRequest) -> None:
     layers = _indexed(session, session.client.quantization.Quantize, request)
-    oversampling = session.client.memory(request.memory).settings.oversampling
+    oversampling = session.client.describe(request.memory).settings.oversampling
     document = {"memory": request.memory, "oversampling": oversampling, "layers": layers}
     session.output.table(document, _INDEXED, layers, f"oversampling {oversampling:g}")
 

@@ -119,7 +119,7 @@ def show(context: typer.Context, name: MemoryName) -> None:
 
     """
     session = session_of(context)
-    _emit(session, session.client.memory(name))
+    _emit(session, session.client.describe(name))
 
 
 @app.command("create", cls=ExampleCommand)
@@ -362,7 +362,7 @@ def _fingerprint_file(file: Path) -> types_pb.ModelFingerprint:
 
 
 def _deletion(session: Session, name: str) -> str:
-    memory = session.client.memory(name)
+    memory = session.client.describe(name)
     entries = sum(layer.entries for layer in memory.layers)
     return f"Delete memory {name} with {entries} entries"
 

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from knnmoe.client import AdminClient, ServiceError
 from rich.console import Console
 
 from router_service.backends.exact import ExactBackend
 from router_service.backends.qdrant_server.options import GRPC_PORT, REST_PORT, is_url, parse_url
 from router_service.cli import options
-from router_service.cli.admin_client import AdminClient
 from router_service.cli.entry_commands import copy_errors, require_same_entries
-from router_service.cli.errors import AdminError, BadInput, Interrupted
+from router_service.cli.errors import AdminError, BadInput, Interrupted, admin_error
 from router_service.cli.operation_commands import first_interrupt
 from router_service.cli.output import Session, session_of, table
-from router_service.cli.service_endpoint import EMBEDDED, ServiceEndpoint
 from router_service.errors import (
     InvalidField,
     shorten,
@@ -34,6 +33,7 @@ from router_service.storage import opened_store
 from router_service.transfer.copying import LayerCounts
 from router_service.transfer.endpoints import Advance, Endpoint, Progress
 from router_service.transfer.migration import Migration
+from router_service.transfer.service import EMBEDDED, ServiceEndpoint
 from router_service.transfer.store import StoreEndpoint
 
 _EXPECTED = "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server, or a data directory"
@@ -176,12 +176,12 @@ def _run(
     try:
         with copy_errors():
             migration.run(progress, delete=delete, optimize=optimize)
-    except AdminError as error:
-        if not isinstance(error, Interrupted):
-            error.args = (
-                f"{error} (what was written stays; running the same command again goes on)",
-            )
+    except Interrupted:
         raise
+    except (AdminError, ServiceError) as error:
+        shown = admin_error(error) if isinstance(error, ServiceError) else error
+        message = f"{shown} (what was written stays; running the same command again goes on)"
+        raise type(shown)(message) from error
     for remark in _remarks(migration):
         session.output.remark(remark)
 

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import grpc
 import typer
+from knnmoe.client import ServiceError
 from knnmoe.v1 import operations_pb2 as pb
 
-from router_service.cli.errors import AdminError, Interrupted
+from router_service.cli.errors import Interrupted, admin_error
 from router_service.cli.options import ExampleCommand, command_group
 from router_service.cli.output import Session, plain, session_of, utc
 
 
 def followed(session: Session, method: Any, request: Any, result: str) -> Iterator[Any]:
-    """Begins an operation; yields its replies with a `result`, each within the deadline. Raises AdminError.
+    """Begins an operation; yields its replies with a `result`, each within the deadline. Raises ServiceError.
 
     At Ctrl-C the operation is cancelled, its last words are awaited, and Interrupted is raised; a second Ctrl-C does
     not wait.
@@ -40,9 +40,9 @@ def followed(session: Session, method: Any, request: Any, result: str) -> Iterat
                 show(reply.operation)
                 if reply.HasField(result):
                     yield reply
-        except AdminError as error:
+        except ServiceError as error:
             if pressed.is_set():
-                raise Interrupted(f"interrupted: {error}") from error
+                raise Interrupted(f"interrupted: {admin_error(error)}") from error
             raise
 
 
@@ -50,9 +50,9 @@ def _cancel(session: Session, call: Any, operation: pb.Operation) -> None:
     remark = f"router-admin: cancelling operation {operation.id}; Ctrl-C again leaves at once"
     session.output.remark(remark)
     try:
-        cancel = session.client.operations.CancelOperation
-        cancel(pb.CancelOperationRequest(id=operation.id), timeout=10)
-    except grpc.RpcError:  # then the end of the call cancels it
+        request = pb.CancelOperationRequest(id=operation.id)
+        session.client.unary(session.client.operations.CancelOperation, request)
+    except ServiceError:  # then the end of the call cancels it
         call.cancel()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import typer
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from knnmoe.client import AdminClient
 from knnmoe.v1 import operations_pb2 as operations_pb
 from rich.console import Console
 from rich.progress import (
@@ -32,7 +33,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from router_service.cli.admin_client import AdminClient
 from router_service.cli.errors import BadInput
 
 # Wide enough that a table is not cut when stdout is a file or a pipe.

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from knnmoe.client import AdminClient, ServiceError
 from knnmoe.v1 import doctor_pb2 as doctor_pb
 from knnmoe.v1 import memory_admin_pb2 as pb
 from pydantic import ValidationError
 from rich.console import Console
 
 from router_service import __version__
-from router_service.cli.admin_client import AdminClient
-from router_service.cli.errors import BadInput, ExitCode, Unreachable
+from router_service.cli.errors import BadInput, ExitCode, Unreachable, admin_error
 from router_service.cli.options import environment_problem
 from router_service.cli.output import plain, session_of, table
 from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
@@ -126,9 +126,11 @@ def _of_service(client: AdminClient, deep: bool) -> list[Finding]:
         reply = client.unary(
             client.doctor.Diagnose, doctor_pb.DiagnoseRequest(deep=deep), long=True
         )
-    except Unreachable as unreachable:
+    except ServiceError as failed:
+        if not isinstance(shown := admin_error(failed), Unreachable):
+            raise
         remedy = f"router-service serve --data DIR --listen {client.target}"
-        return [error("service", str(unreachable), remedy)]
+        return [error("service", str(shown), remedy)]
     findings = [_decoded(finding) for finding in reply.findings]
     if reply.service_version != __version__:
         what = f"the service is version {reply.service_version}, this program {__version__}"

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 
 from knnmoe import tensors
+from knnmoe.client import AdminClient, ServiceError
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import retention_pb2 as retention_pb
 from knnmoe.v1 import routing_pb2 as routing_pb
@@ -13,8 +14,6 @@ from typing_extensions import override
 
 from router_service.arrays import U64, Entries
 from router_service.backends.base import Compression, Report
-from router_service.cli.admin_client import AdminClient
-from router_service.cli.errors import ServiceRefused
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.settings import MemorySettings
@@ -27,7 +26,7 @@ _REFUSED = "ERROR_REASON_INVALID_FIELD"
 
 
 class ServiceEndpoint(Endpoint):
-    """The memories of a service. Raises AdminError. With `fsync` entries are acknowledged when they are on disk."""
+    """The memories of a service; with `fsync` entries are acknowledged when they are on disk. Raises ServiceError."""
 
     def __init__(self, client: AdminClient, *, fsync: bool = False) -> None:
         super().__init__(EMBEDDED)
@@ -40,7 +39,7 @@ class ServiceEndpoint(Endpoint):
 
     @override
     def find(self, name: str) -> MemoryRecord | None:
-        memory = self._client.find_memory(name)
+        memory = self._client.find(name)
         return None if memory is None else _record(memory)
 
     @override
@@ -57,18 +56,18 @@ class ServiceEndpoint(Endpoint):
         wanted = codec.encode_settings(settings)
         # No layers listed means all, which a request can only say by listing them.
         wanted.layers[:] = settings.layers or range(
-            self._client.memory(name).fingerprint.num_layers
+            self._client.describe(name).fingerprint.num_layers
         )
         request = pb.UpdateSettingsRequest(memory=name, settings=wanted)
         self._client.unary(self._client.admin.UpdateSettings, request)
 
     @override
     def entries(self, name: str) -> ServiceEntries:
-        return ServiceEntries(self._client, _record(self._client.memory(name)), self._fsync)
+        return ServiceEntries(self._client, _record(self._client.describe(name)), self._fsync)
 
 
 class ServiceEntries(MemoryEntries):
-    """The entries of a service's memory. Raises AdminError."""
+    """The entries of a service's memory. Raises ServiceError."""
 
     def __init__(self, client: AdminClient, record: MemoryRecord, fsync: bool) -> None:
         self.record = record
@@ -125,10 +124,10 @@ class ServiceEntries(MemoryEntries):
                 for reply in replies:
                     now = reply.operation
                     report(now.stage, now.done, now.total)
-        except ServiceRefused as refusal:
-            if refusal.error.reason != _REFUSED:
+        except ServiceError as error:
+            if error.reason != _REFUSED:
                 raise
-            return str(refusal)
+            return error.message
         return ""
 
     def _upsert(self, batch: Batch) -> pb.UpsertRequest:
