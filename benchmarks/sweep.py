@@ -22,8 +22,7 @@ from torch import Tensor
 from model_runner.architectures import Assignment
 from model_runner.evaluation.demo import DemoSettings, draw_texts
 from model_runner.evaluation.nll import Scores, difference, score
-from model_runner.memory_builder.layer_trace import LayerTrace
-from model_runner.memory_builder.objective import router_gradients
+from model_runner.memory_builder.objective import LayerTrace, router_gradients
 from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, Kind, Norm, Recipe, entry_values
 from model_runner.models import LoadedModel, load_model
 from model_runner.presets import step_sizes

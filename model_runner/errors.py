@@ -12,14 +12,6 @@ knnmoe.client.ServiceError.
 
 from collections.abc import Sequence
 
-__all__ = [
-    "BadInput",
-    "HookBypassed",
-    "HooksInUse",
-    "RunnerError",
-    "UnsupportedModel",
-]
-
 
 class RunnerError(Exception):
     """Base of the tree above."""

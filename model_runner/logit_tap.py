@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import find_router_sites
-from model_runner.architectures.generic import swapped_logits
+from model_runner.architectures.families import swapped_logits
 from model_runner.architectures.site import Assignment, RouterSite
 from model_runner.errors import HooksInUse
 
@@ -60,12 +59,7 @@ class LogitTap:
             self._undo.enter_context(wrapped_forward(site.router, self._tapped(site)))
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()

@@ -10,17 +10,17 @@ hooks that were installed after it compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from model_runner.architectures.discovery import BatchWatch, decoder_of, find_router_sites
+from model_runner.architectures.discovery import decoder_of, find_router_sites
 from model_runner.architectures.site import (
     Assignment,
     RouterArgs,
@@ -131,12 +131,7 @@ class RouterHooks:
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
@@ -192,6 +187,64 @@ class RouterHooks:
             batch_shape=batch_shape,
             valid=valid,
         )
+
+
+class BatchWatch:
+    """Shape and padding of the forward pass that is running.
+
+    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both.
+
+    Attributes:
+        batch_shape: (B, S) of the tokens now in the decoder; None outside a forward pass.
+        valid: `[B*S]` bool, False on padding; None when no 2-D attention mask was given. A mask
+            that transformers has already expanded to 4-D (static caches) is not read.
+
+    """
+
+    def __init__(self) -> None:
+        self.batch_shape: tuple[int, int] | None = None
+        self.valid: Tensor | None = None
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Follows the decoder of `model` until the block is left."""
+        decoder = decoder_of(model)
+        before = decoder.register_forward_pre_hook(self._before, with_kwargs=True)
+        after = decoder.register_forward_hook(self._after, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            self.batch_shape = self.valid = None
+
+    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _named_arguments(decoder, args, kwargs)
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        self.batch_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+        self.valid = _valid_tokens(given.get("attention_mask"), self.batch_shape)
+
+    def _after(self, *_call: Any) -> None:
+        self.batch_shape = self.valid = None
+
+
+def _named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+
+
+def _valid_tokens(mask: Any, batch_shape: tuple[int, int] | None) -> Tensor | None:
+    if batch_shape is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    sequence_length = batch_shape[1]
+    if mask.shape[0] != batch_shape[0] or mask.shape[1] < sequence_length:
+        return None
+    # With a KV cache the mask also covers the past: the current tokens are its last columns.
+    return mask[:, mask.shape[1] - sequence_length :].to(torch.bool).reshape(-1)
 
 
 def _fitted(reply: Assignment, own: RouterOutput, site: RouterSite) -> Assignment:

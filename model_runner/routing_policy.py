@@ -15,7 +15,9 @@ from model_runner.architectures.site import Assignment
 from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits, RouterCall
 
-# Tokens beyond this many bytes of router inputs and logits go in another request.
+# The one place where the runner cuts a lookup: tokens beyond this many bytes of router inputs and logits go in another
+# request. A quarter of channels.MAX_MESSAGE_BYTES: the rest is for examples to exclude, the own assignment and a reply
+# as large as the request, and for a service whose limit is set lower.
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
@@ -36,7 +38,7 @@ class Retrieved:
 
 
 class Retriever(Protocol):
-    """Where a memory's answers come from; RouterClient asks a sidecar."""
+    """Where a memory's answers come from: a sidecar (RouterClient), or anything that answers as one."""
 
     # Lookups that fell back, by layer and reason.
     fallbacks: Counter[tuple[int, str]]
@@ -59,7 +61,7 @@ class Retriever(Protocol):
 
 @dataclass(slots=True)
 class LayerUse:
-    """What a memory did at one layer: tokens asked about, those that abstained, the sum of lambda."""
+    """What a memory did at one layer: tokens asked about, those that abstained, lambda summed over the tokens."""
 
     tokens: int = 0
     abstained: int = 0
@@ -93,7 +95,7 @@ class RetrievalPolicy:
         """The blended routing, or None when the model's own stands."""
         use = self.use.setdefault(call.site.layer, LayerUse())
         answers: list[Answer] = []
-        for rows in _rows_to_ask(call):
+        for rows in _rows_to_ask(call):  # padding is left out, and may hold anything
             inputs, logits, own = _select(call, rows)
             if not (torch.isfinite(inputs).all() and torch.isfinite(logits).all()):
                 use.not_finite += 1
@@ -126,17 +128,21 @@ Answer = tuple[Tensor | None, Retrieved]
 
 
 def _rows_to_ask(call: RouterCall) -> Sequence[Tensor | None]:
-    """Rows that are not padding, split by request; None = all rows."""
-    row_bytes = sum(t.shape[1] * t.element_size() for t in (call.router_input, call.router_logits))
-    most = max(1, MAX_REQUEST_BYTES // row_bytes)
+    """Row numbers [n] int64 that are not padding, a tensor per request; None = all rows, which needs no copy."""
+    most = tokens_per_request(call.router_input, call.router_logits)
     if call.valid is not None and not bool(call.valid.all()):
         valid = call.valid.nonzero().flatten()
-        return [valid[start : start + most] for start in range(0, len(valid), most)]
+        return torch.split(valid, most) if len(valid) else ()
     tokens = len(call.router_input)
     if tokens <= most:
         return [None]
-    every = torch.arange(tokens, device=call.router_input.device)
-    return [every[start : start + most] for start in range(0, tokens, most)]
+    return torch.split(torch.arange(tokens, device=call.router_input.device), most)
+
+
+def tokens_per_request(router_input: Tensor, router_logits: Tensor) -> int:
+    """Tokens [T, d] and logits [T, N] that go in one request: as many as MAX_REQUEST_BYTES hold, one at least."""
+    token_bytes = sum(t.shape[1] * t.element_size() for t in (router_input, router_logits))
+    return max(1, MAX_REQUEST_BYTES // token_bytes)
 
 
 def _select(call: RouterCall, rows: Tensor | None) -> tuple[Tensor, Tensor, Assignment]:

@@ -1,8 +1,4 @@
-"""Where each family's routers are, and how their assignments are read and replaced.
-
-One generic family serves nearly every model of transformers v5; dbrx, llama4 and jetmoe have a
-file each. Nothing here patches or forks a model.
-"""
+"""Where each family's routers are, and how their assignments are read and replaced."""
 
 from model_runner.architectures.discovery import find_router_sites
 from model_runner.architectures.site import Assignment, Family, RouterOutput, RouterSite

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model_runner.architectures import Assignment
+from model_runner.architectures.site import Assignment
 from model_runner.evaluation.nll import Scores
 from model_runner.memory_builder.objective import router_gradients
 from model_runner.memory_builder.recipes import Recipe, entry_values

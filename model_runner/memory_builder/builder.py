@@ -16,7 +16,7 @@ from knnmoe.client import AdminClient, Upserter
 from knnmoe.v1 import memory_admin_pb2 as pb
 from torch import Tensor, nn
 
-from model_runner.architectures import Assignment
+from model_runner.architectures.site import Assignment
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.entries import (
@@ -26,8 +26,7 @@ from model_runner.memory_builder.entries import (
     provenance_of,
     upsert_requests,
 )
-from model_runner.memory_builder.layer_trace import LayerTrace, Scope
-from model_runner.memory_builder.objective import router_gradients
+from model_runner.memory_builder.objective import LayerTrace, Scope, router_gradients
 from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks

@@ -11,12 +11,12 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32, MEMORY_KIND_ASSIGNMENT, MemorySettings
 from torch import Tensor, nn
 
-from model_runner.architectures import Assignment
+from model_runner.architectures.site import Assignment
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, TracedWindows
 from model_runner.memory_builder.entries import LayerEntries
-from model_runner.memory_builder.layer_trace import LayerTrace
+from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import (
     PAPER,
     RECIPES,
@@ -26,6 +26,7 @@ from model_runner.memory_builder.recipes import (
     assignment_values,
 )
 from model_runner.router_client import RouterClient
+from model_runner.routing_policy import tokens_per_request
 from model_runner.texts import Window, batched
 from model_runner.wire import decode_tensor
 
@@ -159,9 +160,6 @@ def _checked_recipe(
     return recipe or own
 
 
-TOKENS_PER_REQUEST = 512
-
-
 class KnownTokens:
     """A `Keep` of the builder: entries whose nearest key has a similarity below `threshold`, in (0, 1].
 
@@ -175,39 +173,24 @@ class KnownTokens:
 
     def keep(self, traced: TracedWindows, trace: LayerTrace, entries: LayerEntries) -> Tensor:
         """Which entries ([n] bool, on the host) the memory does not know yet."""
-        logits = trace.router_logits.flatten(0, 1)[traced.kept]
-        own = assignment_values(trace, trace.router_logits.flatten(0, 1))
-        own = Assignment(own.weights[traced.kept], own.experts[traced.kept])
+        logits = trace.router_logits.flatten(0, 1)
+        own = assignment_values(trace, logits)
         origins = [ExampleRef(p.source, p.example) for p in entries.provenance]
-        found = [
-            self._similarities(entries.layer, rows, entries.keys, logits, own, origins)
-            for rows in _spans(len(entries))
-        ]
-        return torch.cat(found) < self._threshold
-
-    def _similarities(
-        self,
-        layer: int,
-        rows: slice,
-        keys: Tensor,
-        logits: Tensor,
-        own: Assignment,
-        origins: list[ExampleRef],
-    ) -> Tensor:
-        """Similarity [m] in f32 of each token's nearest key; 0 where there is none."""
-        response = self._client.route(
-            layer,
-            keys[rows],
-            logits[rows],
-            Assignment(own.weights[rows], own.experts[rows]),
-            exclude=origins[rows],
-            with_neighbours=True,
-            neighbours=1,
-        )
-        if response is None:
-            raise BadInput("skip-known needs a client that raises when the sidecar fails")
-        return decode_tensor(response.neighbours.similarities, DTYPE_F32)[:, 0]
-
-
-def _spans(tokens: int) -> list[slice]:
-    return [slice(at, at + TOKENS_PER_REQUEST) for at in range(0, tokens, TOKENS_PER_REQUEST)]
+        most, similarities = tokens_per_request(entries.keys, logits), list[Tensor]()
+        for start in range(0, len(entries), most):
+            rows = slice(start, start + most)
+            tokens = traced.kept[rows]
+            response = self._client.route(
+                entries.layer,
+                entries.keys[rows],
+                logits[tokens],
+                Assignment(own.weights[tokens], own.experts[tokens]),
+                exclude=origins[rows],
+                with_neighbours=True,
+                neighbours=1,
+            )
+            if response is None:
+                raise BadInput("skip-known needs a client that raises when the sidecar fails")
+            # 0 where there is no neighbour.
+            similarities.append(decode_tensor(response.neighbours.similarities, DTYPE_F32)[:, 0])
+        return torch.cat(similarities) < self._threshold

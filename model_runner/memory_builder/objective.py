@@ -1,15 +1,7 @@
-"""Let experts that the router did not choose receive a gradient, without changing the output.
+"""The gradient of a loss with respect to every router's logits, and what each router saw on the way.
 
-In families that renormalise over the chosen k, only those k logits have a gradient, so a step
-can demote an expert but never promote one. Here all N experts run, with the weights
-
-    sparse + unselected * (p - stop_gradient(p))
-
-whose value is the sparse assignment's and whose gradient reaches every logit. p is the family's
-own score of each expert (softmax or sigmoid of the logits) in the family's own scale.
-
-It cannot help llama4, whose scores multiply an expert's input: at score zero a gated expert's
-output and its derivative are both zero.
+`router_gradients` runs the frozen model once, with a point to differentiate at under each router's logits. By default
+only the chosen experts have a gradient; with `straight_through` all of them do.
 """
 
 from __future__ import annotations
@@ -17,7 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,130 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from model_runner.architectures.discovery import decoder_of, find_router_sites
 from model_runner.architectures.site import Assignment, RouterArgs, RouterKwargs, RouterSite
-from model_runner.errors import BadInput, UnsupportedModel
+from model_runner.errors import BadInput, HookBypassed, UnsupportedModel
 from model_runner.logit_tap import Forward, LogitTap, wrapped_forward
-from model_runner.memory_builder.layer_trace import CallRecorder, LayerTrace, Scope
 
-Score = Callable[[Tensor], Tensor]
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(-1)
-
-
-_SCORES: dict[Any, Score] = {
-    torch.softmax: _softmax,
-    F.softmax: _softmax,
-    Tensor.softmax: _softmax,
-    torch.sigmoid: torch.sigmoid,
-    F.sigmoid: torch.sigmoid,
-    Tensor.sigmoid: torch.sigmoid,
-    F.logsigmoid: torch.sigmoid,
-}
-
-
-class _ScoreWatch(TorchFunctionMode):
-    """Notes which scoring function a router calls first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.score: Score | None = None
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if self.score is None:
-            self.score = _SCORES.get(func)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def straight_through_experts(
-    sites: Sequence[RouterSite], logits_of: Callable[[RouterSite], Tensor]
-) -> Iterator[None]:
-    """All experts of every site run, weighted as above, until the block is left.
-
-    Args:
-        sites: the routers.
-        logits_of: the logits `[T, num_logits]` that the site's last call used, attached to the
-            graph that the gradient is taken in.
-
-    """
-    scores: dict[int, Score] = {}
-    with ExitStack() as stack:
-        for site in sites:
-            watch = functools.partial(_watched, site, scores)
-            stack.enter_context(wrapped_forward(site.router, watch))
-            densify = functools.partial(_densified, site, scores, logits_of)
-            for handle in site.family.attach(site, densify):
-                stack.callback(handle.remove)
-        yield
-
-
-def _watched(site: RouterSite, scores: dict[int, Score], forward: Forward) -> Forward:
-    @functools.wraps(forward)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with _ScoreWatch() as watch:
-            output = forward(*args, **kwargs)
-        scores[site.layer] = _own_score(site) or watch.score or _softmax
-        return output
-
-    return watched
-
-
-def _own_score(site: RouterSite) -> Score | None:
-    # deepseek_v4 and inkling2 name theirs (sqrt of softplus); it is a parameter-free module.
-    score: Score | None = getattr(site.router, "score_fn", None)
-    return score
-
-
-def _densified(
-    site: RouterSite,
-    scores: dict[int, Score],
-    logits_of: Callable[[RouterSite], Tensor],
-    args: RouterArgs,
-    kwargs: RouterKwargs,
-    output: Any,
-) -> Any:
-    _, weights, experts = site.family.read(output)
-    score = scores[site.layer](logits_of(site).float())[:, : site.num_experts]
-    return site.family.write(output, dense_assignment(weights, experts, score))
-
-
-def dense_assignment(weights: Tensor, experts: Tensor, score: Tensor) -> Assignment:
-    """The same mixture over all N experts, with a gradient for each of them.
-
-    Args:
-        weights: `[T, k]` of the sparse assignment, attached to the graph.
-        experts: `[T, k]` int64.
-        score: `[T, N]` the family's score of each expert, attached to the graph.
-
-    Returns:
-        weights `[T, N]` of the dtype of `weights`, experts `[T, N]` int64 = 0..N-1.
-
-    """
-    in_scale = score * _scale(weights, experts, score)
-    dense = torch.zeros_like(score, dtype=weights.dtype).scatter_add(1, experts, weights)
-    gradient_only = (in_scale - in_scale.detach()).to(weights.dtype)
-    unselected = (dense == 0).to(weights.dtype)
-    expert_ids = torch.arange(score.shape[1], device=experts.device).expand_as(score)
-    return Assignment(dense + unselected * gradient_only, expert_ids)
-
-
-def _scale(weights: Tensor, experts: Tensor, score: Tensor) -> Tensor:
-    """What one unit of score weighs `[T, 1]`: renormalisation and scaling, held fixed."""
-    chosen_score = score.detach().gather(1, experts).sum(-1, keepdim=True)
-    ratio = weights.detach().float().sum(-1, keepdim=True) / chosen_score
-    # zaya's "skip" choice has no weight at all, which says nothing about the scale.
-    return torch.where(ratio > 0, ratio, torch.ones_like(ratio))
-
-
-__all__ = ["LayerTrace", "router_gradients"]
-
+Scope = Literal["leaf", "live"]
 LossFunction = Callable[[Tensor], Tensor]
 
 _KEY_VALUE_PROJECTIONS = frozenset(
@@ -163,6 +36,29 @@ _KEY_VALUE_PROJECTIONS = frozenset(
         "v_proj_delayed",
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """What one MoE layer saw in a pass, and how the loss depends on its logits.
+
+    Attributes:
+        site: the router.
+        router_input: `[B, S, d]` in the model's dtype: the key.
+        router_logits: `[B, S, num_logits]` raw logits, in the dtype that the router made them.
+        gradient: `[B, S, num_logits]` of the summed loss, in the same dtype. Exactly zero where
+            the loss does not reach: each sequence's last token, and padding.
+        router_args: positional arguments of the router's call, for `family_assignment`.
+        router_kwargs: keyword arguments of the same call.
+
+    """
+
+    site: RouterSite
+    router_input: Tensor
+    router_logits: Tensor
+    gradient: Tensor
+    router_args: RouterArgs
+    router_kwargs: RouterKwargs
 
 
 def router_gradients(
@@ -190,7 +86,7 @@ def router_gradients(
         loss_fn: maps logits `[B, S, V]` to a scalar sum (a mean would divide the gradient by the
             token count).
         attention_mask: `[B, S]`, 0 on padding.
-        straight_through: experts that were not chosen get a gradient too (see that module).
+        straight_through: experts that were not chosen get a gradient too (straight_through_experts).
             The output equals the plain one up to the rounding of the experts' sum.
         detach_kv: cut the gradient at the K and V projections, so that each token's gradient is
             (nearly) of its own loss only: cosine 0.88 to 0.97 to the exact one. A token's
@@ -289,3 +185,227 @@ def _detached_keys_values(model: nn.Module) -> Iterator[None]:
             handle = module.register_forward_hook(lambda _module, _args, output: output.detach())
             stack.callback(handle.remove)
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """One router's call.
+
+    Attributes:
+        site: the router.
+        leaf: `[T, num_logits]`, what the gradient is taken with respect to.
+        logits: `[T, num_logits]`, what the router went on with, attached to the graph.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    """
+
+    site: RouterSite
+    leaf: Tensor
+    logits: Tensor
+    args: RouterArgs
+    kwargs: RouterKwargs
+
+    def trace(self, gradient: Tensor, batch_shape: torch.Size) -> LayerTrace:
+        """With its gradient `[T, num_logits]`, unflattened to batch_shape = (B, S)."""
+        router_input = self.site.router_input(self.args, self.kwargs)
+        return LayerTrace(
+            site=self.site,
+            router_input=router_input.detach().reshape(*batch_shape, -1),
+            router_logits=self.logits.detach().reshape(*batch_shape, -1),
+            gradient=gradient.reshape(*batch_shape, -1),
+            router_args=tuple(_detached(value) for value in self.args),
+            router_kwargs={name: _detached(value) for name, value in self.kwargs.items()},
+        )
+
+
+class CallRecorder:
+    """Records the last call of each router; its `tap` goes into a `LogitTap`.
+
+    Args:
+        scope: "leaf" replaces the logits by a copy with no history; "live" adds a zero to them.
+
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._leaf_and_logits: dict[int, tuple[Tensor, Tensor]] = {}
+        self._arguments: dict[int, tuple[RouterArgs, RouterKwargs]] = {}
+
+    def tap(self, site: RouterSite, logits: Tensor) -> Tensor:
+        """The logits `[T, num_logits]` with a differentiable leaf in or under them."""
+        if self._scope == "leaf":
+            leaf = logits.detach().clone().requires_grad_()
+            standing_in = leaf
+        else:
+            leaf = torch.zeros_like(logits).requires_grad_()
+            standing_in = logits + leaf
+        self._leaf_and_logits[site.layer] = leaf, standing_in
+        return standing_in
+
+    @contextmanager
+    def recording(self, sites: tuple[RouterSite, ...]) -> Iterator[None]:
+        """Keeps the routers' arguments until the block is left."""
+        with ExitStack() as stack:
+            for site in sites:
+                for handle in site.family.attach(site, self._on_output(site)):
+                    stack.callback(handle.remove)
+            yield
+
+    def _on_output(self, site: RouterSite) -> Callable[[RouterArgs, RouterKwargs, Any], None]:
+        def on_output(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> None:
+            self._arguments[site.layer] = args, kwargs
+
+        return on_output
+
+    def logits(self, site: RouterSite) -> Tensor:
+        """The logits `[T, num_logits]` that the router went on with, attached to the graph."""
+        return self._leaf_and_logits[site.layer][1]
+
+    def calls(self, sites: tuple[RouterSite, ...]) -> list[RecordedCall]:
+        """The last call of each router.
+
+        Raises:
+            HookBypassed: some router was not called.
+
+        """
+        missed = [site.name for site in sites if site.layer not in self._arguments]
+        if missed:
+            raise HookBypassed(missed)
+        return [
+            RecordedCall(site, *self._leaf_and_logits[site.layer], *self._arguments[site.layer])
+            for site in sites
+        ]
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def straight_through_experts(
+    sites: Sequence[RouterSite], logits_of: Callable[[RouterSite], Tensor]
+) -> Iterator[None]:
+    """All experts of every site run until the block is left, those that were not chosen with weight zero.
+
+    In families that renormalise over the chosen k, only those k logits have a gradient, so a step can demote an expert
+    but never promote one. Here all N experts run, with the weights
+
+        sparse + unselected * (p - stop_gradient(p))
+
+    whose value is the sparse assignment's and whose gradient reaches every logit. p is the family's own score of each
+    expert (softmax or sigmoid of the logits) in the family's own scale.
+
+    It cannot help llama4, whose scores multiply an expert's input: at score zero a gated expert's output and its
+    derivative are both zero.
+
+    Args:
+        sites: the routers.
+        logits_of: the logits `[T, num_logits]` that the site's last call used, attached to the
+            graph that the gradient is taken in.
+
+    """
+    scores: dict[int, Score] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            watch = functools.partial(_watched, site, scores)
+            stack.enter_context(wrapped_forward(site.router, watch))
+            densify = functools.partial(_densified, site, scores, logits_of)
+            for handle in site.family.attach(site, densify):
+                stack.callback(handle.remove)
+        yield
+
+
+def _watched(site: RouterSite, scores: dict[int, Score], forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with _ScoreWatch() as watch:
+            output = forward(*args, **kwargs)
+        scores[site.layer] = _own_score(site) or watch.score or _softmax
+        return output
+
+    return watched
+
+
+def _own_score(site: RouterSite) -> Score | None:
+    # deepseek_v4 and inkling2 name theirs (sqrt of softplus); it is a parameter-free module.
+    score: Score | None = getattr(site.router, "score_fn", None)
+    return score
+
+
+def _densified(
+    site: RouterSite,
+    scores: dict[int, Score],
+    logits_of: Callable[[RouterSite], Tensor],
+    args: RouterArgs,
+    kwargs: RouterKwargs,
+    output: Any,
+) -> Any:
+    _, weights, experts = site.family.read(output)
+    score = scores[site.layer](logits_of(site).float())[:, : site.num_experts]
+    return site.family.write(output, dense_assignment(weights, experts, score))
+
+
+def dense_assignment(weights: Tensor, experts: Tensor, score: Tensor) -> Assignment:
+    """The same mixture over all N experts, with a gradient for each of them.
+
+    Args:
+        weights: `[T, k]` of the sparse assignment, attached to the graph.
+        experts: `[T, k]` int64.
+        score: `[T, N]` the family's score of each expert, attached to the graph.
+
+    Returns:
+        weights `[T, N]` of the dtype of `weights`, experts `[T, N]` int64 = 0..N-1.
+
+    """
+    in_scale = score * _scale(weights, experts, score)
+    dense = torch.zeros_like(score, dtype=weights.dtype).scatter_add(1, experts, weights)
+    gradient_only = (in_scale - in_scale.detach()).to(weights.dtype)
+    unselected = (dense == 0).to(weights.dtype)
+    expert_ids = torch.arange(score.shape[1], device=experts.device).expand_as(score)
+    return Assignment(dense + unselected * gradient_only, expert_ids)
+
+
+def _scale(weights: Tensor, experts: Tensor, score: Tensor) -> Tensor:
+    """What one unit of score weighs `[T, 1]`: renormalisation and scaling, held fixed."""
+    chosen_score = score.detach().gather(1, experts).sum(-1, keepdim=True)
+    ratio = weights.detach().float().sum(-1, keepdim=True) / chosen_score
+    # zaya's "skip" choice has no weight at all, which says nothing about the scale.
+    return torch.where(ratio > 0, ratio, torch.ones_like(ratio))
+
+
+Score = Callable[[Tensor], Tensor]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+_SCORES: dict[Any, Score] = {
+    torch.softmax: _softmax,
+    F.softmax: _softmax,
+    Tensor.softmax: _softmax,
+    torch.sigmoid: torch.sigmoid,
+    F.sigmoid: torch.sigmoid,
+    Tensor.sigmoid: torch.sigmoid,
+    F.logsigmoid: torch.sigmoid,
+}
+
+
+class _ScoreWatch(TorchFunctionMode):
+    """Notes which scoring function a router calls first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score: Score | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if self.score is None:
+            self.score = _SCORES.get(func)
+        return func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from model_runner.architectures import Assignment
+from model_runner.architectures.site import Assignment
 from model_runner.errors import BadInput
 from model_runner.logit_tap import family_assignment
 from model_runner.memory_builder.objective import LayerTrace

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model_runner.architectures
 from model_runner.architectures import RouterSite, find_router_sites
-from model_runner.architectures.generic import swapped_logits
+from model_runner.architectures.families import swapped_logits
 from model_runner.errors import BadInput, UnsupportedModel
 from model_runner.router_hooks import verify_hooks
 from tests.families import FAMILIES, UNSERVED, shared_model, tiny_model

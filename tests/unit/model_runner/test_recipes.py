@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from model_runner.architectures import Assignment
 from model_runner.errors import BadInput
-from model_runner.memory_builder.layer_trace import LayerTrace
-from model_runner.memory_builder.objective import router_gradients
+from model_runner.memory_builder.objective import LayerTrace, router_gradients
 from model_runner.memory_builder.recipes import (
     CONTROLS,
     PAPER,

@@ -1,0 +1,226 @@
+"""How each family's routers are hooked, read, overwritten, and run again with other logits.
+
+One generic family serves nearly every model of transformers v5; dbrx, jetmoe, llama4 and longcat differ from it in a
+method or two. A router is left to do everything that comes after its logits (bias, groups, top-k, scale), so that what
+it makes of other logits is the family's own assignment, bit for bit. Nothing here patches or forks a model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from model_runner.architectures.site import (
+    Assignment,
+    OnOutput,
+    RouterArgs,
+    RouterKwargs,
+    RouterOutput,
+    RouterSite,
+)
+from model_runner.errors import BadInput, UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class GenericFamily:
+    """A router whose output tuple starts with logits, weights and experts.
+
+    Attributes:
+        returns_raw_logits: False where the first item is something else: probabilities
+            (gemma4), soft-capped logits (laguna), the routed experts' logits only (inkling).
+
+    """
+
+    returns_raw_logits: bool = True
+
+    def attach(self, site: RouterSite, on_output: OnOutput) -> list[RemovableHandle]:
+        """Calls `on_output` after each call of the router."""
+        hook = site.router.register_forward_hook(
+            lambda _router, args, kwargs, output: on_output(args, kwargs, output), with_kwargs=True
+        )
+        return [hook]
+
+    def read(self, output: Any) -> RouterOutput:
+        """The first three items of the output."""
+        logits, weights, experts, *_ = output
+        return RouterOutput(logits, weights, experts)
+
+    def write(self, output: Any, assignment: Assignment) -> Any:
+        """The output with another second and third item."""
+        logits, _, _, *rest = output
+        return (logits, assignment.weights, assignment.experts, *rest)
+
+    def reassign(
+        self, site: RouterSite, logits: Tensor, args: RouterArgs, kwargs: RouterKwargs
+    ) -> Any:
+        """Runs the router again, past its hooks, with `logits [T, num_logits]` for its own.
+
+        `args` and `kwargs` are those of the router's own call: some routers need more than the
+        hidden states (a bias, token ids, the previous router's states).
+        """
+        with swapped_logits(site, lambda _own: logits):
+            return site.router.forward(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class DbrxFamily(GenericFamily):
+    """The router gives logits only; its block makes the assignment (DbrxFFN in modeling_dbrx.py).
+
+    The experts' call is where the assignment can be replaced; logits and router input are kept from the router's call
+    before it. An output is, as in the generic family, `(logits, weights, experts)`.
+
+    Attributes:
+        block: the DbrxFFN around router and experts.
+
+    """
+
+    block: Any = field(kw_only=True)
+
+    def attach(self, site: RouterSite, on_output: OnOutput) -> list[RemovableHandle]:
+        """Calls `on_output` before each call of the experts."""
+        if site.experts is None:
+            raise UnsupportedModel(f"{site.name}: a dbrx block without experts")
+        last_call: list[Any] = []
+
+        def after_router(*call: Any) -> None:
+            last_call[:] = call
+
+        def before_experts(_experts: nn.Module, args: tuple[Any, ...]) -> Any:
+            hidden_states, experts, weights = args
+            router_args, router_kwargs, logits = last_call
+            output = on_output(router_args, router_kwargs, (logits, weights, experts))
+            return None if output is None else (hidden_states, output[2], output[1])
+
+        router_hook = GenericFamily.attach(self, site, after_router)
+        return [*router_hook, site.experts.register_forward_pre_hook(before_experts)]
+
+    def reassign(
+        self, site: RouterSite, logits: Tensor, args: RouterArgs, kwargs: RouterKwargs
+    ) -> Any:
+        """Lets the block assign `logits`, once the router has cast them (and any tap seen them)."""
+        chosen = GenericFamily.reassign(self, site, logits, args, kwargs)
+        weights, experts = self.block.route_tokens_to_experts(chosen)
+        return (chosen, weights, experts)
+
+
+class JetMoeFamily(GenericFamily):
+    """Output: `(pair_order [T*k], token [T*k], weight [T*k], pairs per expert, logits [T, N])`."""
+
+    def read(self, output: Any) -> RouterOutput:
+        """The pairs in token order again."""
+        pair_order, _, sorted_weights, pairs_per_expert, logits = output
+        tokens = logits.shape[0]
+        expert_ids = torch.arange(len(pairs_per_expert), device=logits.device)
+        counts = torch.tensor(pairs_per_expert, device=logits.device)
+        sorted_experts = expert_ids.repeat_interleave(counts)
+        weights = torch.empty_like(sorted_weights).scatter(0, pair_order, sorted_weights)
+        experts = torch.empty_like(sorted_experts).scatter(0, pair_order, sorted_experts)
+        return RouterOutput(logits, weights.reshape(tokens, -1), experts.reshape(tokens, -1))
+
+    def write(self, output: Any, assignment: Assignment) -> Any:
+        """The pairs of another assignment, sorted by expert."""
+        logits, slots = output[-1], assignment.experts.shape[1]
+        flat_experts = assignment.experts.flatten()
+        pair_order = flat_experts.sort(0)[1]  # the router's own call, so that ties fall alike
+        token = pair_order.div(slots, rounding_mode="trunc")
+        pairs_per_expert = flat_experts.bincount(minlength=len(output[3])).tolist()
+        return pair_order, token, assignment.weights.flatten()[pair_order], pairs_per_expert, logits
+
+
+@dataclass(frozen=True, slots=True)
+class Llama4Family(GenericFamily):
+    """Attributes: top_k: experts per token, to turn dense scores into k slots."""
+
+    top_k: int = field(kw_only=True)
+
+    def read(self, output: Any) -> RouterOutput:
+        """The k scores that are not zero."""
+        scores, logits = output
+        experts = logits.topk(self.top_k, dim=1).indices  # the router's own call
+        return RouterOutput(logits, scores.gather(1, experts), experts)
+
+    def write(self, output: Any, assignment: Assignment) -> Any:
+        """Scores that are zero but for the assignment's experts."""
+        scores, logits = output
+        dense = torch.zeros_like(scores)
+        return dense.scatter_add(1, assignment.experts, assignment.weights), logits
+
+
+class LongcatFlashFamily(GenericFamily):
+    """The generic family, with a second slot of weight zero where there is only one."""
+
+    def write(self, output: Any, assignment: Assignment) -> Any:
+        """As the generic family, with at least two slots."""
+        weights, experts = assignment.weights, assignment.experts
+        if experts.shape[1] == 1:
+            weights = torch.cat([weights, torch.zeros_like(weights)], -1)
+            experts = torch.cat([experts, experts], -1)
+        return (output[0], weights, experts, *output[3:])
+
+
+# kolibri1 uses torch.mm with an fp32 output on GPUs, every other router F.linear.
+_LINEAR_MAPS = frozenset({F.linear, torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul})
+
+
+@contextmanager
+def swapped_logits(site: RouterSite, swap: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, `swap` maps the logits of the site's router to those that it goes on with.
+
+    Args:
+        site: the router about to run, once; its weights are not read.
+        swap: gets and gives `[T, num_logits]`; its result is cast to the router's own dtype.
+
+    Raises:
+        UnsupportedModel: on leaving, when no linear map of this width was computed.
+        BadInput: when `swap` gives another shape.
+
+    """
+    mode = _LogitSwap(site, swap)
+    with mode:
+        yield
+    if mode.maps_to_go > 0:
+        raise UnsupportedModel(
+            f"{site.name} computed no linear map of width {site.num_logits}: "
+            "its logits cannot be replaced"
+        )
+
+
+class _LogitSwap(TorchFunctionMode):
+    """Attributes: maps_to_go: linear maps of the logits' width that are still to come."""
+
+    def __init__(self, site: RouterSite, swap: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._site = site
+        self._num_logits = site.num_logits
+        self._swap = swap
+        self.maps_to_go = site.logit_map
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _LINEAR_MAPS and result.shape[-1] == self._num_logits:
+            self.maps_to_go -= 1
+            if self.maps_to_go == 0:
+                return self._swapped(result)
+        return result
+
+    def _swapped(self, result: Tensor) -> Tensor:
+        logits = result.reshape(-1, self._num_logits)
+        swapped = self._swap(logits)
+        if swapped.shape != logits.shape:
+            raise BadInput(
+                f"router logits of {self._site.name} must be {tuple(logits.shape)}, "
+                f"got {tuple(swapped.shape)}"
+            )
+        return swapped.to(device=result.device, dtype=result.dtype).reshape(result.shape)
