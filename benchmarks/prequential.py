@@ -25,8 +25,8 @@ from rich.table import Table
 
 from model_runner.evaluation.nll import Scores, difference, score
 from model_runner.memory_builder.learner import KnownTokens, OnlineLearner
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.models import LoadedModel, load_model
-from model_runner.presets import PRESETS
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.routing_policy import RetrievalPolicy

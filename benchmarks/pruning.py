@@ -25,8 +25,8 @@ from benchmarks.pruning_report import FULL, Trial, plot, rows_of, table_of
 from benchmarks.report import load_average, machine
 from model_runner.evaluation.demo import DemoSettings, Texts, draw_texts
 from model_runner.evaluation.nll import Scores
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.models import load_model
-from model_runner.presets import PRESETS
 from model_runner.progress import Progress
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import Window, read_windows

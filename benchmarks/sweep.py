@@ -22,13 +22,20 @@ from torch import Tensor
 from model_runner.architectures import Assignment
 from model_runner.evaluation.demo import DemoSettings, draw_texts
 from model_runner.evaluation.nll import Scores, difference, score
+from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.objective import LayerTrace, router_gradients
-from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, Kind, Norm, Recipe, entry_values
+from model_runner.memory_builder.recipes import (
+    PAPER,
+    RECOMMENDED,
+    Kind,
+    Norm,
+    Recipe,
+    entry_values,
+    step_sizes,
+)
 from model_runner.models import LoadedModel, load_model
-from model_runner.presets import step_sizes
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall
-from model_runner.router_inputs import collect_router_inputs
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import Window, batched, make_batch, read_windows, token_nll
 

@@ -17,7 +17,7 @@ from knnmoe.v1 import types_pb2
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import decoder_of, find_router_sites
-from model_runner.architectures.site import RouterSite
+from model_runner.architectures.families import RouterSite
 from model_runner.errors import UnsupportedModel
 
 __all__ = ["ModelFingerprint", "model_fingerprint"]

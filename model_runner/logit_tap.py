@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import find_router_sites
-from model_runner.architectures.families import swapped_logits
-from model_runner.architectures.site import Assignment, RouterSite
+from model_runner.architectures.families import Assignment, RouterSite, swapped_logits
 from model_runner.errors import HooksInUse
 
 __all__ = ["LogitTap", "family_assignment"]

@@ -21,7 +21,7 @@ from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
 from torch import Tensor
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.fingerprint import ModelFingerprint
 from model_runner.router_hooks import Logits
 from model_runner.routing_policy import Retrieved

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import decoder_of, find_router_sites
-from model_runner.architectures.site import (
+from model_runner.architectures.families import (
     Assignment,
     RouterArgs,
     RouterKwargs,
@@ -120,11 +120,12 @@ class RouterHooks:
                 f"{type(self._model).__name__} is already hooked; leave the other RouterHooks first"
             )
         self.hits[:] = self._checked_hits[:] = [0] * len(self.sites)
+        to_tap = [site for site in self.sites if not site.family.returns_raw_logits]
         with ExitStack() as undo:
             _hooked_routers.update(routers)
             undo.callback(_hooked_routers.difference_update, routers)
             undo.enter_context(self._batch.watching(self._model))
-            undo.enter_context(LogitTap(self._model, self._keep_logits, self._sites_to_tap()))
+            undo.enter_context(LogitTap(self._model, self._keep_logits, to_tap))
             for site in self.sites:
                 for handle in site.family.attach(site, self._on_output(site)):
                     undo.callback(handle.remove)
@@ -152,9 +153,6 @@ class RouterHooks:
         self._checked_hits[:] = self.hits
         if missed:
             raise HookBypassed(missed)
-
-    def _sites_to_tap(self) -> list[RouterSite]:
-        return [site for site in self.sites if not site.family.returns_raw_logits]
 
     def _keep_logits(self, site: RouterSite, logits: Tensor) -> Tensor:
         self._raw_logits[site.layer] = logits

@@ -11,7 +11,7 @@ import torch
 from knnmoe.client import ExampleRef
 from torch import Tensor
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits, RouterCall
 

@@ -24,17 +24,8 @@ def running_sidecar(
 
     Raises ServiceUnavailable with the end of the log when it does not start.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "router_service",
-        "serve",
-        "--data",
-        str(data),
-        "--listen",
-        listen,
-        *flags,
-    ]
+    command = [sys.executable, "-m", "router_service", "serve", "--data", str(data)]
+    command += ["--listen", listen, *flags]
     with log.open("w") as log_file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, text=True)
         try:

@@ -11,7 +11,7 @@ from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_I32, Spa
 from knnmoe.v1.types_pb2 import Tensor as WireTensor
 from torch import Tensor
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 
 _FLOATS = {torch.float32: DTYPE_F32, torch.float16: DTYPE_F16, torch.bfloat16: DTYPE_BF16}

@@ -7,12 +7,12 @@ from torch import nn
 
 from model_runner.architectures.families import (
     DbrxFamily,
-    GenericFamily,
+    Family,
     JetMoeFamily,
     Llama4Family,
     LongcatFlashFamily,
+    RouterSite,
 )
-from model_runner.architectures.site import Family, RouterSite
 from model_runner.errors import UnsupportedModel
 
 _ROUTER_NAMES = ("gate", "router")
@@ -24,7 +24,9 @@ _TOP_K_NAMES = (
     "moe_topk",
     "moe_k",
 )
+# MoE blocks whose experts are no module named `experts`.
 _BLOCKS_WITHOUT_EXPERTS_CHILD = frozenset({"JetMoeMoE"})
+# Routers that return something else than what their last linear map computed: see Family.returns_raw_logits.
 _CHANGED_LOGITS = frozenset({"Gemma4TextRouter", "LagunaTopKRouter", "InklingTopkRouter"})
 _UNSERVED_BLOCKS = {
     "DogeCDMoE": "doge computes its routing inside DogeCDMoE.forward; no router module to hook",
@@ -96,7 +98,7 @@ def _family(router: nn.Module, block: nn.Module, top_k: int) -> Family:
         return JetMoeFamily()
     if "LongcatFlashTopkRouter" in names:
         return LongcatFlashFamily()
-    return GenericFamily(returns_raw_logits=names.isdisjoint(_CHANGED_LOGITS))
+    return Family(returns_raw_logits=names.isdisjoint(_CHANGED_LOGITS))
 
 
 def _widths(router: nn.Module) -> tuple[int, int]:

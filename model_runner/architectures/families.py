@@ -1,35 +1,104 @@
-"""How each family's routers are hooked, read, overwritten, and run again with other logits.
+"""A router's site, and how each family's routers are hooked, read, overwritten, and run again with other logits.
 
 One generic family serves nearly every model of transformers v5; dbrx, jetmoe, llama4 and longcat differ from it in a
 method or two. A router is left to do everything that comes after its logits (bias, groups, top-k, scale), so that what
 it makes of other logits is the family's own assignment, bit for bit. Nothing here patches or forks a model.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
-from model_runner.architectures.site import (
-    Assignment,
-    OnOutput,
-    RouterArgs,
-    RouterKwargs,
-    RouterOutput,
-    RouterSite,
-)
 from model_runner.errors import BadInput, UnsupportedModel
+
+RouterArgs = tuple[Any, ...]
+RouterKwargs = Mapping[str, Any]
+OnOutput = Callable[[RouterArgs, RouterKwargs, Any], Any]
+"""`(args, kwargs, output) -> output | None`: sees a router's call; None leaves its output alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class GenericFamily:
-    """A router whose output tuple starts with logits, weights and experts.
+class Assignment:
+    """Which experts each token uses, and how strongly.
+
+    Attributes:
+        weights: `[T, k']` in the family's own scale, any floating dtype.
+        experts: `[T, k']` integer expert ids; a repeated id adds its weights up.
+
+    """
+
+    weights: Tensor
+    experts: Tensor
+
+
+class RouterOutput(NamedTuple):
+    """A router's output, read.
+
+    Attributes:
+        router_logits: `[T, num_logits]` as the router returned them (see `returns_raw_logits`).
+        weights: `[T, k]` in the family's own scale.
+        experts: `[T, k]` int64.
+
+    """
+
+    router_logits: Tensor
+    weights: Tensor
+    experts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSite:
+    """One MoE layer's router.
+
+    Attributes:
+        layer: 0..L-1 over the MoE layers, in the order in which they run.
+        name: dotted path of the router below the model.
+        router: the module that makes the logits.
+        experts: the module that the assignment goes to; None where a family has no single one.
+        num_experts: experts that an assignment may name.
+        num_logits: width of the raw logits. It is `num_experts` but for zaya (one more, its
+            "skip" class cannot be named) and inkling (more, the shared experts' gates).
+            Longcat's zero-computation experts count in both numbers: they can be named.
+        top_k: experts per token of the model's own router.
+        hidden_size: d, the width of the router's input.
+        logit_map: which of the router's linear maps of width num_logits makes the logits, the
+            last; more than 1 only where an inner layer happens to be as wide.
+        family: how this site is hooked.
+
+    """
+
+    layer: int
+    name: str
+    router: nn.Module = field(repr=False)
+    experts: nn.Module | None = field(repr=False)
+    num_experts: int
+    num_logits: int
+    top_k: int
+    hidden_size: int
+    logit_map: int = field(repr=False)
+    family: Family = field(repr=False, compare=False)
+
+    def router_input(self, args: RouterArgs, kwargs: RouterKwargs) -> Tensor:
+        """The hidden states `[T, d]` in a router's call, tokens row-major over (B, S)."""
+        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden_states.reshape(-1, hidden_states.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a router is hooked, read and overwritten: one whose output starts with logits, weights and experts.
+
+    An `output` is what the family's router returns; `attach` may give another, as long as `read` and `write` take it.
 
     Attributes:
         returns_raw_logits: False where the first item is something else: probabilities
@@ -69,7 +138,7 @@ class GenericFamily:
 
 
 @dataclass(frozen=True, slots=True)
-class DbrxFamily(GenericFamily):
+class DbrxFamily(Family):
     """The router gives logits only; its block makes the assignment (DbrxFFN in modeling_dbrx.py).
 
     The experts' call is where the assignment can be replaced; logits and router input are kept from the router's call
@@ -82,6 +151,7 @@ class DbrxFamily(GenericFamily):
 
     block: Any = field(kw_only=True)
 
+    @override
     def attach(self, site: RouterSite, on_output: OnOutput) -> list[RemovableHandle]:
         """Calls `on_output` before each call of the experts."""
         if site.experts is None:
@@ -97,21 +167,24 @@ class DbrxFamily(GenericFamily):
             output = on_output(router_args, router_kwargs, (logits, weights, experts))
             return None if output is None else (hidden_states, output[2], output[1])
 
-        router_hook = GenericFamily.attach(self, site, after_router)
+        # Not super(): a dataclass with slots is another class than the one that super() means.
+        router_hook = Family.attach(self, site, after_router)
         return [*router_hook, site.experts.register_forward_pre_hook(before_experts)]
 
+    @override
     def reassign(
         self, site: RouterSite, logits: Tensor, args: RouterArgs, kwargs: RouterKwargs
     ) -> Any:
         """Lets the block assign `logits`, once the router has cast them (and any tap seen them)."""
-        chosen = GenericFamily.reassign(self, site, logits, args, kwargs)
+        chosen = Family.reassign(self, site, logits, args, kwargs)
         weights, experts = self.block.route_tokens_to_experts(chosen)
         return (chosen, weights, experts)
 
 
-class JetMoeFamily(GenericFamily):
+class JetMoeFamily(Family):
     """Output: `(pair_order [T*k], token [T*k], weight [T*k], pairs per expert, logits [T, N])`."""
 
+    @override
     def read(self, output: Any) -> RouterOutput:
         """The pairs in token order again."""
         pair_order, _, sorted_weights, pairs_per_expert, logits = output
@@ -123,6 +196,7 @@ class JetMoeFamily(GenericFamily):
         experts = torch.empty_like(sorted_experts).scatter(0, pair_order, sorted_experts)
         return RouterOutput(logits, weights.reshape(tokens, -1), experts.reshape(tokens, -1))
 
+    @override
     def write(self, output: Any, assignment: Assignment) -> Any:
         """The pairs of another assignment, sorted by expert."""
         logits, slots = output[-1], assignment.experts.shape[1]
@@ -134,17 +208,19 @@ class JetMoeFamily(GenericFamily):
 
 
 @dataclass(frozen=True, slots=True)
-class Llama4Family(GenericFamily):
+class Llama4Family(Family):
     """Attributes: top_k: experts per token, to turn dense scores into k slots."""
 
     top_k: int = field(kw_only=True)
 
+    @override
     def read(self, output: Any) -> RouterOutput:
         """The k scores that are not zero."""
         scores, logits = output
         experts = logits.topk(self.top_k, dim=1).indices  # the router's own call
         return RouterOutput(logits, scores.gather(1, experts), experts)
 
+    @override
     def write(self, output: Any, assignment: Assignment) -> Any:
         """Scores that are zero but for the assignment's experts."""
         scores, logits = output
@@ -152,9 +228,10 @@ class Llama4Family(GenericFamily):
         return dense.scatter_add(1, assignment.experts, assignment.weights), logits
 
 
-class LongcatFlashFamily(GenericFamily):
+class LongcatFlashFamily(Family):
     """The generic family, with a second slot of weight zero where there is only one."""
 
+    @override
     def write(self, output: Any, assignment: Assignment) -> Any:
         """As the generic family, with at least two slots."""
         weights, experts = assignment.weights, assignment.experts

@@ -1,116 +1,142 @@
-"""`model-runner build` and `calibrate`: from options to calls."""
+"""`model-runner build` and `calibrate`: a memory of reference text, and its bandwidths.
+
+Imports of torch and gRPC stand inside functions: --help does not wait for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from knnmoe.client import AdminClient
-from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
+import typer
+from rich.console import Console
+from rich.table import Table
 
+from model_runner.cli import options
 from model_runner.errors import BadInput
-from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
-from model_runner.memory_builder.recipes import Norm, Recipe
-from model_runner.models import LoadedModel, load_model, window_length
-from model_runner.presets import PRESETS, Preset
 from model_runner.progress import Progress
-from model_runner.router_inputs import collect_router_inputs
-from model_runner.texts import Window, read_windows
-from model_runner.wire import encode_by_layer
+
+if TYPE_CHECKING:
+    from knnmoe.v1.types_pb2 import Tensor
+
+    from model_runner.models import LoadedModel
+    from model_runner.texts import Window
+
+# Whether a gradient passes later routers.
+Scope = Literal["leaf", "live"]
 
 
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """Options of `model-runner build`, as given."""
+def build(
+    reference: Annotated[Path, options.file_option(f"Text to remember: {options.TEXT_FILE}")],
+    memory: options.Memory,
+    model: options.Model = options.DEFAULT_MODEL,
+    target: options.Target = options.DEFAULT_TARGET,
+    preset: Annotated[
+        options.Preset,
+        typer.Option(help="recommended: logit deltas, K = 32. paper: assignments, K = 1."),
+    ] = "recommended",
+    window: options.Window = None,
+    max_windows: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many windows. Default: all.")
+    ] = None,
+    batch_size: options.BatchSize = 8,
+    step_size: Annotated[
+        float | None,
+        typer.Option(min=0, help="eta of the stored step; the preset's by default (paper: 2)."),
+    ] = None,
+    norm: Annotated[
+        options.Norm | None,
+        typer.Option(help="Length of a step: raw (paper), unit, or soft (recommended)."),
+    ] = None,
+    steps: Annotated[
+        int,
+        typer.Option(min=1, help="Gradient steps S; more than 1 gains little. Assignments only."),
+    ] = 1,
+    gradient_scope: Annotated[
+        Scope,
+        typer.Option(help="leaf: later routers held fixed. live: gradient passes them."),
+    ] = "leaf",
+    own_token: Annotated[
+        bool,
+        typer.Option(help="Use (nearly) each token's own loss only, not its effect on later ones."),
+    ] = False,
+    straight_through: Annotated[
+        bool, typer.Option(help="Give experts that were not chosen a gradient too.")
+    ] = False,
+    calibrate_on: Annotated[
+        Path | None,
+        options.file_option(
+            "Held-out text for the bandwidths. Default: leave-one-example-out in the memory."
+        ),
+    ] = None,
+    lambda0: Annotated[
+        float | None,
+        typer.Option(
+            help="Similarity at the median distance; the preset's by default (0.9 paper, 0.3 ours).",
+            callback=options.fraction,
+        ),
+    ] = None,
+    gain: Annotated[
+        bool,
+        typer.Option("--gain/--no-gain", help="Measure what each entry saves (one more pass)."),
+    ] = True,
+    optimize: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="Index the keys when they are written.")
+    ] = True,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Build a memory from reference text, or go on with a build that was cut off.
 
-    reference: Path
-    memory: str
-    model: str
-    target: str
-    preset: str
-    window: int | None
-    max_windows: int | None
-    batch_size: int
-    step_size: float | None
-    norm: str | None
-    steps: int
-    scope: str
-    own_token: bool
-    straight_through: bool
-    calibrate_on: Path | None
-    lambda0: float | None
-    gain: bool
-    optimize: bool
-    device: str
-    dtype: str
+    Running it again with the same text skips what is there. Entries are told apart by file name, `id` and token: for
+    text or settings that changed, delete the memory first or choose another name. For example:
 
+        model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
+    """
+    from knnmoe.client import AdminClient
+    from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
 
-def run_build(options: BuildOptions, progress: Progress) -> None:
-    """Creates the memory (or finds it), fills, calibrates and indexes it."""
-    preset = PRESETS[options.preset]
-    recipe = _recipe(preset, options)
-    with AdminClient(options.target) as client:
+    from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
+    from model_runner.memory_builder.recipes import PRESETS
+    from model_runner.models import load_model, window_length
+    from model_runner.texts import read_windows
+
+    progress, chosen = Progress(quiet=quiet), PRESETS[preset]
+    entries = Target(memory, chosen.recipe.altered(norm, step_size), measure_gain=gain)
+    gradient = GradientSettings(steps, gradient_scope, straight_through, own_token)
+    with AdminClient(target) as client:
         # A sidecar that is not there is noticed before the model is loaded, bad text before the long work.
-        is_new = client.find(options.memory) is None
-        loaded = load_model(options.model, device=options.device, dtype=options.dtype)
-        length = window_length(loaded.model, options.window)
-        windows = read_windows(options.reference, loaded.tokenizer, length)[: options.max_windows]
-        held_out = _held_out(loaded, options.calibrate_on, length)
-        if is_new and held_out is None:
-            _require_two_examples(windows, options.reference)
-        client.find_or_create(
-            options.memory,
-            loaded.fingerprint.message(),
-            preset.settings(loaded.fingerprint.num_layers),
-        )
+        is_new = client.find(memory) is None
+        loaded = load_model(model, device=device, dtype=dtype)
+        length = window_length(loaded.model, window)
+        windows = read_windows(reference, loaded.tokenizer, length)[:max_windows]
+        held_out = None
+        if calibrate_on is not None:
+            held_out = read_windows(calibrate_on, loaded.tokenizer, length)
+        elif is_new:
+            _require_two_examples(windows, reference)
+        settings = chosen.settings(loaded.fingerprint.num_layers)
+        client.find_or_create(memory, loaded.fingerprint.message(), settings)
         builder = MemoryBuilder(
-            loaded.model,
-            loaded.fingerprint,
-            client,
-            _gradient(options),
-            batch_size=options.batch_size,
+            loaded.model, loaded.fingerprint, client, gradient, batch_size=batch_size
         )
-        report = builder.build(
-            windows,
-            [Target(options.memory, recipe, measure_gain=options.gain)],
-            progress,
-        )
+        report = builder.build(windows, [entries], progress)
         progress.say(
-            f"{options.memory}: wrote {report.entries_per_layer} entries per layer in {report.elapsed_s:.0f} s; "
+            f"{memory}: wrote {report.entries_per_layer} entries per layer in {report.elapsed_s:.0f} s; "
             f"{report.windows_skipped} of {report.windows} windows were there already"
         )
-        _finish(client, loaded, held_out, options, preset, progress)
-
-
-def _finish(
-    client: AdminClient,
-    loaded: LoadedModel,
-    held_out: Sequence[Window] | None,
-    options: BuildOptions,
-    preset: Preset,
-    progress: Progress,
-) -> None:
-    if options.optimize:
-        progress.say("indexing")
-        client.optimize(options.memory)
-    if client.describe(options.memory).settings.similarity == SIMILARITY_COSINE:
-        progress.say("not calibrated: a cosine memory has no bandwidth")
-        return
-    inputs = None
-    if held_out is not None:
-        found = collect_router_inputs(loaded.model, held_out, batch_size=options.batch_size)
-        inputs = encode_by_layer(found)
-    lambda0 = preset.lambda0 if options.lambda0 is None else options.lambda0
-    response = client.calibrate(options.memory, lambda0, inputs)
-    gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
-    progress.say(f"calibrated, gamma per layer: {gammas}")
-
-
-def _held_out(loaded: LoadedModel, text: Path | None, length: int) -> list[Window] | None:
-    return None if text is None else read_windows(text, loaded.tokenizer, length)
+        if optimize:
+            progress.say("indexing")
+            client.optimize(memory)
+        if client.describe(memory).settings.similarity == SIMILARITY_COSINE:
+            progress.say("not calibrated: a cosine memory has no bandwidth")
+            return
+        inputs = None if held_out is None else _inputs(loaded, held_out, batch_size)
+        response = client.calibrate(memory, lambda0 or chosen.lambda0, inputs)
+        gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
+        progress.say(f"calibrated, gamma per layer: {gammas}")
 
 
 def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:
@@ -122,45 +148,61 @@ def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:
         )
 
 
-def _recipe(preset: Preset, options: BuildOptions) -> Recipe:
-    recipe = preset.recipe
-    if options.norm is not None:
-        recipe = replace(recipe, norm=Norm(options.norm))
-    if options.step_size is not None:
-        recipe = replace(recipe, step_size=options.step_size)
-    return recipe
+def _inputs(loaded: LoadedModel, windows: Sequence[Window], batch_size: int) -> dict[int, Tensor]:
+    """Router inputs of held-out text by layer, as they travel."""
+    from model_runner.memory_builder.builder import collect_router_inputs
+    from model_runner.wire import encode_by_layer
+
+    return encode_by_layer(collect_router_inputs(loaded.model, windows, batch_size=batch_size))
 
 
-def _gradient(options: BuildOptions) -> GradientSettings:
-    return GradientSettings(
-        steps=options.steps,
-        scope=cast("Literal['leaf', 'live']", options.scope),
-        straight_through=options.straight_through,
-        own_token=options.own_token,
-    )
+def calibrate(
+    memory: options.Memory,
+    text: Annotated[
+        Path | None,
+        options.file_option("Held-out text. Default: leave-one-example-out in the memory."),
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    target: options.Target = options.DEFAULT_TARGET,
+    lambda0: Annotated[
+        float,
+        typer.Option(help="Similarity at the quantile of the distance.", callback=options.fraction),
+    ] = 0.5,
+    quantile: Annotated[
+        float,
+        typer.Option(help="Of the distance to the nearest key.", callback=options.fraction),
+    ] = 0.5,
+    window: options.Window = None,
+    batch_size: options.BatchSize = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, store nothing.")] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Set each layer's bandwidth gamma so that the similarity at the median nearest distance is lambda0.
 
+    A larger lambda0 lets the memory speak more, also where nothing in it is close. For example:
 
-def run_calibrate(
-    memory: str,
-    text: Path | None,
-    model: str,
-    target: str,
-    lambda0: float,
-    quantile: float,
-    window: int | None,
-    batch_size: int,
-    dry_run: bool,
-    device: str,
-    dtype: str,
-) -> pb.CalibrateResponse:
-    """Calibrates on the router inputs of a text, or (None) inside the memory."""
+        model-runner calibrate --memory law --text held-out.jsonl --lambda0 0.5
+    """
+    from knnmoe.client import AdminClient
+
+    from model_runner.models import load_model, window_length
+    from model_runner.texts import read_windows
+
     with AdminClient(target) as client:
-        client.describe(memory)
+        client.describe(memory)  # what is not there is noticed before the model is loaded
         inputs = None
         if text is not None:
             loaded = load_model(model, device=device, dtype=dtype)
             length = window_length(loaded.model, window)
-            windows = read_windows(text, loaded.tokenizer, length)
-            found = collect_router_inputs(loaded.model, windows, batch_size=batch_size)
-            inputs = encode_by_layer(found)
-        return client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)
+            inputs = _inputs(loaded, read_windows(text, loaded.tokenizer, length), batch_size)
+        response = client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)
+    table = Table("layer", "squared distance", "gamma", "queries")
+    for layer in response.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.squared_distance:.4g}",
+            f"{layer.gamma:.4g}",
+            str(layer.queries),
+        )
+    Console().print(table)

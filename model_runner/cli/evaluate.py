@@ -1,75 +1,107 @@
-"""`model-runner evaluate`: from options to calls."""
+"""`model-runner evaluate` and `demo`: what a memory does to the loss on text.
+
+Imports of torch and gRPC stand inside functions: --help does not wait for them.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from knnmoe.client import AdminClient
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from model_runner.errors import BadInput
-from model_runner.evaluation.nll import bootstrap_interval, difference, score
-from model_runner.memory_builder.entries import entry_ids
-from model_runner.models import load_model, window_length
+from model_runner.cli import options
 from model_runner.progress import Progress
-from model_runner.router_client import OnError, RouterClient
-from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import Window, read_windows
+
+if TYPE_CHECKING:
+    from knnmoe.client import AdminClient
+
+    from model_runner.evaluation.nll import Scores
+    from model_runner.texts import Window
 
 log = logging.getLogger(__name__)
 
+# Enough to notice that a memory was built from the scored text; one count of some thousand ids.
 WINDOWS_LOOKED_UP = 32
 
 
-def run_evaluate(
-    text: Path,
-    memory: str,
-    model: str,
-    target: str,
-    window: int | None,
-    max_windows: int | None,
-    batch_size: int,
-    leave_one_out: bool,
-    timeout_s: float,
-    device: str,
-    dtype: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Scores with the plain model, then with the memory; the numbers of the printed table."""
+def evaluate(
+    text: Annotated[Path, options.file_option(f"Text to score: {options.TEXT_FILE}")],
+    memory: options.Memory,
+    model: options.Model = options.DEFAULT_MODEL,
+    target: options.Target = options.DEFAULT_TARGET,
+    window: options.Window = None,
+    max_windows: Annotated[
+        int | None, typer.Option(min=1, help="Score so many windows, drawn evenly. Default: all.")
+    ] = None,
+    batch_size: options.BatchSize = 8,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave-one-out", help="Never read entries of the scored example: for reference text."
+        ),
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="Longest wait for one lookup.")
+    ] = 60.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Score text with and without the memory: the paired change of NLL per token.
+
+    Stops with an error when the sidecar fails; scores never mix. For example:
+
+        model-runner evaluate --memory law --text held-out.jsonl --json scores.json
+    """
+    from knnmoe.client import AdminClient
+
+    from model_runner.evaluation.nll import score
+    from model_runner.models import load_model, window_length
+    from model_runner.router_client import OnError, RouterClient
+    from model_runner.routing_policy import RetrievalPolicy
+    from model_runner.texts import read_windows
+
+    options.require_writable("--json", json_file)
     with AdminClient(target) as admin:
         admin.describe(memory)  # what is not there is noticed before the model is loaded
-    loaded = load_model(model, device=device, dtype=dtype)
-    length = window_length(loaded.model, window)
-    windows = _spread(read_windows(text, loaded.tokenizer, length), max_windows)
-    if not leave_one_out:
-        _warn_of_own_entries(target, memory, windows, text.name)
+        loaded = load_model(model, device=device, dtype=dtype)
+        length = window_length(loaded.model, window)
+        windows = _spread(read_windows(text, loaded.tokenizer, length), max_windows)
+        if not leave_one_out:
+            _warn_of_own_entries(admin, memory, windows, text.name)
     with RouterClient(
         target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=OnError.RAISE
     ) as client:
         client.describe()  # another model's memory is noticed before anything is scored
-        plain = score(
-            loaded.model, windows, None, progress, what="plain model", batch_size=batch_size
-        )
-        policy = RetrievalPolicy(client)
-        routed = score(
-            loaded.model,
-            windows,
-            policy,
-            progress,
-            what=f"with memory {memory}",
-            batch_size=batch_size,
-            leave_one_out=leave_one_out,
-        )
+        policy, progress = RetrievalPolicy(client), Progress(quiet=quiet)
+        scored = partial(score, loaded.model, windows, progress=progress, batch_size=batch_size)
+        plain = scored(policy=None, what="plain model")
+        routed = scored(policy=policy, what=f"with memory {memory}", leave_one_out=leave_one_out)
+    lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
+    result = {"model": model, "memory": memory, "text": text.name}
+    result |= _comparison(plain, routed, lambdas)
+    _print_scores(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+
+
+def _comparison(plain: Scores, routed: Scores, lambdas: list[float]) -> dict[str, Any]:
+    """The numbers of the table; lambdas: the mean per layer."""
+    from model_runner.evaluation.nll import bootstrap_interval, difference
+
     change = difference(routed, plain)
     return {
-        "model": model,
-        "memory": memory,
-        "text": text.name,
         "windows": change.windows,
         "zero_shot": {"nll": plain.nll, "perplexity": plain.perplexity},
         "knn_moe": {
@@ -78,16 +110,19 @@ def run_evaluate(
             "delta": change.delta,
             "se": change.se,
             "bootstrap_95": list(bootstrap_interval(routed, plain, seed=0)),
-            "lambda_mean": [policy.use[layer].lambda_mean for layer in sorted(policy.use)],
+            "lambda_mean": lambdas,
         },
     }
 
 
-def _warn_of_own_entries(target: str, memory: str, windows: list[Window], name: str) -> None:
+def _warn_of_own_entries(
+    client: AdminClient, memory: str, windows: list[Window], name: str
+) -> None:
     """A memory that holds the very tokens that are scored knows the answers."""
+    from model_runner.memory_builder.entries import entry_ids
+
     ids = entry_ids(windows[:WINDOWS_LOOKED_UP])
-    with AdminClient(target) as client:
-        found = client.count(memory, 0, ids)
+    found = client.count(memory, 0, ids)
     if found:
         log.warning(
             "memory %r holds %d of the first %d scored tokens (entries of a file named %s): "
@@ -96,13 +131,7 @@ def _warn_of_own_entries(target: str, memory: str, windows: list[Window], name: 
         )
 
 
-def require_writable(option: str, path: Path | None) -> None:
-    """Notices before the work what would fail after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise BadInput(f"{option}: got {path}, expected a file in a directory that exists")
-
-
-def print_scores(result: dict[str, Any]) -> None:
+def _print_scores(result: dict[str, Any]) -> None:
     """A table on stdout."""
     table = Table("", "NLL", "perplexity", "change in NLL", "95 % interval")
     plain, with_memory = result["zero_shot"], result["knn_moe"]
@@ -126,11 +155,6 @@ def print_scores(result: dict[str, Any]) -> None:
     )
 
 
-def write_scores(result: dict[str, Any], path: Path) -> None:
-    """The numbers as JSON."""
-    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
-
-
 def _finite(value: Any) -> Any:
     """The same numbers for JSON, which has no NaN: null in its place."""
     if isinstance(value, dict):
@@ -144,3 +168,51 @@ def _spread(windows: list[Window], most: int | None) -> list[Window]:
     if most is None or most >= len(windows):
         return windows
     return [windows[i * len(windows) // most] for i in range(most)]
+
+
+def demo(
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of results.json, the plots and the memories.", file_okay=False
+        ),
+    ],
+    seed: Annotated[
+        int, typer.Option(help="Draws reference and test windows, and the controls.")
+    ] = 0,
+    backend: Annotated[
+        str,
+        typer.Option(
+            envvar="KNNMOE_BACKEND",
+            help="Where the sidecar keeps the memories: edge (embedded), or the URL of a Qdrant server, where they are "
+            "removed at the end; its API key comes from ROUTER_SERVICE_QDRANT_API_KEY.",
+        ),
+    ] = "edge",
+    model: options.Model = options.DEFAULT_MODEL,
+    quiet: options.Quiet = False,
+) -> None:
+    """Watch a frozen model get better on text that it was not trained for (about four minutes on 2 cores).
+
+    Starts a sidecar, builds memories of shifted text through it, scores shifted and general test text, and writes
+    results.json, delta_nll.png and lambda.png into OUT. For example:
+
+        model-runner demo --out demo-results --seed 0
+    """
+    from model_runner.evaluation.demo import Demo, DemoSettings, table_rows
+    from model_runner.models import load_model
+
+    loaded = load_model(model, device="cpu")
+    results = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet), backend).run()
+    table = Table()
+    for heading in ("arm", "text", "NLL", "perplexity", "change in NLL", "lambda per layer"):
+        table.add_column(heading, no_wrap=True)
+    for row in table_rows(results):
+        table.add_row(*row)
+    # Off a terminal the width is a guess, and a cut-off table is of no use in a log.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(
+        f"{results['timings']['total']:.0f} s; see {out / 'results.json'}, {out / 'delta_nll.png'}, "
+        f"{out / 'lambda.png'}",
+        highlight=False,
+    )

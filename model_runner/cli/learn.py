@@ -1,58 +1,33 @@
-"""`model-runner learn`: from options to calls."""
+"""`model-runner learn`: text into a memory that is serving, example by example.
+
+Imports of torch and gRPC stand inside functions: --help does not wait for them.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from knnmoe.client import AdminClient, require_same_model
-from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1.routing_pb2 import MemoryDescription
-from knnmoe.v1.types_pb2 import SIMILARITY_RBF
+import typer
 
-from model_runner.cli.evaluate import require_writable
-from model_runner.evaluation.nll import score
-from model_runner.memory_builder.builder import Keep
-from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner, recipe_of
-from model_runner.memory_builder.recipes import Norm, Recipe
-from model_runner.models import LoadedModel, load_model, window_length
-from model_runner.presets import PRESETS
+from model_runner.cli import options
 from model_runner.progress import Progress
-from model_runner.router_client import OnError, RouterClient
-from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import Window, read_windows
 
+if TYPE_CHECKING:
+    from knnmoe.v1.routing_pb2 import MemoryDescription
+
+    from model_runner.memory_builder.learner import OnlineLearner
+    from model_runner.texts import Window
+
+# For scores and --skip-known, which must not fall back: a busy sidecar gets its time.
 LOOKUP_TIMEOUT_S = 60.0
-DURABILITIES = {"process": pb.DURABILITY_PROCESS, "fsync": pb.DURABILITY_FSYNC}
-QUIET = Progress(quiet=True)
-
-
-@dataclass(frozen=True, slots=True)
-class LearnOptions:
-    """Options of `model-runner learn`, as given."""
-
-    file: Path
-    memory: str
-    model: str
-    target: str
-    preset: str | None
-    step_size: float | None
-    norm: str | None
-    window: int | None
-    batch_size: int
-    durability: str
-    skip_known: float | None
-    again: bool
-    evaluate: bool
-    json_file: Path | None
-    device: str
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,120 +51,175 @@ class ExampleReport:
     nll_sums: NllSums | None
 
 
-def run_learn(options: LearnOptions, progress: Progress) -> None:
-    """Learns a file example by example; a line on stdout for each."""
-    require_writable("--json", options.json_file)
-    started = time.monotonic()
+def learn(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help=f"Text to learn: {options.TEXT_FILE}",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ],
+    memory: options.Memory,
+    model: options.Model = options.DEFAULT_MODEL,
+    target: options.Target = options.DEFAULT_TARGET,
+    preset: Annotated[
+        options.Preset | None,
+        typer.Option(help="Recipe of the values. Default: that of the memory, which you want."),
+    ] = None,
+    step_size: Annotated[
+        float | None,
+        typer.Option(min=0, help="eta of the stored step, when the memory was built with another."),
+    ] = None,
+    norm: Annotated[
+        options.Norm | None,
+        typer.Option(help="Length of a step, when the memory was built with another."),
+    ] = None,
+    window: options.Window = None,
+    batch_size: options.BatchSize = 8,
+    durability: options.Durability = "process",
+    skip_known: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Leave out tokens whose nearest key in the memory has a similarity of at least this, layer by "
+            "layer, to keep the memory small. Default: write all.",
+        ),
+    ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Write examples that are there already once more: their text has changed.",
+        ),
+    ] = False,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Score each example without the memory, and with it before and after learning the example. "
+            "The last reads the example's own entries (no leave-one-out): it shows that it was learnt, "
+            "not that other text gains.",
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write a report per example to this file.")
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Add text to a memory that is serving, example by example, each in the answer to the next lookup.
+
+    Values are made as the memory's preset makes them, from the frozen model. Examples that are there already (same file
+    name, `id` and tokens' places) are skipped, so that a run that was cut off goes on where it stopped. For example:
+
+        model-runner learn new-cases.jsonl --memory law
+
+        model-runner learn new-cases.jsonl --memory law --evaluate --json report.json
+    """
+    from knnmoe.client import AdminClient, require_same_model
+
+    from model_runner.evaluation.nll import score
+    from model_runner.memory_builder.learner import DURABILITIES, KnownTokens, OnlineLearner
+    from model_runner.memory_builder.recipes import PRESETS, recipe_of
+    from model_runner.models import load_model, window_length
+    from model_runner.router_client import OnError, RouterClient
+    from model_runner.routing_policy import RetrievalPolicy
+    from model_runner.texts import read_windows
+
+    options.require_writable("--json", json_file)
+    progress, started = Progress(quiet=quiet), time.monotonic()
     with ExitStack() as stack:
-        client = stack.enter_context(AdminClient(options.target))
+        client = stack.enter_context(AdminClient(target))
         # What is not there is noticed before the model is loaded, bad text before anything is written.
-        description = client.describe(options.memory)
-        loaded = load_model(options.model, device=options.device, dtype=options.dtype)
+        description = client.describe(memory)
+        loaded = load_model(model, device=device, dtype=dtype)
         require_same_model(description, loaded.fingerprint.message())
-        length = window_length(loaded.model, options.window)
-        windows = read_windows(options.file, loaded.tokenizer, length)
-        reader = stack.enter_context(_raising_client(loaded, options))
+        windows = read_windows(file, loaded.tokenizer, window_length(loaded.model, window))
+        reader = stack.enter_context(
+            RouterClient(
+                target,
+                memory,
+                loaded.fingerprint,
+                timeout_s=LOOKUP_TIMEOUT_S,
+                on_error=OnError.RAISE,
+            )
+        )
+        recipe = (
+            recipe_of(memory, description.settings) if preset is None else PRESETS[preset].recipe
+        )
         learner = stack.enter_context(
             OnlineLearner(
                 loaded.model,
                 loaded.fingerprint,
                 client,
-                options.memory,
-                recipe=_recipe(options, description),
+                memory,
+                recipe=recipe.altered(norm, step_size),
                 reference=windows,
-                keep=_keep(options, reader),
-                durability=DURABILITIES[options.durability],
-                batch_size=options.batch_size,
+                keep=None if skip_known is None else KnownTokens(reader, skip_known).keep,
+                durability=DURABILITIES[durability],
+                batch_size=batch_size,
             )
         )
-        run = _Run(loaded, learner, RetrievalPolicy(reader), options)
-        examples = list(_by_example(windows))
-        reports = [run.one(group) for group in progress.track(examples, "learning", "examples")]
-    _finish(reports, options, progress, time.monotonic() - started)
+        policy = RetrievalPolicy(reader)
+
+        def nll_sum(windows: Sequence[Window], retrieving: bool) -> float:
+            given, unseen = policy if retrieving else None, Progress(quiet=True)
+            scores = score(loaded.model, windows, given, unseen, what="", batch_size=batch_size)
+            return float(scores.nll_sums.sum())
+
+        examples = [list(group) for _, group in groupby(windows, key=lambda w: w.ref)]
+        reports = [
+            _learn_example(group, learner, again, nll_sum if evaluate else None)
+            for group in progress.track(examples, "learning", "examples")
+        ]
+    entries = sum(report.entries for report in reports)
+    there = sum(report.was_there for report in reports)
+    progress.say(
+        f"{memory}: wrote {entries} entries in {time.monotonic() - started:.0f} s; "
+        f"{there} of {len(reports)} examples were there already"
+    )
+    _print_all(reports)
+    if json_file is not None:
+        rows = {"memory": memory, "examples": [asdict(report) for report in reports]}
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
     if _never_calibrated(description):
         progress.say(
-            f"{options.memory} was never calibrated, so it hardly speaks: "
-            f"model-runner calibrate --memory {options.memory}"
+            f"{memory} was never calibrated, so it hardly speaks: "
+            f"model-runner calibrate --memory {memory}"
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    loaded: LoadedModel
-    learner: OnlineLearner
-    policy: RetrievalPolicy
-    options: LearnOptions
-
-    def one(self, windows: Sequence[Window]) -> ExampleReport:
-        """Learns one example and says so."""
-        was_there = not self.options.again and self.learner.is_there(windows)
-        evaluate = self.options.evaluate
-        off = self._nll_sum(windows, None) if evaluate else 0.0
-        before = self._nll_sum(windows, self.policy) if evaluate else 0.0
-        learnt = Learnt(0, 0) if was_there else self.learner.learn(windows)
-        after = self._nll_sum(windows, self.policy) if evaluate else 0.0
-        report = ExampleReport(
-            windows[0].ref.example,
-            sum(window.targets for window in windows),
-            learnt.entries,
-            learnt.known,
-            was_there,
-            NllSums(off, before, after) if evaluate else None,
-        )
-        sys.stdout.write(_line(report) + "\n")
-        sys.stdout.flush()
-        return report
-
-    def _nll_sum(self, windows: Sequence[Window], policy: RetrievalPolicy | None) -> float:
-        scores = score(
-            self.loaded.model,
-            windows,
-            policy,
-            QUIET,
-            what="",
-            batch_size=self.options.batch_size,
-        )
-        return float(scores.nll_sums.sum())
-
-
-def _raising_client(loaded: LoadedModel, options: LearnOptions) -> RouterClient:
-    return RouterClient(
-        options.target,
-        options.memory,
-        loaded.fingerprint,
-        timeout_s=LOOKUP_TIMEOUT_S,
-        on_error=OnError.RAISE,
+def _learn_example(
+    windows: Sequence[Window],
+    learner: OnlineLearner,
+    again: bool,
+    nll_sum: Callable[[Sequence[Window], bool], float] | None,
+) -> ExampleReport:
+    """Learns one example and says so on stdout. nll_sum: nats of windows, without or with retrieval."""
+    was_there = not again and learner.is_there(windows)
+    off = before = 0.0
+    if nll_sum is not None:
+        off, before = nll_sum(windows, False), nll_sum(windows, True)
+    entries = known = 0
+    if not was_there:
+        learnt = learner.learn(windows)
+        entries, known = learnt.entries, learnt.known
+    report = ExampleReport(
+        windows[0].ref.example,
+        sum(window.targets for window in windows),
+        entries,
+        known,
+        was_there,
+        None if nll_sum is None else NllSums(off, before, nll_sum(windows, True)),
     )
-
-
-def _recipe(options: LearnOptions, memory: MemoryDescription) -> Recipe:
-    recipe = recipe_of(options.memory, memory.settings)
-    if options.preset is not None:
-        recipe = PRESETS[options.preset].recipe
-    if options.norm is not None:
-        recipe = replace(recipe, norm=Norm(options.norm))
-    if options.step_size is not None:
-        recipe = replace(recipe, step_size=options.step_size)
-    return recipe
-
-
-def _keep(options: LearnOptions, reader: RouterClient) -> Keep | None:
-    if options.skip_known is None:
-        return None
-    return KnownTokens(reader, options.skip_known).keep
-
-
-def _by_example(windows: Sequence[Window]) -> Iterator[list[Window]]:
-    groups: dict[Any, list[Window]] = {}
-    for window in windows:
-        groups.setdefault(window.ref, []).append(window)
-    yield from groups.values()
-
-
-def _never_calibrated(memory: MemoryDescription) -> bool:
-    """A new memory's gamma is 1 for every layer: nothing in hundreds of dimensions is that close."""
-    settings = memory.settings
-    return settings.similarity == SIMILARITY_RBF and all(gamma == 1 for gamma in settings.gamma)
+    sys.stdout.write(_line(report) + "\n")
+    sys.stdout.flush()
+    return report
 
 
 def _line(report: ExampleReport) -> str:
@@ -209,24 +239,18 @@ def _means(sums: NllSums, tokens: int) -> str:
     return f"{off:.4f} off, {before:.4f} before, {after:.4f} after"
 
 
-def _finish(
-    reports: Sequence[ExampleReport], options: LearnOptions, progress: Progress, elapsed_s: float
-) -> None:
-    entries = sum(report.entries for report in reports)
-    there = sum(report.was_there for report in reports)
-    progress.say(
-        f"{options.memory}: wrote {entries} entries in {elapsed_s:.0f} s; "
-        f"{there} of {len(reports)} examples were there already"
-    )
-    sums = [report.nll_sums for report in reports if report.nll_sums is not None]
+def _print_all(reports: Sequence[ExampleReport]) -> None:
+    """The NLL over all examples, where they were scored."""
+    sums = [astuple(report.nll_sums) for report in reports if report.nll_sums is not None]
     if sums:
-        total = NllSums(*(sum(column) for column in zip(*map(_columns, sums), strict=True)))
+        total = NllSums(*(sum(column) for column in zip(*sums, strict=True)))
         tokens = sum(report.tokens for report in reports)
         sys.stdout.write(f"all: {tokens} tokens; NLL {_means(total, tokens)}\n")
-    if options.json_file is not None:
-        rows = {"memory": options.memory, "examples": [asdict(report) for report in reports]}
-        options.json_file.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _columns(sums: NllSums) -> tuple[float, float, float]:
-    return sums.off, sums.before, sums.after
+def _never_calibrated(memory: MemoryDescription) -> bool:
+    """A new memory's gamma is 1 for every layer: nothing in hundreds of dimensions is that close."""
+    from knnmoe.v1.types_pb2 import SIMILARITY_RBF
+
+    settings = memory.settings
+    return settings.similarity == SIMILARITY_RBF and all(gamma == 1 for gamma in settings.gamma)

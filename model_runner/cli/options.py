@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from model_runner.errors import BadInput
 from model_runner.small_moe import MODEL_DIR
 
-
-class PresetName(StrEnum):
-    """Names of presets.PRESETS."""
-
-    PAPER = "paper"
-    RECOMMENDED = "recommended"
-
-
-class StepNorm(StrEnum):
-    """Names of recipes.Norm, which needs torch."""
-
-    RAW = "raw"
-    UNIT = "unit"
-    SOFT = "soft"
-
+# Names of recipes.PRESETS and of recipes.Norm, which need torch; a test compares them.
+Preset = Literal["paper", "recommended"]
+Norm = Literal["raw", "unit", "soft"]
 
 Model = Annotated[
     str,
@@ -77,11 +66,21 @@ def fraction(value: float | None) -> float | None:
     return value
 
 
-def text_file(what: str) -> Any:
-    """An option that names a text file, which must be there."""
-    return typer.Option(
-        help=f"{what}: {TEXT_FILE}", exists=True, dir_okay=False, show_default=False
-    )
+def file_option(explained: str) -> Any:
+    """An option that names a file, which must be there."""
+    return typer.Option(help=explained, exists=True, dir_okay=False, show_default=False)
+
+
+def require_writable(option: str, path: Path | None) -> None:
+    """Notices before the work what would fail after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise BadInput(f"{option}: got {path}, expected a file in a directory that exists")
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Durability = Annotated[
+    Literal["process", "fsync"],
+    typer.Option(
+        help="What a learnt entry survives: process (SIGKILL of the sidecar), fsync (loss of power)."
+    ),
+]

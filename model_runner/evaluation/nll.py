@@ -1,9 +1,9 @@
-"""Negative log-likelihood of texts, and paired differences of it."""
+"""Negative log-likelihood of texts: of the plain model, with a policy, by the oracle; paired differences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from knnmoe.client import ExampleRef
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
+from model_runner.memory_builder.objective import router_gradients
+from model_runner.memory_builder.recipes import Recipe, entry_values
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
@@ -71,19 +74,58 @@ def score(
 
     leave_one_out: a RetrievalPolicy never reads an entry of the window's own example (for scores on reference text).
     """
+
+    def logits_of(batch: Batch) -> Tensor:
+        with _without_own(policy, batch.windows) if leave_one_out else nullcontext():
+            if policy is None:
+                return _logits(model, batch)
+            with RouterHooks(model, policy) as hooks:
+                logits = _logits(model, batch)
+                hooks.assert_complete()
+                return logits
+
+    return _scored(model, windows, logits_of, progress, what, batch_size)
+
+
+def oracle_scores(
+    model: nn.Module,
+    windows: Sequence[Window],
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    batch_size: int = 16,
+) -> Scores:
+    """Scores with the assignments that `recipe` makes of the scored tokens' own gradients.
+
+    It sees the answers: a bound, not a method.
+    """
+
+    def logits_of(batch: Batch) -> Tensor:
+        values = _own_assignments(model, batch, recipe)
+        with RouterHooks(model, lambda call: values[call.site.layer]):
+            return _logits(model, batch)
+
+    return _scored(model, windows, logits_of, progress, "oracle", batch_size)
+
+
+def _scored(
+    model: nn.Module,
+    windows: Sequence[Window],
+    logits_of: Callable[[Batch], Tensor],
+    progress: Progress,
+    what: str,
+    batch_size: int,
+) -> Scores:
     device = next(model.parameters()).device
     groups = list(batched(windows, batch_size))
-    sums, order = [], [w for group in groups for w in group]
+    sums = []
     for group in progress.track(groups, what, unit="batches"):
         batch = make_batch(group, device)
-        with torch.no_grad(), _without_own(policy, group) if leave_one_out else nullcontext():
-            if policy is None:
-                logits = _logits(model, batch)
-            else:
-                with RouterHooks(model, policy) as hooks:
-                    logits = _logits(model, batch)
-                    hooks.assert_complete()
+        with torch.no_grad():
+            logits = logits_of(batch)
+        # Sums of thousands of tokens in f64: differences of two runs are taken afterwards.
         sums.append(token_nll(logits, batch).double().sum(dim=1).cpu().numpy())
+    order = [w for group in groups for w in group]
     return Scores(
         np.concatenate(sums),
         np.array([w.targets for w in order], dtype=np.float64),
@@ -91,11 +133,21 @@ def score(
     )
 
 
-def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    logits: torch.Tensor = model(
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).logits
     return logits
+
+
+def _own_assignments(model: nn.Module, batch: Batch, recipe: Recipe) -> list[Assignment]:
+    def loss(logits: Tensor) -> Tensor:
+        return token_nll(logits, batch).sum()
+
+    traces = router_gradients(model, batch.input_ids, loss, attention_mask=batch.attention_mask)
+    every = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
+    values = [entry_values(t, recipe, 1.0, every, torch.Generator()) for t in traces]
+    return [v for v in values if isinstance(v, Assignment)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from knnmoe.client import AdminClient, Upserter
 from knnmoe.v1 import memory_admin_pb2 as pb
 from torch import Tensor, nn
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.entries import (
@@ -32,7 +32,7 @@ from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 
-# Windows whose gradients set each layer's median norm.
+# Windows whose gradients set each layer's median norm: up to 8,192 tokens, which settle it to a percent or two.
 NORM_SAMPLE_WINDOWS = 16
 
 
@@ -185,7 +185,8 @@ class MemoryBuilder:
 
         norms: median |g| per layer. Raises as Upserter.send().
         """
-        generator = _generator(target.recipe, number)
+        # Of one batch, so that a build that goes on where it stopped draws what it would have drawn.
+        generator = torch.Generator().manual_seed(target.recipe.seed * 1_000_003 + number)
         layers = self._entries(traced, target, norms, generator)
         if keep is not None:
             layers = [
@@ -269,9 +270,27 @@ class MemoryBuilder:
         return token_nll(output.logits, batch)
 
 
-def _generator(recipe: Recipe, batch: int) -> torch.Generator:
-    """Of one batch, so that a build that goes on where it stopped draws what it would have drawn."""
-    return torch.Generator().manual_seed(recipe.seed * 1_000_003 + batch)
+def collect_router_inputs(
+    model: nn.Module, windows: Sequence[Window], *, batch_size: int = 16, most: int = 2000
+) -> dict[int, Tensor]:
+    """Router inputs [n, d] by layer, n <= `most`, spread over the tokens whose loss counts."""
+    device = next(model.parameters()).device
+    found: dict[int, list[Tensor]] = {}
+    for group in batched(windows, batch_size):
+        batch = make_batch(group, device)
+        keep = batch.predicts.flatten()
+
+        def note(call: RouterCall, keep: Tensor = keep) -> None:
+            found.setdefault(call.site.layer, []).append(call.router_input[keep].cpu())
+
+        with torch.no_grad(), RouterHooks(model, note):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return {layer: _thinned(torch.cat(parts), most) for layer, parts in found.items()}
+
+
+def _thinned(rows: Tensor, most: int) -> Tensor:
+    stride = max(1, -(-len(rows) // most))
+    return rows[::stride]
 
 
 def _replay_logits(logits: Sequence[Tensor], call: RouterCall) -> Logits:

@@ -13,7 +13,7 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.types_pb2 import Provenance
 from torch import Tensor
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.texts import Window
 from model_runner.wire import encode_assignment, encode_floats
 

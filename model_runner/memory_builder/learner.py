@@ -8,30 +8,29 @@ from dataclasses import dataclass
 import torch
 from knnmoe.client import AdminClient, ExampleRef, Upserter, require_same_model
 from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1.types_pb2 import DTYPE_F32, MEMORY_KIND_ASSIGNMENT, MemorySettings
+from knnmoe.v1.types_pb2 import DTYPE_F32
 from torch import Tensor, nn
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, TracedWindows
 from model_runner.memory_builder.entries import LayerEntries
 from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import (
-    PAPER,
-    RECIPES,
-    RECOMMENDED,
-    Kind,
     Recipe,
     assignment_values,
+    recipe_of,
 )
 from model_runner.router_client import RouterClient
 from model_runner.routing_policy import tokens_per_request
 from model_runner.texts import Window, batched
 from model_runner.wire import decode_tensor
 
-# Tokens whose gradient norms a running median remembers, per layer.
+# Tokens whose gradient norms a running median remembers, per layer: 16 windows of 512, as many as a build samples.
 NORMS_REMEMBERED = 8192
+# What an acknowledged entry survives, by the name that commands use.
+DURABILITIES = {"process": pb.DURABILITY_PROCESS, "fsync": pb.DURABILITY_FSYNC}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +39,6 @@ class Learnt:
 
     entries: int
     known: int
-
-
-def recipe_of(memory: str, settings: MemorySettings) -> Recipe:
-    """The recipe of the memory's preset; that of its kind's preset when its own makes the other kind."""
-    is_assignment = settings.kind == MEMORY_KIND_ASSIGNMENT
-    kind = Kind.ASSIGNMENT if is_assignment else Kind.LOGIT_DELTA
-    recipe = RECIPES.get(settings.preset)
-    if recipe is None:
-        raise BadInput(
-            f"memory {memory!r} has preset {settings.preset!r}, expected {' or '.join(RECIPES)}"
-        )
-    if recipe.kind is kind:
-        return recipe
-    return PAPER if is_assignment else RECOMMENDED
 
 
 class OnlineLearner:
@@ -117,17 +102,13 @@ class OnlineLearner:
         sent = every = 0
         for group in batched(windows, self._batch_size):
             traced = self._builder.trace(group)
+            norms = self._norms or self._running.with_norms_of(traced)
             sent += self._builder.write(
-                self._upserter, traced, self._target, self._medians(traced), keep=self._keep
+                self._upserter, traced, self._target, norms, keep=self._keep
             )
             every += len(traced.kept) * len(traced.traces)
         self._upserter.finish()
         return Learnt(sent, every - sent)
-
-    def _medians(self, traced: TracedWindows) -> Sequence[float]:
-        if self._norms is not None:
-            return self._norms
-        return self._running.with_norms_of(traced)
 
 
 class RunningMedians:
@@ -139,11 +120,9 @@ class RunningMedians:
     def with_norms_of(self, traced: TracedWindows) -> list[float]:
         """Medians with these windows among what was seen."""
         for trace in traced.traces:
-            self._add(trace.site.layer, traced.gradient_norms(trace).cpu())
+            layer, norms = trace.site.layer, traced.gradient_norms(trace).cpu()
+            self._norms[layer] = torch.cat([self._norms[layer], norms])[-NORMS_REMEMBERED:]
         return [float(norms.median()) for norms in self._norms]
-
-    def _add(self, layer: int, norms: Tensor) -> None:
-        self._norms[layer] = torch.cat([self._norms[layer], norms])[-NORMS_REMEMBERED:]
 
 
 def _checked_recipe(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from model_runner.architectures.discovery import decoder_of, find_router_sites
-from model_runner.architectures.site import Assignment, RouterArgs, RouterKwargs, RouterSite
+from model_runner.architectures.families import Assignment, RouterArgs, RouterKwargs, RouterSite
 from model_runner.errors import BadInput, HookBypassed, UnsupportedModel
 from model_runner.logit_tap import Forward, LogitTap, wrapped_forward
 
@@ -124,8 +124,8 @@ def router_gradients(
         calls = recorder.calls(sites)
         gradients = _gradients(loss_fn(output.logits), [call.leaf for call in calls])
     return [
-        call.trace(gradient, input_ids.shape)
-        for call, gradient in zip(calls, gradients, strict=True)
+        call.trace(site, gradient, input_ids.shape)
+        for site, call, gradient in zip(sites, calls, gradients, strict=True)
     ]
 
 
@@ -187,34 +187,32 @@ def _detached_keys_values(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RecordedCall:
     """One router's call.
 
     Attributes:
-        site: the router.
         leaf: `[T, num_logits]`, what the gradient is taken with respect to.
         logits: `[T, num_logits]`, what the router went on with, attached to the graph.
-        args: positional arguments of the call.
+        args: positional arguments of the call; None until its assignment was made.
         kwargs: keyword arguments of the call.
 
     """
 
-    site: RouterSite
     leaf: Tensor
     logits: Tensor
-    args: RouterArgs
-    kwargs: RouterKwargs
+    args: RouterArgs | None = None
+    kwargs: RouterKwargs = field(default_factory=dict)
 
-    def trace(self, gradient: Tensor, batch_shape: torch.Size) -> LayerTrace:
+    def trace(self, site: RouterSite, gradient: Tensor, batch_shape: torch.Size) -> LayerTrace:
         """With its gradient `[T, num_logits]`, unflattened to batch_shape = (B, S)."""
-        router_input = self.site.router_input(self.args, self.kwargs)
+        args = self.args or ()
         return LayerTrace(
-            site=self.site,
-            router_input=router_input.detach().reshape(*batch_shape, -1),
+            site=site,
+            router_input=site.router_input(args, self.kwargs).detach().reshape(*batch_shape, -1),
             router_logits=self.logits.detach().reshape(*batch_shape, -1),
             gradient=gradient.reshape(*batch_shape, -1),
-            router_args=tuple(_detached(value) for value in self.args),
+            router_args=tuple(_detached(value) for value in args),
             router_kwargs={name: _detached(value) for name, value in self.kwargs.items()},
         )
 
@@ -229,53 +227,42 @@ class CallRecorder:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._leaf_and_logits: dict[int, tuple[Tensor, Tensor]] = {}
-        self._arguments: dict[int, tuple[RouterArgs, RouterKwargs]] = {}
+        self._calls: dict[int, RecordedCall] = {}
 
     def tap(self, site: RouterSite, logits: Tensor) -> Tensor:
         """The logits `[T, num_logits]` with a differentiable leaf in or under them."""
         if self._scope == "leaf":
-            leaf = logits.detach().clone().requires_grad_()
-            standing_in = leaf
+            leaf = standing_in = logits.detach().clone().requires_grad_()
         else:
             leaf = torch.zeros_like(logits).requires_grad_()
             standing_in = logits + leaf
-        self._leaf_and_logits[site.layer] = leaf, standing_in
+        self._calls[site.layer] = RecordedCall(leaf, standing_in)
         return standing_in
 
     @contextmanager
     def recording(self, sites: tuple[RouterSite, ...]) -> Iterator[None]:
         """Keeps the routers' arguments until the block is left."""
+
+        def on_output(layer: int, args: RouterArgs, kwargs: RouterKwargs, _output: Any) -> None:
+            self._calls[layer].args, self._calls[layer].kwargs = args, kwargs
+
         with ExitStack() as stack:
             for site in sites:
-                for handle in site.family.attach(site, self._on_output(site)):
+                for handle in site.family.attach(site, functools.partial(on_output, site.layer)):
                     stack.callback(handle.remove)
             yield
 
-    def _on_output(self, site: RouterSite) -> Callable[[RouterArgs, RouterKwargs, Any], None]:
-        def on_output(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> None:
-            self._arguments[site.layer] = args, kwargs
-
-        return on_output
-
     def logits(self, site: RouterSite) -> Tensor:
         """The logits `[T, num_logits]` that the router went on with, attached to the graph."""
-        return self._leaf_and_logits[site.layer][1]
+        return self._calls[site.layer].logits
 
     def calls(self, sites: tuple[RouterSite, ...]) -> list[RecordedCall]:
-        """The last call of each router.
-
-        Raises:
-            HookBypassed: some router was not called.
-
-        """
-        missed = [site.name for site in sites if site.layer not in self._arguments]
+        """The last call of each router. Raises HookBypassed when some router was not called."""
+        last = [(site, self._calls.get(site.layer)) for site in sites]
+        missed = [site.name for site, call in last if call is None or call.args is None]
         if missed:
             raise HookBypassed(missed)
-        return [
-            RecordedCall(site, *self._leaf_and_logits[site.layer], *self._arguments[site.layer])
-            for site in sites
-        ]
+        return [call for _, call in last if call is not None]
 
 
 def _detached(value: Any) -> Any:
@@ -321,16 +308,12 @@ def _watched(site: RouterSite, scores: dict[int, Score], forward: Forward) -> Fo
     def watched(*args: Any, **kwargs: Any) -> Any:
         with _ScoreWatch() as watch:
             output = forward(*args, **kwargs)
-        scores[site.layer] = _own_score(site) or watch.score or _softmax
+        # deepseek_v4 and inkling2 name theirs (sqrt of softplus); it is a parameter-free module.
+        own: Score | None = getattr(site.router, "score_fn", None)
+        scores[site.layer] = own or watch.score or _softmax
         return output
 
     return watched
-
-
-def _own_score(site: RouterSite) -> Score | None:
-    # deepseek_v4 and inkling2 name theirs (sqrt of softplus); it is a parameter-free module.
-    score: Score | None = getattr(site.router, "score_fn", None)
-    return score
 
 
 def _densified(

@@ -1,4 +1,6 @@
-"""From a gradient to the value of an entry. Pure functions of a LayerTrace; T = B*S tokens, N logits.
+"""From a gradient to the value of an entry, and the two named ways to do it: `paper` (arXiv 2601.02144), `recommended`.
+
+Values are pure functions of a LayerTrace; T = B*S tokens, N logits.
 
 The paper's recipe steps the logits against the gradient and stores the family's assignment of the result. Ours stores a
 bounded step itself, a logit delta, and leaves the averaging to the lookup (docs/experiments.md).
@@ -10,9 +12,14 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
+from knnmoe.v1.types_pb2 import (
+    MEMORY_KIND_ASSIGNMENT,
+    MEMORY_KIND_LOGIT_DELTA,
+    MemorySettings,
+)
 from torch import Tensor
 
-from model_runner.architectures.site import Assignment
+from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.logit_tap import family_assignment
 from model_runner.memory_builder.objective import LayerTrace
@@ -64,10 +71,59 @@ class Recipe:
         if not 0 <= self.step_size < float("inf"):
             raise BadInput(f"step size: got {self.step_size}, expected a number of 0 or more")
 
+    def altered(self, norm: str | None, step_size: float | None) -> Recipe:
+        """With another norm or step size, where one is given."""
+        return replace(
+            self,
+            norm=self.norm if norm is None else Norm(norm),
+            step_size=self.step_size if step_size is None else step_size,
+        )
+
 
 PAPER = Recipe(Kind.ASSIGNMENT, Norm.RAW, step_size=2.0)
 RECOMMENDED = Recipe(Kind.LOGIT_DELTA, Norm.SOFT, step_size=1.0)
-RECIPES = {"paper": PAPER, "recommended": RECOMMENDED}
+
+# eta of logit-delta memories by depth: a large step in the first layer harms, later ones bear more than 1
+# (measured: docs/experiments.md).
+RECOMMENDED_STEP_SIZE = 2.25
+_FIRST_LAYER, _EARLY_LAYERS, _LATE_LAYERS = 0.5, 1.0, 1.3
+
+_WIRE_KINDS = {
+    Kind.ASSIGNMENT: MEMORY_KIND_ASSIGNMENT,
+    Kind.LOGIT_DELTA: MEMORY_KIND_LOGIT_DELTA,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """How values are made, how they are read, and the similarity at the median distance."""
+
+    name: str
+    recipe: Recipe
+    lambda0: float
+
+    def settings(self, num_layers: int) -> MemorySettings:
+        """Settings of a new memory for a model of `num_layers` MoE layers; gamma is calibrated later."""
+        settings = MemorySettings(preset=self.name, kind=_WIRE_KINDS[self.recipe.kind])
+        if self.name == "recommended":
+            settings.step_size.extend(step_sizes(num_layers))
+        return settings
+
+
+def step_sizes(num_layers: int, eta: float = RECOMMENDED_STEP_SIZE) -> list[float]:
+    """Eta per layer: half in the first, once in the first third of the others, 1.3 times after it."""
+    early = 1 + max(1, round((num_layers - 1) / 3)) if num_layers > 1 else 1
+    return [
+        eta * (_FIRST_LAYER if layer == 0 else _EARLY_LAYERS if layer < early else _LATE_LAYERS)
+        for layer in range(num_layers)
+    ]
+
+
+PRESETS = {
+    "paper": Preset("paper", PAPER, lambda0=0.9),
+    "recommended": Preset("recommended", RECOMMENDED, lambda0=0.3),
+}
+
 
 CONTROLS = {
     "control_eta0": replace(PAPER, direction=Direction.NONE),
@@ -76,6 +132,20 @@ CONTROLS = {
     "control_shuffled": replace(PAPER, shuffled=True),
 }
 
+
+def recipe_of(memory: str, settings: MemorySettings) -> Recipe:
+    """The recipe of the memory's preset; that of its kind's preset when its own makes the other kind."""
+    if settings.preset not in PRESETS:
+        raise BadInput(
+            f"memory {memory!r} has preset {settings.preset!r}, expected {' or '.join(PRESETS)}"
+        )
+    recipe = PRESETS[settings.preset].recipe
+    if _WIRE_KINDS[recipe.kind] == settings.kind:
+        return recipe
+    return PAPER if settings.kind == MEMORY_KIND_ASSIGNMENT else RECOMMENDED
+
+
+# Keeps a zero gradient from dividing by zero; far below any norm that a float32 pass gives.
 _TINY = 1e-12
 
 

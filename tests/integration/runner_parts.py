@@ -21,8 +21,8 @@ from model_runner.architectures import Assignment
 from model_runner.evaluation.nll import score
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.models import LoadedModel
-from model_runner.presets import PRESETS
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks

@@ -10,7 +10,7 @@ from knnmoe.client import AdminClient
 from torch import Tensor
 
 from model_runner.fingerprint import model_fingerprint
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy

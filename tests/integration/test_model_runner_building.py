@@ -10,12 +10,14 @@ from knnmoe.client import AdminClient, KindMismatch
 from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import score
-from model_runner.evaluation.oracle import oracle_scores
-from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
-from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, Direction, Kind, Recipe
-from model_runner.presets import PRESETS
-from model_runner.router_inputs import collect_router_inputs
+from model_runner.evaluation.nll import oracle_scores, score
+from model_runner.memory_builder.builder import (
+    GradientSettings,
+    MemoryBuilder,
+    Target,
+    collect_router_inputs,
+)
+from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED, Direction, Kind, Recipe
 from model_runner.routing_policy import RetrievalPolicy
 from tests.integration.runner_parts import (
     BATCH_SIZE,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import MemoryBuilder, Target
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy

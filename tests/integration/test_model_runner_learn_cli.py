@@ -15,7 +15,7 @@ import pytest
 from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import MemorySettings
 
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PRESETS
 from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
     FILE_NAME,

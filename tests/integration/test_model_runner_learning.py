@@ -12,8 +12,7 @@ from knnmoe.v1.types_pb2 import MemorySettings
 from model_runner.errors import BadInput, HooksInUse
 from model_runner.evaluation.nll import score
 from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner
-from model_runner.memory_builder.recipes import PAPER, RECOMMENDED
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import Window

@@ -12,7 +12,7 @@ from knnmoe.client import AdminClient
 
 from model_runner.memory_builder.builder import MemoryBuilder, Target
 from model_runner.memory_builder.learner import OnlineLearner
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.router_client import OnError
 from model_runner.router_hooks import RouterCall
 from model_runner.routing_policy import RetrievalPolicy

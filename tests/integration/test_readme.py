@@ -12,7 +12,7 @@ from knnmoe.v1.memory_admin_pb2 import StatsRequest
 
 from model_runner import load_model
 from model_runner.memory_builder.builder import MemoryBuilder, Target
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PRESETS
 from model_runner.progress import Progress
 from tests.integration.runner_parts import windows_of
 from tests.sidecar import CALL_TIMEOUT_S, Sidecar

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from model_runner.cli.app import app
-from model_runner.presets import PRESETS
+from model_runner.memory_builder.recipes import PRESETS
 
 ROOT: Any = typer.main.get_command(app)
 COMMANDS = sorted(ROOT.commands)

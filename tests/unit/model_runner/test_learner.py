@@ -16,15 +16,14 @@ from knnmoe.v1.types_pb2 import (
     MemorySettings,
 )
 
-from model_runner.cli.lessons import lesson, lessons_of, talk
+from model_runner.cli.generate import lesson, lessons_of, talk
 from model_runner.errors import BadInput
 from model_runner.memory_builder.learner import (
     NORMS_REMEMBERED,
     KnownTokens,
     RunningMedians,
-    recipe_of,
 )
-from model_runner.memory_builder.recipes import PAPER, RECOMMENDED
+from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, recipe_of
 from model_runner.texts import Example
 
 

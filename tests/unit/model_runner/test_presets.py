@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from knnmoe.v1.types_pb2 import MEMORY_KIND_ASSIGNMENT, MEMORY_KIND_LOGIT_DELTA
 
-from model_runner.cli.app import PresetName, StepNorm
-from model_runner.memory_builder.recipes import PAPER, RECIPES, RECOMMENDED, Norm
-from model_runner.presets import PRESETS, step_sizes
+from model_runner.cli import options
+from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED, Norm, step_sizes
 
 
 def test_step_sizes_of_the_measured_depth() -> None:
@@ -45,7 +46,7 @@ def test_settings_of_a_new_memory() -> None:
 
 
 def test_one_name_for_preset_recipe_and_option() -> None:
-    assert set(PRESETS) == set(RECIPES) == {name.value for name in PresetName}
+    assert set(PRESETS) == set(get_args(options.Preset))
     assert (PRESETS["paper"].recipe, PRESETS["recommended"].recipe) == (PAPER, RECOMMENDED)
     assert all(name == preset.name for name, preset in PRESETS.items())
-    assert {norm.value for norm in StepNorm} == set(Norm)
+    assert set(get_args(options.Norm)) == set(Norm)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from knnmoe.client import ExampleRef
 
+from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.router_hooks import RouterCall, RouterHooks
-from model_runner.router_inputs import collect_router_inputs
 from model_runner.texts import Window
 from tests.families import prompt, shared_model
 
