@@ -22,6 +22,7 @@ from model_runner.errors import UnsupportedModel
 
 __all__ = ["ModelFingerprint", "model_fingerprint"]
 
+# 64 bits tell models apart, and travel with every request.
 _DIGEST_HEX_DIGITS = 16
 
 
@@ -98,7 +99,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
-    """Brings a module's offloaded weights in, if accelerate keeps them elsewhere."""
+    """Loads a module's offloaded weights, if accelerate keeps them elsewhere."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device  # only offloaded models need accelerate

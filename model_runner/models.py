@@ -14,6 +14,7 @@ from model_runner.errors import BadInput
 from model_runner.fingerprint import ModelFingerprint, model_fingerprint
 from model_runner.router_hooks import verify_hooks
 
+# A gradient pass keeps every layer's activations, so a longer window costs memory before it helps.
 DEFAULT_WINDOW = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

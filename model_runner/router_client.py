@@ -35,6 +35,7 @@ from model_runner.wire import (
 
 log = logging.getLogger(__name__)
 
+# An outage is a line now and then, not one per layer and token.
 WARN_EVERY_S = 30.0
 # A connection may take longer than a lookup; text that is being generated waits less long than a score.
 CONNECT_TIMEOUT_S = {"fall_back": 0.5, "raise": 10.0}
@@ -51,7 +52,11 @@ class OnError(StrEnum):
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Opens after `failures_to_open` failures in a row; then one trial after 1 s, doubling to 30 s, with jitter."""
+    """Opens after `failures_to_open` failures in a row; then one trial after 1 s, doubling to 30 s, with jitter.
+
+    Several in a row are an outage, where one may be a slow lookup. The jitter (a quarter up or down) keeps runners of
+    one sidecar from coming back at the same moment.
+    """
 
     failures_to_open: int = 5
     first_pause_s: float = 1.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from knnmoe.client import ServiceUnavailable
 
+# A sidecar that stops lets its calls end and flushes its memories first.
 STOP_TIMEOUT_S = 20.0
 _READY = "listening on "
 

@@ -1,4 +1,4 @@
-"""The demo: a frozen model gets better on text that it was not trained for, through a real sidecar.
+"""The demo: a frozen model gets better on text that it was not trained for, through a real sidecar; and its plots.
 
 Reference, settings and test windows are drawn with one seed; every setting was chosen on the dev split.
 """
@@ -37,11 +37,13 @@ from model_runner.small_moe import data_file
 from model_runner.texts import Window, read_windows
 from model_runner.wire import encode_by_layer
 
+# Of results.json.
 SCHEMA = 1
 # The oracle's best step is larger than a memory's: nothing is averaged or mistaken for a neighbour's.
 ORACLE_STEP_SIZE = 30.0
 # Controls are read with lambda near 1: blending two routings smooths them, which alone gains up to 0.01 nats.
 CONTROL_LAMBDA0 = 0.98
+# Scores must not fall back: a busy sidecar gets its time.
 LOOKUP_TIMEOUT_S = 60.0
 DOMAINS = ("shifted", "in_domain")
 EMBEDDED = "edge"
@@ -49,6 +51,9 @@ EMBEDDED = "edge"
 SERVER_PREFIX = "knnmoe-demo"
 # Arm of results.json -> preset of its memory.
 METHODS = {"knn_moe": "paper", "knn_moe_recommended": "recommended"}
+# Of the plots, by domain.
+_COLOURS = {"shifted": "#2a6f97", "in_domain": "#d98032"}
+_LABELS = {"shifted": "shifted text (B)", "in_domain": "general text (A)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,11 +326,6 @@ def table_rows(results: dict[str, Any]) -> Sequence[tuple[str, ...]]:
     ]
 
 
-SHIFTED, IN_DOMAIN = "#2a6f97", "#d98032"
-_COLOURS = {"shifted": SHIFTED, "in_domain": IN_DOMAIN}
-_LABELS = {"shifted": "shifted text (B)", "in_domain": "general text (A)"}
-
-
 def plot_deltas(arms: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of `delta` with 95 % intervals, one panel per domain; zero_shot, the baseline, is the zero line."""
     domains = [
@@ -353,15 +353,15 @@ def _bars(panel: Any, rows: Sequence[dict[str, Any]], colour: str) -> None:
     panel.tick_params(labelsize=9)
     gap = 0.03 * max(abs(d) + h for d, h in zip(deltas, halves, strict=True))
     for number, (delta, half) in enumerate(zip(deltas, halves, strict=True)):
-        side, where = (1, "left") if delta >= 0 else (-1, "right")
-        at = delta + side * (half + gap)
+        sign, where = (1, "left") if delta >= 0 else (-1, "right")
+        at = delta + sign * (half + gap)
         panel.annotate(f"{delta:+.3f}", (at, number), ha=where, va="center", fontsize=8)
     panel.margins(x=0.25)
 
 
 def plot_lambdas(arms: Sequence[dict[str, Any]], path: Path) -> None:
     """Mean lambda per layer on both texts, a panel per memory: high where a close case exists."""
-    names = [n for n in ("knn_moe", "knn_moe_recommended") if any(a["name"] == n for a in arms)]
+    names = [n for n in METHODS if any(a["name"] == n for a in arms)]
     figure = Figure(figsize=(8.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):

@@ -32,7 +32,7 @@ from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 
-# Windows whose gradients set each layer's median norm: up to 8,192 tokens, which settle it to a percent or two.
+# Windows whose gradients set each layer's median norm: up to 8,192 tokens, enough for a median, few beside a build.
 NORM_SAMPLE_WINDOWS = 16
 
 
@@ -185,7 +185,8 @@ class MemoryBuilder:
 
         norms: median |g| per layer. Raises as Upserter.send().
         """
-        # Of one batch, so that a build that goes on where it stopped draws what it would have drawn.
+        # Of one batch, so that a build that goes on where it stopped draws what it would have drawn. The prime keeps
+        # the batches of one seed from being those of the next.
         generator = torch.Generator().manual_seed(target.recipe.seed * 1_000_003 + number)
         layers = self._entries(traced, target, norms, generator)
         if keep is not None:
@@ -227,9 +228,9 @@ class MemoryBuilder:
         generator: torch.Generator,
     ) -> list[LayerEntries]:
         kept, batch = traced.kept, traced.batch
-        ends = self._descend(batch, traced.traces, target.recipe, norms, generator)
+        last = self._descend(batch, traced.traces, target.recipe, norms, generator)
         values = [
-            entry_values(t, target.recipe, norms[t.site.layer], kept, generator) for t in ends
+            entry_values(t, target.recipe, norms[t.site.layer], kept, generator) for t in last
         ]
         gains = torch.zeros(len(kept))
         if target.measure_gain:

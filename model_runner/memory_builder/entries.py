@@ -17,7 +17,8 @@ from model_runner.architectures.families import Assignment
 from model_runner.texts import Window
 from model_runner.wire import encode_assignment, encode_floats
 
-# Entries per request, and bytes of their keys and values.
+# The one place where the runner cuts an upsert: entries per request, and bytes of their keys and values. Far below the
+# message limit, because lookups of the same layer wait while a request is written.
 ENTRIES_PER_REQUEST = 1024
 REQUEST_BYTES = 1024 * 1024
 # Added to keys and values for an entry's id and provenance.

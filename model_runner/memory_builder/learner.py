@@ -1,4 +1,8 @@
-"""Adds examples to a memory while it serves: one at a time, acknowledged, and so in the answer to the next lookup."""
+"""Adds examples to a memory while it serves: one at a time, acknowledged, and so in the answer to the next lookup.
+
+OnlineLearner writes every token of an example, or those that its `keep` wants; KnownTokens is one that leaves out what
+the memory knows already.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,7 @@ from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, TracedWindows
 from model_runner.memory_builder.entries import LayerEntries
 from model_runner.memory_builder.objective import LayerTrace
-from model_runner.memory_builder.recipes import (
-    Recipe,
-    assignment_values,
-    recipe_of,
-)
+from model_runner.memory_builder.recipes import Recipe, assignment_values, recipe_of
 from model_runner.router_client import RouterClient
 from model_runner.routing_policy import tokens_per_request
 from model_runner.texts import Window, batched
