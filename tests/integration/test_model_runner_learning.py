@@ -9,6 +9,7 @@ import pytest
 from knnmoe.client import AdminClient, ModelMismatch, ServiceRefused
 from knnmoe.v1.types_pb2 import MemorySettings
 
+from model_runner import routing_policy
 from model_runner.errors import BadInput, HooksInUse
 from model_runner.evaluation.nll import score
 from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner
@@ -143,6 +144,20 @@ def test_known_tokens_are_left_out(
             assert learning.learn(ONE) == Learnt(every, 0)  # the own entries do not count
             assert learning.learn(again) == Learnt(0, every)
     assert admin.count(name) == every
+
+
+def test_known_tokens_are_looked_up_in_parts(
+    edge_sidecar: Sidecar, admin: AdminClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 1)  # a token per lookup
+    create(admin, name)
+    copy = [replace(w, ref=replace(w.ref, example="copy")) for w in ONE]
+    with (
+        client_of(edge_sidecar.target, name) as client,
+        learner(admin, name, keep=KnownTokens(client, 0.99).keep) as learning,
+    ):
+        assert learning.learn(ONE) == Learnt(LAYERS * targets(ONE), 0)
+        assert learning.learn(copy) == Learnt(0, LAYERS * targets(ONE))
 
 
 def test_what_cannot_be_learnt_into(edge_sidecar: Sidecar, admin: AdminClient, name: str) -> None:
