@@ -8,7 +8,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from knnmoe.v1.types_pb2 import SIMILARITY_COSINE, MemorySettings
 from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
     FILE_NAME,
+    LAYERS,
     LENGTH,
     PRESET_NAMES,
     PROMPT,
@@ -27,10 +27,10 @@ from tests.integration.runner_parts import (
     windows_of,
     write_text,
 )
+from tests.message_gate import MessageGate
 from tests.sidecar import Sidecar
 from tests.tiny_checkpoint import save_checkpoint
 
-PATIENCE_S = 120.0
 NOBODY = "127.0.0.1:1"
 HELD_OUT = ("Know ye not that ye are the temple?", "Let not your heart be troubled.")
 PRESET = pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -409,25 +409,24 @@ def test_builds_that_are_interrupted_and_killed(
     command = [sys.executable, "-c", script, *arguments]
 
     def disturbed(number: int) -> tuple[int, str]:
-        before = entries_of(edge_sidecar, name)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            give_up = time.monotonic() + PATIENCE_S
-            while entries_of(edge_sidecar, name) == before:
-                assert process.poll() is None
-                assert time.monotonic() < give_up
-                time.sleep(0.02)
-            process.send_signal(number)
-            _, err = process.communicate()
+        """What is sent to a build of which one upsert waits for ever."""
+        with MessageGate(edge_sidecar.target, "Upsert", passes=4 * LAYERS + 1) as gate:
+            words = [gate.target if word == edge_sidecar.target else word for word in command]
+            with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+                gate.wait_until_stopped(process)
+                process.send_signal(number)
+                _, err = process.communicate()
         return process.returncode, err
 
     code, err = disturbed(signal.SIGINT)
     assert code == 130
     assert "interrupted; what the sidecar acknowledged is kept" in err
     assert "Traceback" not in err
+    some = entries_of(edge_sidecar, name)
     code, _ = disturbed(signal.SIGKILL)
     assert code == -signal.SIGKILL
     whole = entries_of(edge_sidecar, f"{name}-whole")
-    assert 0 < entries_of(edge_sidecar, name) < whole
+    assert 0 < some < entries_of(edge_sidecar, name) < whole
     finished = run(*arguments)
     assert finished.code == 0
     assert "; 0 of 24 windows" not in finished.err

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +28,10 @@ from tests.integration.runner_parts import (
     stored,
     write_text,
 )
+from tests.message_gate import MessageGate
 from tests.sidecar import Sidecar
 from tests.tiny_checkpoint import save_checkpoint
 
-PATIENCE_S = 120.0
 NOBODY = "127.0.0.1:1"
 SOME = SENTENCES[:3]
 # Everything is close: each token is routed by the nearest entry.
@@ -168,16 +167,14 @@ def test_learning_that_is_interrupted_goes_on(
     text = write_text(tmp_path / FILE_NAME, [f"{n}: {s}" for n in range(3) for s in SENTENCES])
     script = "import sys, model_runner.cli; sys.exit(model_runner.cli.main())"
     command = [sys.executable, "-c", script, "learn", str(text), *map(str, where)]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        give_up = time.monotonic() + PATIENCE_S
-        while not entries_of(edge_sidecar, memory):
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
+    with MessageGate(edge_sidecar.target, "Upsert", passes=2 * LAYERS) as gate:
+        words = [gate.target if word == edge_sidecar.target else word for word in command]
+        with subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            gate.wait_until_stopped(process)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate()
     assert process.returncode == 130
     assert "what the sidecar acknowledged is kept" in err
     assert "Traceback" not in err
