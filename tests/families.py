@@ -20,6 +20,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 64
+# What rounding grows with: the vocabulary is no longer than the widest layer, and gemma4_text has two layers more.
+LONGEST_SUM, MOST_LAYERS = 64, 6
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
