@@ -28,7 +28,8 @@ class MessageGate(grpc.GenericRpcHandler):
         """Before the service at `target`. `passes`: how many messages to `method`, e.g. "Upsert", get through."""
         self.target = ""
         self._method, self._left = method, passes
-        self._stopped, self._closed = threading.Event(), threading.Event()
+        self._stopped, self._go_on = threading.Event(), threading.Event()
+        self._closed = False
         self._lock = threading.Lock()
         self._channel = open_channel(target)
         self._pool = ThreadPoolExecutor(_WORKERS, "message-gate")
@@ -40,7 +41,8 @@ class MessageGate(grpc.GenericRpcHandler):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
+        self._closed = True
+        self._go_on.set()
         self._server.stop(None).wait()
         self._channel.close()
         self._pool.shutdown()
@@ -51,6 +53,10 @@ class MessageGate(grpc.GenericRpcHandler):
         while not self._stopped.wait(_LOOK_S):
             assert sender.poll() is None, sender.communicate()
             assert time.monotonic() < give_up, f"{self._left} more {self._method} get through"
+
+    def open(self) -> None:
+        """What waits gets through, and whatever comes later."""
+        self._go_on.set()
 
     def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler:
         """Every method, of either side one or many messages: on the wire these are the same."""
@@ -75,6 +81,7 @@ class MessageGate(grpc.GenericRpcHandler):
                 passes = self._left >= 0
             if not passes:
                 self._stopped.set()
-                self._closed.wait()
+                self._go_on.wait()
+            if self._closed:
                 return
             yield request

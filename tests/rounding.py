@@ -11,7 +11,9 @@ import numpy as np
 _SAFETY = 4.0
 
 
-def rounding(length: int, magnitude: float = 1.0, layers: int = 1, dtype: Any = np.float32) -> float:
+def rounding(
+    length: int, magnitude: float = 1.0, layers: int = 1, dtype: Any = np.float32
+) -> float:
     """An absolute tolerance for numbers of this magnitude.
 
     Args:

@@ -110,6 +110,16 @@ class Sidecar:
         self.process.kill()
         self.process.wait(EXIT_TIMEOUT_S)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, none of its threads runs: SIGSTOP works some time after it was sent."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def stop_cleanly(self) -> None:
         """SIGTERM; the service must end with 0 and without a traceback."""
         self.close_channel()

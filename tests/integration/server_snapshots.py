@@ -34,7 +34,7 @@ from tests.sidecar import (
 KEY = "secret"
 KEY_VARIABLE = "ROUTER_SERVICE_QDRANT_API_KEY"
 LAYERS, ENTRIES = 2, 40
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 _METADATA = (("api-key", KEY),)
 
 

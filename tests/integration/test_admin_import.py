@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.integration.admin_runs import Admin, admin_of, content_of
+from tests.integration.server_snapshots import until
+from tests.message_gate import MessageGate
 from tests.sidecar import (
     ASSIGNMENT,
     COSINE,
@@ -214,11 +216,13 @@ def test_an_import_that_was_killed_is_finished_by_the_same_command(
     shown.write_text(json.dumps(admin("memory", "show", name)))
     words = ["import", str(file), "--as", f"{name}-b", "--fingerprint", str(shown)]
     script = Path(sys.executable).with_name("router-admin")
-    with subprocess.Popen([script, "--target", service.target, *words]) as killed:
-        while killed.poll() is None and _entries(service, f"{name}-b") == 0:
-            pass
-        killed.kill()
-    assert 0 < _entries(service, f"{name}-b") <= 12000
+    with MessageGate(service.target, "Upsert", passes=3) as gate:
+        command = [script, "--target", gate.target, *words]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as killed:
+            gate.wait_until_stopped(killed)
+            until(lambda: _entries(service, f"{name}-b"))
+            killed.kill()
+    assert 0 < _entries(service, f"{name}-b") < 12000
     assert admin(*words)["entries"] == 12000
     assert content_of(service, f"{name}-b") == content_of(service, name)
 

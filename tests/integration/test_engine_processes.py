@@ -59,7 +59,7 @@ def test_a_killed_service_leaves_none_and_its_successor_has_everything(tmp_path:
         sidecar.kill()
     with running_sidecar(tmp_path / "data", flags=ISOLATE_ALL) as sidecar:
         assert [layer.entries for layer in sidecar.describe("m").layers] == [400, 300, 300]
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not are_gone(processes):
             assert time.monotonic() < end
             time.sleep(0.05)

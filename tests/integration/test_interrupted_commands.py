@@ -38,7 +38,8 @@ def _interrupted(sidecar: Sidecar, name: str, *arguments: str) -> tuple[int, str
     """Exit code and stderr of a command that gets SIGINT while its operation runs, and how that ended."""
     with _begin(sidecar, *arguments) as process:
         _wait_until(sidecar, name, pb.OPERATION_STATE_RUNNING)
-        process.send_signal(signal.SIGINT)
+        with sidecar.paused():  # the operation does not end before the signal is there
+            process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=CALL_TIMEOUT_S)
     assert stdout == ""
     assert "Traceback" not in stderr

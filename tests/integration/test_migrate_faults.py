@@ -19,6 +19,7 @@ from knnmoe import channels, tensors
 from knnmoe.v1 import retention_pb2, retention_pb2_grpc
 
 from tests.integration.admin_runs import Admin, admin_of, content_of
+from tests.message_gate import MessageGate
 from tests.sidecar import (
     ASSIGNMENT,
     CALL_TIMEOUT_S,
@@ -43,24 +44,16 @@ def source(edge_sidecar: Sidecar) -> tuple[Sidecar, str]:
     return edge_sidecar, "long"
 
 
-def begin(sidecar: Sidecar, name: str, to: Path) -> subprocess.Popen[str]:
+def begin(target: str, name: str, to: Path) -> subprocess.Popen[str]:
     """`migrate` into a directory, in a process of its own."""
-    words = [SCRIPT, "--json", "--target", sidecar.target, "migrate", name, "--delete"]
+    words = [SCRIPT, "--json", "--target", target, "migrate", name, "--delete"]
     words += ["--from", "embedded", "--to", str(to)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_entries(process: subprocess.Popen[str], data: Path, name: str, layer: int) -> None:
-    """Until the first entries of a layer have been written."""
-    log = data / "memories" / name / f"layer-{layer:03d}" / "gen-000000" / "shard" / "wal"
-    while not any(b"text-0" in _beginning(file) for file in log.glob("open-*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
-def _beginning(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(1 << 16)
+def before_layer(sidecar: Sidecar, layer: int) -> MessageGate:
+    """In front of the service: layers before this one are read, and this one is not."""
+    return MessageGate(sidecar.target, "Export", passes=layer)
 
 
 @contextmanager
@@ -107,13 +100,13 @@ def test_killed_half_way_and_run_again_while_the_source_changes(
     sidecar, name = source
     admin, words = admin_of(sidecar.target), ("migrate", name, "--from", "embedded", "--to", data)
     with changing(sidecar, name) as changes:
-        with begin(sidecar, name, data) as process:
-            wait_for_entries(process, data, name, layer=1)
+        with before_layer(sidecar, 2) as gate, begin(gate.target, name, data) as process:
+            gate.wait_until_stopped(process)
             process.kill()
         assert process.returncode == -signal.SIGKILL
         left = [layer["added"] for layer in admin(*words, "--dry-run")["memories"][0]["layers"]]
         assert left[0] < ENTRIES / 2 < left[2]
-        again, before = begin(sidecar, name, data), len(changes)
+        again, before = begin(sidecar.target, name, data), len(changes)
         while len(changes) < before + 20 and again.poll() is None:
             time.sleep(0.01)
     stdout, stderr = again.communicate(timeout=CALL_TIMEOUT_S)
@@ -128,9 +121,10 @@ def test_killed_half_way_and_run_again_while_the_source_changes(
 
 def test_interrupted(source: tuple[Sidecar, str], data: Path) -> None:
     sidecar, name = source
-    with begin(sidecar, name, data) as process:
-        wait_for_entries(process, data, name, layer=0)
+    with before_layer(sidecar, 1) as gate, begin(gate.target, name, data) as process:
+        gate.wait_until_stopped(process)
         process.send_signal(signal.SIGINT)
+        gate.open()  # the command ends where it is sound: between two pages
         stdout, stderr = process.communicate(timeout=CALL_TIMEOUT_S)
     assert process.returncode == 130
     assert stdout == ""

@@ -141,10 +141,9 @@ def test_a_sidecar_that_hangs_is_waited_for_no_longer_than_the_deadline(
         policy = RetrievalPolicy(client)
         assert policy(call) is not None
         client.timeout_s = 0.01
-        mortal.process.send_signal(signal.SIGSTOP)
-        assert [policy(call) for _ in range(9)] == [None] * 9
+        with mortal.paused():
+            assert [policy(call) for _ in range(9)] == [None] * 9
         assert client.fallbacks == {(0, "deadline"): 5, (0, "breaker_open"): 4}
-        mortal.process.send_signal(signal.SIGCONT)
         client.timeout_s, clock[0] = 30.0, 2.0
         assert policy(call) is not None
 
@@ -156,23 +155,20 @@ def test_a_prompt_is_waited_for_longer_than_a_token(mortal: Sidecar) -> None:
         policy = RetrievalPolicy(client)
         assert policy(call) is not None
         client.timeout_s = 0.01
-        mortal.process.send_signal(signal.SIGSTOP)
-        with pytest.raises(ServiceUnavailable, match=f"{0.01 + 0.002 * (asked - 1):g} s"):
+        late = pytest.raises(ServiceUnavailable, match=f"{0.01 + 0.002 * (asked - 1):g} s")
+        with mortal.paused(), late:
             policy(call)
-        mortal.process.send_signal(signal.SIGCONT)
 
 
 def test_a_sidecar_that_hangs_from_the_start(
     mortal: Sidecar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(router_client.CONNECT_TIMEOUT_S, "fall_back", 0.05)
-    mortal.process.send_signal(signal.SIGSTOP)
     model = loaded_model().model
-    with generating_client(mortal.target, "paper") as client:
+    with mortal.paused(), generating_client(mortal.target, "paper") as client:
         client.timeout_s = 0.01
         assert torch.equal(prefill(model, RetrievalPolicy(client)), prefill(model))
     assert {reason for _, reason in client.fallbacks} == {"deadline"}
-    mortal.process.send_signal(signal.SIGCONT)
 
 
 def test_an_interrupted_look_up_answers_no_later_one(
@@ -241,8 +237,8 @@ def test_scoring_waits_for_a_sidecar_that_is_slow(mortal: Sidecar) -> None:
     with client_of(mortal.target, "paper") as client:
         policy = RetrievalPolicy(client)
         assert policy(call) is not None
-        mortal.process.send_signal(signal.SIGSTOP)
-        wake_up = threading.Timer(0.3, mortal.process.send_signal, [signal.SIGCONT])
-        wake_up.start()
-        assert policy(call) is not None
-        wake_up.join()
+        with mortal.paused():
+            wake_up = threading.Timer(0.3, mortal.process.send_signal, [signal.SIGCONT])
+            wake_up.start()
+            assert policy(call) is not None
+            wake_up.join()

@@ -17,7 +17,14 @@ from knnmoe.v1 import operations_pb2 as pb
 from knnmoe.v1 import operations_pb2_grpc, retention_pb2, retention_pb2_grpc
 
 from tests.integration.refusals import Case, assert_refused
-from tests.sidecar import CALL_TIMEOUT_S, LOGIT_DELTA, Sidecar, random_entries, refusal
+from tests.sidecar import (
+    CALL_TIMEOUT_S,
+    EXIT_TIMEOUT_S,
+    LOGIT_DELTA,
+    Sidecar,
+    random_entries,
+    refusal,
+)
 
 # In RAM every distance is computed: finding 6,000 entries' neighbours takes seconds.
 SLOW = retention_pb2.PrunePlan(agreement_below=1.0)
@@ -150,7 +157,7 @@ def test_optimize_is_an_operation(sidecar: Sidecar, name: str) -> None:
 
 def test_the_stop_of_the_service_ends_it(data: Path) -> None:
     """Within moments, not after --drain-s."""
-    with Sidecar(data, backend="exact", flags=("--drain-s", "50")) as sidecar:
+    with Sidecar(data, backend="exact", flags=("--drain-s", "300")) as sidecar:
         sidecar.create("m", kind=LOGIT_DELTA, gamma=[0.05])
         sidecar.upsert("m", 0, random_entries(LOGIT_DELTA, ROWS))
         call = _prune(sidecar, "m")
@@ -162,5 +169,5 @@ def test_the_stop_of_the_service_ends_it(data: Path) -> None:
         case = Case(print, StatusCode.CANCELLED, "CANCELLED", words)
         assert_refused(service_error(failed.value), case)
         sidecar.close_channel()
-        assert sidecar.process.wait(30) == 0
+        assert sidecar.process.wait(EXIT_TIMEOUT_S) == 0
         assert "Traceback" not in sidecar.stderr

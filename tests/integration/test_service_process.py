@@ -36,7 +36,7 @@ from tests.sidecar import (
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 # Tries of something that another thread of the service does soon.
-TRIES = 200
+TRIES = 1200
 
 
 def _health(sidecar: Sidecar, service: str = "") -> int:

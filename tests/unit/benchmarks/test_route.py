@@ -98,7 +98,8 @@ def test_ratios_are_against_both_indexes(result: dict[str, Any]) -> None:
 
 def test_without_faiss_it_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "faiss.py").write_text("raise ImportError('none here')\n")
-    done = run(tmp_path / "route.json", PYTHONPATH=str(tmp_path))
+    there = os.environ.get("PYTHONPATH", "")
+    done = run(tmp_path / "route.json", PYTHONPATH=f"{tmp_path}{os.pathsep}{there}")
     assert done.returncode == 2
     assert "eval extra: pip install 'knn-moe[eval]'" in done.stderr
     assert not (tmp_path / "route.json").exists()

@@ -159,7 +159,7 @@ def slow_child(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return go
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited too long"

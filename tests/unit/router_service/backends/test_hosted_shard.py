@@ -104,7 +104,7 @@ def test_a_call_under_way_says_how_the_process_ended(collection: EdgeCollection)
 def test_the_process_ends_with_the_service(collection: EdgeCollection) -> None:
     shard = hosted(collection)
     shard._connection.close()  # what the kernel does when the service is killed
-    shard._process.wait(10)
+    shard._process.wait(60)
     assert shard._process.returncode == 0
 
 

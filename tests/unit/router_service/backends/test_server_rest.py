@@ -28,7 +28,7 @@ from tests.qdrant_standin import QdrantStandIn
 from tests.qdrant_standin.tcp_faults import TcpFaults
 
 CERTIFICATE = Path(qdrant_standin.__file__).with_name("localhost.pem")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")

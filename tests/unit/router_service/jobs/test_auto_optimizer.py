@@ -83,7 +83,7 @@ class Store:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -118,7 +118,7 @@ def test_stop_ends_what_is_under_way() -> None:
     layer = Layer(Moments(0, 0), blocks=True)
     thread = AutoOptimizer(Store(layer), 8 * MIB)  # type: ignore[arg-type]
     thread.start()
-    assert layer.entered.wait(30)
+    assert layer.entered.wait(60)
     thread.stop()
     assert layer.optimized == 0
 
