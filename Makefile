@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint types proto bench crash docker-check clean
+.PHONY: help setup demo test test-fast lint types proto bench crash docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -22,6 +22,9 @@ demo: setup ## watch a frozen MoE get better on text it was not trained for (wri
 WORKERS ?= 2
 test: setup ## every test that runs here, WORKERS=2 at a time
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
+test-fast: setup ## unit and contract tests, in under 2 minutes: no engines side by side, no real services
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile tests/unit tests/contract
 
 lint: setup ## ruff, import contracts, protos
 	$(BIN)/ruff check .
