@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from knnmoe.v1 import operations_pb2_grpc, quantization_pb2_grpc
 from knnmoe.v1 import quantization_pb2 as pb
 
 from tests.integration.admin_runs import admin_of
+from tests.integration.server_snapshots import until
 from tests.sidecar import (
     EXPERTS,
     LOGIT_DELTA,
@@ -156,11 +156,11 @@ def test_what_is_cancelled_leaves_the_memory_as_it_was(service: Sidecar) -> None
     stub = quantization_pb2_grpc.QuantizationServiceStub(service.channel)
     call = stub.Quantize(pb.QuantizeRequest(memory="m", compression="binary"))
     next(call)
-    call.cancel()
+    with service.paused():  # the operation does not end before the service hears of it
+        call.cancel()
     operations = operations_pb2_grpc.OperationServiceStub(service.channel)
     listed = operations_pb.ListOperationsRequest(memory="m")
-    while operations.ListOperations(listed).operations[-1].state == RUNNING:
-        time.sleep(0.05)
+    until(lambda: operations.ListOperations(listed).operations[-1].state != RUNNING)
     after = service.describe("m")
     assert [each.quantization for each in after.layers] == ["none"] * 3
     assert after.settings == before.settings

@@ -45,8 +45,8 @@ class Layer:
             time.sleep(0.001)
         if self.fails:
             raise StorageError("made to fail")
-        self.optimized += 1
         self.changed_entries = 0
+        self.optimized += 1  # last: whoever sees it may set the other
         return True
 
 
@@ -70,11 +70,13 @@ class Store:
     """A store with one memory of one layer."""
 
     def __init__(self, layer: Layer) -> None:
-        self._layer = layer
+        self._layer, self.looks = layer, 0
 
     def memories(self) -> list[Any]:
         class Part:
             pass
+
+        self.looks += 1
 
         memory, one = Part(), Part()
         memory.record, memory.layers = Part(), [one]  # type: ignore[attr-defined]
@@ -87,6 +89,12 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def wait_for_looks(store: Store) -> None:
+    """Until the thread has looked at the layers five times more."""
+    before = store.looks
+    wait_for(lambda: store.looks >= before + 5)
 
 
 @pytest.fixture(autouse=True)
@@ -106,10 +114,11 @@ def test_a_layer_is_tidied_once_per_backlog() -> None:
 
 def test_a_layer_that_fails_is_left_alone_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     layer = Layer(Moments(0, 0), fails=True)
-    thread = AutoOptimizer(Store(layer), 8 * MIB)  # type: ignore[arg-type]
+    store = Store(layer)
+    thread = AutoOptimizer(store, 8 * MIB)  # type: ignore[arg-type]
     thread.start()
     wait_for(lambda: "made to fail" in caplog.text)
-    time.sleep(0.05)
+    wait_for_looks(store)
     thread.stop()
     assert caplog.text.count("made to fail") == 1
 
@@ -127,6 +136,6 @@ def test_a_threshold_of_0_never_indexes() -> None:
     layer = Layer(Moments(0, 0))
     thread = AutoOptimizer(Store(layer), 0)  # type: ignore[arg-type]
     thread.start()
-    time.sleep(0.02)
+    assert not thread._thread.is_alive()
     thread.stop()
     assert layer.optimized == 0
