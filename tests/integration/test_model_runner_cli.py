@@ -419,7 +419,7 @@ def test_builds_that_are_interrupted_and_killed(
         return process.returncode, err
 
     code, err = disturbed(signal.SIGINT)
-    assert code == 130
+    assert code == 130, err
     assert "interrupted; what the sidecar acknowledged is kept" in err
     assert "Traceback" not in err
     some = entries_of(edge_sidecar, name)
