@@ -404,7 +404,9 @@ def test_builds_that_are_interrupted_and_killed(
 ) -> None:
     """Ctrl-C, then SIGKILL, then a run to the end: the entries are those of an undisturbed build."""
     build(edge_sidecar.target, f"{name}-whole", "recommended")
-    script = "import sys, model_runner.cli; sys.exit(model_runner.cli.main())"
+    # Its own patience with the upsert that waits for ever must not end it before the signal comes.
+    patient = "import knnmoe.client.admin as admin; admin.DEFAULT_TIMEOUT_S = 600.0"
+    script = f"import sys, model_runner.cli; {patient}; sys.exit(model_runner.cli.main())"
     arguments = [*map(str, build_arguments), "--batch-size", "1", "--no-optimize"]
     command = [sys.executable, "-c", script, *arguments]
 

@@ -165,7 +165,9 @@ def test_learning_that_is_interrupted_goes_on(
     run: Run, edge_sidecar: Sidecar, memory: str, where: list[object], tmp_path: Path
 ) -> None:
     text = write_text(tmp_path / FILE_NAME, [f"{n}: {s}" for n in range(3) for s in SENTENCES])
-    script = "import sys, model_runner.cli; sys.exit(model_runner.cli.main())"
+    # Its own patience with the upsert that waits for ever must not end it before the signal comes.
+    patient = "import knnmoe.client.admin as admin; admin.DEFAULT_TIMEOUT_S = 600.0"
+    script = f"import sys, model_runner.cli; {patient}; sys.exit(model_runner.cli.main())"
     command = [sys.executable, "-c", script, "learn", str(text), *map(str, where)]
     with MessageGate(edge_sidecar.target, "Upsert", passes=2 * LAYERS) as gate:
         words = [gate.target if word == edge_sidecar.target else word for word in command]
@@ -175,7 +177,7 @@ def test_learning_that_is_interrupted_goes_on(
             gate.wait_until_stopped(process)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "what the sidecar acknowledged is kept" in err
     assert "Traceback" not in err
     some = entries_of(edge_sidecar, memory)
@@ -240,7 +242,7 @@ def test_a_session_that_is_interrupted_keeps_what_was_learnt(
 
     monkeypatch.setattr(sys, "stdin", Typist(typed()))
     done = run("generate", "--interactive", *where, "--max-new-tokens", 1)
-    assert done.code == 130
+    assert done.code == 130, done.err
     assert "what the sidecar acknowledged is kept" in done.err
     assert entries_of(edge_sidecar, memory) == LAYERS * len(" meek")
 
