@@ -20,8 +20,6 @@ from model_runner.architectures.discovery import decoder_of, find_router_sites
 from model_runner.architectures.families import RouterSite
 from model_runner.errors import UnsupportedModel
 
-__all__ = ["ModelFingerprint", "model_fingerprint"]
-
 # 64 bits tell models apart, and travel with every request.
 _DIGEST_HEX_DIGITS = 16
 

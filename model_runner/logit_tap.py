@@ -17,8 +17,6 @@ from model_runner.architectures.discovery import find_router_sites
 from model_runner.architectures.families import Assignment, RouterSite, swapped_logits
 from model_runner.errors import HooksInUse
 
-__all__ = ["LogitTap", "family_assignment"]
-
 LogitFunction = Callable[[RouterSite, Tensor], Tensor]
 Forward = Callable[..., Any]
 

@@ -31,8 +31,6 @@ from model_runner.architectures.families import (
 from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
 from model_runner.logit_tap import LogitTap
 
-__all__ = ["Assignment", "Logits", "Policy", "RouterCall", "RouterHooks", "verify_hooks"]
-
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()
 

@@ -1,4 +1,4 @@
-"""The exception tree of the service. `rpc/status.py` maps each to one gRPC status and one ErrorReason.
+"""The exception tree of the service. `rpc/interceptors.py` maps each to one gRPC status and one ErrorReason.
 
 RoutingServiceError
 ├── InvalidRequest            a caller's mistake; names the field, the value and what was expected
@@ -30,37 +30,6 @@ RoutingServiceError
 """
 
 from __future__ import annotations
-
-__all__ = [
-    "BackendMisconfigured",
-    "BackendUnavailable",
-    "Busy",
-    "Cancelled",
-    "CollectionClosed",
-    "CorruptMemory",
-    "DeadlineTooShort",
-    "DirectoryInUse",
-    "DiskFull",
-    "ForeignCollection",
-    "InvalidField",
-    "InvalidRequest",
-    "InvalidTensor",
-    "KindMismatch",
-    "LayerNotFound",
-    "MemoryExists",
-    "MemoryNotFound",
-    "ModelMismatch",
-    "NotFinite",
-    "OperationNotFound",
-    "Overloaded",
-    "RoutingServiceError",
-    "ShuttingDown",
-    "SnapshotInvalid",
-    "SnapshotNotFound",
-    "StorageError",
-    "WidthMismatch",
-    "shorten",
-]
 
 _MAX_NAMES = 20
 

@@ -120,17 +120,9 @@ class QdrantSettings(BaseSettings):
             url=url,
             api_key=key,
             ca_certificate=ca,
-            prefix=self.prefix,
-            shard_number=self.shard_number,
-            replication_factor=self.replication_factor,
-            write_consistency_factor=self.write_consistency_factor,
-            on_disk=self.on_disk,
-            wait=self.wait,
             ordering=self.write_ordering,
-            timeout_s=self.timeout_s,
-            connections=self.connections,
-            rest_port=self.rest_port,
             named_by=named_by,
+            **self.model_dump(exclude={"api_key", "api_key_file", "ca_file", "write_ordering"}),
         )
 
 

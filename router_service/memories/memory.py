@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from router_service import checks, kernels
-from router_service.arrays import F32, U64, Assignment, Entries, ExampleRef
+from router_service.arrays import F32, U64, AnyArray, Assignment, Entries, ExampleRef
 from router_service.backends.base import CollectionSpec
 from router_service.errors import (
     InvalidField,
@@ -175,7 +175,7 @@ class RoutingMemory:
 
     def _check_query(self, query: RouteQuery) -> None:
         self._check_inputs("router_inputs", query.router_inputs)
-        tokens, model = len(query.router_inputs), self.record.fingerprint
+        tokens = len(query.router_inputs)
         self._check_neighbours(query.neighbours, tokens)
         if len(query.exclude) not in (0, 1, tokens):
             raise InvalidField(
@@ -188,13 +188,7 @@ class RoutingMemory:
         if isinstance(query.own, Assignment):
             self._check_assignment("assignment", query.own, tokens)
         else:
-            checks.require_matrix(
-                "router_logits",
-                query.own,
-                tokens,
-                model.num_experts,
-                "num_experts of the memory's model",
-            )
+            self._check_width("router_logits", query.own, tokens, "num_experts")
             checks.require_finite("router_logits", query.own)
 
     def _check_neighbours(self, asked: int | None, tokens: int) -> None:
@@ -209,26 +203,18 @@ class RoutingMemory:
             )
 
     def _check_inputs(self, field: str, inputs: F32) -> None:
-        checks.require_matrix(
-            field,
-            inputs,
-            None,
-            self.record.fingerprint.hidden_size,
-            "hidden_size of the memory's model",
-        )
+        self._check_width(field, inputs, None, "hidden_size")
         checks.require_finite(field, inputs)
 
+    def _check_width(self, field: str, matrix: AnyArray, rows: int | None, width: str) -> None:
+        """A matrix [rows, width]; `width` names a field of the model's fingerprint."""
+        columns = getattr(self.record.fingerprint, width)
+        checks.require_matrix(field, matrix, rows, columns, f"{width} of the memory's model")
+
     def _check_assignment(self, field: str, assignment: Assignment, rows: int) -> None:
-        model = self.record.fingerprint
         for name in ("experts", "weights"):
-            checks.require_matrix(
-                f"{field}.{name}",
-                getattr(assignment, name),
-                rows,
-                model.top_k,
-                "top_k of the memory's model",
-            )
-        checks.require_assignment(field, assignment, model.num_experts)
+            self._check_width(f"{field}.{name}", getattr(assignment, name), rows, "top_k")
+        checks.require_assignment(field, assignment, self.record.fingerprint.num_experts)
 
     def _refuse_kind(self, got: str) -> None:
         kind = self.record.settings.kind
@@ -238,13 +224,7 @@ class RoutingMemory:
         )
 
     def _checked_entries(self, entries: Entries) -> Entries:
-        checks.require_matrix(
-            "entries.keys",
-            entries.keys,
-            None,
-            self.record.fingerprint.hidden_size,
-            "hidden_size of the memory's model",
-        )
+        self._check_width("entries.keys", entries.keys, None, "hidden_size")
         rows = len(entries.keys)
         if entries.ids.shape != (rows,):
             raise InvalidTensor(
@@ -263,15 +243,8 @@ class RoutingMemory:
         return replace(entries, provenance=stamped)
 
     def _check_values(self, values: F32, rows: int) -> None:
-        model = self.record.fingerprint
         if self.record.settings.kind is Kind.LOGIT_DELTA:
-            checks.require_matrix(
-                "entries.logit_deltas",
-                values,
-                rows,
-                model.num_experts,
-                "num_experts of the memory's model",
-            )
+            self._check_width("entries.logit_deltas", values, rows, "num_experts")
             checks.require_finite("entries.logit_deltas", values)
             return
         half = values.shape[-1] // 2
