@@ -122,5 +122,5 @@ def _report_deleted(report: Report, layer: int, done: int, total: int) -> None:
     try:
         report(f"layer {layer}: delete", done, total)
     except Cancelled as error:
-        told = f"{done} of {total} entries were deleted and stay deleted; nothing else was changed"
-        raise Cancelled(f"{error}; {told}") from error
+        kept = f"{done} of {total} entries were deleted and stay deleted; nothing else was changed"
+        raise Cancelled(f"{error}; {kept}") from error

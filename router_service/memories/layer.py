@@ -147,7 +147,7 @@ class LayerMemory:
     def optimize(
         self, compression: Compression | None = None, report: Report = say_nothing
     ) -> CollectionInfo:
-        """Builds index and search keys, as before unless told otherwise; returns the state afterwards."""
+        """Builds index and search keys, with the present compression for None; returns the state afterwards."""
         self.collection.optimize(compression, report)
         return self.collection.info()
 

@@ -70,7 +70,7 @@ class MemorySettings:
         return SearchOptions(self.hnsw_ef, self.oversampling)
 
     def fields(self) -> dict[str, Any]:
-        """Field by field; plain JSON values but for tuples, which JSON turns into lists."""
+        """Name -> value of every field; plain JSON values but for tuples, which JSON turns into lists."""
         return asdict(self)
 
 

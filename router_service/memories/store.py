@@ -108,7 +108,7 @@ class MemoryStore:
             self._open_one(record)
 
     def refresh(self) -> None:
-        """Takes over what other services changed of shared memories. Raises StorageError."""
+        """Follows what other services changed of shared memories. Raises StorageError."""
         if not self._shared:
             return
         with self._lock:
