@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from router_service.memories.settings import Kind
 from router_service.transfer.endpoints import Batch, EntryShape, Sink, Source
 
 PROVENANCE_FIELDS = ("source", "example", "position", "token", "gain", "created_unix_ms")
-_F32_MAX = float(np.finfo(np.float32).max)
+_LIMITS = {
+    "position": (0, 2**32 - 1),
+    "token": (-(2**31), 2**31 - 1),
+    "created_unix_ms": (0, 2**64 - 1),
+}
 
 
 class FileError(Exception):
@@ -33,11 +37,19 @@ class FileError(Exception):
 
 
 class EntryReader(Source):
-    """An opened file of entries, a source of them. `entries` is how many it holds, of every layer. Raises FileError."""
+    """An opened file of entries, a source of them. `entries` is how many it holds, of every layer. Raises FileError.
 
-    def __init__(self, path: Path, shape: EntryShape) -> None:
+    `layer` is that of rows which name none; of a format that always names it, only this layer is read.
+    """
+
+    def __init__(self, path: Path, shape: EntryShape, layer: int | None) -> None:
         self.path, self.entries = path, 0
-        self._shape = shape
+        self._shape, self._layer = shape, layer
+
+    @staticmethod
+    def metadata_of(path: Path) -> dict[str, str]:
+        """What a file says about itself beside its entries; nothing, unless the format has a place for it."""
+        return {}
 
     @abstractmethod
     def read(self) -> Iterator[Batch]:
@@ -78,7 +90,13 @@ class EntryReader(Source):
 
 
 class EntryWriter(Sink):
-    """A file of entries in the making, a sink that holds nothing and only takes. Raises FileError."""
+    """A file of entries in the making, a sink that holds nothing and only takes. Raises FileError.
+
+    `metadata` is left out where the format has no place for it.
+    """
+
+    def __init__(self, path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> None:
+        self._path, self._shape = path, shape
 
     @abstractmethod
     def append(self, layer: int, entries: Entries) -> None:
@@ -136,15 +154,20 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     return Batch(parts[0].layer, Entries.concat([part.entries for part in parts]), rows)
 
 
-def first_wrong(name: str, numbers: F32, shape: EntryShape) -> tuple[int, int, str] | None:
-    """Row and column of the first of a field's numbers [n, width] that cannot be used, and what was expected."""
+def numbers_of(
+    name: str, rows: AnyArray, shape: EntryShape, error: Callable[[int, int, str], FileError]
+) -> F32:
+    """A field's numbers [n, width] as f32. Raises the `error` of the first that cannot be used: row, column, why."""
+    with np.errstate(over="ignore"):  # found below, as infinity
+        numbers: F32 = rows.astype(np.float32)
     wrong, expected = ~np.isfinite(numbers), "a finite number of f32"
     if name == "experts":
         experts = shape.num_experts
         wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= experts)
         expected = f"a whole number from 0 to {experts - 1}"
-    found = np.argwhere(wrong)
-    return (int(found[0][0]), int(found[0][1]), expected) if len(found) else None
+    for row, column in np.argwhere(wrong):
+        raise error(int(row), int(column), f"got {rows[row, column]}, expected {expected}")
+    return numbers
 
 
 def widths(shape: EntryShape) -> dict[str, tuple[int, str]]:
@@ -155,12 +178,21 @@ def widths(shape: EntryShape) -> dict[str, tuple[int, str]]:
     return lists | {"experts": (shape.top_k, "top_k"), "weights": (shape.top_k, "top_k")}
 
 
-def value_columns(values: AnyArray, shape: EntryShape) -> dict[str, AnyArray]:
-    """Value rows [n, W] as the fields that hold them."""
+def columns_of(layer: int, entries: Entries, shape: EntryShape) -> dict[str, AnyArray | list[Any]]:
+    """Entries of one layer as the fields of their rows, in the order in which files have them."""
+    columns: dict[str, AnyArray | list[Any]] = {
+        "id": entries.ids,
+        "layer": np.full(len(entries), layer, np.uint32),
+        "key": entries.keys,
+    }
     if shape.kind is Kind.LOGIT_DELTA:
-        return {"value": values}
-    half = shape.top_k
-    return {"experts": values[:, :half].astype(np.int32), "weights": values[:, half:]}
+        columns["value"] = entries.values
+    else:
+        columns["experts"] = entries.values[:, : shape.top_k].astype(np.int32)
+        columns["weights"] = entries.values[:, shape.top_k :]
+    for name in PROVENANCE_FIELDS:
+        columns[name] = [getattr(origin, name) for origin in entries.provenance]
+    return columns
 
 
 def check_names(row: Mapping[str, Any], shape: EntryShape) -> None:
@@ -192,19 +224,17 @@ def provenance_of(row: Mapping[str, Any]) -> Provenance:
     """Where the entry came from; fields that are missing keep their defaults."""
     given = {name: row[name] for name in PROVENANCE_FIELDS if row.get(name) is not None}
     for name in ("source", "example"):
+        text = given.get(name, "")
+        # JSON can escape half a character, which UTF-8 cannot hold.
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name}: got {shorten(text)}, expected text")
+    for name, (least, most) in _LIMITS.items():
         if name in given:
-            given[name] = text(name, given[name])
-    limits = {
-        "position": (0, 2**32 - 1),
-        "token": (-(2**31), 2**31 - 1),
-        "created_unix_ms": (0, 2**64 - 1),
-    }
-    for name, (least, most) in limits.items():
-        if name in given:
-            given[name] = whole(name, given[name], least, most)
-    if "gain" in given:
-        given["gain"] = number("gain", given["gain"])
-    return Provenance(**given)
+            whole(name, given[name], least, most)
+    gain = given.get("gain", 0.0)
+    if type(gain) not in (int, float) or not math.isfinite(gain):
+        raise ValueError(f"gain: got {shorten(gain)}, expected a finite number")
+    return Provenance(**given | {"gain": float(gain)})
 
 
 def id_of(row: Mapping[str, Any], origin: Provenance) -> int:
@@ -220,34 +250,6 @@ def id_of(row: Mapping[str, Any], origin: Provenance) -> int:
     return entry_id(origin.source, origin.example, origin.position)
 
 
-def value_of(row: Mapping[str, Any], shape: EntryShape) -> F32:
-    """The value row [W]."""
-    if shape.kind is Kind.LOGIT_DELTA:
-        return vector("value", row["value"], shape.num_experts, "num_experts")
-    if not isinstance(row["experts"], list) or len(row["experts"]) != shape.top_k:
-        raise ValueError(f"experts: got {_size(row['experts'])}, expected {shape.top_k} (top_k)")
-    experts = [
-        whole(f"experts[{i}]", expert, 0, shape.num_experts - 1)
-        for i, expert in enumerate(row["experts"])
-    ]
-    weights = vector("weights", row["weights"], shape.top_k, "top_k")
-    return np.concatenate([np.asarray(experts, dtype=np.float32), weights])
-
-
-def vector(name: str, value: Any, width: int, of: str) -> F32:
-    """A list of `width` finite numbers as f32."""
-    if not isinstance(value, list) or len(value) != width:
-        raise ValueError(f"{name}: got {_size(value)}, expected {width} numbers ({of})")
-    for index, item in enumerate(value):
-        if type(item) is not float and type(item) is not int:
-            raise ValueError(f"{name}[{index}]: got {shorten(item)}, expected a number")
-        if not -_F32_MAX <= item <= _F32_MAX:
-            raise ValueError(
-                f"{name}[{index}]: got {shorten(item)}, expected a finite number of f32"
-            )
-    return np.asarray(value, dtype=np.float32)
-
-
 def whole(name: str, value: Any, least: int, most: int) -> int:
     """A whole number in [least, most]."""
     if type(value) is not int or not least <= value <= most:
@@ -255,21 +257,3 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
             f"{name}: got {shorten(value)}, expected a whole number from {least} to {most}"
         )
     return value
-
-
-def text(name: str, value: Any) -> str:
-    """Text that UTF-8 can hold (JSON can escape half a character)."""
-    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{name}: got {shorten(value)}, expected text")
-    return value
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {shorten(value)}, expected a finite number")
-    return float(value)
-
-
-def _size(value: Any) -> str:
-    return f"{len(value)}" if isinstance(value, list) else shorten(value, 40)

@@ -5,7 +5,7 @@ Parquet's library takes half a second to load, so it is loaded on demand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from router_service.transfer.endpoints import EntryShape
 from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError
 from router_service.transfer.jsonl import JsonlReader, JsonlWriter
-from router_service.transfer.safetensors import SafetensorsReader, SafetensorsWriter, TensorFile
+from router_service.transfer.safetensors import SafetensorsReader, SafetensorsWriter
 
 
 class FileFormat(StrEnum):
@@ -38,7 +38,7 @@ def format_of(path: Path) -> FileFormat:
 
 def open_reader(path: Path, shape: EntryShape, layer: int | None = None) -> EntryReader:
     """A reader of a file of entries; `layer` stands in for a layer that rows do not name. Raises FileError."""
-    reader, _, _ = _by_format(_format_of_file(path))
+    reader, _ = _by_format(_format_of_file(path))
     with _file_errors(path):
         return reader(path, shape, layer)
 
@@ -50,31 +50,25 @@ def open_writer(
     metadata: Mapping[str, str] | None = None,
 ) -> EntryWriter:
     """A writer of a new file; JSONL has no place for metadata. Raises FileError."""
-    _, writer, _ = _by_format(file_format)
+    _, writer = _by_format(file_format)
     with _file_errors(path):
         return writer(path, shape, metadata or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What a file says about itself beside its entries; JSONL says nothing. Raises FileError."""
-    _, _, metadata_of = _by_format(_format_of_file(path))
-    return metadata_of(path)
+    reader, _ = _by_format(_format_of_file(path))
+    return reader.metadata_of(path)
 
 
-_Reader = Callable[[Path, EntryShape, int | None], EntryReader]
-_Writer = Callable[[Path, EntryShape, Mapping[str, str]], EntryWriter]
-
-
-def _by_format(
-    file_format: FileFormat,
-) -> tuple[_Reader, _Writer, Callable[[Path], dict[str, str]]]:
+def _by_format(file_format: FileFormat) -> tuple[type[EntryReader], type[EntryWriter]]:
     if file_format is FileFormat.JSONL:
-        return JsonlReader, JsonlWriter, lambda _: {}
+        return JsonlReader, JsonlWriter
     if file_format is FileFormat.PARQUET:
-        from router_service.transfer import parquet
+        from router_service.transfer.parquet import ParquetReader, ParquetWriter
 
-        return parquet.ParquetReader, parquet.ParquetWriter, parquet.metadata_of
-    return SafetensorsReader, SafetensorsWriter, lambda path: TensorFile(path).metadata
+        return ParquetReader, ParquetWriter
+    return SafetensorsReader, SafetensorsWriter
 
 
 def _format_of_file(path: Path) -> FileFormat:

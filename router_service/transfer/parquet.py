@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from router_service.arrays import F32, AnyArray, Entries, Provenance
+from router_service.arrays import F32, AnyArray, Entries
 from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
 from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError, by_layer
@@ -24,16 +25,20 @@ _SCALARS = ("id", "layer", *fields.PROVENANCE_FIELDS)
 class ParquetReader(EntryReader):
     """Columns of the wrong type are refused when the file is opened, lists of the wrong length row by row."""
 
-    def __init__(self, path: Path, shape: EntryShape, default_layer: int | None) -> None:
-        super().__init__(path, shape)
-        self._default_layer = default_layer
-        try:
+    def __init__(self, path: Path, shape: EntryShape, layer: int | None) -> None:
+        super().__init__(path, shape, layer)
+        with _errors_of(path):
             self._file = pq.ParquetFile(path, pre_buffer=False)  # a file may be larger than RAM
             fields.check_names(dict.fromkeys(self._file.schema_arrow.names, True), shape)
             _check_lists(self._file.schema_arrow, shape)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise FileError(path, "", f"not a Parquet file of entries: {error}") from error
         self.entries = self._file.metadata.num_rows
+
+    @staticmethod
+    @override
+    def metadata_of(path: Path) -> dict[str, str]:
+        with _errors_of(path):
+            pairs: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
+            return {key.decode(): text.decode() for key, text in pairs.items()}
 
     @override
     def read(self) -> Iterator[Batch]:
@@ -49,10 +54,8 @@ class ParquetReader(EntryReader):
         return f"row {row}"
 
     def _pieces(self, size: int) -> Iterator[pa.RecordBatch]:
-        try:
+        with _errors_of(self.path, "damaged Parquet file"):
             yield from (batch for batch in self._file.iter_batches(size) if batch.num_rows)
-        except (pa.ArrowException, OSError) as error:
-            raise FileError(self.path, "", f"damaged Parquet file: {error}") from error
 
     def _entries(self, piece: pa.RecordBatch, first: int) -> tuple[list[int], Entries]:
         names = [name for name in _SCALARS if name in piece.schema.names]
@@ -61,7 +64,7 @@ class ParquetReader(EntryReader):
         for number, row in enumerate(rows, first):
             with self.errors_at(f"row {number}"):
                 origins.append(fields.provenance_of(row))
-                layers.append(fields.layer_of(row, self._default_layer))
+                layers.append(fields.layer_of(row, self._layer))
                 ids.append(fields.id_of(row, origins[-1]))
         keys, *values = (
             self._matrix(name, piece.column(name), first) for name in fields.widths(self._shape)
@@ -79,35 +82,26 @@ class ParquetReader(EntryReader):
             problem = f"{name}: got {got}, expected {width} numbers ({of})"
             raise FileError(self.path, f"row {first + wrong[0]}", problem)
         flat: AnyArray = column.flatten().to_numpy(zero_copy_only=False)
-        with np.errstate(over="ignore"):  # found below, as infinity
-            numbers = flat.astype(np.float32).reshape(-1, width)
-        if found := fields.first_wrong(name, numbers, self._shape):
-            row, index, expected = found
-            got = flat.reshape(-1, width)[row, index]
-            problem = f"{name}[{index}]: got {got}, expected {expected}"
-            raise FileError(self.path, f"row {first + row}", problem)
-        return numbers
+
+        def error(row: int, index: int, problem: str) -> FileError:
+            return FileError(self.path, f"row {first + row}", f"{name}[{index}]: {problem}")
+
+        return fields.numbers_of(name, flat.reshape(-1, width), self._shape, error)
 
 
 class ParquetWriter(EntryWriter):
     """Writes entries as they come, compressed; `metadata` becomes the file's own."""
 
     def __init__(self, path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> None:
-        self._shape = shape
-        schema = schema_of(shape).with_metadata(dict(metadata))
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        super().__init__(path, shape, metadata)
+        self._schema = schema_of(shape).with_metadata(dict(metadata))
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
 
     @override
     def append(self, layer: int, entries: Entries) -> None:
-        values = fields.value_columns(entries.values, self._shape)
-        columns: dict[str, Any] = {
-            "id": entries.ids,
-            "layer": np.full(len(entries), layer, dtype=np.uint32),
-            "key": _lists(entries.keys),
-            **{name: _lists(rows) for name, rows in values.items()},
-            **_columns(entries.provenance),
-        }
-        self._writer.write_table(pa.table(columns, schema=schema_of(self._shape)))
+        columns = fields.columns_of(layer, entries, self._shape)
+        arrays = {name: _array(column) for name, column in columns.items()}
+        self._writer.write_table(pa.table(arrays, schema=self._schema))
 
     @override
     def close(self) -> None:
@@ -135,12 +129,10 @@ def schema_of(shape: EntryShape) -> pa.Schema:
     )
 
 
-def _lists(rows: AnyArray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-
-
-def _columns(origins: Sequence[Provenance]) -> dict[str, list[Any]]:
-    return {name: [getattr(each, name) for each in origins] for name in fields.PROVENANCE_FIELDS}
+def _array(column: AnyArray | list[Any]) -> Any:
+    if isinstance(column, list) or column.ndim == 1:
+        return column
+    return pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), column.shape[1])
 
 
 def _check_lists(schema: pa.Schema, shape: EntryShape) -> None:
@@ -163,10 +155,9 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """The file's own key-value metadata. Raises FileError."""
+@contextmanager
+def _errors_of(path: Path, problem: str = "not a Parquet file of entries") -> Iterator[None]:
     try:
-        pairs: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
-        return {key.decode(): text.decode() for key, text in pairs.items()}
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise FileError(path, "", f"not a Parquet file of entries: {error}") from error
+        raise FileError(path, "", f"{problem}: {error}") from error

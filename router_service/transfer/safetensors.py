@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,14 @@ _DTYPES = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
-_COLUMN_DTYPES = {"id": "<u8", "experts": "<i4"}
-# Tensors are named in the plural.
-_TENSOR_OF = {"id": "ids", "key": "keys", "value": "values"}
+# The tensor that holds a field, and the type that it is written in.
+_TENSORS = {
+    "id": ("ids", "<u8"),
+    "key": ("keys", "<f4"),
+    "value": ("values", "<f4"),
+    "experts": ("experts", "<i4"),
+    "weights": ("weights", "<f4"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +96,19 @@ class TensorFile:
 class SafetensorsReader(EntryReader):
     """Tensors of the wrong name, type or shape are refused when the file is opened, numbers as they are read."""
 
-    def __init__(self, path: Path, shape: EntryShape, only_layer: int | None) -> None:
-        super().__init__(path, shape)
+    def __init__(self, path: Path, shape: EntryShape, layer: int | None) -> None:
+        super().__init__(path, shape, layer)
         self._file = TensorFile(path)
         found = sorted({self._layer_of(name) for name in self._file.tensors})
-        self._layers = [n for n in found if only_layer is None or n == only_layer]
-        for layer in self._layers:
-            self._check_shapes(layer)
-        self.entries = sum(self._count(layer) for layer in self._layers)
+        self._layers = [number for number in found if layer in (None, number)]
+        for number in self._layers:
+            self._check_shapes(number)
+            self.entries += self._count(number)
+
+    @staticmethod
+    @override
+    def metadata_of(path: Path) -> dict[str, str]:
+        return TensorFile(path).metadata
 
     @override
     def read(self) -> Iterator[Batch]:
@@ -128,15 +138,13 @@ class SafetensorsReader(EntryReader):
         return Batch(layer, entries, range(start + 1, stop + 1))
 
     def _numbers(self, layer: int, field: str, start: int, stop: int) -> F32:
-        name = _TENSOR_OF.get(field, field)
+        name, _ = _TENSORS[field]
+
+        def error(row: int, column: int, problem: str) -> FileError:
+            return self._error(layer, f"{name}[{start + row}][{column}]: {problem}")
+
         rows = self._file.rows(f"layers.{layer}.{name}", start, stop)
-        with np.errstate(over="ignore"):  # found below, as infinity
-            matrix: F32 = rows.astype(np.float32)
-        if found := fields.first_wrong(field, matrix, self._shape):
-            row, column, expected = found
-            got = f"{name}[{start + row}][{column}]: got {rows[row, column]}"
-            raise self._error(layer, f"{got}, expected {expected}")
-        return matrix
+        return fields.numbers_of(field, rows, self._shape, error)
 
     def _ids(
         self,
@@ -167,7 +175,7 @@ class SafetensorsReader(EntryReader):
 
     def _layer_of(self, name: str) -> int:
         found = _NAME.fullmatch(name)
-        wanted = {"ids", *(_TENSOR_OF.get(field, field) for field in fields.widths(self._shape))}
+        wanted = {_TENSORS[field][0] for field in ("id", *fields.widths(self._shape))}
         if found is None or found[2] not in wanted:
             names = ", ".join(f"layers.N.{field}" for field in sorted(wanted))
             raise FileError(
@@ -178,7 +186,7 @@ class SafetensorsReader(EntryReader):
     def _check_shapes(self, layer: int) -> None:
         count, prefix = self._count(layer), f"layers.{layer}."
         wanted: dict[str, tuple[tuple[int, ...], str]] = {
-            _TENSOR_OF.get(field, field): ((count, width), f"[n, {of}]")
+            _TENSORS[field][0]: ((count, width), f"[n, {of}]")
             for field, (width, of) in fields.widths(self._shape).items()
         }
         if f"{prefix}ids" in self._file.tensors:
@@ -219,7 +227,7 @@ class SafetensorsWriter(EntryWriter):
     """Takes twice the file's size on disk until finish() returns, and RAM for the provenance only."""
 
     def __init__(self, path: Path, shape: EntryShape, metadata: Mapping[str, str]) -> None:
-        self._path, self._shape = path, shape
+        super().__init__(path, shape, metadata)
         self._metadata = {"format": FORMAT, **metadata}
         self._files = ExitStack()
         path.touch()  # a directory that takes no file is refused before anything is read
@@ -234,15 +242,13 @@ class SafetensorsWriter(EntryWriter):
     @override
     def append(self, layer: int, entries: Entries) -> None:
         self._rows[layer] += len(entries)
-        columns: dict[str, AnyArray] = {"id": entries.ids, "key": entries.keys}
-        for name, rows in (columns | fields.value_columns(entries.values, self._shape)).items():
-            dtype = _COLUMN_DTYPES.get(name, "<f4")
-            self._columns[name].write(np.ascontiguousarray(rows, dtype).data)
+        columns = fields.columns_of(layer, entries, self._shape)
+        for name, file in self._columns.items():
+            file.write(np.ascontiguousarray(columns[name], _TENSORS[name][1]).data)
         lists = self._origins.setdefault(layer, {name: [] for name in fields.PROVENANCE_FIELDS})
-        origins = [asdict(origin) for origin in entries.provenance]
         for name, parts in lists.items():
-            parts += [json.dumps(origin[name]) for origin in origins]
-            self._origin_bytes += sum(2 + len(part) for part in parts[-len(origins) :])
+            parts += map(json.dumps, columns[name])
+            self._origin_bytes += sum(2 + len(part) for part in parts[-len(entries) :])
         self._require_header(self._origin_bytes)
 
     @override
@@ -269,7 +275,7 @@ class SafetensorsWriter(EntryWriter):
         tensors: dict[str, AnyArray] = {}
         for field, column in self._columns.items() if self._rows else ():
             column.flush()
-            dtype, name = np.dtype(_COLUMN_DTYPES.get(field, "<f4")), _TENSOR_OF.get(field, field)
+            name, dtype = _TENSORS[field]
             mapped: AnyArray = np.memmap(column, dtype, mode="r")
             mapped = mapped.reshape(self._rows.total(), -1) if field != "id" else mapped
             start = 0
