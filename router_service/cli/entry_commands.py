@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from knnmoe.client import AdminClient, ServiceError
+from knnmoe.client import ServiceError
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import types_pb2 as types_pb
 from pydantic import ValidationError
 
 from router_service.cli.errors import AdminError, BadInput, Unreachable, admin_error
-from router_service.cli.options import MemoryName, environment_problem
-from router_service.cli.output import Session, parse_plain, plain, session_of, table
+from router_service.cli.options import MemoryName, OnlyLayers, environment_problem
+from router_service.cli.output import Session, parse_plain, plain, session_of
 from router_service.errors import (
     BackendUnavailable,
     InvalidRequest,
@@ -72,7 +72,12 @@ def copy_errors() -> Iterator[None]:
         raise environment_problem(error) from error
 
 
-def _fsync(help_text: str) -> Any:
+def _file(help_text: str) -> Any:
+    return typer.Argument(metavar="FILE", help=help_text, show_default=False)
+
+
+def _fsync(example: str) -> Any:
+    help_text = f"Acknowledge a batch when it would survive loss of power{example} --fsync."
     return typer.Option("--fsync", help=help_text)
 
 
@@ -80,14 +85,7 @@ def _fsync(help_text: str) -> Any:
 def upsert(
     context: typer.Context,
     name: MemoryName,
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="Entries to write: FILE.jsonl, FILE.parquet or FILE.safetensors.",
-            show_default=False,
-        ),
-    ],
+    file: Annotated[Path, _file("Entries to write: FILE.jsonl, FILE.parquet or FILE.safetensors.")],
     layer: Annotated[
         int | None,
         typer.Option(
@@ -96,11 +94,7 @@ def upsert(
         ),
     ] = None,
     fsync: Annotated[
-        bool,
-        _fsync(
-            "Acknowledge a batch when it would survive loss of power, not only of the service, "
-            "e.g. upsert bible bible.parquet --fsync."
-        ),
+        bool, _fsync(", not only of the service, e.g. upsert bible bible.parquet")
     ] = False,
 ) -> None:
     """Write entries into a memory. An entry whose id is already there is replaced.
@@ -129,7 +123,7 @@ def upsert(
     """
     session, started = session_of(context), time.monotonic()
     format_of(file)  # before the service is asked for anything
-    target = _entries(session.client, name, fsync=fsync)
+    target = ServiceEndpoint(session.client, fsync=fsync).entries(name)
     source = open_reader(file, EntryShape.of(target.record), layer)
     copy = Copy(source, target, [] if layer is None else [layer])
     _write_file(session, copy, source, "writing")
@@ -137,7 +131,7 @@ def upsert(
         raise BadInput(f"{file}: no entries" + (f" of layer {layer}" if layer is not None else ""))
     document = {"memory": name, "file": str(file), **_written(copy, fsync, started)}
     line = f"wrote {copy.written} entries to {len(document['layers'])} layer(s) of {name}"
-    session.output.emit(document, lambda console: console.print(line))
+    session.output.line(document, line)
 
 
 def count(
@@ -159,30 +153,15 @@ def count(
     reply = session.client.unary(session.client.admin.Count, request)
     rows: list[list[object]] = [[item.layer, item.entries] for item in reply.layers]
     rows.append(["total", reply.total])
-    session.output.emit(
-        plain(reply), lambda console: console.print(table(("layer", "entries"), rows))
-    )
+    session.output.table(plain(reply), ("layer", "entries"), rows)
 
 
 @copy_errors()
 def export(
     context: typer.Context,
     name: MemoryName,
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="File to make: FILE.parquet, FILE.safetensors or FILE.jsonl.",
-            show_default=False,
-        ),
-    ],
-    layer: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            help="Only this layer; repeat it for more (--layer 14 --layer 15). All when not given.",
-        ),
-    ] = None,
+    file: Annotated[Path, _file("File to make: FILE.parquet, FILE.safetensors or FILE.jsonl.")],
+    layer: OnlyLayers = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace FILE when it is there, e.g. --force.")
     ] = False,
@@ -203,7 +182,7 @@ def export(
     format_of(file)
     if file.exists() and not force:
         raise BadInput(f"{file}: already there; pass --force to replace it")
-    source = _entries(session.client, name)
+    source = ServiceEndpoint(session.client).entries(name)
     record = source.record
     layers = sorted(set(layer or range(record.fingerprint.num_layers)))
     with new_file(file, EntryShape.of(record), _description(record)) as sink:
@@ -217,19 +196,14 @@ def export(
         "layers": [{"layer": n, "entries": copy.counts[n].added} for n in layers],
     }
     line = f"wrote {copy.written} entries of {len(layers)} layer(s) to {file}"
-    session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
+    session.output.line(document, line)
 
 
 @copy_errors()
 def import_memory(
     context: typer.Context,
     file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="What `export` wrote: FILE.parquet, FILE.safetensors or FILE.jsonl.",
-            show_default=False,
-        ),
+        Path, _file("What `export` wrote: FILE.parquet, FILE.safetensors or FILE.jsonl.")
     ],
     as_name: Annotated[
         str | None,
@@ -254,12 +228,7 @@ def import_memory(
             "`router-admin --json memory show` printed, e.g. bible.json.",
         ),
     ] = None,
-    fsync: Annotated[
-        bool,
-        _fsync(
-            "Acknowledge a batch when it would survive loss of power, e.g. import bible.parquet --fsync."
-        ),
-    ] = False,
+    fsync: Annotated[bool, _fsync(", e.g. import bible.parquet")] = False,
 ) -> None:
     """Make a memory from an exported file, or add the file to one.
 
@@ -310,8 +279,7 @@ def import_memory(
         **_written(copy, fsync, started),
     }
     verb = "made" if there is None else "filled"
-    line = f"{verb} memory {name}: {copy.written} entries from {file}"
-    session.output.emit(document, lambda console: console.print(line, soft_wrap=True))
+    session.output.line(document, f"{verb} memory {name}: {copy.written} entries from {file}")
 
 
 @copy_errors()
@@ -343,12 +311,7 @@ def merge(
             help="Service that holds FROM, when it is not that of --target, e.g. unix:/run/other.sock.",
         ),
     ] = None,
-    fsync: Annotated[
-        bool,
-        _fsync(
-            "Acknowledge a batch when it would survive loss of power, e.g. merge psalms bible --fsync."
-        ),
-    ] = False,
+    fsync: Annotated[bool, _fsync(", e.g. merge psalms bible")] = False,
 ) -> None:
     """Add the entries of one memory to another of the same model, kind and similarity.
 
@@ -368,7 +331,8 @@ def merge(
             f"{from_name}: FROM and INTO are the same memory; name two, or --from-target"
         )
     with closing(client.at(from_target or client.target)) as from_client:
-        source, target = _entries(from_client, from_name), _entries(client, into_name, fsync=fsync)
+        source = ServiceEndpoint(from_client).entries(from_name)
+        target = ServiceEndpoint(client, fsync=fsync).entries(into_name)
         require_same_entries(
             f"memory {from_name}", source.record, f"memory {into_name}", target.record
         )
@@ -380,29 +344,24 @@ def merge(
         except ServiceError as error:
             raise _with_remark(error, " (merging again goes on where this ended)") from error
     columns = ("added", "replaced", "kept")
-    counts = {layer: [getattr(copy.counts[layer], name) for name in columns] for layer in layers}
-    totals = [sum(column) for column in zip(*counts.values(), strict=True)] or [0] * len(columns)
+    rows = [
+        {"layer": layer, **{name: getattr(copy.counts[layer], name) for name in columns}}
+        for layer in layers
+    ]
     document = {
         "from": from_name,
         "into": into_name,
         "on_conflict": on_conflict.value,
-        **dict(zip(columns, totals, strict=True)),
-        "layers": [{"layer": n, **dict(zip(columns, counts[n], strict=True))} for n in layers],
+        **{name: sum(row[name] for row in rows) for name in columns},
+        "layers": rows,
         "elapsed_s": round(time.monotonic() - started, 3),
     }
-    rows = [[layer, *counts[layer]] for layer in layers]
     title = f"{from_name} into {into_name}"
-    session.output.emit(
-        document, lambda console: console.print(table(("layer", *columns), rows, title=title))
-    )
+    session.output.table(document, ("layer", *columns), rows, title)
     if copy.written:
         session.output.remark(
             f"next: router-admin calibrate {into_name}; router-admin optimize {into_name}"
         )
-
-
-def _entries(client: AdminClient, name: str, *, fsync: bool = False) -> ServiceEntries:
-    return ServiceEndpoint(client, fsync=fsync).entries(name)
 
 
 def _with_remark(error: ServiceError, remark: str) -> AdminError:

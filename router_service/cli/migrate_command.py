@@ -22,15 +22,11 @@ from router_service.cli.entry_commands import copy_errors, require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted, admin_error
 from router_service.cli.operation_commands import first_interrupt
 from router_service.cli.output import Session, session_of, table
-from router_service.errors import (
-    InvalidField,
-    shorten,
-)
+from router_service.errors import InvalidField, shorten
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.store import MemoryStore
 from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
-from router_service.transfer.copying import LayerCounts
 from router_service.transfer.endpoints import Advance, Endpoint, Progress
 from router_service.transfer.migration import Migration
 from router_service.transfer.service import EMBEDDED, ServiceEndpoint
@@ -38,6 +34,7 @@ from router_service.transfer.store import StoreEndpoint
 
 _EXPECTED = "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server, or a data directory"
 _AGAIN = "run the same command again"
+_COUNTS = ("added", "replaced", "deleted", "only_in_target")
 _INTERRUPTED = "interrupted; what was written stays, and running the same command again goes on"
 # Hex digits of a checksum in a table; --json has them all.
 _SHOWN_DIGITS = 16
@@ -162,8 +159,16 @@ def migrate(
     }
 
     def render(console: Console) -> None:
-        for migration in done:
-            _render(console, migration, dry_run=dry_run)
+        for each in memories:
+            state = "verified" if each["verified"] else "not verified"
+            name = (
+                each["memory"]
+                if each["as"] == each["memory"]
+                else f"{each['memory']} as {each['as']}"
+            )
+            rows = [_row(layer) for layer in each["layers"]]
+            title = f"{name}, {'would be done' if dry_run else state}"
+            console.print(table(list(rows[0]), rows, title))
 
     session.output.emit(document, render)
     if problem:
@@ -230,7 +235,12 @@ def endpoint_name(option: str, text: str) -> EndpointName:
     if text == EMBEDDED:
         return EndpointName(text, (EMBEDDED,))
     if is_url(text):
-        return EndpointName(text, _server(option, text))
+        try:
+            host, port = parse_url(text)
+        except InvalidField as error:
+            raise BadInput(f"{option}: got {error.value}, expected {error.expected}") from error
+        grpc_port = GRPC_PORT if port in (None, REST_PORT) else port
+        return EndpointName(text, ("server", host.lower(), str(grpc_port)))
     if not text or "\0" in text or "://" in text or re.fullmatch(r"[^/]+:\d+", text):
         raise BadInput(f"{option}: got {shorten(text)}, expected {_EXPECTED}")
     return EndpointName(text, ("directory", str(Path(text).resolve())))
@@ -244,15 +254,6 @@ def _require_directories(source: EndpointName, target: EndpointName) -> None:
         )
     if target.directory is not None and target.directory.exists() and not target.directory.is_dir():
         raise BadInput(f"--to: {shorten(target.text)} is a file, expected {_EXPECTED}")
-
-
-def _server(option: str, url: str) -> tuple[str, ...]:
-    try:
-        host, port = parse_url(url)
-    except InvalidField as error:
-        raise BadInput(f"{option}: got {error.value}, expected {error.expected}") from error
-    grpc_port = GRPC_PORT if port in (None, REST_PORT) else port
-    return "server", host.lower(), str(grpc_port)
 
 
 @contextmanager
@@ -304,13 +305,12 @@ def _watched(progress: Progress, check: Callable[[], None]) -> Progress:
 def _document(migration: Migration) -> dict[str, Any]:
     """One memory's part of the JSON document. What a run did not come to is left out."""
     layers, copy = _layers(migration), migration.copy
-    totals = ("added", "replaced", "deleted", "only_in_target")
     return {
         "memory": migration.record.name,
         "as": migration.as_name,
         "made": migration.made,
         "changed_settings": migration.changed_settings,
-        **{name: sum(layer[name] for layer in layers) for name in totals},
+        **{name: sum(layer[name] for layer in layers) for name in _COUNTS},
         "passes": copy.passes,
         "verified": copy.verified,
         "layers": layers,
@@ -319,7 +319,11 @@ def _document(migration: Migration) -> dict[str, Any]:
 
 def _layers(migration: Migration) -> list[dict[str, Any]]:
     copy = migration.copy
-    layers = {number: {"layer": number, **_counts(copy.counts[number])} for number in copy.layers}
+    layers: dict[int, dict[str, Any]] = {}
+    for number in copy.layers:
+        counts = copy.counts[number]
+        done = (counts.added, counts.replaced, counts.deleted, counts.only_in_sink)
+        layers[number] = {"layer": number, **dict(zip(_COUNTS, done, strict=True))}
     for each in copy.sums:
         layers[each.layer] |= {
             "source": asdict(each.source),
@@ -335,27 +339,9 @@ def _layers(migration: Migration) -> list[dict[str, Any]]:
     return [layers[number] for number in sorted(layers)]
 
 
-def _counts(counts: LayerCounts) -> dict[str, Any]:
-    return {
-        "added": counts.added,
-        "replaced": counts.replaced,
-        "deleted": counts.deleted,
-        "only_in_target": counts.only_in_sink,
-    }
-
-
-def _render(console: Console, migration: Migration, *, dry_run: bool) -> None:
-    """One memory's table."""
-    rows = [_row(layer) for layer in _layers(migration)]
-    name, as_name = migration.record.name, migration.as_name
-    moved = name if as_name == name else f"{name} as {as_name}"
-    state = "verified" if migration.copy.verified else "not verified"
-    title = f"{moved}, {'would be done' if dry_run else state}"
-    console.print(table(list(rows[0]), [list(row.values()) for row in rows], title=title))
-
-
 def _row(layer: dict[str, Any]) -> dict[str, object]:
-    names = ("layer", *_counts(LayerCounts()))
+    """One layer of the document, as a row of its memory's table."""
+    names = ("layer", *_COUNTS)
     row: dict[str, object] = {name.replace("_", " "): layer[name] for name in names}
     if "equal" in layer:
         source, target = layer["source"], layer["target"]
