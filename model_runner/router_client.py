@@ -10,13 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from knnmoe.client import (
-    NO_PAUSES_S,
-    PAUSES_S,
-    ExampleRef,
-    RoutingClient,
-    ServiceUnavailable,
-)
+from knnmoe.client import NO_PAUSES_S, PAUSES_S, ExampleRef, RoutingClient, ServiceUnavailable
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
 from torch import Tensor

@@ -284,9 +284,7 @@ def _unfinished(move: FileSwap, memories: Path) -> Finding:
 
 def _leftover(memory: str, path: Path, memories: Path) -> Finding:
     return warning(
-        memory,
-        f"{path} is what a crash left behind; the next start removes it",
-        _start(memories),
+        memory, f"{path} is what a crash left behind; the next start removes it", _start(memories)
     )
 
 

@@ -16,14 +16,7 @@ from model_runner.architectures.families import (
 from model_runner.errors import UnsupportedModel
 
 _ROUTER_NAMES = ("gate", "router")
-_TOP_K_NAMES = (
-    "top_k",
-    "num_experts_per_tok",
-    "top_k_experts",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-)
+_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
 # MoE blocks whose experts are no module named `experts`.
 _BLOCKS_WITHOUT_EXPERTS_CHILD = frozenset({"JetMoeMoE"})
 # Routers that return something else than what their last linear map computed: see Family.returns_raw_logits.

@@ -54,8 +54,7 @@ def build(
         typer.Option(min=1, help="Gradient steps S; more than 1 gains little. Assignments only."),
     ] = 1,
     gradient_scope: Annotated[
-        Scope,
-        typer.Option(help="leaf: later routers held fixed. live: gradient passes them."),
+        Scope, typer.Option(help="leaf: later routers held fixed. live: gradient passes them.")
     ] = "leaf",
     own_token: Annotated[
         bool,
@@ -169,8 +168,7 @@ def calibrate(
         typer.Option(help="Similarity at the quantile of the distance.", callback=options.fraction),
     ] = 0.5,
     quantile: Annotated[
-        float,
-        typer.Option(help="Of the distance to the nearest key.", callback=options.fraction),
+        float, typer.Option(help="Of the distance to the nearest key.", callback=options.fraction)
     ] = 0.5,
     window: options.Window = None,
     batch_size: options.BatchSize = 8,

@@ -249,12 +249,7 @@ class Demo:
             )
 
     def _add(
-        self,
-        name: str,
-        domain: str,
-        scores: Scores,
-        plain: Scores,
-        lambdas: list[float] | None,
+        self, name: str, domain: str, scores: Scores, plain: Scores, lambdas: list[float] | None
     ) -> None:
         change = difference(scores, plain)
         low, high = bootstrap_interval(scores, plain, seed=self._settings.seed)

@@ -12,11 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
-from knnmoe.v1.types_pb2 import (
-    MEMORY_KIND_ASSIGNMENT,
-    MEMORY_KIND_LOGIT_DELTA,
-    MemorySettings,
-)
+from knnmoe.v1.types_pb2 import MEMORY_KIND_ASSIGNMENT, MEMORY_KIND_LOGIT_DELTA, MemorySettings
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
@@ -88,10 +84,7 @@ RECOMMENDED = Recipe(Kind.LOGIT_DELTA, Norm.SOFT, step_size=1.0)
 RECOMMENDED_STEP_SIZE = 2.25
 _FIRST_LAYER, _EARLY_LAYERS, _LATE_LAYERS = 0.5, 1.0, 1.3
 
-_WIRE_KINDS = {
-    Kind.ASSIGNMENT: MEMORY_KIND_ASSIGNMENT,
-    Kind.LOGIT_DELTA: MEMORY_KIND_LOGIT_DELTA,
-}
+_WIRE_KINDS = {Kind.ASSIGNMENT: MEMORY_KIND_ASSIGNMENT, Kind.LOGIT_DELTA: MEMORY_KIND_LOGIT_DELTA}
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,11 +153,7 @@ class CollectionReader(Protocol):
     """The entries of one layer, to read. Safe to call from several threads. Every engine failure is a StorageError."""
 
     def search(
-        self,
-        queries: F32,
-        k: int,
-        options: SearchOptions,
-        exclude: Sequence[ExampleRef] = (),
+        self, queries: F32, k: int, options: SearchOptions, exclude: Sequence[ExampleRef] = ()
     ) -> Neighbours:
         """The k nearest entries of each query [T, d]. `exclude`: none, one for all tokens, or one per token.
 

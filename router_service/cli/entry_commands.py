@@ -21,12 +21,7 @@ from pydantic import ValidationError
 from router_service.cli.errors import AdminError, BadInput, Unreachable, admin_error
 from router_service.cli.options import MemoryName, OnlyLayers, environment_problem
 from router_service.cli.output import Session, parse_plain, plain, session_of
-from router_service.errors import (
-    BackendUnavailable,
-    InvalidRequest,
-    RoutingServiceError,
-    shorten,
-)
+from router_service.errors import BackendUnavailable, InvalidRequest, RoutingServiceError, shorten
 from router_service.memories.memory import MemoryRecord
 from router_service.rpc import codec
 from router_service.transfer import copying

@@ -168,8 +168,7 @@ def create(
         typer.Option(help="What the entries' values are; fixed from here on, e.g. assignment."),
     ] = None,
     similarity: Annotated[
-        Similarity | None,
-        typer.Option(help="The kernel; fixed from here on, e.g. rbf."),
+        Similarity | None, typer.Option(help="The kernel; fixed from here on, e.g. rbf.")
     ] = None,
     neighbours: Neighbours = None,
     gamma: Gamma = None,
@@ -233,11 +232,7 @@ def set_settings(
 
 
 @app.command("delete", cls=ExampleCommand)
-def delete(
-    context: typer.Context,
-    name: MemoryName,
-    yes: Yes = False,
-) -> None:
+def delete(context: typer.Context, name: MemoryName, yes: Yes = False) -> None:
     """Delete a memory and all its entries. Asks first.
 
     Example:

@@ -26,10 +26,7 @@ def followed(session: Session, method: Any, request: Any, result: str) -> Iterat
     At Ctrl-C the operation is cancelled, its last words are awaited, and Interrupted is raised; a second Ctrl-C does
     not wait.
     """
-    with (
-        first_interrupt(signal.default_int_handler) as pressed,
-        session.output.operation() as show,
-    ):
+    with first_interrupt(signal.default_int_handler) as pressed, session.output.operation() as show:
         call, cancelled = method(request), False
         try:
             # Replies come a few times a second, so an interrupt is seen soon; the first one has the operation's id.

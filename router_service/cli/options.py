@@ -86,8 +86,7 @@ WriteConsistencyFactor = Annotated[
     typer.Option("--qdrant-write-consistency-factor", help=_help("write_consistency_factor")),
 ]
 OnDisk = Annotated[
-    bool | None,
-    typer.Option("--qdrant-on-disk/--no-qdrant-on-disk", help=_help("on_disk")),
+    bool | None, typer.Option("--qdrant-on-disk/--no-qdrant-on-disk", help=_help("on_disk"))
 ]
 Ordering = Annotated[
     WriteOrdering | None, typer.Option("--qdrant-write-ordering", help=_help("write_ordering"))

@@ -219,8 +219,7 @@ def prune(
     ] = 0,
     layer: OnlyLayers = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say what would go; delete nothing, e.g. --dry-run."),
+        bool, typer.Option("--dry-run", help="Say what would go; delete nothing, e.g. --dry-run.")
     ] = False,
     yes: Yes = False,
 ) -> None:

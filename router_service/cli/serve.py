@@ -23,10 +23,7 @@ from router_service.rpc.server import RoutingServer
 from router_service.settings import QdrantSettings, ServiceSettings
 
 app = typer.Typer(
-    cls=ExampleGroup,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    cls=ExampleGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
 # Python's 5 ms is what a lookup waits for the interpreter beside an upsert; with this, p99 falls from 9.6 to 8.6 ms.

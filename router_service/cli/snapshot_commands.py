@@ -188,10 +188,7 @@ def pack(
 
 @app.command("delete", cls=ExampleCommand)
 def delete(
-    context: typer.Context,
-    name: MemoryName,
-    snapshot: SnapshotName,
-    yes: Yes = False,
+    context: typer.Context, name: MemoryName, snapshot: SnapshotName, yes: Yes = False
 ) -> None:
     """Delete a snapshot. Asks first.
 

@@ -99,12 +99,7 @@ def _fields(settings: MemorySettings, layers: int) -> dict[str, object]:
 
 
 def copy_indexes(
-    source: MemoryEntries,
-    target: MemoryEntries,
-    layers: int,
-    progress: Progress,
-    *,
-    optimize: bool,
+    source: MemoryEntries, target: MemoryEntries, layers: int, progress: Progress, *, optimize: bool
 ) -> list[LayerIndex]:
     """Optimizes the target's layers where the source has an index or compression that they lack.
 

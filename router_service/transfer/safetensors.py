@@ -147,11 +147,7 @@ class SafetensorsReader(EntryReader):
         return fields.numbers_of(field, rows, self._shape, error)
 
     def _ids(
-        self,
-        layer: int,
-        start: int,
-        rows: Sequence[dict[str, Any]],
-        origins: Sequence[Provenance],
+        self, layer: int, start: int, rows: Sequence[dict[str, Any]], origins: Sequence[Provenance]
     ) -> U64:
         name = f"layers.{layer}.ids"
         if name in self._file.tensors:

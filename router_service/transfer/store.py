@@ -14,13 +14,7 @@ from router_service.memories.deletion import delete_entries
 from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.settings import MemorySettings
 from router_service.memories.store import MemoryStore
-from router_service.transfer.endpoints import (
-    Batch,
-    Endpoint,
-    EntryShape,
-    LayerState,
-    MemoryEntries,
-)
+from router_service.transfer.endpoints import Batch, Endpoint, EntryShape, LayerState, MemoryEntries
 
 
 class StoreEndpoint(Endpoint):

@@ -90,11 +90,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
 
     @override
     def search(
-        self,
-        queries: F32,
-        k: int,
-        options: SearchOptions,
-        exclude: Sequence[ExampleRef] = (),
+        self, queries: F32, k: int, options: SearchOptions, exclude: Sequence[ExampleRef] = ()
     ) -> Neighbours:
         if self.outdated_share > MOST_OUTDATED:
             options = replace(options, exact=True)

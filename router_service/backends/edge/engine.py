@@ -239,9 +239,7 @@ class EngineShard:
 
     @staticmethod
     def create(
-        directory: Path,
-        spec: CollectionSpec,
-        search_keys: SearchKeys | None = None,
+        directory: Path, spec: CollectionSpec, search_keys: SearchKeys | None = None
     ) -> EngineShard:
         """A new shard in a directory that is not there yet, with its payload indexes."""
         with storage_call(f"create {directory}"):
@@ -256,10 +254,7 @@ class EngineShard:
 
     @staticmethod
     def load(
-        directory: Path,
-        spec: CollectionSpec,
-        compression: Compression,
-        segments: int = 1,
+        directory: Path, spec: CollectionSpec, compression: Compression, segments: int = 1
     ) -> EngineShard:
         """Opens a shard. Raises DirectoryInUse when a process has it open, CorruptMemory when it cannot be read.
 

@@ -17,12 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from router_service.arrays import U64
-from router_service.backends.base import (
-    CollectionSpec,
-    Compression,
-    Report,
-    say_nothing,
-)
+from router_service.backends.base import CollectionSpec, Compression, Report, say_nothing
 from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, storage_call
 from router_service.backends.edge.files import Pointer
 from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
