@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model_runner.errors import RunnerError
-    from model_runner.fingerprint import ModelFingerprint, model_fingerprint
+    from model_runner.fingerprint import model_fingerprint
     from model_runner.models import LoadedModel, load_model
     from model_runner.router_client import OnError, RouterClient
     from model_runner.router_hooks import RouterHooks
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModel",
-    "ModelFingerprint",
     "OnError",
     "RetrievalPolicy",
     "Retriever",
@@ -33,7 +32,6 @@ __all__ = [
 
 _HOMES = {
     "LoadedModel": "models",
-    "ModelFingerprint": "fingerprint",
     "OnError": "router_client",
     "RetrievalPolicy": "routing_policy",
     "Retriever": "routing_policy",

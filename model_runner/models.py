@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from knnmoe.fingerprint import ModelFingerprint
 from torch import nn
 
 from model_runner.architectures.discovery import decoder_of
 from model_runner.errors import BadInput
-from model_runner.fingerprint import ModelFingerprint, model_fingerprint
+from model_runner.fingerprint import model_fingerprint
 from model_runner.router_hooks import verify_hooks
 
 # A gradient pass keeps every layer's activations, so a longer window costs memory before it helps.

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from knnmoe.client import NO_PAUSES_S, PAUSES_S, ExampleRef, RoutingClient, ServiceUnavailable
+from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
-from model_runner.fingerprint import ModelFingerprint
 from model_runner.router_hooks import Logits
 from model_runner.routing_policy import Retrieved
 from model_runner.wire import (

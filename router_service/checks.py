@@ -43,22 +43,15 @@ def require_finite(field: str, rows: F32) -> None:
         row = rows[bad[0]]
         broken = np.flatnonzero(~np.isfinite(row))
         column = int(broken[0]) if len(broken) else int(np.abs(row).argmax())
-        raise NotFinite(
-            f"{field}[{bad[0]}][{column}]",
-            float(row[column]),
-            "finite numbers whose squared norm is finite in f32",
-        )
+        expected = "finite numbers whose squared norm is finite in f32"
+        raise NotFinite(f"{field}[{bad[0]}][{column}]", float(row[column]), expected)
 
 
 def require_assignment(field: str, assignment: Assignment, num_experts: int) -> None:
     """Raises unless experts are in [0, N), weights finite and not negative, and no token's weights are all zero."""
     experts, weights = assignment.experts, assignment.weights
-    _require_all(
-        f"{field}.experts",
-        experts,
-        (experts >= 0) & (experts < num_experts),
-        f"expert numbers from 0 to {num_experts - 1}",
-    )
+    within = (experts >= 0) & (experts < num_experts)
+    _require_all(f"{field}.experts", experts, within, f"expert numbers from 0 to {num_experts - 1}")
     require_finite(f"{field}.weights", weights)
     _require_all(f"{field}.weights", weights, weights >= 0, "weights of 0 or more")
     empty = np.flatnonzero(~(weights > 0).any(axis=1))

@@ -11,9 +11,8 @@ from router_service.arrays import F32
 
 def rbf_similarity(squared_distances: F32, gamma: float) -> F32:
     """exp(-gamma d^2) of squared Euclidean distances [...]; an infinite distance gives 0. Method, eq. of s(x, k)."""
-    with np.errstate(
-        over="ignore"
-    ):  # gamma d^2 beyond the largest float64 is a similarity of 0 all the same
+    # gamma d^2 beyond the largest float64 is a similarity of 0 all the same
+    with np.errstate(over="ignore"):
         return np.exp(-gamma * squared_distances.astype(np.float64)).astype(np.float32)
 
 

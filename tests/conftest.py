@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -18,6 +19,10 @@ settings.load_profile("shared_machine")
 # One thread: the tests share the machine with the sidecars that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A job in the background is started with Ctrl-C ignored, and so is what it starts: commands under test must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

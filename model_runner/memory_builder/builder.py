@@ -13,12 +13,12 @@ from functools import partial
 
 import torch
 from knnmoe.client import AdminClient, Upserter
+from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import memory_admin_pb2 as pb
 from torch import Tensor, nn
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
-from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.entries import (
     Destination,
     LayerEntries,

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from knnmoe.client import AdminClient, ExampleRef, Upserter, require_same_model
+from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32
 from torch import Tensor, nn
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
-from model_runner.fingerprint import ModelFingerprint
 from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, TracedWindows
 from model_runner.memory_builder.entries import LayerEntries
 from model_runner.memory_builder.objective import LayerTrace

@@ -93,9 +93,8 @@ class Task:
     settings: MemorySettings
     compressions: tuple[str, ...]
     oversampling: float  # 0: that of each compression
-    examples: tuple[
-        tuple[str, str], ...
-    ]  # per query, the source and example that it must not see; or none
+    # Per query, the source and example that it must not see; or none
+    examples: tuple[tuple[str, str], ...]
 
     def to_json(self) -> str:
         """UTF-8 JSON."""
@@ -205,9 +204,8 @@ def _copied(layer: LayerMemory, min_free_bytes: int | None) -> Iterator[Path]:
         frozen.complete(work / COPY)
         yield work
     finally:
-        with suppress(
-            StorageError
-        ):  # what was killed may still write; the next open removes the rest
+        # What was killed may still write; the next open removes the rest
+        with suppress(StorageError):
             remove_tree(work)
 
 

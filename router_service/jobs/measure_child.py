@@ -1,6 +1,6 @@
 """The process that tries compressions on a copy of a layer: building, exact search and timing stop no thread elsewhere.
 
-Run as `python -m router_service.jobs.measure_child DIRECTORY`; what it does and writes there: see measuring.
+Run as `python -m router_service.jobs.measure_child DIRECTORY`; what it does and writes there: see measure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from router_service.arrays import F32, Assignment, ExampleRef
-from router_service.backends.base import Collection, CollectionSpec, Compression
+from router_service.backends.base import Collection, CollectionSpec, Compression, pages
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.edge.files import CollectionFiles, segment_bytes
 from router_service.backends.edge.processes import die_with_parent_thread
@@ -99,10 +99,9 @@ class _Layer:
 
 def _exact(collection: Collection, spec: CollectionSpec) -> Collection:
     """The same entries in RAM, searched by brute force."""
-    copied, after = ExactBackend().create(COPY, spec), None
-    while len(page := collection.scroll(after, _PAGE)):
+    copied = ExactBackend().create(COPY, spec)
+    for page in pages(collection, _PAGE, with_keys=True):
         copied.upsert(page)
-        after = int(page.ids[-1])
     return copied
 
 

@@ -12,9 +12,7 @@ from router_service.memories.store import MemoryStore
 
 
 def optimized(
-    layers: Sequence[LayerMemory],
-    compression: Compression | None,
-    report: Report,
+    layers: Sequence[LayerMemory], compression: Compression | None, report: Report
 ) -> Iterator[tuple[int, float]]:
     """Optimizes layer after layer; yields the number of each and the seconds it took. Raises what `report` raises.
 

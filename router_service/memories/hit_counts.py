@@ -56,9 +56,8 @@ class HitCounter:
         counter = cls(path)
         try:
             if path is not None:
-                path.parent.mkdir(
-                    parents=True, exist_ok=True
-                )  # layers on a server have no directory
+                # Layers on a server have no directory
+                path.parent.mkdir(parents=True, exist_ok=True)
                 if path.exists():
                     counter._counts = _read(path)
         except _DAMAGE as error:

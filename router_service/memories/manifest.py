@@ -18,6 +18,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from router_service import fingerprint as identity
 from router_service.backends.disk import (
@@ -62,16 +63,14 @@ def is_unfinished(directory: Path) -> bool:
     return (directory / UNFINISHED).exists() and not (directory / FILE_NAME).exists()
 
 
+def fields_of(record: MemoryRecord) -> dict[str, Any]:
+    """A record as a JSON object."""
+    return asdict(record) | {"settings": record.settings.fields()}
+
+
 def record_to_json(record: MemoryRecord) -> str:
     """A record as text."""
-    body = {
-        "format": FORMAT,
-        "name": record.name,
-        "fingerprint": asdict(record.fingerprint),
-        "settings": record.settings.fields(),
-        "created_unix_ms": record.created_unix_ms,
-    }
-    return json.dumps(body, indent=2)
+    return json.dumps({"format": FORMAT} | fields_of(record), indent=2)
 
 
 def record_from_json(text: str, name: str, where: str) -> MemoryRecord:

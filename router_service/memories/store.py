@@ -323,8 +323,5 @@ class MemoryStore:
 def check_name(name: str) -> None:
     """Raises InvalidField on a name that no memory can have."""
     if not _NAME.fullmatch(name) or name.endswith(DOOMED):
-        raise InvalidField(
-            "name",
-            name,
-            "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
-        )
+        expected = "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        raise InvalidField("name", name, expected)

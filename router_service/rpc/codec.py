@@ -134,9 +134,8 @@ def encode_neighbours(
 
 
 def _in_dtype(array: F32, dtype: int) -> types_pb.Tensor:
-    if (
-        dtype == types_pb.DTYPE_F16
-    ):  # logits beyond f16 saturate: an infinity would poison a softmax
+    # Logits beyond f16 saturate: an infinity would poison a softmax
+    if dtype == types_pb.DTYPE_F16:
         return tensors.to_tensor(np.clip(array, -_F16_MAX, _F16_MAX).astype(np.float16))
     return tensors.to_tensor(array, bf16=dtype == types_pb.DTYPE_BF16)
 

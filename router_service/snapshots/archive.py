@@ -23,14 +23,7 @@ from router_service.backends.disk import (
 from router_service.errors import InvalidField, RoutingServiceError, SnapshotInvalid
 from router_service.snapshots import files
 from router_service.snapshots.base import SnapshotInfo
-from router_service.snapshots.files import (
-    OnFile,
-    exclusive,
-    finish,
-    info_of,
-    unfinished,
-    unwatched,
-)
+from router_service.snapshots.files import OnFile, exclusive, finish, info_of, unfinished, unwatched
 from router_service.snapshots.manifest import (
     FILE_NAME,
     MAX_BYTES,

@@ -140,9 +140,14 @@ def free_name(home: Path, asked: str | None, version: int) -> str:
         if (home / asked).exists():
             raise InvalidField("snapshot", asked, "a name that no snapshot of the memory has")
         return asked
+    return timed_name(version, lambda name: (home / name).exists())
+
+
+def timed_name(version: int, taken: Callable[[str], bool]) -> str:
+    """A name of time and version that is not taken."""
     name = base = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-v{version}"
     number = 1
-    while (home / name).exists():
+    while taken(name):
         number += 1
         name = f"{base}-{number}"
     return name

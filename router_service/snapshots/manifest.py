@@ -19,6 +19,7 @@ from router_service.backends.disk import Content, write_atomically
 from router_service.errors import InvalidField, SnapshotInvalid
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings
+from router_service.memories.manifest import fields_of
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.settings import MemorySettings, settings_from_json
 
@@ -77,19 +78,13 @@ def read_manifest(directory: Path) -> SnapshotManifest:
 
 def to_json(manifest: SnapshotManifest) -> bytes:
     """UTF-8 JSON, ending in the sum over the rest."""
-    record = manifest.record
     body: dict[str, Any] = {
         "format": FORMAT,
         "service_version": manifest.service_version,
         "name": manifest.name,
         "created_unix_ms": manifest.created_unix_ms,
         "write_pause_ms": manifest.write_pause_ms,
-        "memory": {
-            "name": record.name,
-            "fingerprint": asdict(record.fingerprint),
-            "settings": record.settings.fields(),
-            "created_unix_ms": record.created_unix_ms,
-        },
+        "memory": fields_of(manifest.record),
         "layers": [{"layer": n, "entries": count} for n, count in enumerate(manifest.entries)],
         "files": [{"path": path, **asdict(content)} for path, content in manifest.files.items()],
         "total": {"entries": sum(manifest.entries), "content_bytes": manifest.total_bytes},

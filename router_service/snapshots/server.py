@@ -10,10 +10,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 
 from typing_extensions import override
 
@@ -46,7 +47,7 @@ from router_service.memories.server_catalogue import ServerCatalogue
 from router_service.memories.store import MemoryStore, check_name
 from router_service.memories.swap import RETIRE_AFTER_S, require_same_model
 from router_service.snapshots.base import SnapshotInfo, SnapshotRef, Swept
-from router_service.snapshots.files import require_name
+from router_service.snapshots.files import require_name, timed_name
 from router_service.snapshots.server_book import (
     LEFT,
     RENEW_S,
@@ -234,7 +235,7 @@ class Restorer:
         draft.keep(collections=(*draft.restoring.collections, target))
 
         def tick(done: int = 0) -> None:
-            report(f"restore layer {number}", done, file.content_bytes)
+            _report_bytes(report, f"restore layer {number}", file, done)
             draft.renew()
 
         with self._snapshots.reachable(file.collection):
@@ -411,7 +412,7 @@ class ServerSnapshotStore(Swept):
         """What the server lists is compared, and every byte that it hands out."""
         snapshot = self._find(ref)
         for number, layer in enumerate(snapshot.layers):
-            tick = _bytes_done(report, f"read layer {number}", layer.file.content_bytes)
+            tick = partial(_report_bytes, report, f"read layer {number}", layer.file)
             with self._snapshots.reachable(layer.file.collection):
                 self._snapshots.require_listed(layer.file)
                 self._snapshots.read(layer.file, tick)
@@ -450,9 +451,8 @@ class ServerSnapshotStore(Swept):
         started = ServerSnapshot(name, memory.record, __version__, now)
         with making(self._book, self._snapshots, started) as draft:
             for number, collection in enumerate(collections):
-                draft.add(
-                    memory, collection, _layers_done(report, "layers", number, len(collections))
-                )
+                tick = partial(report, "layers", number, len(collections))
+                draft.add(memory, collection, tick)
         return draft.snapshot
 
     def _find(self, ref: SnapshotRef) -> ServerSnapshot:
@@ -479,11 +479,7 @@ class ServerSnapshotStore(Swept):
             require_name("snapshot", asked)
             return asked
         taken = {each.name for each in self._book.snapshots(memory.record.name)[0]}
-        base, number = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-v{memory.version}", 2
-        name = base
-        while name in taken:
-            name, number = f"{base}-{number}", number + 1
-        return name
+        return timed_name(memory.version, taken.__contains__)
 
     def _info(self, snapshot: ServerSnapshot) -> SnapshotInfo:
         return SnapshotInfo(
@@ -500,12 +496,8 @@ class ServerSnapshotStore(Swept):
         )
 
 
-def _layers_done(report: Report, stage: str, done: int, total: int) -> Callable[[], None]:
-    return lambda: report(stage, done, total)
-
-
-def _bytes_done(report: Report, stage: str, total: int) -> Callable[[int], None]:
-    return lambda done: report(stage, done, total)
+def _report_bytes(report: Report, stage: str, file: SnapshotFile, done: int) -> None:
+    report(stage, done, file.content_bytes)
 
 
 def _remark(snapshot: ServerSnapshot) -> str:

@@ -1,15 +1,17 @@
-"""Aliases that change places: what collections are called when a memory takes the place of another."""
+"""A Qdrant server as a backend: a collection per layer behind an alias, and aliases that change in a swap."""
 
 from __future__ import annotations
 
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from router_service.backends.base import CollectionSpec, require_name
+from typing_extensions import override
+
+from router_service.backends.base import Backend, CollectionSpec, Renaming, require_name
 from router_service.backends.qdrant_server import messages
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import (
@@ -60,8 +62,8 @@ _HNSW_BUILD_EF = 128
 _GENERATION = "~~"
 
 
-class ServerBackend:
-    """See Backend. Safe to call from several threads; several services may use one server."""
+class ServerBackend(Backend, Renaming):
+    """Safe to call from several threads; several services may use one server."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -74,10 +76,10 @@ class ServerBackend:
         """Of the server, e.g. 1.20.0."""
         return self.connection.version
 
+    @override
     def create(self, name: str, spec: CollectionSpec) -> ServerCollection:
-        """See Backend.create."""
         alias = self._alias(name)
-        if self._collection_behind(alias) is not None:
+        if alias in self._aliases():
             raise StorageError(f"the server already holds a collection {alias!r}")
         collection = self._create_unnamed(name, spec)
         self.publish({name: collection})
@@ -125,24 +127,21 @@ class ServerBackend:
     def unled(self, collections: Iterable[str]) -> list[str]:
         """Those of these collections that are there, and that no alias of the server leads to."""
         led = set(self._aliases().values())
-        reply = self._call("collections", "List", q.ListCollectionsRequest())
-        there = {each.name for each in reply.collections}
-        return [each for each in collections if each in there - led]
+        there = self._collections() - led
+        return [each for each in collections if each in there]
 
     def publish(self, collections: dict[str, str]) -> list[str]:
         """Lets names lead to collections from one call to the next; returns those that they led to, to be dropped."""
         aliases = self._aliases()
-        actions, replaced = [], []
+        actions, before = [], []
         for name, collection in collections.items():
             alias = self._alias(name)
-            if (before := aliases.get(alias)) is not None:
-                delete = q.AliasOperations(delete_alias=q.DeleteAlias(alias_name=alias))
-                actions.append(delete)
-                replaced.append(before)
-            create = q.CreateAlias(collection_name=collection, alias_name=alias)
-            actions.append(q.AliasOperations(create_alias=create))
-        self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
-        return replaced
+            if alias in aliases:
+                actions.append(delete(alias))
+                before.append(aliases[alias])
+            actions.append(_create(alias, collection))
+        self._change_aliases(actions)
+        return before
 
     @contextmanager
     def held(self, collections: Mapping[str, str]) -> Iterator[None]:
@@ -165,9 +164,10 @@ class ServerBackend:
         """What a name leads to now, beside what was opened before and is held."""
         return self._opened(name, self._alias(name), spec)
 
+    @override
     @contextmanager
     def swapping(self, names: Mapping[str, str]) -> Iterator[None]:
-        """See Renaming.swapping; one call moves every alias."""
+        """One call moves every alias."""
         moves = {self._alias(name): self._alias(other) for name, other in names.items()}
         for name in names:
             self.drop_replaced(name)
@@ -175,7 +175,7 @@ class ServerBackend:
         both = [*names, *names.values()]
         with self.held({name: aliases[a] for name in both if (a := self._alias(name)) in aliases}):
             if actions := moved(moves, aliases):
-                self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
+                self._change_aliases(actions)
                 self.connection.wait_for(actions[-1].create_alias.alias_name)
             yield
         self._follow(names)
@@ -189,8 +189,8 @@ class ServerBackend:
                 if (each := self._open_now(name)) is not None:
                     each.ask(self._alias(name))
 
+    @override
     def drop_replaced(self, name: str) -> None:
-        """See Renaming.drop_replaced."""
         aliases = self._aliases()
         collection = aliases.pop(replaced(self._alias(name)), None)
         if collection is not None and collection not in aliases.values():
@@ -200,12 +200,13 @@ class ServerBackend:
         """Removes a collection that no name leads to. No error when it is not there."""
         self._call("collections", "Delete", q.DeleteCollection(collection_name=collection))
 
+    @override
     def open(self, name: str, spec: CollectionSpec) -> ServerCollection:
-        """See Backend.open. Raises ForeignCollection on another dimension or distance."""
+        """Raises ForeignCollection on another dimension or distance."""
         alias = self._alias(name)
         with self._lock:
             self._require_closed(name, f"collection {name!r} is already open")
-        if self._collection_behind(alias) is None:
+        if alias not in self._aliases():
             for leftover in self._of_that_name(alias):
                 self.require_spec(leftover, spec)
             raise CorruptMemory(
@@ -215,8 +216,8 @@ class ServerBackend:
         self.require_spec(alias, spec)
         return self._opened(name, alias, spec)
 
+    @override
     def drop(self, name: str) -> None:
-        """See Backend.drop."""
         alias = self._alias(name)
         with self._lock:
             self._require_closed(name, f"collection {name!r} is open; close it before dropping it")
@@ -224,14 +225,13 @@ class ServerBackend:
         # Collections first: one that was another memory's is found by the alias only.
         aliases = self._aliases()
         own = {aliases.pop(each) for each in (alias, replaced(alias)) if each in aliases}
-        for collection in sorted({*own, *self._generations(alias)} - set(aliases.values())):
+        for collection in sorted({*own, *self._of_that_name(alias)} - {alias, *aliases.values()}):
             self.drop_unnamed(collection)
-        if self._collection_behind(alias) is not None:
-            actions = [delete(alias)]
-            self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
+        if alias in self._aliases():
+            self._change_aliases([delete(alias)])
 
+    @override
     def close(self) -> None:
-        """See Backend.close."""
         with self._lock:
             for collection in self._open.values():
                 collection.close()
@@ -274,18 +274,18 @@ class ServerBackend:
         reply = self._call("collections", "ListAliases", q.ListAliasesRequest())
         return {each.alias_name: each.collection_name for each in reply.aliases}
 
-    def _collection_behind(self, alias: str) -> str | None:
-        return self._aliases().get(alias)
+    def _change_aliases(self, actions: Sequence[Any]) -> None:
+        self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
 
-    def _generations(self, alias: str) -> list[str]:
-        """Every collection made for an alias, whether it leads there or not."""
-        return [each for each in self._of_that_name(alias) if each != alias]
+    def _collections(self) -> set[str]:
+        """Of the whole server."""
+        reply = self._call("collections", "List", q.ListCollectionsRequest())
+        return {each.name for each in reply.collections}
 
     def _of_that_name(self, alias: str) -> list[str]:
-        """Those, and a collection in the alias's own place, which is another program's."""
-        reply = self._call("collections", "List", q.ListCollectionsRequest())
-        names = [each.name for each in reply.collections]
-        return sorted(n for n in names if n == alias or n.startswith(f"{alias}{_GENERATION}"))
+        """Every collection made for an alias, and one that is called as the alias is: another program's."""
+        own = f"{alias}{_GENERATION}"
+        return sorted(name for name in self._collections() if name == alias or name.startswith(own))
 
     def _call(self, service: str, method: str, request: Any, *, repeat: bool = True) -> Any:
         quick = method in ("Get", "List", "ListAliases")

@@ -1,16 +1,19 @@
-"""The server's own quantizations of search keys, as its messages. Search keys apart are the embedded backend's."""
+"""A layer's collection on a server: searched, written, read, and quantized as the server itself can."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
+from typing_extensions import override
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 from router_service.backends.base import (
+    Collection,
     CollectionInfo,
     CollectionSpec,
     Compression,
@@ -109,8 +112,8 @@ _ORDERINGS = {
 }
 
 
-class ServerCollection:
-    """See Collection. Ties in distance come in the server's order. `name` is that of a collection or an alias."""
+class ServerCollection(Collection):
+    """Ties in distance come in the server's order. `name` is that of a collection or an alias."""
 
     def __init__(self, connection: Connection, name: str, spec: CollectionSpec) -> None:
         self._connection, self._name, self._spec = connection, name, spec
@@ -127,14 +130,10 @@ class ServerCollection:
         """From the next call on asks the collection or alias of this name, which holds the same kind of entries."""
         self._name = name
 
+    @override
     def search(
-        self,
-        queries: F32,
-        k: int,
-        options: SearchOptions,
-        exclude: Sequence[ExampleRef] = (),
+        self, queries: F32, k: int, options: SearchOptions, exclude: Sequence[ExampleRef] = ()
     ) -> Neighbours:
-        """See Collection.search."""
         self._require_open()
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
@@ -199,20 +198,14 @@ class ServerCollection:
             raise DeadlineTooShort("the deadline passed before the search began")
         return min(left, self._options.timeout_s)
 
+    @override
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # the server's matter
-        """See Collection.upsert. What a return means is the server's write consistency, not fsync."""
+        """What a return means is the server's write consistency, not fsync."""
         self._require_open()
         keys = as_stored(entries.keys, self._spec.metric, "keys")
         _, last = np.unique(entries.ids[::-1], return_index=True)
         kept = np.sort(len(entries) - 1 - last)
-        points = messages.points_of(
-            Entries(
-                entries.ids[kept],
-                keys[kept],
-                entries.values[kept],
-                [entries.provenance[int(row)] for row in kept],
-            )
-        )
+        points = messages.points_of(replace(entries, keys=keys).take(kept))
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), _MOST_PER_CALL)
         for start in range(0, len(points), step):
             request = q.UpsertPoints(
@@ -223,8 +216,9 @@ class ServerCollection:
             )
             self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
 
+    @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:  # the server's matter
-        """See Collection.delete. What a return means is the server's write consistency, not fsync."""
+        """What a return means is the server's write consistency, not fsync."""
         self._require_open()
         deleted, wanted = 0, np.unique(ids)
         for start in range(0, len(wanted), _MOST_PER_CALL):
@@ -241,8 +235,8 @@ class ServerCollection:
                 deleted += len(found)
         return deleted
 
+    @override
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
-        """See Collection.scroll."""
         self._require_open()
         dimension = self._spec.dimension if with_keys else 0
         most = max(_FLOATS_PER_PAGE // max(dimension, self._spec.value_width), 16)
@@ -268,9 +262,8 @@ class ServerCollection:
         found = self._connection.call("points", "Scroll", request, WRITE_TIMEOUT_S).result
         return messages.entries_from(found, dimension, self._spec.value_width)
 
+    @override
     def provenance(self, ids: U64) -> dict[int, Provenance]:
-        """See Collection.provenance."""
-
         def ask(name: str) -> dict[int, Provenance]:
             found: dict[int, Provenance] = {}
             for start in range(0, len(ids), _MOST_PER_CALL):
@@ -291,8 +284,9 @@ class ServerCollection:
         )
         return list(self._connection.call("points", "Get", request, WRITE_TIMEOUT_S).result)
 
+    @override
     def info(self) -> CollectionInfo:
-        """See Collection.info; how much disk the server uses is not known."""
+        """How much disk the server uses is not known."""
         self._require_open()
         state = self._state()
         count = q.CountPoints(collection_name=self._name, exact=True)
@@ -300,10 +294,11 @@ class ServerCollection:
         indexed = min(int(state.indexed_vectors_count), entries)
         return CollectionInfo(entries, indexed, compression_from(state.config), 0)
 
+    @override
     def optimize(
         self, compression: Compression | None = None, report: Report = say_nothing
     ) -> None:
-        """See Collection.optimize: tells the server what is wanted, and waits until it is done.
+        """Asks the server for what is wanted, and waits until it is done.
 
         Raises InvalidField for search keys apart, which a server does not have.
         """
@@ -325,9 +320,8 @@ class ServerCollection:
         diff = quantization_diff(wanted.quantization)
         request = q.UpdateCollection(collection_name=self._name, quantization_config=diff)
         self._connection.call("collections", "Update", request, ADMIN_TIMEOUT_S)
-        if (
-            compression_from(self._state().config) != wanted
-        ):  # an older server skips what it does not know
+        # An older server skips what it does not know
+        if compression_from(self._state().config) != wanted:
             raise StorageError(
                 f"Qdrant {self._connection.version} at {self._options.url} does not know {wanted.label}; "
                 "upgrade it, or choose another quantization"
@@ -356,12 +350,14 @@ class ServerCollection:
         request = q.UpdateCollection(collection_name=self._name, optimizers_config=nothing)
         self._connection.call("collections", "Update", request, ADMIN_TIMEOUT_S)
 
+    @override
     def flush(self) -> None:
-        """See Collection.flush: a server has no such call, its own write-ahead log and flushes do that."""
+        """A server has no such call, its own write-ahead log and flushes do that."""
         self._require_open()
 
+    @override
     def close(self) -> None:
-        """See Collection.close: nothing is left here that the server does not have."""
+        """Nothing is left here that the server does not have."""
         self._closed = True
 
     @property

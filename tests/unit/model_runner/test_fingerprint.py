@@ -5,15 +5,11 @@ import re
 import accelerate
 import pytest
 import torch
+from knnmoe.fingerprint import ModelFingerprint
 
-from model_runner import fingerprint
 from model_runner.errors import UnsupportedModel
-from model_runner.fingerprint import ModelFingerprint, model_fingerprint
+from model_runner.fingerprint import model_fingerprint
 from tests.families import FAMILIES, shared_model, tiny_model
-
-
-def test_public_names() -> None:
-    assert fingerprint.__all__ == ["ModelFingerprint", "model_fingerprint"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

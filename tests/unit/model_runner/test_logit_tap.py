@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_runner import logit_tap
 from model_runner.architectures import RouterSite, find_router_sites
 from model_runner.errors import BadInput, HooksInUse
 from model_runner.logit_tap import LogitTap, family_assignment, wrapped_forward
@@ -25,10 +24,6 @@ def doubled(site: RouterSite, logits: Tensor) -> Tensor:
 @torch.no_grad()
 def run(model: nn.Module) -> Tensor:
     return model(input_ids=prompt()).logits
-
-
-def test_public_names() -> None:
-    assert logit_tap.__all__ == ["LogitTap", "family_assignment"]
 
 
 @DTYPES

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from knnmoe import tensors
+from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_I32, DTYPE_U8
 from knnmoe.v1.types_pb2 import Tensor as WireTensor
 from torch import Tensor
 
 from model_runner.architectures import Assignment
 from model_runner.errors import BadInput
-from model_runner.fingerprint import ModelFingerprint
 from model_runner.wire import (
     decode_assignment,
     decode_floats,

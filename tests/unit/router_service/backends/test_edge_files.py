@@ -15,7 +15,7 @@ import pytest
 
 from router_service.arrays import Entries
 from router_service.backends.base import Compression, Quantization
-from router_service.backends.edge import values
+from router_service.backends.edge import generation
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard, forget_configuration
 from router_service.errors import CorruptMemory, DirectoryInUse, DiskFull, StorageError
@@ -129,7 +129,7 @@ def test_entries_that_vanished_while_closed_are_noticed(
 ) -> None:
     collection.close()
     path = values_file(data_dir)
-    table = values.ValueTable.load(path, 3)
+    table = generation.ValueTable.load(path, 3)
     assert table is not None
     table.with_rows(np.array([9999], np.uint64), np.ones((1, 3), np.float32)).save(path)
     with pytest.raises(CorruptMemory, match="600 entries, 601 when it was closed"):

@@ -18,8 +18,8 @@ from router_service.backends.edge import files as edge_files
 from router_service.backends.edge import optimizer
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard
+from router_service.backends.edge.generation import ValueTable
 from router_service.backends.edge.optimizer import OptimizeJob
-from router_service.backends.edge.values import ValueTable
 from router_service.errors import Busy, StorageError
 from tests.unit.router_service.backends.numbered_entries import (
     OPTIONS,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_service.arrays import NO_ID
-from router_service.backends.edge.values import ValueTable
+from router_service.backends.edge.generation import ValueTable
 from router_service.errors import CorruptMemory
 
 WIDTH = 2
