@@ -30,7 +30,7 @@ from benchmarks.scaling_wire import query_costs, route_bytes
 from benchmarks.timing import CacheSweep
 from model_runner.progress import Progress
 from router_service.backends.disk import remove_tree
-from router_service.backends.edge.values import ValueTable
+from router_service.backends.edge.generation import ValueTable
 from router_service.memories.settings import PRESETS, Kind
 
 SCHEMA = 1

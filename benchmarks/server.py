@@ -73,7 +73,8 @@ class Sides:
         ]
         replies = self.theirs.query_batch_points(self.collection, requests)
         points = [point for reply in replies for point in reply.points]
-        values = [np.frombuffer(b64decode(point.payload[VALUE]), "<f4") for point in points]
+        payloads = [point.payload or {} for point in points]
+        values = [np.frombuffer(b64decode(each[VALUE]), "<f4") for each in payloads]
         shape = len(queries), k
         return (
             np.array([point.id for point in points], np.uint64).reshape(shape),
