@@ -216,7 +216,7 @@ class _Job:
             self.operation,
             state=State.DONE if failure is None else state,
             ended_unix_ms=_now(),
-            error="" if failure is None else _told(failure),
+            error="" if failure is None else _reason_of(failure),
         )
 
     def raise_failure(self) -> None:
@@ -265,7 +265,7 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _told(failure: BaseException) -> str:
+def _reason_of(failure: BaseException) -> str:
     if isinstance(failure, RoutingServiceError):
         return str(failure)
     return f"{type(failure).__name__}; see the service's log"

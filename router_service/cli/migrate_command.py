@@ -260,7 +260,7 @@ def _require_directories(source: EndpointName, target: EndpointName) -> None:
 def _opened(
     option: str, name: EndpointName, client: AdminClient, qdrant: QdrantSettings, *, make: bool
 ) -> Iterator[Endpoint]:
-    """Raises AdminError. Unless told to `make` it, a directory that is not there is an endpoint without memories."""
+    """Raises AdminError. Without `make`, a directory that is not there is an endpoint without memories."""
     with copy_errors():
         if name.text == EMBEDDED:
             yield ServiceEndpoint(client)

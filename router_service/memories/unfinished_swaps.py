@@ -155,7 +155,7 @@ def file_swaps(memories: Path) -> Iterator[FileSwap]:
 
 
 def finish_file_swaps(memories: Path) -> None:
-    """Ends every move that a crash cut short; none of the layers may be open. Raises StorageError."""
+    """Ends every swap that a crash cut short; none of the layers may be open. Raises StorageError."""
     for move in file_swaps(memories):
         if move.arrived:
             arrive(move)
@@ -183,7 +183,7 @@ def arrive(move: FileSwap) -> None:
 
 
 def _move_back(move: FileSwap) -> None:
-    log.warning("bringing %s back to %s: a replacement never ended", move.home, move.origin)
+    log.warning("moving %s back to %s: a swap never ended", move.home, move.origin)
     with storage_call(f"move {move.home} back"):
         move.home.rename(move.origin)
         fsync_directory(move.origin.parent)

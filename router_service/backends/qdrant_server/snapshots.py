@@ -110,7 +110,7 @@ class CollectionSnapshots:
                 self._call("collections", "Delete", drop)
 
     def read(self, file: SnapshotFile, tick: Callable[[int], object]) -> None:
-        """See RestSide.read; `tick` is told the bytes so far."""
+        """See RestSide.read; `tick` gets the bytes so far."""
         rest = RestSide(self._connection)
         _in_thread(rest, lambda: rest.read(file), tick)
 
