@@ -18,6 +18,7 @@ from model_runner.errors import BadInput
 from model_runner.progress import Progress
 
 if TYPE_CHECKING:
+    from knnmoe.v1.memory_admin_pb2 import LayerCalibration
     from knnmoe.v1.types_pb2 import Tensor
 
     from model_runner.models import LoadedModel
@@ -136,6 +137,7 @@ def build(
         response = client.calibrate(memory, lambda0 or chosen.lambda0, inputs)
         gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
         progress.say(f"calibrated, gamma per layer: {gammas}")
+        _say_copies(progress, memory, response.layers)
 
 
 def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:
@@ -144,6 +146,16 @@ def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:
         raise BadInput(
             f"{reference}: one example only, so its bandwidths cannot be calibrated by leaving examples out; "
             "give --calibrate-on FILE, or more text"
+        )
+
+
+def _say_copies(progress: Progress, memory: str, layers: Sequence[LayerCalibration]) -> None:
+    most = [layer for layer in layers if 2 * layer.copies > layer.queries]
+    if most:
+        progress.say(
+            f"most tokens' nearest entry is a copy of them in {len(most)} of {len(layers)} layers (text made from a "
+            "template, or there twice); copies counted as the token's own example. What removing them would change: "
+            f"router-admin prune {memory} --near-duplicates 0.98 --dry-run"
         )
 
 
@@ -195,12 +207,13 @@ def calibrate(
             length = window_length(loaded.model, window)
             inputs = _inputs(loaded, read_windows(text, loaded.tokenizer, length), batch_size)
         response = client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)
-    table = Table("layer", "squared distance", "gamma", "queries")
+    table = Table("layer", "squared distance", "gamma", "queries", "copies")
     for layer in response.layers:
         table.add_row(
             str(layer.layer),
             f"{layer.squared_distance:.4g}",
             f"{layer.gamma:.4g}",
             str(layer.queries),
+            str(layer.copies),
         )
     Console().print(table)

@@ -56,6 +56,8 @@ _OVERSAMPLING = {
     Quantization.PRODUCT: 4.0,
 }
 _OVERSAMPLING_OF_PROJECTION = {Projection.PCA: 2.0, Projection.RANDOM: 4.0}
+# Of int8: numbers beyond it are cut off, so that a few huge keys or coordinates do not take the resolution of the rest.
+INT8_QUANTILE = 0.99
 _LABEL = re.compile(
     r"(?:(?P<projection>pca|random)(?P<dimension>[1-9]\d{0,6}))?\+?(?P<quantization>[a-z]+\d*)?"
 )

@@ -28,7 +28,9 @@ R = TypeVar("R", pb.CalibrateRequest, quantization_pb.MeasureQuantizationRequest
 # Half of what a message may hold; more rows than fit are thinned out evenly.
 MAX_INPUT_BYTES = 32 * 1024 * 1024
 _NAME = re.compile(r"layers\.(\d{1,5})\.router_inputs")
-_INDEXED = ("layer", "entries", "indexed_entries", "quantization", "elapsed_s")
+_INDEXED = ("layer", "entries", "indexed_entries", "quantization", "elapsed_s", "recall")
+# Of the 32 nearest; below it the user is warned.
+LEAST_RECALL = 0.98
 _MEASURED = (
     "layer", "compression", "oversampling", "ram_bytes_per_key", "disk_bytes_per_key", "recall_at_1",
     "lambda_error_mean", "lambda_error_max", "blend_error_mean", "blend_error_max", "ms_per_query", "build_s",
@@ -85,16 +87,32 @@ def calibrate(
     calibration = pb.CalibrateRequest(
         memory=name, lambda0=lambda0, quantile=quantile, sample=sample, dry_run=dry_run
     )
-    layers: list[dict[str, Any]] = []
+    found: list[pb.LayerCalibration] = []
     for request in _with_inputs(calibration, inputs):
         reply = session.client.unary(session.client.admin.Calibrate, request, long=True)
-        layers += [plain(item) for item in reply.layers]
+        found += reply.layers
+    layers = [plain(item) for item in found]
     title = f"gamma of {name}, " + ("would be" if dry_run else "stored")
     session.output.table(
         {"memory": name, "lambda0": lambda0, "dry_run": dry_run, "layers": layers},
-        ("layer", "squared_distance", "gamma", "queries"),
+        ("layer", "squared_distance", "gamma", "queries", "copies"),
         layers,
         title,
+    )
+    if remark := copies_remark(name, found):
+        session.output.remark(remark)
+
+
+def copies_remark(memory: str, layers: Sequence[pb.LayerCalibration]) -> str:
+    """What to say when most nearest entries were copies; nothing when they were not."""
+    most = [layer for layer in layers if 2 * layer.copies > layer.queries]
+    if not most:
+        return ""
+    copies, queries = (sum(getattr(one, name) for one in most) for name in ("copies", "queries"))
+    return (
+        f"note: the nearest entry of {copies} of {queries} tokens is a copy of it (text made from a template, or "
+        "there twice). Copies counted as the token's own example, so gamma is that of text that differs. "
+        f"`router-admin prune {memory} --near-duplicates 0.98 --dry-run` shows what removing them would change"
     )
 
 
@@ -180,7 +198,8 @@ def quantize(
         typer.Option(
             min=1,
             max=10_000,
-            help="With --measure: queries per layer, its own keys each against other examples' entries, e.g. 500.",
+            help="With --measure: queries per layer, its own keys, which the copies are measured without; at most a "
+            "quarter of them, e.g. 500.",
         ),
     ] = 500,
     inputs: Annotated[
@@ -287,11 +306,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def _indexed(session: Session, method: Any, request: Any) -> list[dict[str, Any]]:
-    """The layers of an operation that indexes, each when it is done and with the seconds that it took."""
-    return [
-        plain(reply.layer) | {"elapsed_s": round(reply.elapsed_s, 3)}
-        for reply in followed(session, method, request, "layer")
-    ]
+    """The layers of an operation that indexes, each with the seconds that it took and the recall that it has now."""
+    layers = []
+    for reply in followed(session, method, request, "layer"):
+        recall = round(reply.recall, 4) if reply.HasField("recall") else None
+        layer = plain(reply.layer) | {"elapsed_s": round(reply.elapsed_s, 3), "recall": recall}
+        layers.append(layer)
+        if recall is not None and recall < LEAST_RECALL:
+            session.output.remark(
+                f"warning: layer {layer['layer']}: searches find {recall:.1%} of the 32 nearest entries with "
+                f"{layer['quantization']}: its keys do not bear it. float16 compares them nearly as they are "
+                f"(router-admin quantize {request.memory} --method float16); --measure compares the methods"
+            )
+    return layers
 
 
 def _with_inputs(request: R, file: Path | None, layers: Sequence[int] | None = None) -> Iterator[R]:

@@ -75,7 +75,9 @@ Layers = Annotated[
 ]
 HnswEf = Annotated[
     int | None,
-    typer.Option(help="Candidates of an indexed search: more finds better neighbours, e.g. 128."),
+    typer.Option(
+        help="Candidates of an indexed search, 4 K at least: more finds better neighbours, e.g. 128."
+    ),
 ]
 Oversampling = Annotated[
     float | None,

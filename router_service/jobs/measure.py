@@ -29,6 +29,8 @@ from router_service.memories.settings import MemorySettings, settings_from_json
 
 # Nearest neighbours at the same distance may come in any order.
 _SAME_DISTANCE = 1e-6
+# Own keys are asked about on a copy without them, one in so many at most.
+_MOST_HELD_OUT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,8 @@ class Task:
     settings: MemorySettings
     compressions: tuple[str, ...]
     oversampling: float  # 0: that of each compression
-    # Per query, the source and example that it must not see; or none
-    examples: tuple[tuple[str, str], ...]
+    # Of entries that are removed from the copy first, for their keys are the queries; or none
+    held_out: tuple[int, ...]
 
     def to_json(self) -> str:
         """UTF-8 JSON."""
@@ -104,10 +106,10 @@ class Task:
     def from_json(text: str) -> Task:
         """Inverse of to_json."""
         content = json.loads(text)
-        examples = tuple((source, example) for source, example in content.pop("examples"))
+        held_out = tuple(content.pop("held_out"))
         settings = settings_from_json(content.pop("settings"))
         compressions = tuple(content.pop("compressions"))
-        return Task(settings=settings, compressions=compressions, examples=examples, **content)
+        return Task(settings=settings, compressions=compressions, held_out=held_out, **content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def measured(
 def _task(
     memory: RoutingMemory, layer: LayerMemory, inputs: F32 | None, plan: Plan
 ) -> tuple[Task, F32]:
-    model, examples = memory.record.fingerprint, ()
+    model = memory.record.fingerprint
     task = Task(
         layer.layer,
         model.num_experts,
@@ -171,15 +173,16 @@ def _task(
         memory.record.settings,
         plan.compressions,
         plan.oversampling,
-        examples,
+        held_out=(),
     )
     if inputs is not None:
         return task, inputs
-    entries = sample_entries(layer, plan.sample).slice(0, plan.sample)
-    if not len(entries):
-        raise InvalidField("layers", f"layer {layer.layer} without entries", "a layer with entries")
-    own = tuple((each.source, each.example) for each in entries.provenance)
-    return replace(task, examples=own), entries.keys
+    size = min(plan.sample, layer.info().entries // _MOST_HELD_OUT)
+    if not size:
+        got = f"layer {layer.layer} with {layer.info().entries} entries"
+        raise InvalidField("layers", got, f"a layer with {_MOST_HELD_OUT} entries or more")
+    entries = sample_entries(layer, size).slice(0, size)
+    return replace(task, held_out=tuple(entries.ids.tolist())), entries.keys
 
 
 @contextmanager

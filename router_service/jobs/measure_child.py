@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from router_service.arrays import F32, Assignment, ExampleRef
+from router_service.arrays import F32, Assignment
 from router_service.backends.base import Collection, CollectionSpec, Compression, pages
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.edge.files import CollectionFiles, segment_bytes
@@ -40,6 +40,7 @@ def main(directory: str) -> None:
     spec = files.read().spec
     backend = EdgeBackend(work, min_free_bytes=0, isolate_above_bytes=_NEVER)
     collection = backend.open(COPY, spec)
+    collection.delete(np.array(task.held_out, np.uint64))
     layer = _Layer(task, spec, _query(work, task))
     exact = layer.route(_exact(collection, spec), task.settings)
     with (work / RESULTS).open("a") as results:
@@ -82,7 +83,7 @@ class _Layer:
         return asdict(errors) | {
             "compression": label,
             "oversampling": oversampling,
-            "entries": entries,
+            "entries": entries + len(self._task.held_out),
             "queries": len(self._query.router_inputs),
             "ram_bytes_per_key": searched / max(1, entries),
             "disk_bytes_per_key": stored / max(1, entries),
@@ -90,10 +91,10 @@ class _Layer:
         }
 
     def _ms_per_query(self, collection: Collection, settings: MemorySettings) -> float:
-        """Without the exclusion of examples, which only measuring asks for."""
+        """Of the search alone."""
         rows = self._query.router_inputs
         started = time.perf_counter()
-        collection.search(rows, settings.neighbours, settings.search)
+        collection.search(rows, settings.neighbours, settings.search(settings.neighbours))
         return (time.perf_counter() - started) * 1000 / len(rows)
 
 
@@ -112,7 +113,7 @@ def _query(work: Path, task: Task) -> RouteQuery:
     if task.settings.kind is Kind.ASSIGNMENT:
         experts = np.tile(np.arange(task.top_k, dtype=np.int32), (len(inputs), 1))
         own = Assignment(experts, np.full(experts.shape, 1 / task.top_k, np.float32))
-    return RouteQuery(inputs, own, exclude=[ExampleRef(*each) for each in task.examples])
+    return RouteQuery(inputs, own)
 
 
 def _tell(results: Any, line: dict[str, Any]) -> None:

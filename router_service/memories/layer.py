@@ -160,18 +160,11 @@ class LayerMemory:
         """How many of these ids the layer holds."""
         return len(self.collection.provenance(ids))
 
-    def nearest_distances(
-        self, queries: F32, settings: MemorySettings, exclude: Sequence[ExampleRef] = ()
-    ) -> F32:
-        """Squared distance [T] to the nearest entry; inf where there is none."""
-        found = self._search(RouteQuery(queries, queries, 1, exclude), 1, settings)
-        return found.distances[:, 0]
-
     def _search(self, query: RouteQuery, k: int, settings: MemorySettings) -> Neighbours:
         """All tokens in one call: how many an engine gets at a time is the backend's to say."""
         if query.deadline is not None and time.monotonic() >= query.deadline:
             raise DeadlineTooShort("the deadline passed before the lookup began")
-        options = replace(settings.search, deadline=query.deadline)
+        options = replace(settings.search(k), deadline=query.deadline)
         return self.collection.search(query.router_inputs, k, options, query.exclude)
 
     def _blend(

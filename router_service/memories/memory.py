@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from router_service import checks, kernels
+from router_service import checks
 from router_service.arrays import F32, U64, AnyArray, Assignment, Entries, ExampleRef
 from router_service.backends.base import CollectionSpec
 from router_service.errors import (
@@ -25,6 +25,7 @@ from router_service.errors import (
 )
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings as memory_settings
+from router_service.memories.calibration import LayerCalibration, Queries, calibrated
 from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
 from router_service.memories.settings import Kind, MemorySettings, Similarity
 
@@ -72,16 +73,6 @@ def spec_of(record: MemoryRecord) -> CollectionSpec:
 def are_read_alike(one: MemoryRecord, other: MemoryRecord) -> bool:
     """Whether open collections can stay as they are when the record of their memory becomes another."""
     return one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCalibration:
-    """The bandwidth of one layer and the distance that set it."""
-
-    layer: int
-    squared_distance: float
-    gamma: float
-    queries: int
 
 
 class RoutingMemory:
@@ -132,9 +123,15 @@ class RoutingMemory:
         self._touch()
 
     def calibrate(
-        self, layer: int, lambda0: float, quantile: float, inputs: F32 | None, sample: int
+        self,
+        layer: int,
+        lambda0: float,
+        quantile: float,
+        inputs: F32 | None,
+        sample: int,
+        check: Callable[[], None],
     ) -> LayerCalibration:
-        """The gamma at which `quantile` of the nearest-neighbour distances has similarity lambda0.
+        """See calibrated(): from exact distances.
 
         inputs: router inputs [n, d] of held-out text; None: `sample` of the layer's own keys, each against the
         entries of other examples. Raises InvalidField when the layer has nothing to measure.
@@ -142,21 +139,13 @@ class RoutingMemory:
         memory = self.layer(layer)
         self._require_bandwidth()
         if inputs is None:
-            distances = self._leave_one_example_out(memory, sample)
+            entries = sample_entries(memory, sample)
+            own = [ExampleRef(p.source, p.example) for p in entries.provenance]
+            queries = Queries(entries.keys, own)
         else:
             self._check_inputs("inputs.router_inputs", inputs)
-            distances = memory.nearest_distances(inputs, self.record.settings)
-        found = distances[np.isfinite(distances)]
-        if not len(found):
-            raise InvalidField(
-                "memory",
-                f"no neighbours in layer {layer}",
-                "a layer with entries of at least two examples; upsert first",
-            )
-        distance = float(np.quantile(found, quantile))
-        return LayerCalibration(
-            layer, distance, kernels.calibrated_gamma(distance, lambda0), len(found)
-        )
+            queries = Queries(inputs)
+        return calibrated(layer, memory.collection, queries, lambda0, quantile, check)
 
     def _require_bandwidth(self) -> None:
         if self.record.settings.similarity is not Similarity.RBF:
@@ -165,13 +154,6 @@ class RoutingMemory:
                 f"similarity {self.record.settings.similarity}",
                 "an rbf memory: cosine similarity has no bandwidth to calibrate",
             )
-
-    def _leave_one_example_out(self, memory: LayerMemory, sample: int) -> F32:
-        entries = sample_entries(memory, sample)
-        if not len(entries):
-            return np.empty(0, dtype=np.float32)
-        own = [ExampleRef(p.source, p.example) for p in entries.provenance]
-        return memory.nearest_distances(entries.keys, self.record.settings, own)
 
     def _check_query(self, query: RouteQuery) -> None:
         self._check_inputs("router_inputs", query.router_inputs)

@@ -12,6 +12,9 @@ from router_service.blending import Support
 from router_service.errors import InvalidField
 
 MAX_NEIGHBOURS = 1024
+# A graph walk that keeps fewer candidates misses 2 in 100 of the K nearest where a third of its entries is outdated
+# (docs/recall.md).
+_EF_PER_NEIGHBOUR = 4
 # Blended logits stay finite in f32: the norm of a stored delta is below 2e19.
 MAX_STEP_SIZE = 1e6
 
@@ -64,10 +67,9 @@ class MemorySettings:
         """Whether the memory is read at this layer."""
         return not self.layers or layer in self.layers
 
-    @property
-    def search(self) -> SearchOptions:
-        """How collections are searched."""
-        return SearchOptions(self.hnsw_ef, self.oversampling)
+    def search(self, neighbours: int) -> SearchOptions:
+        """How collections are searched for that many neighbours."""
+        return SearchOptions(max(self.hnsw_ef, _EF_PER_NEIGHBOUR * neighbours), self.oversampling)
 
     def fields(self) -> dict[str, Any]:
         """Name -> value of every field; plain JSON values but for tuples, which JSON turns into lists."""

@@ -195,7 +195,7 @@ class Run:
     ) -> Found:
         origins = [queries.provenance[row] for row in rows]
         exclude: Sequence[ExampleRef] = [ExampleRef(o.source, o.example) for o in origins]
-        options = self.reading.settings.search
+        options = self.reading.settings.search(width)
         found = self.collection.search(
             queries.keys[rows], width, options, exclude if other_examples else ()
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -15,16 +15,17 @@ from router_service import __version__, checks
 from router_service.arrays import F32
 from router_service.backends.base import pages
 from router_service.doctor import Severity, diagnose_store
-from router_service.errors import InvalidField
+from router_service.errors import Cancelled, InvalidField
 from router_service.jobs.optimize import optimized
-from router_service.memories.memory import LayerCalibration, RoutingMemory
+from router_service.memories.calibration import LayerCalibration
+from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
 from router_service.memories.swap import replace_memory
 from router_service.operations import Operations
 from router_service.rpc import codec
 from router_service.rpc.interceptors import Permits
 from router_service.rpc.operations import encoded
-from router_service.rpc.quantization import decode_compression, encode_optimized, filled_layers
+from router_service.rpc.quantization import decode_compression, encode_indexed, filled_layers
 
 DEFAULT_EXPORT_BATCH = 512
 DEFAULT_SAMPLE = 1000
@@ -135,7 +136,12 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         checks.require_fraction("lambda0", request.lambda0)
         if request.quantile:
             checks.require_fraction("quantile", request.quantile)
-        results = _calibrate(memory, request)
+
+        def check() -> None:
+            if not context.is_active():
+                raise Cancelled("the caller has gone; nothing was stored")
+
+        results = _calibrate(memory, request, check)
         if not request.dry_run:
             gamma = _gamma_with(memory, results)
             memory = self._store.change_settings(request.memory, {"gamma": gamma})
@@ -153,9 +159,11 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         compression = decode_compression(memory, "quantization", label) if label else None
         layers = memory.chosen_layers(request.layers)
         steps = self._operations.run(
-            "optimize", request.memory, lambda report: optimized(layers, compression, report)
+            "optimize",
+            request.memory,
+            lambda report: optimized(memory, layers, compression, report),
         )
-        return encoded(steps, pb.OptimizeResponse, lambda done: encode_optimized(memory, *done))
+        return encoded(steps, pb.OptimizeResponse, lambda done: encode_indexed(memory, done))
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """What the service holds and did since it started."""
@@ -171,7 +179,9 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         )
 
 
-def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[LayerCalibration]:
+def _calibrate(
+    memory: RoutingMemory, request: pb.CalibrateRequest, check: Callable[[], None]
+) -> list[LayerCalibration]:
     quantile, sample = request.quantile or 0.5, request.sample or DEFAULT_SAMPLE
     if sample > MAX_SAMPLE:
         raise InvalidField("sample", sample, f"0 to {MAX_SAMPLE}")
@@ -181,7 +191,8 @@ def _calibrate(memory: RoutingMemory, request: pb.CalibrateRequest) -> list[Laye
         for item in request.inputs
     ] or [(layer.layer, None) for layer in filled_layers(memory)]
     return [
-        memory.calibrate(number, request.lambda0, quantile, rows, sample) for number, rows in inputs
+        memory.calibrate(number, request.lambda0, quantile, rows, sample, check)
+        for number, rows in inputs
     ]
 
 

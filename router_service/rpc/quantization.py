@@ -15,7 +15,7 @@ from router_service.arrays import F32
 from router_service.backends.base import Compression, Quantization
 from router_service.errors import InvalidField
 from router_service.jobs.measure import Measurement, Plan, measured
-from router_service.jobs.optimize import quantized
+from router_service.jobs.optimize import Indexed, quantized
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
@@ -49,7 +49,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
             request.memory,
             lambda report: quantized(store, memory, layers, compression, oversampling, report),
         )
-        return encoded(steps, pb.QuantizeResponse, lambda done: encode_optimized(memory, *done))
+        return encoded(steps, pb.QuantizeResponse, lambda done: encode_indexed(memory, done))
 
     def MeasureQuantization(  # noqa: N802
         self, request: pb.MeasureQuantizationRequest, context: grpc.ServicerContext
@@ -129,9 +129,10 @@ def _inputs(memory: RoutingMemory, tensor: Any) -> F32:
     return inputs
 
 
-def encode_optimized(memory: RoutingMemory, layer: int, elapsed_s: float) -> dict[str, Any]:
-    """Of a layer that was indexed or quantized: its counts, and the seconds that it took."""
-    return {"layer": codec.encode_layer(memory, layer), "elapsed_s": elapsed_s}
+def encode_indexed(memory: RoutingMemory, done: Indexed) -> dict[str, Any]:
+    """A layer that was indexed or quantized."""
+    layer = codec.encode_layer(memory, done.layer)
+    return {"layer": layer, "elapsed_s": done.elapsed_s, "recall": done.recall}
 
 
 def _encode_measurement(measurement: Measurement) -> dict[str, Any]:

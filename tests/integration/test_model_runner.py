@@ -17,6 +17,7 @@ from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.wire import encode_by_layer
+from router_service.memories.calibration import COPY_SHARE
 from tests.integration.runner_parts import (
     LAYERS,
     PRESET_NAMES,
@@ -192,8 +193,12 @@ def test_calibration_on_text_and_inside_the_memory(edge_sidecar: Sidecar, built:
         assert list(client.describe(built).settings.gamma) == before
     for layer, calibration in enumerate(on_text.layers):
         keys = torch.tensor([key for key, _, _ in stored(edge_sidecar, built, layer).values()])
-        nearest = torch.cdist(inputs[layer], keys).min(dim=1).values ** 2
-        median = float(np.median(nearest.numpy()))
+        distances = torch.cdist(inputs[layer].double(), keys.double()).numpy() ** 2
+        typical = float(np.median(distances))
+        assert calibration.typical_squared_distance == pytest.approx(typical, rel=1e-3)
+        copies = distances <= COPY_SHARE * typical
+        assert calibration.copies == copies.any(axis=1).sum()
+        median = float(np.median(np.where(copies, np.inf, distances).min(axis=1)))
         assert calibration.squared_distance == pytest.approx(median, rel=1e-3)
         assert calibration.gamma == pytest.approx(np.log(2) / median, rel=1e-3)
 

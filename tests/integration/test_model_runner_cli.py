@@ -345,6 +345,25 @@ def test_one_example_cannot_be_calibrated_inside_itself(
     assert given.code == 0
 
 
+def test_text_made_from_a_template_is_said_and_calibrated_past_its_copies(
+    run: Run, edge_sidecar: Sidecar, build_arguments: list[object], name: str, tmp_path: Path
+) -> None:
+    forms = write_text(
+        tmp_path / "forms.jsonl", [f"The tenant keeps the house for {n} years." for n in range(20)]
+    )
+    done = run(*build_arguments, "--reference", forms)
+    assert done.code == 0
+    assert "copies counted as the token's own example" in done.err
+    assert f"router-admin prune {name} --near-duplicates 0.98 --dry-run" in done.err
+    with AdminClient(edge_sidecar.target) as client:
+        gammas = client.describe(name).settings.gamma
+        layers = client.calibrate(name, 0.3, dry_run=True).layers
+    assert all(2 * layer.copies > layer.queries for layer in layers)
+    # The nearest that counts is of another token: far beyond the bound of a copy.
+    assert [layer.gamma for layer in layers] == list(gammas)
+    assert all(layer.squared_distance > 0.01 * layer.typical_squared_distance for layer in layers)
+
+
 def test_scores_that_could_not_be_written(
     run: Run, edge_sidecar: Sidecar, built: str, texts: Path, model: Path
 ) -> None:

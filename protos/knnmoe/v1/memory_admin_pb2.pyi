@@ -206,16 +206,20 @@ class CalibrateResponse(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerCalibration, _Mapping]]] = ..., memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
 
 class LayerCalibration(_message.Message):
-    __slots__ = ("layer", "squared_distance", "gamma", "queries")
+    __slots__ = ("layer", "squared_distance", "gamma", "queries", "copies", "typical_squared_distance")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SQUARED_DISTANCE_FIELD_NUMBER: _ClassVar[int]
     GAMMA_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    TYPICAL_SQUARED_DISTANCE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     squared_distance: float
     gamma: float
     queries: int
-    def __init__(self, layer: _Optional[int] = ..., squared_distance: _Optional[float] = ..., gamma: _Optional[float] = ..., queries: _Optional[int] = ...) -> None: ...
+    copies: int
+    typical_squared_distance: float
+    def __init__(self, layer: _Optional[int] = ..., squared_distance: _Optional[float] = ..., gamma: _Optional[float] = ..., queries: _Optional[int] = ..., copies: _Optional[int] = ..., typical_squared_distance: _Optional[float] = ...) -> None: ...
 
 class OptimizeRequest(_message.Message):
     __slots__ = ("memory", "layers", "quantization")
@@ -228,14 +232,16 @@ class OptimizeRequest(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class OptimizeResponse(_message.Message):
-    __slots__ = ("layer", "elapsed_s", "operation")
+    __slots__ = ("layer", "elapsed_s", "operation", "recall")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     OPERATION_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     layer: _routing_pb2.LayerDescription
     elapsed_s: float
     operation: _operations_pb2.Operation
-    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ...) -> None: ...
+    recall: float
+    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., recall: _Optional[float] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ("memory",)

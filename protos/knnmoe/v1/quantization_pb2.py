@@ -27,7 +27,7 @@ from knnmoe.v1 import operations_pb2 as knnmoe_dot_v1_dot_operations__pb2
 from knnmoe.v1 import routing_pb2 as knnmoe_dot_v1_dot_routing__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cknnmoe/v1/quantization.proto\x12\tknnmoe.v1\x1a\x1cknnmoe/v1/memory_admin.proto\x1a\x1aknnmoe/v1/operations.proto\x1a\x17knnmoe/v1/routing.proto\"\\\n\x0fQuantizeRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x13\n\x0b\x63ompression\x18\x03 \x01(\t\x12\x14\n\x0coversampling\x18\x04 \x01(\x01\"z\n\x10QuantizeResponse\x12*\n\x05layer\x18\x01 \x01(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12\'\n\toperation\x18\x03 \x01(\x0b\x32\x14.knnmoe.v1.Operation\"\xa0\x01\n\x1aMeasureQuantizationRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x14\n\x0c\x63ompressions\x18\x03 \x03(\t\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12&\n\x06inputs\x18\x05 \x03(\x0b\x32\x16.knnmoe.v1.LayerInputs\x12\x14\n\x0coversampling\x18\x06 \x01(\x01\"~\n\x1bMeasureQuantizationResponse\x12\x36\n\x0bmeasurement\x18\x01 \x01(\x0b\x32!.knnmoe.v1.CompressionMeasurement\x12\'\n\toperation\x18\x02 \x01(\x0b\x32\x14.knnmoe.v1.Operation\"\xcf\x02\n\x16\x43ompressionMeasurement\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x63ompression\x18\x02 \x01(\t\x12\x14\n\x0coversampling\x18\x03 \x01(\x01\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\x0f\n\x07queries\x18\x05 \x01(\r\x12\x19\n\x11ram_bytes_per_key\x18\x06 \x01(\x01\x12\x1a\n\x12\x64isk_bytes_per_key\x18\x07 \x01(\x01\x12\x13\n\x0brecall_at_1\x18\x08 \x01(\x01\x12\x19\n\x11lambda_error_mean\x18\t \x01(\x01\x12\x18\n\x10lambda_error_max\x18\n \x01(\x01\x12\x18\n\x10\x62lend_error_mean\x18\x0b \x01(\x01\x12\x17\n\x0f\x62lend_error_max\x18\x0c \x01(\x01\x12\x14\n\x0cms_per_query\x18\r \x01(\x01\x12\x0f\n\x07\x62uild_s\x18\x0e \x01(\x01\x32\xc4\x01\n\x13QuantizationService\x12\x45\n\x08Quantize\x12\x1a.knnmoe.v1.QuantizeRequest\x1a\x1b.knnmoe.v1.QuantizeResponse0\x01\x12\x66\n\x13MeasureQuantization\x12%.knnmoe.v1.MeasureQuantizationRequest\x1a&.knnmoe.v1.MeasureQuantizationResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cknnmoe/v1/quantization.proto\x12\tknnmoe.v1\x1a\x1cknnmoe/v1/memory_admin.proto\x1a\x1aknnmoe/v1/operations.proto\x1a\x17knnmoe/v1/routing.proto\"\\\n\x0fQuantizeRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x13\n\x0b\x63ompression\x18\x03 \x01(\t\x12\x14\n\x0coversampling\x18\x04 \x01(\x01\"\x9a\x01\n\x10QuantizeResponse\x12*\n\x05layer\x18\x01 \x01(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12\'\n\toperation\x18\x03 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x13\n\x06recall\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_recall\"\xa0\x01\n\x1aMeasureQuantizationRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x14\n\x0c\x63ompressions\x18\x03 \x03(\t\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12&\n\x06inputs\x18\x05 \x03(\x0b\x32\x16.knnmoe.v1.LayerInputs\x12\x14\n\x0coversampling\x18\x06 \x01(\x01\"~\n\x1bMeasureQuantizationResponse\x12\x36\n\x0bmeasurement\x18\x01 \x01(\x0b\x32!.knnmoe.v1.CompressionMeasurement\x12\'\n\toperation\x18\x02 \x01(\x0b\x32\x14.knnmoe.v1.Operation\"\xcf\x02\n\x16\x43ompressionMeasurement\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x63ompression\x18\x02 \x01(\t\x12\x14\n\x0coversampling\x18\x03 \x01(\x01\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\x0f\n\x07queries\x18\x05 \x01(\r\x12\x19\n\x11ram_bytes_per_key\x18\x06 \x01(\x01\x12\x1a\n\x12\x64isk_bytes_per_key\x18\x07 \x01(\x01\x12\x13\n\x0brecall_at_1\x18\x08 \x01(\x01\x12\x19\n\x11lambda_error_mean\x18\t \x01(\x01\x12\x18\n\x10lambda_error_max\x18\n \x01(\x01\x12\x18\n\x10\x62lend_error_mean\x18\x0b \x01(\x01\x12\x17\n\x0f\x62lend_error_max\x18\x0c \x01(\x01\x12\x14\n\x0cms_per_query\x18\r \x01(\x01\x12\x0f\n\x07\x62uild_s\x18\x0e \x01(\x01\x32\xc4\x01\n\x13QuantizationService\x12\x45\n\x08Quantize\x12\x1a.knnmoe.v1.QuantizeRequest\x1a\x1b.knnmoe.v1.QuantizeResponse0\x01\x12\x66\n\x13MeasureQuantization\x12%.knnmoe.v1.MeasureQuantizationRequest\x1a&.knnmoe.v1.MeasureQuantizationResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,14 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_QUANTIZEREQUEST']._serialized_start=126
   _globals['_QUANTIZEREQUEST']._serialized_end=218
-  _globals['_QUANTIZERESPONSE']._serialized_start=220
-  _globals['_QUANTIZERESPONSE']._serialized_end=342
-  _globals['_MEASUREQUANTIZATIONREQUEST']._serialized_start=345
-  _globals['_MEASUREQUANTIZATIONREQUEST']._serialized_end=505
-  _globals['_MEASUREQUANTIZATIONRESPONSE']._serialized_start=507
-  _globals['_MEASUREQUANTIZATIONRESPONSE']._serialized_end=633
-  _globals['_COMPRESSIONMEASUREMENT']._serialized_start=636
-  _globals['_COMPRESSIONMEASUREMENT']._serialized_end=971
-  _globals['_QUANTIZATIONSERVICE']._serialized_start=974
-  _globals['_QUANTIZATIONSERVICE']._serialized_end=1170
+  _globals['_QUANTIZERESPONSE']._serialized_start=221
+  _globals['_QUANTIZERESPONSE']._serialized_end=375
+  _globals['_MEASUREQUANTIZATIONREQUEST']._serialized_start=378
+  _globals['_MEASUREQUANTIZATIONREQUEST']._serialized_end=538
+  _globals['_MEASUREQUANTIZATIONRESPONSE']._serialized_start=540
+  _globals['_MEASUREQUANTIZATIONRESPONSE']._serialized_end=666
+  _globals['_COMPRESSIONMEASUREMENT']._serialized_start=669
+  _globals['_COMPRESSIONMEASUREMENT']._serialized_end=1004
+  _globals['_QUANTIZATIONSERVICE']._serialized_start=1007
+  _globals['_QUANTIZATIONSERVICE']._serialized_end=1203
 # @@protoc_insertion_point(module_scope)

@@ -22,14 +22,16 @@ class QuantizeRequest(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., compression: _Optional[str] = ..., oversampling: _Optional[float] = ...) -> None: ...
 
 class QuantizeResponse(_message.Message):
-    __slots__ = ("layer", "elapsed_s", "operation")
+    __slots__ = ("layer", "elapsed_s", "operation", "recall")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     OPERATION_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     layer: _routing_pb2.LayerDescription
     elapsed_s: float
     operation: _operations_pb2.Operation
-    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ...) -> None: ...
+    recall: float
+    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., recall: _Optional[float] = ...) -> None: ...
 
 class MeasureQuantizationRequest(_message.Message):
     __slots__ = ("memory", "layers", "compressions", "sample", "inputs", "oversampling")

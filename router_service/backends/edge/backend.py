@@ -46,6 +46,8 @@ from router_service.errors import CorruptMemory, StorageError
 # the GIL), so other lookups get in between, and what has expired is dropped there. With 128, one token waits 40 ms
 # beside a long request, with 64 half of that, and 512 tokens take 2 % longer (benchmarks/README.md).
 QUERIES_PER_CALL = 64
+# Numbers of keys that one engine call compares when it looks at every entry: some 30 ms.
+_NUMBERS_PER_SCAN = 1 << 27
 # An update of so many floats keeps the engine for 7 to 10 ms. Few large ones and long rests (see pacing) delay fewer
 # lookups than many small ones: at 2,048 floats per key p99 is 7.4 ms rather than 9.5.
 _FLOATS_PER_UPDATE = 131_072
@@ -97,14 +99,21 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
         found = Neighbours.empty(len(queries), k, self._spec.value_width)
-        for start in range(0, len(queries), QUERIES_PER_CALL):
-            rows = np.s_[start : start + QUERIES_PER_CALL]
+        step = self._queries_per_call(looks_at_all=options.exact or bool(exclude))
+        for start in range(0, len(queries), step):
+            rows = np.s_[start : start + step]
             part = self._search_part(stored[rows], k, options, excluded[rows])
             width = part.ids.shape[1]
             found.ids[rows, :width] = part.ids
             found.distances[rows, :width] = part.distances
             found.values[rows, :width] = part.values
         return found
+
+    def _queries_per_call(self, *, looks_at_all: bool) -> int:
+        if not looks_at_all:
+            return QUERIES_PER_CALL
+        numbers = max(1, len(self._served.now.table)) * self._spec.dimension
+        return max(1, min(QUERIES_PER_CALL, _NUMBERS_PER_SCAN // numbers))
 
     def _search_part(
         self, stored: F32, k: int, options: SearchOptions, excluded: Sequence[ExampleRef | None]

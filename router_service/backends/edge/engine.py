@@ -15,6 +15,7 @@ import qdrant_edge as qe
 
 from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
 from router_service.backends.base import (
+    INT8_QUANTILE,
     CollectionSpec,
     Compression,
     Metric,
@@ -69,51 +70,57 @@ def search_request(
     excluded: Sequence[ExampleRef | None],
     search_keys: SearchKeys | None = None,
 ) -> Any:
-    """The engine's form of a batch of queries [t, d], each without the entries of its excluded example."""
+    """The engine's form of a batch of queries [t, d], each without the entries of its excluded example.
+
+    A query with an exclusion looks at every entry: a graph search cannot step over what it may not see, and loses its
+    way when that is much of the layer, or all that is near (docs/recall.md).
+    """
     with storage_call("prepare queries"):
-        filters = {ref: _without(ref) for ref in set(excluded)}
-        refused = [filters[ref] for ref in excluded]
-        if search_keys is None or options.exact:
-            requests = _one_stage(queries, limit, options, refused)
+        rows = list(map(FLOATS, queries))
+        refused = {ref: _without(ref) for ref in set(excluded)}
+        if options.exact or None not in refused:
+            made = [
+                _exact(row, limit, refused[ref]) for row, ref in zip(rows, excluded, strict=True)
+            ]
+            return qe.QueryBatchRequest(made)
+        if search_keys is None:
+            indexed = _one_stage(rows, limit, options)
         else:
-            requests = _two_stages(queries, limit, options, refused, search_keys)
-        return qe.QueryBatchRequest(requests)
+            indexed = _two_stages(rows, queries, limit, options, search_keys)
+        made = [
+            on_index if ref is None else _exact(row, limit, refused[ref])
+            for row, ref, on_index in zip(rows, excluded, indexed, strict=True)
+        ]
+        return qe.QueryBatchRequest(made)
 
 
-def _one_stage(
-    queries: F32, limit: int, options: SearchOptions, refused: Sequence[Any]
-) -> list[Any]:
+def _exact(query: Any, limit: int, refuse: Any) -> Any:
+    """Of all entries but those that the filter refuses."""
+    params, nearest = qe.SearchParams(exact=True), qe.Query.Nearest
+    return qe.QueryRequest(
+        limit, None, nearest(query, KEY), None, False, False, refuse, None, params
+    )
+
+
+def _one_stage(queries: Sequence[Any], limit: int, options: SearchOptions) -> Iterator[Any]:
     quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
-    params = qe.SearchParams(options.hnsw_ef, options.exact, quantized)
+    params = qe.SearchParams(options.hnsw_ef, False, quantized)
     nearest, request = qe.Query.Nearest, qe.QueryRequest
-    return [
-        request(limit, None, nearest(query), None, False, False, refuse, None, params)
-        for query, refuse in zip(map(FLOATS, queries), refused, strict=True)
-    ]
+    for query in queries:
+        yield request(limit, None, nearest(query), None, False, False, None, None, params)
 
 
 def _two_stages(
-    queries: F32,
-    limit: int,
-    options: SearchOptions,
-    refused: Sequence[Any],
-    search_keys: SearchKeys,
-) -> list[Any]:
+    rows: Sequence[Any], queries: F32, limit: int, options: SearchOptions, search_keys: SearchKeys
+) -> Iterator[Any]:
     """Candidates by their search keys, of which the nearest by their keys are taken, exactly as stored."""
     candidates = max(math.ceil(limit * options.oversampling), _FEWEST_CANDIDATES)
     quantized = qe.QuantizationSearchParams(rescore=False)  # the keys do it
     params = qe.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
     nearest, request, prefetch = qe.Query.Nearest, qe.QueryRequest, qe.Prefetch
-    rows = zip(map(FLOATS, queries), map(FLOATS, search_keys.of(queries)), refused, strict=True)
-    return [
-        request(
-            limit,
-            None,
-            nearest(query, KEY),
-            [prefetch(candidates, nearest(short, SEARCH_KEY), None, params, refuse)],
-        )
-        for query, short, refuse in rows
-    ]
+    for row, short in zip(rows, map(FLOATS, search_keys.of(queries)), strict=True):
+        by_search_key = prefetch(candidates, nearest(short, SEARCH_KEY), None, params, None)
+        yield request(limit, None, nearest(row, KEY), [by_search_key])
 
 
 def configuration(
@@ -176,7 +183,7 @@ def _quantization(quantization: Quantization) -> Any:
     }
     match quantization:
         case Quantization.INT8:
-            return qe.ScalarQuantizationConfig(qe.ScalarType.Int8, memory=ram)
+            return qe.ScalarQuantizationConfig(qe.ScalarType.Int8, INT8_QUANTILE, memory=ram)
         case Quantization.BINARY:
             return qe.BinaryQuantizationConfig(memory=ram)
         case Quantization.PRODUCT:
@@ -195,10 +202,11 @@ def payload_indexes() -> dict[str, Any]:
 
 
 def _without(ref: ExampleRef | None) -> Any:
-    if ref is None:
-        return None
-    same = qe.Filter(must=[_equals("source", ref.source), _equals("example", ref.example)])
-    return qe.Filter(must_not=[same])
+    return None if ref is None else qe.Filter(must_not=[_of_example(ref)])
+
+
+def _of_example(ref: ExampleRef) -> Any:
+    return qe.Filter(must=[_equals("source", ref.source), _equals("example", ref.example)])
 
 
 def _equals(field: str, value: str) -> Any:
@@ -287,9 +295,19 @@ class EngineShard:
         excluded: Sequence[ExampleRef | None],
     ) -> tuple[U64, F32]:
         """Ids and engine scores [t, limit] of the nearest entries, best first; NO_ID and inf where there are fewer."""
-        request = search_request(queries, limit, options, excluded, self._search_keys)
+        with storage_call(f"search {self._directory}"):
+            there = {ref: ref if self._has(ref) else None for ref in set(excluded)}
+        hidden = [there[ref] for ref in excluded]
+        request = search_request(queries, limit, options, hidden, self._search_keys)
         with storage_call(f"search {self._directory}"):
             return read_hits(self._shard.query_batch(request), limit)
+
+    def _has(self, ref: ExampleRef | None) -> bool:
+        """Whether there are entries of an example; 5 us, whatever their number."""
+        if ref is None:
+            return False
+        found, _ = self._shard.scroll(qe.ScrollRequest(None, 1, _of_example(ref), False, False))
+        return bool(found)
 
     def upsert(self, entries: Entries, generation: int) -> None:
         """Writes entries, marked with the generation of files; they survive SIGKILL when this returns.

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
 from router_service.backends.base import (
+    INT8_QUANTILE,
     Collection,
     CollectionInfo,
     CollectionSpec,
@@ -72,7 +73,9 @@ def quantization_diff(quantization: Quantization) -> Any:
         return q.QuantizationConfigDiff(disabled=q.Disabled())
     if quantization is Quantization.INT8:
         return q.QuantizationConfigDiff(
-            scalar=q.ScalarQuantization(type=q.QuantizationType.Int8, always_ram=True)
+            scalar=q.ScalarQuantization(
+                type=q.QuantizationType.Int8, quantile=INT8_QUANTILE, always_ram=True
+            )
         )
     if quantization is Quantization.BINARY:
         return q.QuantizationConfigDiff(binary=q.BinaryQuantization(always_ram=True))

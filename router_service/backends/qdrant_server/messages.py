@@ -82,11 +82,14 @@ def queries_of(
     options: SearchOptions,
     excluded: Sequence[ExampleRef | None],
 ) -> list[Any]:
-    """One query per row [t, d], each without the entries of its excluded example."""
-    params = q.SearchParams(
-        hnsw_ef=options.hnsw_ef,
-        exact=options.exact,
-        quantization=q.QuantizationSearchParams(rescore=True, oversampling=options.oversampling),
+    """One query per row [t, d], each without the entries of its excluded example.
+
+    One with an exclusion looks at every entry, for a graph search loses its way among entries that it may not see.
+    """
+    quantized = q.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
+    exact = q.SearchParams(exact=True)
+    indexed = (
+        exact if options.exact else q.SearchParams(hnsw_ef=options.hnsw_ef, quantization=quantized)
     )
     filters = {ref: _without(ref) for ref in set(excluded)}
     value = q.WithPayloadSelector(include=q.PayloadIncludeSelector(fields=[VALUE]))
@@ -95,7 +98,7 @@ def queries_of(
             collection_name=collection,
             query=q.Query(nearest=q.VectorInput(dense=dense(query))),
             filter=filters[ref],
-            params=params,
+            params=indexed if ref is None else exact,
             limit=k,
             with_payload=value,
         )
