@@ -14,8 +14,11 @@ from router_service.backends.base import CollectionReader, pages
 from router_service.errors import InvalidField
 
 # An entry nearer than this share of the typical squared distance is a copy of the query: text made from a template, or
-# text that is there twice. On ordinary text at most 3 % of the nearest are (docs/experiments.md).
+# text that is there twice. On ordinary text at most 3 % of the nearest are (docs/recall.md).
 COPY_SHARE = 1e-3
+# Numbers that a sample of a layer's own keys compares, some 20 s: smaller in layers of more than 100,000 x 2,048.
+MOST_NUMBERS = 1 << 38
+_FEWEST_QUERIES = 64
 _PAGE_ENTRIES = 2048
 # float64 products held at once, 64 MiB.
 _BLOCK_ELEMENTS = 1 << 23
@@ -46,6 +49,13 @@ class Queries:
 
     inputs: F32
     own: Sequence[ExampleRef] = ()
+
+    @staticmethod
+    def of_own(sample: Entries, entries: int) -> Queries:
+        """Keys of the layer, which has so many entries, each without its own example; as many as MOST_NUMBERS allow."""
+        numbers = max(1, entries * sample.keys.shape[1])
+        some = sample.slice(0, max(_FEWEST_QUERIES, MOST_NUMBERS // numbers))
+        return Queries(some.keys, [ExampleRef(p.source, p.example) for p in some.provenance])
 
 
 def calibrated(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from router_service import checks
-from router_service.arrays import F32, U64, AnyArray, Assignment, Entries, ExampleRef
-from router_service.backends.base import CollectionSpec
+from router_service.arrays import F32, U64, AnyArray, Assignment, Entries
+from router_service.backends.base import Collection, CollectionSpec, pages
 from router_service.errors import (
     InvalidField,
     InvalidTensor,
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # Numbers in the neighbours' values of one request: T x K x W, 512 MiB in f32.
 MAX_VALUES = 2**27
+_IDS_PER_PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,7 @@ class RoutingMemory:
         memory = self.layer(layer)
         self._require_bandwidth()
         if inputs is None:
-            entries = sample_entries(memory, sample)
-            own = [ExampleRef(p.source, p.example) for p in entries.provenance]
-            queries = Queries(entries.keys, own)
+            queries = Queries.of_own(sample_entries(memory, sample), memory.info().entries)
         else:
             self._check_inputs("inputs.router_inputs", inputs)
             queries = Queries(inputs)
@@ -242,13 +241,28 @@ class RoutingMemory:
 
 
 def sample_entries(memory: LayerMemory, sample: int, seed: int = 0) -> Entries:
-    """Up to `sample` entries, spread evenly over the layer's ids (ids are hashes, so this is a random sample)."""
+    """Up to `sample` entries, spread evenly over the layer's ids (ids are hashes, so this is a random sample).
+
+    Where they are not, and few are found so, each entry is as likely as any other.
+    """
     rng = np.random.default_rng(seed)
     starts = np.sort(rng.integers(0, 2**63 - 1, size=max(1, sample // 64), dtype=np.int64))
     parts = [memory.collection.scroll(int(start), 64) for start in starts]
-    parts = [p for p in parts if len(p)] or [memory.collection.scroll(None, sample)]
-    entries = Entries.concat(parts)
+    found = np.unique(np.concatenate([part.ids for part in parts]))
+    if 2 * len(found) < sample:
+        parts = _picked(memory.collection, sample, rng)
+    entries = Entries.concat([part for part in parts if len(part)] or parts[:1])
     return entries.take(np.unique(entries.ids, return_index=True)[1])  # starts may overlap
+
+
+def _picked(collection: Collection, sample: int, rng: np.random.Generator) -> list[Entries]:
+    """`sample` entries one by one, or all if there are no more."""
+    numbers = [page.ids for page in pages(collection, _IDS_PER_PAGE, with_keys=False)]
+    ids = np.concatenate([np.empty(0, np.uint64), *numbers])
+    if len(ids) <= sample:
+        return [collection.scroll(None, sample)]
+    chosen = np.sort(rng.choice(ids, sample, replace=False))
+    return [collection.scroll(number - 1 if number else None, 1) for number in chosen.tolist()]
 
 
 def forget_hits(layers: Sequence[LayerMemory]) -> None:

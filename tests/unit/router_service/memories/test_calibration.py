@@ -11,7 +11,15 @@ from router_service.arrays import F32, Entries, ExampleRef, Provenance
 from router_service.backends.base import CollectionSpec, Metric
 from router_service.backends.exact import ExactBackend, ExactCollection
 from router_service.errors import Cancelled, InvalidField
-from router_service.memories.calibration import COPY_SHARE, LayerCalibration, Queries, calibrated
+from router_service.memories.calibration import (
+    COPY_SHARE,
+    MOST_NUMBERS,
+    LayerCalibration,
+    Queries,
+    calibrated,
+)
+from router_service.memories.layer import LayerMemory
+from router_service.memories.memory import sample_entries
 
 D = 8
 
@@ -104,3 +112,28 @@ def test_whoever_asks_can_end_it() -> None:
     keys = random_keys(10)
     with pytest.raises(Cancelled):
         calibrated(0, layer_of(keys, ["x"] * 10), Queries(keys), 0.5, 0.5, gone)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2**62])
+def test_a_sample_is_not_the_beginning_of_a_layer(first: int) -> None:
+    """Ids need not be hashes: where they count from 0, entries from all over the layer are asked about."""
+    keys = random_keys(600)
+    collection = ExactBackend().create("layer", CollectionSpec(D, Metric.EUCLID, 1))
+    ids = np.arange(first, first + 600, dtype=np.uint64)
+    values = np.zeros((600, 1), np.float32)
+    collection.upsert(Entries(ids, keys, values, [Provenance()] * 600))
+    sample = sample_entries(LayerMemory(0, collection, 1, 1), 100)
+    assert len(sample) == len(set(sample.ids.tolist())) == 100
+    assert sample.ids.max() - sample.ids.min() > 400
+    everything = sample_entries(LayerMemory(0, collection, 1, 1), 1000)
+    assert everything.ids.tolist() == ids.tolist()
+
+
+def test_few_are_asked_about_in_a_large_layer() -> None:
+    keys = random_keys(500)
+    sample = Entries(
+        np.arange(500, dtype=np.uint64), keys, np.zeros((500, 1), np.float32), [Provenance()] * 500
+    )
+    assert len(Queries.of_own(sample, MOST_NUMBERS // D // 100).inputs) == 100
+    assert len(Queries.of_own(sample, MOST_NUMBERS).inputs) == 64
+    assert len(Queries.of_own(sample, 500).own) == 500
