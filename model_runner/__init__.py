@@ -16,12 +16,21 @@ if TYPE_CHECKING:
     from model_runner.models import LoadedModel, load_model
     from model_runner.router_client import OnError, RouterClient
     from model_runner.router_hooks import RouterHooks
-    from model_runner.routing_policy import RetrievalPolicy, Retriever
+    from model_runner.routing_policy import (
+        FellBack,
+        Lookups,
+        RetrievalPolicy,
+        Retrieved,
+        Retriever,
+    )
 
 __all__ = [
+    "FellBack",
     "LoadedModel",
+    "Lookups",
     "OnError",
     "RetrievalPolicy",
+    "Retrieved",
     "Retriever",
     "RouterClient",
     "RouterHooks",
@@ -31,9 +40,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FellBack": "routing_policy",
     "LoadedModel": "models",
+    "Lookups": "routing_policy",
     "OnError": "router_client",
     "RetrievalPolicy": "routing_policy",
+    "Retrieved": "routing_policy",
     "Retriever": "routing_policy",
     "RouterClient": "router_client",
     "RouterHooks": "router_hooks",

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
-from knnmoe.client import NO_PAUSES_S, PAUSES_S, ExampleRef, RoutingClient, ServiceUnavailable
+from knnmoe.client import (
+    NO_PAUSES_S,
+    PAUSES_S,
+    ExampleRef,
+    MemoryNotFound,
+    RoutingClient,
+    ServiceError,
+    ServiceUnavailable,
+)
 from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
@@ -18,7 +28,7 @@ from torch import Tensor
 
 from model_runner.architectures.families import Assignment
 from model_runner.router_hooks import Logits
-from model_runner.routing_policy import Retrieved
+from model_runner.routing_policy import FellBack, Lookups, Retrieved
 from model_runner.wire import (
     decode_assignment,
     decode_floats,
@@ -31,17 +41,23 @@ log = logging.getLogger(__name__)
 
 # An outage is a line now and then, not one per layer and token.
 WARN_EVERY_S = 30.0
-# A connection may take longer than a lookup; text that is being generated waits less long than a score.
+# A connection may take longer than a lookup; who generates text waits less long for it than who scores.
 CONNECT_TIMEOUT_S = {"fall_back": 0.5, "raise": 10.0}
 # A prompt's tokens are looked up in one go, at about a millisecond each in a large memory.
 TIMEOUT_S_PER_MORE_TOKEN = 0.002
 
 
 class OnError(StrEnum):
-    """What a lookup that fails does."""
+    """What a lookup that fails does. OnError("raise") is OnError.RAISE; another name raises ValueError."""
 
     FALL_BACK = "fall_back"  # the model's own router stands; counted, warned about once in a while
     RAISE = "raise"  # evaluation and building: scores never mix silently
+
+    @classmethod
+    def _missing_(cls, value: object) -> OnError:
+        raise ValueError(
+            f"on_error: got {value!r}, expected {' or '.join(map(repr, map(str, cls)))}"
+        )
 
 
 @dataclass(slots=True)
@@ -49,7 +65,7 @@ class CircuitBreaker:
     """Opens after `failures_to_open` failures in a row; then one trial after 1 s, doubling to 30 s, with jitter.
 
     Several in a row are an outage, where one may be a slow lookup. The jitter (a quarter up or down) keeps runners of
-    one sidecar from coming back at the same moment.
+    one sidecar from coming back at the same moment. Threads may share a breaker: one of them makes the trial.
     """
 
     failures_to_open: int = 5
@@ -60,31 +76,48 @@ class CircuitBreaker:
     _failures: int = field(default=0, init=False)
     _pause_s: float = field(default=0.0, init=False)
     _next_trial_s: float = field(default=0.0, init=False)
+    _trying: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def allows(self) -> bool:
-        """Whether a call may be tried now."""
-        return self._failures < self.failures_to_open or self.clock_s() >= self._next_trial_s
+        """Whether a call may be tried now. If that is the trial, the next one is due a pause later at the earliest."""
+        with self._lock:
+            if self._failures < self.failures_to_open:
+                return True
+            now_s = self.clock_s()
+            if now_s < self._next_trial_s:
+                return False
+            self._trying, self._next_trial_s = True, now_s + self._pause_s
+            return True
 
     def succeeded(self) -> None:
         """Closes the breaker."""
-        self._failures, self._pause_s = 0, 0.0
+        with self._lock:
+            self._failures, self._pause_s, self._trying = 0, 0.0, False
 
     def failed(self) -> None:
         """Counts a failure; opens the breaker, for twice as long as before when a trial failed."""
-        self._failures += 1
-        if self._failures >= self.failures_to_open:
-            self._pause_s = min(self.longest_pause_s, max(self.first_pause_s, 2 * self._pause_s))
-            self._next_trial_s = self.clock_s() + self._pause_s * (0.75 + 0.5 * self.jitter())
+        with self._lock:
+            self._failures += 1
+            # Calls that were on their way when it opened say nothing new.
+            if self._failures == self.failures_to_open or self._trying:
+                self._pause_s = min(
+                    self.longest_pause_s, max(self.first_pause_s, 2 * self._pause_s)
+                )
+                pause_s = self._pause_s * (0.75 + 0.5 * self.jitter())
+                self._next_trial_s, self._trying = self.clock_s() + pause_s, False
 
 
 class RouterClient:
-    """Looks router inputs up in one memory of one sidecar. Not for several threads at once.
+    """Looks router inputs up in one memory of one sidecar. Threads may share it; close it when they have ended.
 
     What fails with UNAVAILABLE is tried again at most twice inside the deadline: at once when on_error is FALL_BACK,
     after a pause when it is RAISE.
 
-    timeout_s bounds the lookup of one token; further ones add TIMEOUT_S_PER_MORE_TOKEN each, and the first lookup
-    over a connection may take CONNECT_TIMEOUT_S.
+    timeout_s bounds the lookup of one token, the first one too, whatever it has to wait for; further tokens add
+    TIMEOUT_S_PER_MORE_TOKEN each. describe() waits for a connection up to CONNECT_TIMEOUT_S: call it first.
+
+    on_error: an OnError, or its name: "fall_back", "raise". Raises ValueError for another.
     """
 
     def __init__(
@@ -94,21 +127,24 @@ class RouterClient:
         fingerprint: ModelFingerprint,
         *,
         timeout_s: float = 0.05,
-        on_error: OnError = OnError.FALL_BACK,
+        on_error: OnError | str = OnError.FALL_BACK,
         breaker: CircuitBreaker | None = None,
     ) -> None:
         self.target, self.memory = target, memory
-        self.on_error, self.timeout_s = on_error, timeout_s
-        # Lookups that fell back, by layer and reason.
-        self.fallbacks: Counter[tuple[int, str]] = Counter()
+        self.on_error, self.timeout_s = OnError(on_error), timeout_s
         self._client = RoutingClient(
             target,
             memory,
             fingerprint.message(),
-            pauses_s=NO_PAUSES_S if on_error is OnError.FALL_BACK else PAUSES_S,
-            connect_timeout_s=CONNECT_TIMEOUT_S[on_error.value],
+            pauses_s=NO_PAUSES_S if self.on_error is OnError.FALL_BACK else PAUSES_S,
+            connect_timeout_s=CONNECT_TIMEOUT_S[self.on_error.value],
         )
         self._breaker = breaker or CircuitBreaker()
+        # Of what follows.
+        self._lock = threading.Lock()
+        self._lookups = 0
+        self._fallbacks: Counter[tuple[int, str]] = Counter()
+        self._was_found = False
         self._warned_s = float("-inf")
 
     def __enter__(self) -> RouterClient:
@@ -118,20 +154,35 @@ class RouterClient:
         self.close()
 
     def close(self) -> None:
-        """Ends the stream and the connection. Closing twice is allowed."""
+        """Ends the connection; lookups on their way in other threads raise ClientClosed. Closing twice is allowed."""
         self._client.close()
+
+    @property
+    def fallbacks(self) -> Counter[tuple[int, str]]:
+        """Lookups that fell back so far, by layer and reason."""
+        with self._lock:
+            return self._fallbacks.copy()
+
+    @property
+    def lookups(self) -> Lookups:
+        """Lookups so far, and those that fell back by reason."""
+        with self._lock:
+            fell_back = Counter[str]()
+            for (_, reason), number in self._fallbacks.items():
+                fell_back[reason] += number
+            return Lookups(self._lookups, fell_back)
 
     def describe(self) -> pb.MemoryDescription:
         """The memory, as it was when first asked for.
 
         Raises ModelMismatch when it was made for another model, MemoryNotFound, ServiceUnavailable.
         """
-        return self._client.describe()
+        return self._described(None)
 
     @property
     def wants_logits(self) -> bool:
         """Whether the memory blends router logits rather than assignments. Raises as describe()."""
-        return self.describe().settings.kind == MEMORY_KIND_LOGIT_DELTA
+        return _wants_logits(self.describe())
 
     def lookup(
         self,
@@ -141,11 +192,11 @@ class RouterClient:
         own: Assignment,
         *,
         exclude: Sequence[ExampleRef] = (),
-    ) -> Retrieved | None:
-        """route(), as tensors on the host."""
-        response = self.route(layer, router_input, router_logits, own, exclude=exclude)
-        if response is None:
-            return None
+    ) -> Retrieved | FellBack:
+        """route(), as tensors on the host; or why the own router stands."""
+        response = self._routed(layer, router_input, router_logits, own, {"exclude": exclude})
+        if isinstance(response, FellBack):
+            return response
         blended: Assignment | Logits | None = None
         if response.HasField("router_logits"):
             blended = Logits(decode_floats(response.router_logits))
@@ -170,39 +221,74 @@ class RouterClient:
     ) -> pb.RouteResponse | None:
         """Looks up T tokens: router_input [T, d], logits [T, N], own assignment [T, k].
 
-        neighbours stands in for the memory's K. None when the sidecar failed and on_error is FALL_BACK. A refusal
-        (wrong model, bad request) always raises.
+        neighbours stands in for the memory's K. None when the sidecar failed, or the memory is no longer there, and
+        on_error is FALL_BACK. A refusal (wrong model, bad request, a memory that never was there) always raises.
         """
+        options = {
+            "exclude": exclude,
+            "with_neighbours": with_neighbours,
+            "neighbours": neighbours,
+        }
+        response = self._routed(layer, router_input, router_logits, own, options)
+        return None if isinstance(response, FellBack) else response
+
+    def _routed(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        options: Mapping[str, Any],
+    ) -> pb.RouteResponse | FellBack:
+        self._client.require_usable()  # before any lock: in a forked process it may be held for ever
+        with self._lock:
+            self._lookups += 1
 
         def looked_up() -> pb.RouteResponse:
-            tokens = len(router_input)
+            timeout_s = self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (len(router_input) - 1)
+            started_s = time.monotonic()
+            described = self._described(timeout_s)
+            timeout_s -= time.monotonic() - started_s
             return self._client.route(
                 layer,
                 encode_floats(router_input),
-                encode_floats(router_logits) if self.wants_logits else encode_assignment(own),
-                timeout_s=self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (tokens - 1),
-                exclude=exclude,
-                with_neighbours=with_neighbours,
-                neighbours=neighbours,
+                encode_floats(router_logits)
+                if _wants_logits(described)
+                else encode_assignment(own),
+                timeout_s=timeout_s,
+                **options,
             )
 
         if self.on_error is OnError.RAISE:
             return looked_up()
         if not self._breaker.allows():
-            self.fallbacks[layer, "breaker_open"] += 1
-            return None
+            return self._fell_back(layer, "breaker_open")
         try:
             response = looked_up()
-        except ServiceUnavailable as error:
+        except (ServiceUnavailable, MemoryNotFound) as error:
+            if isinstance(error, MemoryNotFound) and not self._was_found:
+                raise  # a mistaken name is not an outage
             self._breaker.failed()
-            self._fell_back(layer, error)
-            return None
+            return self._fell_back(layer, error.cause, error)
         self._breaker.succeeded()
         return response
 
-    def _fell_back(self, layer: int, error: ServiceUnavailable) -> None:
-        self.fallbacks[layer, error.cause] += 1
+    def _described(self, timeout_s: float | None) -> pb.MemoryDescription:
+        found = self._client.describe(timeout_s)
+        self._was_found = True
+        return found
+
+    def _fell_back(self, layer: int, reason: str, error: ServiceError | None = None) -> FellBack:
         now_s = time.monotonic()
-        if now_s - self._warned_s >= WARN_EVERY_S:
-            self._warned_s = now_s
+        with self._lock:
+            self._fallbacks[layer, reason] += 1
+            warn = error is not None and now_s - self._warned_s >= WARN_EVERY_S
+            if warn:
+                self._warned_s = now_s
+        if warn:
             log.warning("routing memory unavailable, the model's own router stands: %s", error)
+        return FellBack(reason)
+
+
+def _wants_logits(described: pb.MemoryDescription) -> bool:
+    return described.settings.kind == MEMORY_KIND_LOGIT_DELTA

@@ -10,8 +10,10 @@ hooks that were installed after it compiled.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +29,14 @@ from model_runner.architectures.families import (
     RouterKwargs,
     RouterOutput,
     RouterSite,
+    uncompiled,
 )
 from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
-from model_runner.logit_tap import LogitTap
+from model_runner.logit_tap import LogitTap, wrapped_forward
 
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()
+_hooking = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +90,21 @@ class RouterHooks:
     Replies are cast to the model's own dtypes and devices. Rows of a reply that belong to padding
     are applied like any other: they change nothing that a valid token can see.
 
+    Threads may call the model at the same time; `policy` is then called from all of them. Enter
+    before they begin and leave when they have ended: a forward pass that is cut off by leaving
+    raises HooksInUse in its own thread.
+
     Args:
         model: a Mixture-of-Experts causal LM; its weights are never read or written.
         policy: see `Policy`; its exceptions leave `model(...)` unchanged.
 
     Attributes:
         sites: the routers, one per MoE layer.
-        hits: calls of each layer's router since the context was entered.
+        hits: calls of each layer's router since the context was entered, by all threads.
 
     Raises:
         UnsupportedModel: the model has no routers that can be hooked.
-        HooksInUse: this model is already hooked.
+        HooksInUse: this model is already hooked; or the context was left during a forward pass.
         BadInput: a reply has the wrong type, shape, or an expert id out of range.
 
     """
@@ -106,27 +114,31 @@ class RouterHooks:
         self.hits = [0] * len(self.sites)
         self._model = model
         self._policy = policy
-        self._checked_hits = list(self.hits)
-        self._raw_logits: dict[int, Tensor] = {}
-        self._batch = BatchWatch()
+        self._counting = threading.Lock()
+        self._here = _ThreadState(len(self.sites))
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> RouterHooks:
         routers = [site.router for site in self.sites]
-        if any(router in _hooked_routers for router in routers):
-            raise HooksInUse(
-                f"{type(self._model).__name__} is already hooked; leave the other RouterHooks first"
-            )
-        self.hits[:] = self._checked_hits[:] = [0] * len(self.sites)
         to_tap = [site for site in self.sites if not site.family.returns_raw_logits]
         with ExitStack() as undo:
-            _hooked_routers.update(routers)
-            undo.callback(_hooked_routers.difference_update, routers)
-            undo.enter_context(self._batch.watching(self._model))
-            undo.enter_context(LogitTap(self._model, self._keep_logits, to_tap))
+            with _hooking:
+                if any(router in _hooked_routers for router in routers):
+                    raise HooksInUse(
+                        f"{type(self._model).__name__} is already hooked; leave the other "
+                        "RouterHooks first"
+                    )
+                _hooked_routers.update(routers)
+                undo.callback(_unhook, routers)
+            self.hits[:] = [0] * len(self.sites)
+            self._here = here = _ThreadState(len(self.sites))
+            keep_logits = uncompiled(here.keep_logits)
+            undo.enter_context(LogitTap(self._model, keep_logits, to_tap))
             for site in self.sites:
-                for handle in site.family.attach(site, self._on_output(site)):
+                for handle in site.family.attach(site, self._on_output(site, here)):
                     undo.callback(handle.remove)
+            # Last, so that it is left first: a pass that goes on meanwhile must not look complete.
+            undo.enter_context(watched_batches(self._model, here))
             self._undo = undo.pop_all()
         return self
 
@@ -134,33 +146,34 @@ class RouterHooks:
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
-        self._raw_logits.clear()
 
     def assert_complete(self) -> None:
         """Every MoE layer was hooked since the context was entered, or since the last check.
+
+        Counts what the calling thread ran; where it ran nothing, what all threads did.
 
         Raises:
             HookBypassed: names the layers whose router was not called.
 
         """
-        missed = [
-            site.name
-            for site in self.sites
-            if self.hits[site.layer] == self._checked_hits[site.layer]
-        ]
-        self._checked_hits[:] = self.hits
+        here = self._here
+        ran = [hits - before for hits, before in zip(self.hits, here.checked_hits, strict=True)]
+        hits = here.hits if any(here.hits) else ran
+        missed = [site.name for site in self.sites if not hits[site.layer]]
+        here.hits, here.checked_hits = [0] * len(self.sites), list(self.hits)
         if missed:
             raise HookBypassed(missed)
 
-    def _keep_logits(self, site: RouterSite, logits: Tensor) -> Tensor:
-        self._raw_logits[site.layer] = logits
-        return logits
-
-    def _on_output(self, site: RouterSite) -> Callable[[RouterArgs, RouterKwargs, Any], Any]:
+    def _on_output(
+        self, site: RouterSite, here: _ThreadState
+    ) -> Callable[[RouterArgs, RouterKwargs, Any], Any]:
+        @uncompiled
         def on_output(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> Any:
-            self.hits[site.layer] += 1
+            here.hits[site.layer] += 1
+            with self._counting:
+                self.hits[site.layer] += 1
             own = site.family.read(output)
-            reply = self._policy(self._call(site, own, site.router_input(args, kwargs)))
+            reply = self._policy(_call(site, own, site.router_input(args, kwargs), here))
             if reply is None:
                 return None
             if isinstance(reply, Logits):
@@ -169,68 +182,98 @@ class RouterHooks:
 
         return on_output
 
-    def _call(self, site: RouterSite, own: RouterOutput, router_input: Tensor) -> RouterCall:
-        batch_shape, valid = self._batch.batch_shape, self._batch.valid
-        tokens = router_input.shape[0]
-        if batch_shape is not None and batch_shape[0] * batch_shape[1] != tokens:
-            batch_shape = valid = None
-        return RouterCall(
-            site=site,
-            router_input=router_input,
-            router_logits=self._raw_logits.pop(site.layer, own.router_logits),
-            weights=own.weights,
-            experts=own.experts,
-            batch_shape=batch_shape,
-            valid=valid,
-        )
+
+def _unhook(routers: Sequence[nn.Module]) -> None:
+    with _hooking:
+        _hooked_routers.difference_update(routers)
 
 
-class BatchWatch:
-    """Shape and padding of the forward pass that is running.
+def _call(
+    site: RouterSite, own: RouterOutput, router_input: Tensor, here: _ThreadState
+) -> RouterCall:
+    batch_shape, valid = here.batch_shape, here.valid
+    tokens = router_input.shape[0]
+    if batch_shape is not None and batch_shape[0] * batch_shape[1] != tokens:
+        batch_shape = valid = None
+    return RouterCall(
+        site=site,
+        router_input=router_input,
+        router_logits=here.raw_logits.pop(site.layer, own.router_logits),
+        weights=own.weights,
+        experts=own.experts,
+        batch_shape=batch_shape,
+        valid=valid,
+    )
 
-    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both.
+
+class _ThreadState(threading.local):
+    """What the calling thread's forward pass is at; every thread has its own.
 
     Attributes:
         batch_shape: (B, S) of the tokens now in the decoder; None outside a forward pass.
         valid: `[B*S]` bool, False on padding; None when no 2-D attention mask was given. A mask
             that transformers has already expanded to 4-D (static caches) is not read.
+        raw_logits: by layer, from the router's forward until the policy is asked.
+        hits: calls of each layer's router by this thread since its last check.
+        checked_hits: those of all threads at its last check.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         self.batch_shape: tuple[int, int] | None = None
         self.valid: Tensor | None = None
+        self.raw_logits: dict[int, Tensor] = {}
+        self.hits = [0] * layers
+        self.checked_hits = [0] * layers
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Follows the decoder of `model` until the block is left."""
-        decoder = decoder_of(model)
-        before = decoder.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = decoder.register_forward_hook(self._after, always_call=True)
+    def keep_logits(self, site: RouterSite, logits: Tensor) -> Tensor:
+        """A LogitFunction that changes nothing."""
+        self.raw_logits[site.layer] = logits
+        return logits
+
+
+@contextmanager
+def watched_batches(model: nn.Module, here: _ThreadState) -> Iterator[None]:
+    """Within it, `here` has shape and padding of the thread's forward pass through the decoder of `model`.
+
+    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both.
+    """
+    inside = True
+
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = tuple(inspect.signature(forward).parameters)
+
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before = here.batch_shape, here.valid
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            here.batch_shape, here.valid = _batch_of(given)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                here.batch_shape, here.valid = before
+            if not inside:
+                raise HooksInUse(
+                    f"the RouterHooks of {type(model).__name__} was left while this forward pass ran, in part with "
+                    "its policy and in part without; leave it when the threads that call the model have ended"
+                )
+            return output
+
+        return uncompiled(watched, recursive=False)  # what it calls is compiled
+
+    with wrapped_forward(decoder_of(model), wrap):
         try:
             yield
         finally:
-            before.remove()
-            after.remove()
-            self.batch_shape = self.valid = None
-
-    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _named_arguments(decoder, args, kwargs)
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        self.batch_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
-        self.valid = _valid_tokens(given.get("attention_mask"), self.batch_shape)
-
-    def _after(self, *_call: Any) -> None:
-        self.batch_shape = self.valid = None
+            inside = False
 
 
-def _named_arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+def _batch_of(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, Tensor | None]:
+    """Shape and padding, from the decoder's arguments by name."""
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    batch_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+    return batch_shape, _valid_tokens(given.get("attention_mask"), batch_shape)
 
 
 def _valid_tokens(mask: Any, batch_shape: tuple[int, int] | None) -> Tensor | None:
@@ -272,7 +315,7 @@ def verify_hooks(model: nn.Module) -> None:
     something else than their logits, and layers that run in another order than they are numbered.
 
     Raises:
-        UnsupportedModel: no routers; or the identity policy changes the model's output.
+        UnsupportedModel: no routers; the model gives NaN; or the identity policy changes its output.
         HookBypassed: some router was not called.
         BadInput: the model is in training mode, where its output is not a function of its input.
 
@@ -286,6 +329,7 @@ def verify_hooks(model: nn.Module) -> None:
         return Assignment(call.weights, call.experts)
 
     plain = _dummy_logits(model)
+    require_no_nan(model, plain, _dummy_batch(model))
     with RouterHooks(model, identity) as hooks:
         hooked = _dummy_logits(model)
         hooks.assert_complete()
@@ -317,12 +361,61 @@ def _verify_raw_logits(model: nn.Module, sites: tuple[RouterSite, ...]) -> None:
         _dummy_logits(model)
 
 
-@torch.no_grad()
-def _dummy_logits(model: nn.Module) -> Tensor:
+def _dummy_batch(model: nn.Module) -> dict[str, Any]:
     embeddings = getattr(decoder_of(model), "get_input_embeddings", lambda: None)()
     device = embeddings.weight.device if embeddings is not None else torch.device("cpu")
     device = torch.device("cpu") if device.type == "meta" else device
-    input_ids = torch.arange(4, device=device).unsqueeze(0)
-    output = model(input_ids=input_ids, use_cache=False)
+    return {"input_ids": torch.arange(4, device=device).unsqueeze(0), "use_cache": False}
+
+
+@torch.no_grad()
+def _dummy_logits(model: nn.Module) -> Tensor:
+    output = model(**_dummy_batch(model))
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits
+
+
+def require_no_nan(
+    model: nn.Module, logits: Tensor, batch: Mapping[str, Any], of: str = "a few token ids"
+) -> None:
+    """Raises UnsupportedModel when `logits`, which the model gave for `batch`, hold NaN; names where it comes from.
+
+    of: what the batch is, for the message.
+    """
+    if not torch.isnan(logits).any():
+        return
+    bad_weights = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.device.type != "meta" and torch.isnan(weight).any()
+    ]
+    raise UnsupportedModel(
+        f"the model gives NaN for {of}, first in {_first_with_nan(model, batch)}; "
+        + (
+            f"NaN is in its weights {', '.join(bad_weights[:3])}: load a checkpoint that is whole"
+            if bad_weights
+            else "its weights hold no NaN: try another dtype, e.g. float32"
+        )
+    )
+
+
+@torch.no_grad()
+def _first_with_nan(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """The module whose output is the first with NaN, in one more pass with `batch`."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(p, Tensor) and bool(torch.isnan(p).any()) for p in parts):
+                found.append(name)
+
+        return after
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "its logits"

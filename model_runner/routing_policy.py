@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,11 +40,45 @@ class Retrieved:
     blended: Assignment | Logits | None
 
 
-class Retriever(Protocol):
-    """Where a memory's answers come from: a sidecar (RouterClient), or anything that answers as one."""
+@dataclass(frozen=True, slots=True)
+class FellBack:
+    """A lookup that gave nothing: the model's own router stands.
 
-    # Lookups that fell back, by layer and reason.
-    fallbacks: Counter[tuple[int, str]]
+    Attributes:
+        reason: a word to count by, e.g. `deadline`, `unavailable`, `breaker_open`, `memory_not_found`, `not_finite`.
+
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lookups:
+    """How often a memory was asked, and how often the model's own router stood because it gave no answer.
+
+    Attributes:
+        total: all lookups; a forward pass makes one at each layer, more where its tokens do not go in one message.
+        fell_back: of these, by reason.
+
+    """
+
+    total: int
+    fell_back: Mapping[str, int]
+
+    def __str__(self) -> str:
+        if not self.fell_back:
+            return f"none of {self.total}"
+        reasons = ", ".join(
+            f"{number} {reason}" for reason, number in sorted(self.fell_back.items())
+        )
+        return f"{sum(self.fell_back.values())} of {self.total} ({reasons})"
+
+
+class Retriever(Protocol):
+    """Where a memory's answers come from: a sidecar (RouterClient), or anything that answers as one.
+
+    A policy that several threads use asks from all of them.
+    """
 
     def lookup(
         self,
@@ -51,8 +88,8 @@ class Retriever(Protocol):
         own: Assignment,
         *,
         exclude: Sequence[ExampleRef] = (),
-    ) -> Retrieved | None:
-        """T tokens: router_input [T, d], logits [T, N], own assignment [T, k]; None when the own router stands.
+    ) -> Retrieved | FellBack | None:
+        """T tokens: router_input [T, d], logits [T, N], own assignment [T, k]; None: it fell back, without a reason.
 
         `exclude`: none, or one example per token whose entries are not read.
         """
@@ -61,65 +98,127 @@ class Retriever(Protocol):
 
 @dataclass(slots=True)
 class LayerUse:
-    """What a memory did at one layer: tokens asked about, those that abstained, lambda summed over the tokens."""
+    """What a memory did at one layer: tokens that it answered for, those that abstained, lambda summed over the tokens.
+
+    Attributes:
+        lookups: all, with those that fell back.
+        fell_back: by reason; `not_finite`: not asked, since a router input or logit was not finite.
+
+    """
 
     tokens: int = 0
     abstained: int = 0
     lambda_sum: float = 0.0
-    # Calls that were not asked about: a router input or logit was not finite.
-    not_finite: int = 0
+    lookups: int = 0
+    fell_back: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def not_finite(self) -> int:
+        """Calls that were not asked about: a router input or logit was not finite."""
+        return self.fell_back["not_finite"]
 
     @property
     def lambda_mean(self) -> float:
         """Mean lambda; 0 before the first token."""
         return self.lambda_sum / max(1, self.tokens)
 
+    def count(self, found: Retrieved) -> None:
+        """Counts the tokens of an answer that is used."""
+        self.tokens += len(found.lambdas)
+        self.abstained += int(found.abstained.count_nonzero())
+        self.lambda_sum += float(found.lambdas.sum())
+
+    def add(self, other: LayerUse) -> None:
+        """Counts what `other` counted."""
+        self.tokens += other.tokens
+        self.abstained += other.abstained
+        self.lambda_sum += other.lambda_sum
+        self.lookups += other.lookups
+        self.fell_back += other.fell_back
+
+
+Refs = tuple[ExampleRef, ...]
+
+
+def _no_refs() -> ContextVar[Refs]:
+    return ContextVar("excluded", default=())
+
 
 @dataclass(slots=True)
 class RetrievalPolicy:
-    """Blends each layer's routing with the memory behind a retriever.
+    """Blends each layer's routing with the memory behind a retriever. Threads may share it.
 
     Attributes:
         client: the retriever; says what happens when it fails.
-        exclude: examples whose entries are not read, one per sequence of the batch (leave-one-example-out); empty for
-            none.
-        use: by layer.
+        use: by layer, over all threads.
 
     """
 
     client: Retriever
-    exclude: Sequence[ExampleRef] = ()
     use: dict[int, LayerUse] = field(default_factory=dict)
+    _exclude: ContextVar[Refs] = field(default_factory=_no_refs, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @contextmanager
+    def excluding(self, examples: Sequence[ExampleRef]) -> Iterator[None]:
+        """Within it, this thread's (or asyncio task's) forward passes read no entry of `examples`.
+
+        One per sequence of the batch, in its order: leave-one-example-out. Other threads are not affected, nor are
+        those of a pool that the block hands work to, unless the context goes along, as with asyncio.to_thread.
+        """
+        token = self._exclude.set(tuple(examples))
+        try:
+            yield
+        finally:
+            self._exclude.reset(token)
+
+    @property
+    def lookups(self) -> Lookups:
+        """Lookups since the policy was made, over all layers and threads, and those that fell back by reason."""
+        fell_back = Counter[str]()
+        with self._lock:
+            for use in self.use.values():
+                fell_back += use.fell_back
+            return Lookups(sum(use.lookups for use in self.use.values()), fell_back)
 
     def __call__(self, call: RouterCall) -> Assignment | Logits | None:
         """The blended routing, or None when the model's own stands."""
-        use = self.use.setdefault(call.site.layer, LayerUse())
         answers: list[Answer] = []
-        for rows in _rows_to_ask(call):  # padding is left out, and may hold anything
-            inputs, logits, own = _select(call, rows)
-            if not (torch.isfinite(inputs).all() and torch.isfinite(logits).all()):
-                use.not_finite += 1
-                return None
-            found = self.client.lookup(
-                call.site.layer, inputs, logits, own, exclude=self._excluded(call, rows)
-            )
-            if found is None:
-                return None
-            answers.append((rows, found))
-        for _, found in answers:
-            _count(use, found)
+        counted = LayerUse()
+        try:
+            for rows in _rows_to_ask(call):  # padding is left out, and may hold anything
+                counted.lookups += 1
+                found = self._ask(call, rows)
+                if isinstance(found, FellBack):
+                    counted.fell_back[found.reason] += 1
+                    return None
+                answers.append((rows, found))
+            for _, found in answers:
+                counted.count(found)
+        finally:
+            with self._lock:
+                self.use.setdefault(call.site.layer, LayerUse()).add(counted)
         return _reply(answers, call)
 
+    def _ask(self, call: RouterCall, rows: Tensor | None) -> Retrieved | FellBack:
+        inputs, logits, own = _select(call, rows)
+        if not (torch.isfinite(inputs).all() and torch.isfinite(logits).all()):
+            return FellBack("not_finite")
+        exclude = self._excluded(call, rows)
+        found = self.client.lookup(call.site.layer, inputs, logits, own, exclude=exclude)
+        return FellBack("no_answer") if found is None else found
+
     def _excluded(self, call: RouterCall, rows: Tensor | None) -> list[ExampleRef]:
-        if not self.exclude:
+        exclude = self._exclude.get()
+        if not exclude:
             return []
-        tokens_each, left_over = divmod(len(call.router_input), len(self.exclude))
+        tokens_each, left_over = divmod(len(call.router_input), len(exclude))
         if left_over:
             raise BadInput(
-                f"exclude: got {len(self.exclude)} examples for {len(call.router_input)} tokens, "
+                f"excluding: got {len(exclude)} examples for {len(call.router_input)} tokens, "
                 "expected one per sequence of the batch"
             )
-        every = [ref for ref in self.exclude for _ in range(tokens_each)]
+        every = [ref for ref in exclude for _ in range(tokens_each)]
         return every if rows is None else [every[row] for row in rows.tolist()]
 
 
@@ -154,12 +253,6 @@ def _select(call: RouterCall, rows: Tensor | None) -> tuple[Tensor, Tensor, Assi
         call.router_logits[rows],
         Assignment(own.weights[rows], own.experts[rows]),
     )
-
-
-def _count(use: LayerUse, found: Retrieved) -> None:
-    use.tokens += len(found.lambdas)
-    use.abstained += int(found.abstained.count_nonzero())
-    use.lambda_sum += float(found.lambdas.sum())
 
 
 def _reply(answers: Sequence[Answer], call: RouterCall) -> Assignment | Logits | None:

@@ -7,10 +7,11 @@ it makes of other logits is the family's own assignment, bit for bit. Nothing he
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from model_runner.errors import BadInput, UnsupportedModel
 
 RouterArgs = tuple[Any, ...]
 RouterKwargs = Mapping[str, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 OnOutput = Callable[[RouterArgs, RouterKwargs, Any], Any]
 """`(args, kwargs, output) -> output | None`: sees a router's call; None leaves its output alone."""
 
@@ -156,14 +158,16 @@ class DbrxFamily(Family):
         """Calls `on_output` before each call of the experts."""
         if site.experts is None:
             raise UnsupportedModel(f"{site.name}: a dbrx block without experts")
-        last_call: list[Any] = []
+        here = threading.local()  # threads may run the model at the same time
 
+        @uncompiled
         def after_router(*call: Any) -> None:
-            last_call[:] = call
+            here.last_call = call
 
+        @uncompiled
         def before_experts(_experts: nn.Module, args: tuple[Any, ...]) -> Any:
             hidden_states, experts, weights = args
-            router_args, router_kwargs, logits = last_call
+            router_args, router_kwargs, logits = here.last_call
             output = on_output(router_args, router_kwargs, (logits, weights, experts))
             return None if output is None else (hidden_states, output[2], output[1])
 
@@ -239,6 +243,17 @@ class LongcatFlashFamily(Family):
             weights = torch.cat([weights, torch.zeros_like(weights)], -1)
             experts = torch.cat([experts, experts], -1)
         return (output[0], weights, experts, *output[3:])
+
+
+def uncompiled(function: Function, *, recursive: bool = True) -> Function:
+    """`function`, left out of torch.compile, which loses what is written to a thread's own state.
+
+    recursive: so is what it calls.
+    """
+    disable: Any = (
+        torch.compiler.disable
+    )  # imports torch's compiler, as every model of transformers does
+    return cast("Function", disable(function, recursive=recursive))
 
 
 # kolibri1 uses torch.mm with an fp32 output on GPUs, every other router F.linear.

@@ -92,6 +92,8 @@ def evaluate(
     result = {"model": model, "memory": memory, "text": text.name}
     result |= _comparison(plain, routed, lambdas)
     _print_scores(result)
+    if policy.lookups.fell_back:  # not for a sidecar's sake: that is an error here
+        sys.stderr.write(f"lookups that fell back: {policy.lookups}\n")
     if json_file is not None:
         json_file.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
@@ -69,14 +68,21 @@ def generate(
             "then the own router stands.",
         ),
     ] = 0.05,
+    on_error: Annotated[
+        options.OnError,
+        typer.Option(
+            help="When a lookup fails: fall_back (the own router stands, counted), or raise (an error ends the text).",
+        ),
+    ] = "fall_back",
     durability: options.Durability = "process",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
     """Generate text with a memory, and teach it the right answers meanwhile.
 
-    When the sidecar is slow or gone, the model's own router goes on; only learning needs it. Says on stderr how much
-    the memory spoke, and how often it could not be asked. For example:
+    When the sidecar is slow or gone, or the memory is deleted meanwhile, the model's own router goes on; only learning
+    needs it. Ends with a line on stderr: how much the memory spoke, and how many lookups fell back, by reason. At the
+    start it waits for the sidecar up to half a second. For example:
 
         model-runner generate --memory law --prompt 'The tenant shall' --max-new-tokens 40
 
@@ -88,7 +94,7 @@ def generate(
     from knnmoe.client import AdminClient, ServiceUnavailable
 
     from model_runner.models import load_model
-    from model_runner.router_client import OnError, RouterClient
+    from model_runner.router_client import RouterClient
     from model_runner.routing_policy import RetrievalPolicy
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
@@ -104,16 +110,14 @@ def generate(
         if memory is not None:
             client = stack.enter_context(
                 RouterClient(
-                    target,
-                    memory,
-                    loaded.fingerprint,
-                    timeout_s=timeout_s,
-                    on_error=OnError.FALL_BACK,
+                    target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=on_error
                 )
             )
-            with suppress(ServiceUnavailable):  # each lookup will say so
+            # Each lookup will say so.
+            with suppress(ServiceUnavailable) if on_error == "fall_back" else nullcontext():
                 client.describe()
             policy = RetrievalPolicy(client)
+            stack.callback(_say_use, policy)
         answer = partial(_generate, loaded, policy, max_new_tokens, temperature)
         school = stack.enter_context(Lessons(loaded, target, memory, durability))
         if prompt is not None:
@@ -123,8 +127,6 @@ def generate(
         for lesson in lessons:
             answer(lesson.text)
             school.learn(lesson)
-    if policy is not None:
-        sys.stderr.write(_summary(policy) + "\n")
 
 
 def _require_one_mode(
@@ -147,14 +149,14 @@ def _generate(
     temperature: float,
     prompt: str,
 ) -> None:
-    """Streams prompt and text to stdout. Raises BadInput when the prompt has no tokens.
+    """Streams prompt and text to stdout. Raises BadInput when the prompt has no tokens, UnsupportedModel on NaN.
 
     Between two prompts the model is the frozen one: it can be learnt from.
     """
     import torch
     from transformers import TextStreamer
 
-    from model_runner.router_hooks import RouterHooks
+    from model_runner.router_hooks import RouterHooks, require_no_nan
 
     tokenizer, model = loaded.tokenizer, loaded.model
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -164,6 +166,11 @@ def _generate(
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
+
+    def no_nan(input_ids: Any, scores: Any) -> Any:
+        require_no_nan(model, scores, {"input_ids": input_ids}, of="the text so far")
+        return scores
+
     generate: Any = model.generate
     with torch.no_grad(), nullcontext() if policy is None else RouterHooks(model, policy):
         generate(
@@ -171,17 +178,18 @@ def _generate(
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             pad_token_id=tokenizer.eos_token_id,
+            logits_processor=[no_nan],
             **sampling,
         )
 
 
-def _summary(policy: RetrievalPolicy) -> str:
+def _say_use(policy: RetrievalPolicy) -> None:
+    """The last line on stderr, also of a text that an error or Ctrl-C cuts short."""
+    sys.stdout.flush()
     lambdas = " ".join(f"{policy.use[layer].lambda_mean:.2f}" for layer in sorted(policy.use))
-    by_reason = Counter[str]()
-    for (_, reason), number in policy.client.fallbacks.items():
-        by_reason[reason] += number
-    fallbacks = ", ".join(f"{number} {reason}" for reason, number in sorted(by_reason.items()))
-    return f"mean lambda per layer: {lambdas}; lookups that fell back: {fallbacks or 'none'}"
+    sys.stderr.write(
+        f"mean lambda per layer: {lambdas}; lookups that fell back: {policy.lookups}\n"
+    )
 
 
 def lessons_of(path: Path) -> Iterator[Example]:
@@ -263,9 +271,9 @@ class Lessons:
 def talk(generate: Callable[[str], None], lessons: Lessons, lines: Iterable[str]) -> None:
     """A prompt per line; `/learn ANSWER` gives the right answer to the last one. Ends with the input.
 
-    What cannot be learnt, or has no tokens, is said on stderr, and the session goes on.
+    What cannot be learnt, or has no tokens, is said on stderr, and the session goes on; so is a memory that is gone.
     """
-    from knnmoe.client import ServiceUnavailable
+    from knnmoe.client import MemoryNotFound, ServiceUnavailable
 
     prompt = ""
     for line in _prompted(lines):
@@ -276,7 +284,7 @@ def talk(generate: Callable[[str], None], lessons: Lessons, lines: Iterable[str]
             elif said.strip():
                 prompt = said
                 generate(prompt)
-        except (BadInput, ServiceUnavailable) as error:
+        except (BadInput, ServiceUnavailable, MemoryNotFound) as error:
             sys.stderr.write(f"model-runner: {error}\n")
 
 

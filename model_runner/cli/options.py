@@ -10,9 +10,10 @@ import typer
 from model_runner.errors import BadInput
 from model_runner.small_moe import MODEL_DIR
 
-# Names of recipes.PRESETS and of recipes.Norm, which need torch; a test compares them.
+# Names of recipes.PRESETS, recipes.Norm and router_client.OnError, which need torch; tests compare them.
 Preset = Literal["paper", "recommended"]
 Norm = Literal["raw", "unit", "soft"]
+OnError = Literal["fall_back", "raise"]
 
 Model = Annotated[
     str,

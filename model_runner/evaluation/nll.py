@@ -18,7 +18,7 @@ from model_runner.errors import BadInput
 from model_runner.memory_builder.objective import router_gradients
 from model_runner.memory_builder.recipes import Recipe, entry_values
 from model_runner.progress import Progress
-from model_runner.router_hooks import Policy, RouterHooks
+from model_runner.router_hooks import Policy, RouterHooks, require_no_nan
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 
@@ -73,6 +73,7 @@ def score(
     """Scores windows with the model's own router (policy None) or a policy's.
 
     leave_one_out: a RetrievalPolicy never reads an entry of the window's own example (for scores on reference text).
+    Raises UnsupportedModel when the model gives NaN.
     """
 
     def logits_of(batch: Batch) -> Tensor:
@@ -125,6 +126,10 @@ def _scored(
             logits = logits_of(batch)
         # Sums of thousands of tokens in f64: differences of two runs are taken afterwards.
         sums.append(token_nll(logits, batch).double().sum(dim=1).cpu().numpy())
+        if np.isnan(sums[-1]).any():
+            refs = {f"{w.ref.source} {w.ref.example}": None for w in batch.windows}
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            require_no_nan(model, logits, inputs, of=f"one of {', '.join(refs)}")
     order = [w for group in groups for w in group]
     return Scores(
         np.concatenate(sums),
@@ -155,11 +160,8 @@ def _without_own(policy: Policy | None, group: Sequence[Window]) -> Iterator[Non
     """Within it, the policy reads no entry of a window's own example."""
     if not isinstance(policy, RetrievalPolicy):
         raise BadInput("leave_one_out needs a RetrievalPolicy: only it reads a memory")
-    before, policy.exclude = policy.exclude, [w.ref for w in group]
-    try:
+    with policy.excluding([w.ref for w in group]):
         yield
-    finally:
-        policy.exclude = before
 
 
 def difference(scores: Scores, baseline: Scores) -> Difference:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from knnmoe.client import AdminClient, ExampleRef, ModelMismatch, ServiceRefused
+from knnmoe.client import (
+    AdminClient,
+    ClientClosed,
+    ExampleRef,
+    MemoryNotFound,
+    ModelMismatch,
+    ServiceRefused,
+)
 from knnmoe.v1.types_pb2 import SUPPORT_TOP_K, MemorySettings
 
 from model_runner.architectures import Assignment
@@ -13,8 +20,8 @@ from model_runner.evaluation.nll import difference, score
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.recipes import PRESETS
-from model_runner.router_client import OnError, RouterClient
-from model_runner.router_hooks import RouterCall, RouterHooks
+from model_runner.router_client import CircuitBreaker, OnError, RouterClient
+from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.wire import encode_by_layer
 from router_service.memories.calibration import COPY_SHARE
@@ -23,6 +30,7 @@ from tests.integration.runner_parts import (
     PRESET_NAMES,
     QUIET,
     SENTENCES,
+    Recorder,
     build,
     client_of,
     generate,
@@ -37,7 +45,6 @@ from tests.tiny_checkpoint import byte_model
 
 PRESET = pytest.mark.parametrize("preset", PRESET_NAMES)
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-ENTRIES = sum(window.targets for window in windows_of())
 
 
 @pytest.fixture(scope="module", params=PRESET_NAMES)
@@ -251,15 +258,73 @@ def test_a_memory_that_is_not_there_is_refused(
         assert caught.value.reason == "ERROR_REASON_MEMORY_NOT_FOUND"
 
 
-def test_a_memory_that_goes_away_is_refused(edge_sidecar: Sidecar, name: str) -> None:
+def delete(sidecar: Sidecar, name: str) -> None:
+    with AdminClient(sidecar.target) as admin:
+        admin.delete(name)
+
+
+def test_a_memory_that_goes_away_while_text_is_generated(
+    edge_sidecar: Sidecar, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a sidecar that is lost: from the deletion on the own router stands, until the memory is there again."""
+    model, breaker = loaded_model().model, CircuitBreaker(first_pause_s=0.0)
+    build(edge_sidecar.target, name, "paper")
+    with RouterClient(
+        edge_sidecar.target, name, loaded_model().fingerprint, timeout_s=30.0, breaker=breaker
+    ) as client:
+        policy = RetrievalPolicy(client)
+        deleted_at = 2 * LAYERS + 1
+        recorder = Recorder(policy, {deleted_at: lambda: delete(edge_sidecar, name)})
+        generate(model, recorder)
+        gone = [reply is None for reply in recorder.replies]
+        assert gone == [False] * deleted_at + [True] * (6 * LAYERS - deleted_at)
+        assert policy.lookups == client.lookups
+        assert policy.lookups.total == 6 * LAYERS
+        assert policy.lookups.fell_back == {"memory_not_found": 6 * LAYERS - deleted_at}
+        assert f"own router stands: memory '{name}' not found" in caplog.text
+        # Of the other kind: what the client knew of the old one does not matter any more.
+        build(edge_sidecar.target, name, "recommended")
+        replies = Recorder(policy)
+        prefill(model, replies)
+    assert [type(reply) for reply in replies.replies] == [Logits] * LAYERS
+
+
+def test_a_memory_that_comes_back_for_another_model_is_refused(
+    edge_sidecar: Sidecar, name: str
+) -> None:
+    model = loaded_model().model
     build(edge_sidecar.target, name)
     with client_of(edge_sidecar.target, name, OnError.FALL_BACK) as client:
         policy = RetrievalPolicy(client)
-        prefill(loaded_model().model, policy)
+        prefill(model, policy)
+        delete(edge_sidecar, name)
+        prefill(model, policy)
+        other = model_fingerprint(byte_model(num_experts_per_tok=3))
         with AdminClient(edge_sidecar.target) as admin:
-            assert admin.delete(name) == ENTRIES * LAYERS
-        with pytest.raises(ServiceRefused, match="not found"):
+            admin.find_or_create(name, other.message(), MemorySettings(preset="paper"))
+        with pytest.raises(ModelMismatch, match="top_k: memory 3"):
+            prefill(model, policy)
+
+
+def test_a_memory_that_goes_away_while_text_is_scored(edge_sidecar: Sidecar, name: str) -> None:
+    build(edge_sidecar.target, name)
+    with client_of(edge_sidecar.target, name, OnError.RAISE) as client:
+        policy = RetrievalPolicy(client)
+        prefill(loaded_model().model, policy)
+        delete(edge_sidecar, name)
+        with pytest.raises(MemoryNotFound, match="not found"):
             prefill(loaded_model().model, policy)
+
+
+@pytest.mark.parametrize("on_error", OnError)
+def test_a_closed_client_says_so(edge_sidecar: Sidecar, built: str, on_error: OnError) -> None:
+    """However failures are treated: it is the caller's mistake."""
+    client = client_of(edge_sidecar.target, built, on_error)
+    policy = RetrievalPolicy(client)
+    prefill(loaded_model().model, policy)
+    client.close()
+    with pytest.raises(ClientClosed, match="was closed"):
+        prefill(loaded_model().model, policy)
 
 
 def test_one_layers_memory_leaves_the_others_alone(edge_sidecar: Sidecar, name: str) -> None:

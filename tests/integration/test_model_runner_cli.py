@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import SIMILARITY_COSINE, MemorySettings
+from safetensors.torch import load_file, save_file
 
 from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
@@ -110,7 +114,8 @@ def test_build_evaluate_generate(
     text = run("generate", "--prompt", PROMPT, *where, "--max-new-tokens", 4, "--timeout-s", 30)
     assert text.code == 0
     assert text.out.startswith(PROMPT)
-    assert "lookups that fell back: none" in text.err
+    assert f"; lookups that fell back: none of {4 * LAYERS}\n" in text.err
+    assert text.err.endswith(f"none of {4 * LAYERS}\n")
 
 
 def test_calibrate(run: Run, edge_sidecar: Sidecar, built: str, texts: Path, model: Path) -> None:
@@ -191,8 +196,118 @@ def test_generation_needs_no_sidecar(run: Run, model: Path) -> None:
     assert (plain.code, without.code) == (0, 0)
     assert without.out == plain.out
     assert "mean lambda per layer: 0.00 0.00 0.00 0.00" in without.err
-    assert "5 unavailable" in without.err
-    assert "breaker_open" in without.err
+    made = 4 * LAYERS
+    last = f"; lookups that fell back: {made} of {made} ({made - 5} breaker_open, 5 unavailable)\n"
+    assert without.err.endswith(last)
+
+
+def test_generation_that_is_to_stop_without_a_sidecar(run: Run, model: Path) -> None:
+    arguments = ("generate", "--prompt", PROMPT, "--model", model, "--memory", "law")
+    done = run(*arguments, "--target", NOBODY, "--on-error", "raise")
+    assert (done.code, done.out) == (3, "")
+    assert f"model-runner: sidecar at {NOBODY}: UNAVAILABLE" in done.err
+    other = run(*arguments, "--on-error", "ignore")
+    assert other.code == 2
+    words = " ".join(other.err.replace("│", " ").split())
+    assert "'ignore' is not one of 'fall_back', 'raise'" in words
+
+
+class Typed:
+    """Lines of stdin; acts before one of them."""
+
+    def __init__(self, *lines: str, before: dict[int, Callable[[], object]]) -> None:
+        self._lines, self._before = lines, before
+
+    def isatty(self) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in enumerate(self._lines):
+            self._before.get(number, lambda: None)()
+            yield line + "\n"
+
+
+@pytest.mark.parametrize("on_error", ["fall_back", "raise"])
+def test_a_memory_that_is_deleted_during_a_session(
+    run: Run,
+    edge_sidecar: Sidecar,
+    built: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_error: str,
+) -> None:
+    """The text goes on as the plain model's or stops, as asked; the session goes on either way."""
+
+    def delete() -> None:
+        with AdminClient(edge_sidecar.target) as client:
+            client.delete(built)
+
+    def again() -> None:
+        build(edge_sidecar.target, built, windows=[w for w in windows_of() if w.offset == 0])
+
+    lines = (PROMPT, PROMPT, "/learn the meek", HELD_OUT[0])
+    monkeypatch.setattr(sys, "stdin", Typed(*lines, before={1: delete, 3: again}))
+    arguments = ("--model", model, "--max-new-tokens", 4)
+    done = run(
+        *("generate", "--interactive", "--memory", built, "--target", edge_sidecar.target),
+        *("--timeout-s", 30, "--on-error", on_error, *arguments),
+    )
+    assert done.code == 0
+    assert done.err.count(f"model-runner: memory '{built}' not found") == (
+        1 if on_error == "fall_back" else 2
+    )
+    if on_error == "fall_back":
+        plain = run("generate", "--prompt", PROMPT, *arguments).out
+        assert plain in done.out
+        assert f"router stands: memory '{built}' not found" in caplog.text
+    fell_back = done.err.rpartition("lookups that fell back: ")[2]
+    total = 12 * LAYERS if on_error == "fall_back" else 8 * LAYERS + 1
+    expected = rf"\d+ of {total} \((\d+ breaker_open, )?\d+ memory_not_found\)\n"
+    assert re.fullmatch(expected if on_error == "fall_back" else f"none of {total}\n", fell_back)
+
+
+@pytest.fixture
+def broken_model(tmp_path: Path) -> Path:
+    """Gives NaN after the byte "t", which is in every text of these tests, and not when it is loaded."""
+    directory = save_checkpoint(tmp_path / "nan")
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][loaded_model().tokenizer("t")["input_ids"][0]] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_gives_nan_is_named(
+    run: Run,
+    edge_sidecar: Sidecar,
+    built: str,
+    texts: Path,
+    broken_model: Path,
+    temperature: float,
+) -> None:
+    """Rather than the sampler's words, a text of the first token over and over, or a table of nan."""
+    where = ("--memory", built, "--target", edge_sidecar.target)
+    culprit = "first in model.embed_tokens; NaN is in its weights model.embed_tokens.weight: load a checkpoint"
+    generate = ("generate", "--prompt", PROMPT, "--temperature", temperature)
+    evaluate = ("evaluate", "--text", texts / "held-out.jsonl", *where)
+    for command in (generate, (*generate, *where), evaluate):
+        done = run(*command, "--model", broken_model)
+        assert done.code == 1
+        assert "model-runner: the model gives NaN for " in done.err
+        assert culprit in done.err
+
+
+def test_a_model_that_always_gives_nan(run: Run, texts: Path, tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "nan")
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][200] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    done = run("generate", "--prompt", PROMPT, "--model", directory)
+    assert (done.code, done.out) == (1, "")
+    assert "the model gives NaN for a few token ids, first in lm_head; NaN is in its" in done.err
 
 
 def test_generation_with_a_memory_that_is_not_there(

@@ -7,25 +7,30 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from knnmoe.client import ServiceUnavailable
 from knnmoe.client.calls import DuplexStream
+from torch import Tensor
 
 from model_runner import router_client
 from model_runner.evaluation.nll import score
 from model_runner.progress import Progress
 from model_runner.router_client import CircuitBreaker, OnError, RouterClient
-from model_runner.router_hooks import RouterCall
-from model_runner.routing_policy import RetrievalPolicy
+from model_runner.router_hooks import RouterCall, RouterHooks
+from model_runner.routing_policy import Lookups, RetrievalPolicy
 from tests.integration.runner_parts import (
     BATCH_SIZE,
     LAYERS,
     PRESET_NAMES,
+    PROMPT,
     QUIET,
+    SENTENCES,
     Recorder,
     build,
     client_of,
@@ -36,6 +41,7 @@ from tests.integration.runner_parts import (
     windows_of,
 )
 from tests.sidecar import Sidecar
+from tests.tiny_checkpoint import byte_tokenizer
 
 PATIENCE_S = 60.0
 # One window of each sentence.
@@ -163,12 +169,40 @@ def test_a_prompt_is_waited_for_longer_than_a_token(mortal: Sidecar) -> None:
 def test_a_sidecar_that_hangs_from_the_start(
     mortal: Sidecar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(router_client.CONNECT_TIMEOUT_S, "fall_back", 0.05)
+    """Connecting and asking what the memory is count too; with the patience of describe() this test would not end."""
+    monkeypatch.setitem(router_client.CONNECT_TIMEOUT_S, "fall_back", 3600.0)
     model = loaded_model().model
     with mortal.paused(), generating_client(mortal.target, "paper") as client:
         client.timeout_s = 0.01
         assert torch.equal(prefill(model, RetrievalPolicy(client)), prefill(model))
-    assert {reason for _, reason in client.fallbacks} == {"deadline"}
+        assert client.lookups == Lookups(LAYERS, {"deadline": LAYERS})
+        client.timeout_s = 30.0
+        mortal.process.send_signal(signal.SIGCONT)
+        assert not torch.equal(prefill(model, RetrievalPolicy(client)), prefill(model))
+
+
+def test_threads_that_lose_the_sidecar_count_every_lookup(mortal: Sidecar) -> None:
+    """And none of them waits, raises or gives another text than the plain model's."""
+    model, threads, passes = loaded_model().model, 8, 5
+    plain = prefill(model)
+    with generating_client(mortal.target, "paper") as client:
+        policy = RetrievalPolicy(client)
+        ids = byte_tokenizer()([PROMPT, SENTENCES[2]], padding=True, return_tensors="pt")
+
+        def work(_: int) -> list[Tensor]:
+            with torch.no_grad():
+                return [model(**ids).logits for _ in range(passes)]
+
+        with RouterHooks(model, policy), ThreadPoolExecutor(threads) as pool:
+            routed = list(pool.map(work, range(threads)))
+            assert client.lookups == Lookups(threads * passes * LAYERS, {})
+            mortal.kill()
+            left = list(pool.map(work, range(threads)))
+        assert all(not torch.equal(logits, plain) for logits in chain(*routed))
+        assert all(torch.equal(logits, plain) for logits in chain(*left))
+        made = 2 * threads * passes * LAYERS
+        assert client.lookups == policy.lookups
+        assert (client.lookups.total, client.fallbacks.total()) == (made, made // 2)
 
 
 def test_an_interrupted_look_up_answers_no_later_one(

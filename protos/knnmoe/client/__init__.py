@@ -3,6 +3,7 @@
 from knnmoe.client.admin import AdminClient, Upserter, require_same_model
 from knnmoe.client.calls import NO_PAUSES_S, PAUSES_S
 from knnmoe.client.errors import (
+    ClientClosed,
     KindMismatch,
     MemoryNotFound,
     ModelMismatch,
@@ -17,6 +18,7 @@ __all__ = [
     "NO_PAUSES_S",
     "PAUSES_S",
     "AdminClient",
+    "ClientClosed",
     "ExampleRef",
     "KindMismatch",
     "MemoryNotFound",

@@ -1,4 +1,4 @@
-"""How calls are made: retries inside a deadline, and streams with a timeout on every wait."""
+"""How calls are made: retries inside a deadline, streams with a timeout on every wait, and a pool of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grpc
 
-from knnmoe.client.errors import ServiceError, ServiceUnavailable, service_error
+from knnmoe.client.errors import ClientClosed, ServiceError, ServiceUnavailable, service_error
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -68,7 +70,10 @@ def unary(
     try:
         return method(request, timeout=timeout_s)
     except grpc.RpcError as error:
-        raise service_error(error, target, timeout_s) from error
+        failed = service_error(error, target, timeout_s)
+        if timeout_s is not None and failed.cause == "deadline" and not failed.reason:
+            raise no_answer(timeout_s, target) from error  # gRPC's own words name no time
+        raise failed from error
 
 
 def replies(call: Any, timeout_s: float | None, target: str) -> Generator[Any, None, None]:
@@ -117,13 +122,19 @@ def no_answer(timeout_s: float | None, target: str) -> ServiceUnavailable:
 class DuplexStream(Generic[Request, Response]):
     """Requests out, responses in, in order, with a timeout on every wait. After an error it is closed: open another.
 
+    For one thread at a time; close() may come from any.
+
     Args:
         method: the stub's stream-stream method.
         target: the service's address, for messages.
 
+    Attributes:
+        ended: no response will come any more: the service ended it, its connection broke, or it was closed.
+
     """
 
     def __init__(self, method: Callable[[Iterator[Request]], Any], target: str) -> None:
+        self.ended = False
         self._target = target
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         # Unbounded, yet never longer than the requests that the caller has sent ahead.
@@ -161,4 +172,100 @@ class DuplexStream(Generic[Request, Response]):
             )
         except grpc.RpcError as failed:
             error = service_error(failed, self._target)
+        self.ended = True
         self._responses.put(error)
+
+
+# Streams kept open for the next lookups: each takes a thread of the service for as long as it is open.
+IDLE_STREAMS = 16
+# A burst's streams are closed when so much later there has been no use for them.
+IDLE_STREAM_S = 10.0
+
+
+class StreamPool(Generic[Request, Response]):
+    """Streams of one connection, as many as there are calls at the same time; each is one call's until it is answered.
+
+    A stream whose call failed is closed, never used again: what is still on its way would answer another call.
+
+    Args:
+        open_stream: makes another.
+
+    """
+
+    def __init__(self, open_stream: Callable[[], DuplexStream[Request, Response]]) -> None:
+        self._open_stream = open_stream
+        self._lock = threading.Lock()
+        # (time.monotonic() of its last use, stream), the last used at the end.
+        self._idle: deque[tuple[float, DuplexStream[Request, Response]]] = deque()
+        self._taken: set[DuplexStream[Request, Response]] = set()
+        self._closed = False
+
+    @contextmanager
+    def stream(self) -> Iterator[DuplexStream[Request, Response]]:
+        """A stream for one call. Raises ClientClosed."""
+        stream = self._take()
+        try:
+            yield stream
+        except BaseException:  # Ctrl-C too
+            with self._lock:
+                self._taken.discard(stream)
+            stream.close()
+            raise
+        self._give_back(stream)
+
+    def close_idle(self) -> None:
+        """After a connection broke: its other streams are of no use either."""
+        with self._lock:
+            idle = [stream for _, stream in self._idle]
+            self._idle.clear()
+        _close_all(idle)
+
+    def close(self) -> None:
+        """Ends all streams, also those of calls that are waiting. Closing twice is allowed."""
+        with self._lock:
+            self._closed = True
+            streams = [*self._taken, *(stream for _, stream in self._idle)]
+            self._idle.clear()
+        _close_all(streams)
+
+    def _take(self) -> DuplexStream[Request, Response]:
+        ended = []
+        with self._lock:
+            while self._idle and self._idle[-1][1].ended:
+                ended.append(self._idle.pop()[1])
+            found = self._idle.pop()[1] if self._idle else None
+            if found is not None:
+                self._taken.add(found)
+        _close_all(ended)
+        return self._opened() if found is None else found
+
+    def _opened(self) -> DuplexStream[Request, Response]:
+        stream = self._open_stream()
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._taken.add(stream)
+        if closed:
+            stream.close()
+            raise ClientClosed("this client was closed")
+        return stream
+
+    def _give_back(self, stream: DuplexStream[Request, Response]) -> None:
+        now_s = time.monotonic()
+        too_many = []
+        with self._lock:
+            self._taken.discard(stream)
+            if self._closed:
+                too_many.append(stream)
+            else:
+                self._idle.append((now_s, stream))
+            while self._idle and (
+                len(self._idle) > IDLE_STREAMS or now_s - self._idle[0][0] > IDLE_STREAM_S
+            ):
+                too_many.append(self._idle.popleft()[1])
+        _close_all(too_many)
+
+
+def _close_all(streams: Iterable[DuplexStream[Any, Any]]) -> None:
+    for stream in streams:
+        stream.close()

@@ -6,6 +6,7 @@
             +-- ModelMismatch    the memory is another model's
             +-- KindMismatch     the memory holds the other kind of values
             +-- MemoryNotFound   there is no memory of that name
+      +-- ClientClosed           the call was made through a client that is closed, or another process's
 
 Clients branch on the class, or on `reason`; never on a message. gRPC's own exceptions never leave knnmoe.client.
 """
@@ -102,6 +103,10 @@ class KindMismatch(ServiceRefused):
 
 class MemoryNotFound(ServiceRefused):
     """The service holds no memory of that name."""
+
+
+class ClientClosed(ServiceError):
+    """The client was closed, before the call or during it; or it was made before this process was forked."""
 
 
 # Every reason that the contract knows.

@@ -1,9 +1,12 @@
-"""The data plane's client: lookups in one memory, over one stream for as long as it lives."""
+"""The data plane's client: lookups in one memory, each over a stream that lives as long as it is of use."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,8 +14,8 @@ import grpc
 
 from knnmoe import tensors
 from knnmoe.channels import open_channel
-from knnmoe.client.calls import PAUSES_S, DuplexStream, Retries, unary
-from knnmoe.client.errors import ServiceUnavailable
+from knnmoe.client.calls import PAUSES_S, DuplexStream, Retries, StreamPool, unary
+from knnmoe.client.errors import ClientClosed, MemoryNotFound, ServiceUnavailable
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import types_pb2
 from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
@@ -30,16 +33,17 @@ class ExampleRef:
 
 
 class RoutingClient:
-    """Looks router inputs up in one memory of one service. Not for several threads at once.
+    """Looks router inputs up in one memory of one service, from as many threads at once as there are.
 
-    What fails with UNAVAILABLE is tried again at most twice inside the timeout, once a service has answered.
+    Each lookup has a stream to itself until it is answered. What fails with UNAVAILABLE is tried again at most twice
+    inside the timeout, once a service has answered.
 
     Args:
         target: `host:port` or `unix:PATH`.
         memory: its name.
         fingerprint: of the client's model; a memory of another model is refused.
         pauses_s: before each retry; (0, 0) retries at once.
-        connect_timeout_s: for describe(), and for the first lookup over a connection if that is longer than its own.
+        connect_timeout_s: longest wait of describe(), which may have to connect first.
 
     """
 
@@ -57,11 +61,13 @@ class RoutingClient:
         self._channel = open_channel(target)
         self._stub = RoutingServiceStub(self._channel)
         self._retries = Retries(pauses_s)
-        self._stream: DuplexStream[pb.RouteRequest, pb.RouteResponse] | None = None
+        self._streams: StreamPool[pb.RouteRequest, pb.RouteResponse] = StreamPool(
+            partial(DuplexStream, self._stub.RouteStream, target)
+        )
         self._description: pb.MemoryDescription | None = None
-        self._sent = 0
-        self._connected = False
-        self._closing = threading.Lock()
+        self._request_ids = itertools.count(1)
+        self._closed = False
+        self._process = os.getpid()
 
     def __enter__(self) -> RoutingClient:
         return self
@@ -69,16 +75,23 @@ class RoutingClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def describe(self) -> pb.MemoryDescription:
-        """The memory, as it was when first asked for.
+    def describe(self, timeout_s: float | None = None) -> pb.MemoryDescription:
+        """The memory, as it was when first asked for; asked for again once it was found to be gone.
 
-        Raises ModelMismatch when it was made for another model, MemoryNotFound, ServiceUnavailable.
+        timeout_s stands in for connect_timeout_s.
+
+        Raises ModelMismatch when it was made for another model, MemoryNotFound, ServiceUnavailable, ClientClosed.
         """
-        if self._description is None:
+        found = self._description
+        if found is None:
             request = pb.DescribeRequest(memory=self.memory, fingerprint=self._fingerprint)
             ask = partial(unary, self._stub.Describe, request, target=self.target)
-            self._description = self._retries.run(ask, self._connect_timeout_s).memory
-        return self._description
+            with self._in_use():
+                found = self._retries.run(
+                    ask, self._connect_timeout_s if timeout_s is None else timeout_s
+                ).memory
+            self._description = found
+        return found
 
     def route(
         self,
@@ -94,63 +107,90 @@ class RoutingClient:
         """Blends T tokens: router_inputs [T, d]; own: logits [T, N] or an assignment [T, k], as the memory needs.
 
         exclude: entries of these examples are not read (one for all tokens, or one per token). neighbours stands in for
-        the memory's K. The service hears how much of timeout_s is left, and does not begin what has expired.
-        Raises ServiceError.
+        the memory's K. timeout_s bounds all of it: finding the service, connecting, describing the memory, retries. The
+        service hears how much of it is left, and does not begin what has expired. Raises ServiceError.
         """
-        self._sent += 1
+        give_up_s = time.monotonic() + timeout_s
+        described = self._description
+        if described is None:
+            described = self.describe(timeout_s)
+            timeout_s = give_up_s - time.monotonic()
         request = pb.RouteRequest(
             memory=self.memory,
             layer=layer,
-            model_digest=self.describe().model_digest,
+            model_digest=described.model_digest,
             router_inputs=packed(router_inputs),
             with_neighbours=with_neighbours,
             exclude=[pb.ExampleRef(source=e.source, example=e.example) for e in exclude],
-            request_id=self._sent,
+            request_id=next(self._request_ids),
             neighbours=neighbours,
         )
         if isinstance(own, types_pb2.SparseAssignment):
             request.assignment.CopyFrom(own)
         else:
             request.router_logits.CopyFrom(packed(own))
-        if not self._connected:
-            timeout_s = max(timeout_s, self._connect_timeout_s)
-        return self._retries.run(partial(self._exchange, request), timeout_s)
+        with self._in_use():
+            try:
+                return self._retries.run(partial(self._exchange, request), timeout_s)
+            except MemoryNotFound:
+                self._description = None  # what comes back under its name may be another
+                raise
 
     def close(self) -> None:
-        """Ends the stream and the connection. Closing twice is allowed."""
-        self._drop_stream()
-        self._channel.close()
+        """Ends the streams and the connection; lookups on their way raise ClientClosed. Closing twice is allowed."""
+        self._closed = True
+        if os.getpid() == self._process:
+            self._streams.close()
+            self._channel.close()
 
     def _exchange(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteResponse:
         request.timeout_us = max(1, int(timeout_s * 1e6))
-        if self._stream is None:
-            self._stream = DuplexStream(self._stub.RouteStream, self.target)
         try:
-            self._stream.send(request)
-            response = self._stream.receive(timeout_s)
-            self._require_own(request, response)
-        except BaseException as error:  # Ctrl-C too: what was asked would answer the next request
-            self._drop_stream()
-            if isinstance(error, ServiceUnavailable) and error.cause != "deadline":
-                self._connected = False
+            with self._streams.stream() as stream:
+                stream.send(request)
+                response = stream.receive(max(0.0, timeout_s))
+                self._require_own(request, response)
+        except ServiceUnavailable as error:
+            if error.passing:
+                self._streams.close_idle()
             raise
-        self._connected = True
         return response
 
     def _require_own(self, request: pb.RouteRequest, response: pb.RouteResponse) -> None:
         if response.request_id != request.request_id:
             raise ServiceUnavailable(
-                f"request {request.request_id} got the answer to request {response.request_id}; is one client used by "
-                "several threads at once?",
+                f"request {request.request_id} got the answer to request {response.request_id}",
                 code=grpc.StatusCode.INTERNAL,
                 target=self.target,
             )
 
-    def _drop_stream(self) -> None:
-        with self._closing:
-            stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
+    def require_usable(self) -> None:
+        """Raises ClientClosed after close(), and in a process that was forked from the client's."""
+        if os.getpid() != self._process:
+            raise ClientClosed(
+                f"this client was made in process {self._process}, and does not work in process {os.getpid()} that was "
+                "forked from it: make one in each process",
+                target=self.target,
+            )
+        if self._closed:
+            raise self._was_closed()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Around a call: what the closing of the client cuts off raises ClientClosed."""
+        self.require_usable()
+        try:
+            yield
+        except (ServiceUnavailable, ValueError) as error:  # ValueError: gRPC's, of a closed channel
+            if not self._closed:
+                raise
+            raise self._was_closed() from error
+
+    def _was_closed(self) -> ClientClosed:
+        return ClientClosed(
+            "this client was closed; close it when the threads that use it have ended",
+            target=self.target,
+        )
 
 
 def packed(floats: Floats) -> types_pb2.Tensor:

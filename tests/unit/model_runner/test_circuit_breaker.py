@@ -78,6 +78,27 @@ def test_jitter_is_a_quarter_either_way(jitter: float, pause_s: float) -> None:
     assert breaker.allows()
 
 
+def test_one_of_many_threads_makes_the_trial() -> None:
+    clock = Clock()
+    breaker = breaker_at(clock)
+    fail(breaker, 5)
+    clock.now_s += 1
+    assert [breaker.allows() for _ in range(16)] == [True] + [False] * 15
+    clock.now_s += 1  # whoever had it never came back: interrupted, or refused
+    assert [breaker.allows() for _ in range(16)] == [True] + [False] * 15
+    breaker.succeeded()
+    assert breaker.allows()
+
+
+def test_calls_on_their_way_when_it_opens_do_not_lengthen_the_pause() -> None:
+    clock = Clock()
+    breaker = breaker_at(clock)
+    for _ in range(16):  # threads that all asked before the first failure
+        breaker.failed()
+    clock.now_s += 1
+    assert breaker.allows()
+
+
 # (seconds that pass before a call, whether the call would succeed)
 CALLS = st.lists(st.tuples(st.floats(0, 50), st.booleans()), max_size=60)
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from knnmoe.client import ExampleRef
 
 from model_runner.architectures import Assignment
-from model_runner.errors import BadInput
+from model_runner.errors import BadInput, UnsupportedModel
 from model_runner.evaluation.nll import Scores, bootstrap_interval, difference, score
 from model_runner.progress import Progress
-from model_runner.router_hooks import RouterCall
+from model_runner.router_hooks import RouterCall, verify_hooks
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import Window
-from tests.families import VOCABULARY, shared_model
+from tests.families import VOCABULARY, shared_model, tiny_model
 
 QUIET = Progress(quiet=True)
 
@@ -195,7 +195,21 @@ def test_leave_one_out_names_each_tokens_example_and_ends_with_the_scores() -> N
     score(shared_model("olmoe"), windows, policy, QUIET, what="", batch_size=2, leave_one_out=True)
     layers = 4
     assert client.excluded == [["1"] * 4 + ["0"] * 3] * layers + [["2"] * 2] * layers
-    assert policy.exclude == ()
+    score(shared_model("olmoe"), windows, policy, QUIET, what="")
+    assert client.excluded[-1] == []
+
+
+def test_a_model_that_gives_nan_for_some_text() -> None:
+    """Not for the few tokens with which it was loaded: its output weights are another matrix than its embeddings."""
+    windows, model = windows_of(3, 4, 2), tiny_model("olmoe")
+    token = windows[1].token_ids[2]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    verify_hooks(model)
+    culprit = r"the model gives NaN for one of s 1, s 0, first in model\.embed_tokens; NaN is in its weights model\."
+    for policy in (None, lambda call: None):
+        with pytest.raises(UnsupportedModel, match=culprit):
+            score(model, windows, policy, QUIET, what="", batch_size=2)
 
 
 @pytest.mark.parametrize("policy", [None, lambda call: None])

@@ -1,6 +1,8 @@
 """Policies see and replace assignments; everything is put back afterwards."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
@@ -348,6 +350,160 @@ def test_verification_finds_a_router_that_hides_its_logits() -> None:
     router.forward = returns_probabilities
     with pytest.raises(UnsupportedModel, match="_CHANGED_LOGITS"):
         verify_hooks(model)
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "culprit"),
+    [
+        (
+            "lm_head.weight",
+            r"first in lm_head; NaN is in its weights lm_head\.weight: load a checkpoint",
+        ),
+        (
+            "model.layers.2.mlp.gate.weight",
+            r"first in model\.layers\.2\.mlp\.gate; NaN is in its weights model\.layers\.2\.mlp\.gate\.weight: ",
+        ),
+    ],
+)
+def test_verification_names_nan(poisoned: str, culprit: str) -> None:
+    """NaN is equal to nothing, not to itself: it looks as if the hooks had changed it."""
+    model = tiny_model("olmoe")
+    with torch.no_grad():
+        model.get_parameter(poisoned)[1] = torch.nan
+    before = footprint(model)
+    with pytest.raises(
+        UnsupportedModel, match="the model gives NaN for a few token ids, " + culprit
+    ):
+        verify_hooks(model)
+    assert footprint(model) == before
+
+
+def test_verification_names_an_overflow() -> None:
+    model = tiny_model("olmoe")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.mul_(1e38)
+        model.model.layers[1].post_attention_layernorm.weight.mul_(1e38)
+    with pytest.raises(UnsupportedModel, match=r"its weights hold no NaN: try another dtype"):
+        verify_hooks(model)
+
+
+THREADS = 8
+
+
+def masked(row: int, padding: int, left: bool) -> dict[str, Tensor]:
+    """A batch of 2 x 6; `padding` tokens of one row are none."""
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[row, :padding] = 0
+    mask = mask if left else mask.flip(1)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {
+        "input_ids": prompt(length=6) * mask,
+        "attention_mask": mask,
+        "position_ids": position_ids,
+    }
+
+
+def by_what_is_seen(call: RouterCall) -> Logits:
+    """Another reply for other padding, shapes and raw logits: whoever sees another thread's gives another."""
+    assert call.batch_shape is not None
+    assert call.valid is not None
+    bias = call.router_logits.float() * call.valid.float().mean() * call.batch_shape[1] / 9
+    return Logits(bias.where(call.valid[:, None], 0.0))
+
+
+@pytest.mark.parametrize("family", ["olmoe", *ODD_FAMILIES])
+def test_threads_see_their_own_forward_pass(family: str) -> None:
+    """At every router all threads have passed it before one goes on."""
+    model = shared_model(family)
+    batches = [masked(n % 2, n % 5, left=n < THREADS // 2) for n in range(THREADS)]
+    alone = [run(model, by_what_is_seen, **batch) for batch in batches]
+    together = threading.Barrier(THREADS)
+
+    def policy(call: RouterCall) -> Logits:
+        together.wait(60)
+        reply = by_what_is_seen(call)
+        together.wait(60)
+        return reply
+
+    @torch.no_grad()
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        logits = model(**batch).logits
+        hooks.assert_complete()
+        return logits
+
+    with RouterHooks(model, policy) as hooks, ThreadPoolExecutor(THREADS) as pool:
+        at_once = list(pool.map(forward, batches))
+        hooks.assert_complete()
+    assert hooks.hits == [THREADS] * len(hooks.sites)
+    for one, other in zip(at_once, alone, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_bypass_in_one_thread_is_not_hidden_by_another() -> None:
+    model = tiny_model("olmoe")
+    with RouterHooks(model, no_reply) as hooks, ThreadPoolExecutor(1) as pool:
+        pool.submit(run_count, hooks, model).result()
+        bypass(model)
+        model(input_ids=prompt())
+        with pytest.raises(HookBypassed, match=r"model\.layers\.2\.mlp\.gate"):
+            hooks.assert_complete()
+        pool.submit(hooks.assert_complete).result()
+
+
+def test_leaving_while_a_thread_runs() -> None:
+    """Part of that pass had no policy: its logits are nobody's."""
+    model = shared_model("olmoe")
+    before, plain = footprint(model), run(model)
+    within, left = threading.Event(), threading.Event()
+
+    def policy(call: RouterCall) -> Assignment:
+        within.set()
+        left.wait(60)
+        return identity(call)
+
+    with ThreadPoolExecutor(1) as pool:
+        with RouterHooks(model, policy):
+            running = pool.submit(model, input_ids=prompt())
+            within.wait(60)
+        assert footprint(model) == before
+        left.set()
+        with pytest.raises(HooksInUse, match="left while this forward pass ran"):
+            running.result()
+    assert torch.equal(run(model), plain)
+
+
+def test_of_many_threads_one_hooks_the_model() -> None:
+    model, together = shared_model("olmoe"), threading.Barrier(THREADS)
+
+    def enter(hooks: RouterHooks) -> bool:
+        together.wait(60)
+        try:
+            hooks.__enter__()
+        except HooksInUse:
+            return False
+        return True
+
+    every = [RouterHooks(model, no_reply) for _ in range(THREADS)]
+    before = footprint(model)
+    with ThreadPoolExecutor(THREADS) as pool:
+        entered = list(pool.map(enter, every))
+    for hooks in every:
+        hooks.__exit__()
+    assert entered.count(True) == 1
+    assert footprint(model) == before
+
+
+@pytest.mark.parametrize(("family", "layers"), [("olmoe", 1), ("dbrx", 1), ("laguna", 2)])
+def test_a_compiled_model_sees_padding_and_raw_logits(family: str, layers: int) -> None:
+    """The compiler loses what is written to a thread's state, so the hooks are left out of what it compiles."""
+    model = tiny_model(family, num_hidden_layers=layers, n_layers=layers)
+    batch = masked(0, 2, left=True)
+    expected = run(model, by_what_is_seen, **batch)
+    with torch.no_grad(), RouterHooks(model, by_what_is_seen) as hooks:
+        logits = torch.compile(model, backend="eager")(**batch).logits
+        hooks.assert_complete()
+    torch._dynamo.reset()
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize(

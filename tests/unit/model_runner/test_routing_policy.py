@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import asyncio
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,7 +17,7 @@ from model_runner import routing_policy
 from model_runner.architectures import Assignment, RouterSite, find_router_sites
 from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits, RouterCall
-from model_runner.routing_policy import RetrievalPolicy, Retrieved
+from model_runner.routing_policy import FellBack, Lookups, RetrievalPolicy, Retrieved
 from tests.families import shared_model
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 32, 8, 2
@@ -34,11 +36,10 @@ class Asked:
 
 @dataclass
 class CannedClient:
-    """Answers by a function of the question; None as a client whose sidecar is gone."""
+    """Answers by a function of the question; None or FellBack as a client whose sidecar is gone."""
 
-    answer: Callable[[Asked], Retrieved | None]
+    answer: Callable[[Asked], Retrieved | FellBack | None]
     asked: list[Asked] = field(default_factory=list)
-    fallbacks: Counter[tuple[int, str]] = field(default_factory=Counter)
 
     def lookup(
         self,
@@ -48,7 +49,7 @@ class CannedClient:
         own: Assignment,
         *,
         exclude: Sequence[ExampleRef] = (),
-    ) -> Retrieved | None:
+    ) -> Retrieved | FellBack | None:
         self.asked.append(Asked(layer, router_input, router_logits, own, exclude))
         return self.answer(self.asked[-1])
 
@@ -124,7 +125,11 @@ def test_replies_are_handed_on() -> None:
     torch.testing.assert_close(blended.weights.sum(-1), call.weights.sum(-1))
 
 
-@pytest.mark.parametrize("answer", [abstains, lambda asked: None], ids=["abstains", "gone"])
+@pytest.mark.parametrize(
+    "answer",
+    [abstains, lambda asked: FellBack("deadline"), lambda asked: None],
+    ids=["abstains", "late", "gone"],
+)
 def test_without_a_reply_the_own_router_stands(
     answer: Callable[[Asked], Retrieved | None],
 ) -> None:
@@ -206,16 +211,104 @@ A, B = ExampleRef("s", "a"), ExampleRef("s", "b")
 
 def test_excluded_examples_are_named_token_by_token() -> None:
     client = CannedClient(abstains)
-    RetrievalPolicy(client, exclude=[A, B])(call_of())
-    RetrievalPolicy(client, exclude=[A, B])(call_of(VALID))
-    assert list(client.asked[0].exclude) == [A, A, A, B, B, B]
-    assert list(client.asked[1].exclude) == [A, A, B]
+    policy = RetrievalPolicy(client)
+    with policy.excluding([A, B]):
+        policy(call_of())
+        policy(call_of(VALID))
+        with policy.excluding([B, A]):
+            policy(call_of())
+        policy(call_of())
+    policy(call_of())
+    named = [list(asked.exclude) for asked in client.asked]
+    both = [A, A, A, B, B, B]
+    assert named == [both, [A, A, B], both[::-1], both, []]
 
 
 def test_excluded_examples_must_be_one_per_sequence() -> None:
-    policy = RetrievalPolicy(CannedClient(abstains), exclude=[A, B, A, B])
-    with pytest.raises(BadInput, match="4 examples for 6 tokens"):
+    policy = RetrievalPolicy(CannedClient(abstains))
+    with (
+        policy.excluding([A, B, A, B]),
+        pytest.raises(BadInput, match="4 examples for 6 tokens"),
+    ):
         policy(call_of())
+
+
+def test_another_threads_exclusions_are_not_applied() -> None:
+    client = CannedClient(abstains)
+    policy, other = RetrievalPolicy(client), RetrievalPolicy(client)
+    with policy.excluding([A]):
+        other(call_of())
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(policy, call_of()).result()
+
+            def with_b() -> None:
+                with policy.excluding([B]):
+                    policy(call_of())
+
+            pool.submit(with_b).result()
+        policy(call_of())
+    named = [list(asked.exclude) for asked in client.asked]
+    assert named == [[], [], [B] * TOKENS, [A] * TOKENS]
+
+
+def test_exclusions_go_along_with_an_asyncio_task() -> None:
+    """And with asyncio.to_thread, as web servers call a model; other tasks of the same thread have their own."""
+    client = CannedClient(abstains)
+    policy = RetrievalPolicy(client)
+
+    async def request(ref: ExampleRef, together: asyncio.Barrier) -> None:
+        with policy.excluding([ref]):
+            await together.wait()
+            await asyncio.to_thread(policy, call_of())
+
+    async def serve() -> None:
+        together = asyncio.Barrier(2)
+        await asyncio.gather(request(A, together), request(B, together))
+
+    asyncio.run(serve())
+    named = [set(asked.exclude) for asked in client.asked]
+    assert sorted(named, key=repr) == [{A}, {B}]
+
+
+def test_counts_of_many_threads_are_those_of_one() -> None:
+    """With a switch of threads wherever one is possible."""
+
+    def every_other(asked: Asked) -> Retrieved | FellBack:
+        return FellBack("late") if asked.layer else response(len(asked.router_input))
+
+    policy, calls, threads = RetrievalPolicy(CannedClient(every_other)), 200, 8
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for layer in (0, 1):
+                call = replace(call_of(), site=site(layer))
+                list(pool.map(policy, [call] * calls))
+    finally:
+        sys.setswitchinterval(before_s)
+    use = policy.use[0]
+    assert (use.tokens, use.lookups, use.lambda_mean) == (calls * TOKENS, calls, 0.5)
+    assert policy.use[1].fell_back == {"late": calls}
+    assert policy.lookups == Lookups(2 * calls, {"late": calls})
+
+
+def test_lookups_in_words() -> None:
+    assert str(Lookups(592, {})) == "none of 592"
+    assert str(Lookups(592, {"deadline": 20, "breaker_open": 11})) == (
+        "31 of 592 (11 breaker_open, 20 deadline)"
+    )
+
+
+def test_lookups_are_counted_by_reason() -> None:
+    replies = iter([halved_logits, lambda _: FellBack("deadline"), lambda _: None])
+    policy = RetrievalPolicy(CannedClient(lambda asked: next(replies)(asked)))
+    for _ in range(3):
+        policy(call_of())
+    call = call_of()
+    call.router_input[0, 0] = torch.nan
+    policy(call)
+    assert policy.lookups.total == 4
+    assert policy.lookups.fell_back == {"deadline": 1, "no_answer": 1, "not_finite": 1}
 
 
 @pytest.mark.parametrize("valid", [None, VALID * 2])
@@ -226,11 +319,14 @@ def test_many_tokens_are_asked_about_in_parts(
     valid: list[bool] | None,
 ) -> None:
     call, whole = call_of(valid, tokens=12), CannedClient(answer)
-    at_once = RetrievalPolicy(whole, exclude=[A, B])(call)
+    uncut = RetrievalPolicy(whole)
+    with uncut.excluding([A, B]):
+        at_once = uncut(call)
     monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 5)
     client = CannedClient(answer)
-    policy = RetrievalPolicy(client, exclude=[A, B])
-    in_parts = policy(call)
+    policy = RetrievalPolicy(client)
+    with policy.excluding([A, B]):
+        in_parts = policy(call)
     expected = [5, 5, 2] if valid is None else [5, 1]
     assert [len(asked.router_input) for asked in client.asked] == expected
     named = [ref for asked in client.asked for ref in asked.exclude]
