@@ -82,7 +82,7 @@ def generate(
 
     When the sidecar is slow or gone, or the memory is deleted meanwhile, the model's own router goes on; only learning
     needs it. Ends with a line on stderr: how much the memory spoke, and how many lookups fell back, by reason. At the
-    start it waits for the sidecar up to half a second. For example:
+    start it waits for the sidecar up to half a second; with --on-error raise up to 10 s. For example:
 
         model-runner generate --memory law --prompt 'The tenant shall' --max-new-tokens 40
 
