@@ -7,15 +7,22 @@ router's input is. To route with a memory use `router_hooks.RouterHooks`, which 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import find_router_sites
 from model_runner.architectures.families import Assignment, RouterSite, swapped_logits
 from model_runner.errors import HooksInUse
+
+# By router: the threads that tap it, the innermost last. Taps of two threads would see each other's forward passes, and
+# put each other's forward back.
+_tapping: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+_entering = threading.Lock()
 
 LogitFunction = Callable[[RouterSite, Tensor], Tensor]
 Forward = Callable[..., Any]
@@ -25,6 +32,7 @@ class LogitTap:
     """Within it, each router goes on with `fn(site, logits)` in place of its raw logits.
 
     Gradients flow through `fn`. Taps on the same model nest; the inner one sees the logits first.
+    It sees the forward passes of all threads; only one thread at a time may tap a model.
     Within a `RouterHooks` context a `Logits` reply passes the tap too, so that `fn` also sees
     the logits that the policy chose.
 
@@ -37,7 +45,7 @@ class LogitTap:
 
     Raises:
         UnsupportedModel: the model has no routers, or a router's logits were not found.
-        HooksInUse: this tap is already active.
+        HooksInUse: this tap is already active, or another thread's is on the same model.
 
     """
 
@@ -51,9 +59,11 @@ class LogitTap:
     def __enter__(self) -> LogitTap:
         if self._undo is not None:
             raise HooksInUse("this LogitTap is already active")
-        self._undo = ExitStack()
-        for site in self.sites:
-            self._undo.enter_context(wrapped_forward(site.router, self._tapped(site)))
+        with ExitStack() as undo:
+            undo.enter_context(_only_thread([site.router for site in self.sites]))
+            for site in self.sites:
+                undo.enter_context(wrapped_forward(site.router, self._tapped(site)))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,6 +81,27 @@ class LogitTap:
             return tapped
 
         return wrap
+
+
+@contextmanager
+def _only_thread(routers: Sequence[nn.Module]) -> Iterator[None]:
+    """Raises HooksInUse while another thread taps one of the routers."""
+    thread = threading.get_ident()
+    with _entering:
+        if any(thread not in _tapping.get(router, [thread]) for router in routers):
+            raise HooksInUse(
+                "another thread taps this model's routers (it learns, builds or is hooked); one at a time"
+            )
+        for router in routers:
+            _tapping.setdefault(router, []).append(thread)
+    try:
+        yield
+    finally:
+        with _entering:
+            for router in routers:
+                _tapping[router].pop()
+                if not _tapping[router]:
+                    del _tapping[router]
 
 
 @contextmanager

@@ -77,7 +77,9 @@ class CircuitBreaker:
     _pause_s: float = field(default=0.0, init=False)
     _next_trial_s: float = field(default=0.0, init=False)
     _trying: bool = field(default=False, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     def allows(self) -> bool:
         """Whether a call may be tried now. If that is the trial, the next one is due a pause later at the earliest."""

@@ -156,8 +156,12 @@ class RetrievalPolicy:
 
     client: Retriever
     use: dict[int, LayerUse] = field(default_factory=dict)
-    _exclude: ContextVar[Refs] = field(default_factory=_no_refs, init=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _exclude: ContextVar[Refs] = field(
+        default_factory=_no_refs, init=False, repr=False, compare=False
+    )
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     @contextmanager
     def excluding(self, examples: Sequence[ExampleRef]) -> Iterator[None]:

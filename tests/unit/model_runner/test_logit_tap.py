@@ -1,5 +1,7 @@
 """Logits are replaced inside the routers; the family's own code does the rest."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,3 +160,20 @@ def test_a_tap_within_hooks_sees_what_the_policy_chose() -> None:
         run(model)
     own, chosen = seen
     assert torch.equal(chosen, own + 1)
+
+
+def test_one_thread_at_a_time_taps_a_model() -> None:
+    """Two would see each other's forward passes, and the first to leave would put the other's back."""
+    model = shared_model("olmoe")
+
+    def other(tap: LogitTap) -> None:
+        with tap:
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with LogitTap(model, unchanged), LogitTap(model, unchanged):
+            refused = pool.submit(other, LogitTap(model, unchanged))
+            with pytest.raises(HooksInUse, match="another thread taps this model's routers"):
+                refused.result()
+            pool.submit(other, LogitTap(shared_model("mixtral"), unchanged)).result()
+        pool.submit(other, LogitTap(model, unchanged)).result()
