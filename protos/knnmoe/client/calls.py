@@ -134,7 +134,7 @@ class DuplexStream(Generic[Request, Response]):
     """
 
     def __init__(self, method: Callable[[Iterator[Request]], Any], target: str) -> None:
-        self.ended = False
+        self.ended = self._closed = False
         self._target = target
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         # Unbounded, yet never longer than the requests that the caller has sent ahead.
@@ -160,18 +160,25 @@ class DuplexStream(Generic[Request, Response]):
 
     def close(self) -> None:
         """Ends the stream. Closing twice is allowed."""
+        self._closed = True
         self._requests.put(None)
         self._call.cancel()
+
+    def _was_ended(self) -> ServiceUnavailable:
+        return ServiceUnavailable(
+            "it ended the stream", code=grpc.StatusCode.UNAVAILABLE, target=self._target
+        )
 
     def _read(self) -> None:
         try:
             for response in self._call:
                 self._responses.put(response)
-            error: ServiceError = ServiceUnavailable(
-                "it ended the stream", code=grpc.StatusCode.UNAVAILABLE, target=self._target
-            )
+            error: ServiceError = self._was_ended()
         except grpc.RpcError as failed:
             error = service_error(failed, self._target)
+            # A service that is short of threads cancels streams that wait: another one may be opened.
+            if error.code is grpc.StatusCode.CANCELLED and not (error.reason or self._closed):
+                error = self._was_ended()
         self.ended = True
         self._responses.put(error)
 

@@ -162,6 +162,22 @@ def test_a_retry_has_less_time_left(service: tuple[Scripted, str], client: Routi
     assert scripted.streams == 2
 
 
+def test_a_stream_that_the_service_cancels_is_replaced(
+    service: tuple[Scripted, str], client: RoutingClient
+) -> None:
+    """As it does with those that wait, when it is short of threads: just then this one may have been used again."""
+    scripted, plain = service[0], service[0].answer
+    client.route(0, INPUTS, LOGITS, timeout_s=60)
+
+    def cancel(request: pb.RouteRequest) -> None:
+        scripted.answer = plain
+        scripted.context.cancel()
+
+    scripted.answer = cancel
+    assert client.route(0, INPUTS, LOGITS, timeout_s=60).request_id == 2
+    assert scripted.streams == 2
+
+
 def test_another_requests_answer_is_never_returned(
     service: tuple[Scripted, str], client: RoutingClient
 ) -> None:
