@@ -54,9 +54,25 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
         raise BadInput(
             f"model {name!r} cannot be loaded: its tokenizer's files are missing or empty"
         )
+    _require_embeddings(name, tokenizer, model)
     model = model.eval().requires_grad_(False)
     verify_hooks(model)
     return LoadedModel(name, model, tokenizer, model_fingerprint(model))
+
+
+def _require_embeddings(name: str, tokenizer: Any, model: nn.Module) -> None:
+    """Raises BadInput when the tokenizer makes ids that the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows, (token, largest) = (
+        len(embeddings.weight),
+        max(tokenizer.get_vocab().items(), key=lambda item: item[1]),
+    )
+    if largest >= rows:
+        raise BadInput(
+            f"model {name!r} cannot be used: its tokenizer makes token ids up to {largest} ({token!r}), the model has "
+            f"embeddings for {rows}; take the tokenizer that it was trained with, or save the model after "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _hint(name: str) -> str:

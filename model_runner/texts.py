@@ -1,13 +1,12 @@
-"""Texts from files, cut into windows of tokens: reference, dev and test data in one form.
+"""Texts cut into windows of tokens: reference, dev and test data in one form; their batches and their loss.
 
-Formats, by suffix: .jsonl and .parquet with rows of `text`, or of `prompt` and `answer` (the loss counts on the answer
-only), each with an optional `id` of its own; anything else is plain text, whose paragraphs are grouped into examples.
+A prompt is never closed, and a conversation is what the model's own chat template makes of it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,12 @@ from knnmoe.client import ExampleRef
 from torch import Tensor
 
 from model_runner.errors import BadInput
+from model_runner.text_files import ASSISTANT, Example, read_examples, say_left_out
 
-# Plain text has no examples of its own: paragraphs are grouped up to about this size.
-PLAIN_TEXT_EXAMPLE_CHARACTERS = 4000
 # What a text leaves over after its full windows is left out below this share of one.
 SHORTEST_WINDOW_SHARE = 0.25
-# Longest id of an example that a routing service stores.
-MAX_ID_CHARACTERS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One document, or one prompt with its answer."""
-
-    ref: ExampleRef
-    text: str
-    # Set: the loss counts on it only, and `text` is the prompt before it.
-    answer: str | None = None
+# Stands in for a turn to find where a chat template puts it.
+_MARK = "\ue000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,52 +31,54 @@ class Window:
 
     Attributes:
         token_ids: n of them.
-        first_target: index of the first token whose loss counts, 1 or more.
+        target_at: indices of the tokens whose loss counts, rising, each 1 or more.
         offset: position of token 0 within the example.
+        identity, name: as in Example.
 
     """
 
     ref: ExampleRef
     token_ids: tuple[int, ...]
-    first_target: int
+    target_at: tuple[int, ...]
     offset: int
+    identity: str = ""
+    name: str = ""
 
     @property
     def targets(self) -> int:
         """Tokens whose loss counts."""
-        return len(self.token_ids) - self.first_target
+        return len(self.target_at)
 
-
-def read_examples(path: Path) -> Iterator[Example]:
-    """Examples of a file, in order; the source's name is the file's. Raises BadInput naming file, row and field."""
-    if not path.is_file():
-        what = "is a directory, expected a file" if path.is_dir() else "no such file"
-        raise BadInput(f"{path}: {what}")
-    try:
-        if path.suffix in (".jsonl", ".ndjson"):
-            yield from _rows_to_examples(path, _json_rows(path))
-        elif path.suffix == ".parquet":
-            yield from _rows_to_examples(path, _parquet_rows(path))
-        else:
-            yield from _plain_examples(path)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
+    @property
+    def first_target(self) -> int:
+        """Index of the first of them."""
+        return self.target_at[0]
 
 
 def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> list[Window]:
-    """Windows of up to `length` tokens, in order; they never cross examples. Raises BadInput when none results."""
+    """Windows of up to `length` tokens, in order; they never cross examples.
+
+    Special tokens that the tokenizer puts before a text stay, those that it appends go: what follows, an answer or a
+    continuation, does not come after the end of a text. Examples that give no window are left out; a warning says how
+    many. Raises BadInput when none results, or a conversation cannot be rendered.
+    """
     if length < 2:
         raise BadInput(f"window length: got {length}, expected 2 or more tokens")
-    every = list(examples)
-    windows = [w for example in every for w in _windows_of(example, tokenizer, length)]
+    every, windows, left_out = list(examples), list[Window](), Counter[str]()
+    cutter = _Cutter(tokenizer, length)
+    for example in every:
+        found = list(cutter.windows_of(example))
+        windows += found
+        if not found:
+            plain = example.answer is None and not example.messages
+            left_out["shorter than 2 tokens" if plain else "without an answer"] += 1
     if not windows:
         raise BadInput(
             f"{len(every)} example(s), none with 2 tokens of text, or with an answer"
             if every
             else "holds no text"
         )
+    say_left_out(every[0].ref.source, left_out, len(every))
     return windows
 
 
@@ -100,111 +90,160 @@ def read_windows(path: Path, tokenizer: Any, length: int) -> list[Window]:
         raise BadInput(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def _windows_of(example: Example, tokenizer: Any, length: int) -> Iterator[Window]:
-    if example.answer is not None:
-        yield from _answer_window(example, example.answer, tokenizer, length)
-        return
-    ids = tokenizer(example.text)["input_ids"]
-    shortest_rest = max(2, int(length * SHORTEST_WINDOW_SHARE))
-    for offset in range(0, len(ids), length):
-        part = tuple(ids[offset : offset + length])
-        if len(part) >= (shortest_rest if offset else 2):
-            yield Window(example.ref, part, 1, offset)
+def distinct(windows: Iterable[Window]) -> list[Window]:
+    """Without those that say again what an earlier one says: rows of the same text and no id."""
+    first: dict[tuple[ExampleRef, str, int], Window] = {}
+    for window in windows:
+        first.setdefault((window.ref, window.identity, window.offset), window)
+    return list(first.values())
 
 
-def _answer_window(example: Example, answer: str, tokenizer: Any, length: int) -> Iterator[Window]:
-    """Prompt and answer; the prompt's beginning is cut off when both do not fit."""
-    prompt = tokenizer(example.text)["input_ids"]
-    tail = tokenizer(answer, add_special_tokens=False)["input_ids"][: length - 1]
-    cut = max(0, len(prompt) + len(tail) - length)
-    ids = (*prompt[cut:], *tail)
-    first_target = max(1, len(prompt) - cut)
-    if len(ids) > first_target:
-        yield Window(example.ref, ids, first_target, cut)
+def open_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that goes on: without what the tokenizer appends, such as an end of text."""
+    return _Cutter(tokenizer).open_ids(text)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise BadInput(f"{path}: row {number}: not JSON ({error})") from error
+def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
+    """Token ids of what comes before the answer, or before the assistant's last turn. Raises BadInput."""
+    return _Cutter(tokenizer).prompt_ids(example)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class _Cutter:
+    """Cuts examples into windows of up to `length` tokens of a tokenizer."""
 
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise BadInput(f"{path}: not a Parquet file ({error})") from error
-    yield from enumerate(rows, 1)
+    def __init__(self, tokenizer: Any, length: int = 0) -> None:
+        self._tokenizer, self._length = tokenizer, length
+        self._appended = _appended(tokenizer)
 
+    def open_ids(self, text: str) -> list[int]:
+        ids = self._tokenizer(text)["input_ids"]
+        return list(ids[: len(ids) - self._appended])
 
-def _rows_to_examples(path: Path, rows: Iterable[tuple[int, Any]]) -> Iterator[Example]:
-    row_of_id: dict[str, int] = {}
-    for number, row in rows:
-        where = f"{path}: row {number}"
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: expected an object with `text`, or `prompt` and `answer`")
-        name = _id_of(row, number, where)
-        if name in row_of_id:
-            raise BadInput(
-                f"{where}: `id` {name!r} is taken by row {row_of_id[name]}; entries are told apart by it"
-            )
-        row_of_id[name] = number
-        ref = ExampleRef(path.name, name)
-        if "text" in row:
-            yield Example(ref, _text_of(row, "text", where))
-        elif "prompt" in row and "answer" in row:
-            yield Example(ref, _text_of(row, "prompt", where), _text_of(row, "answer", where))
+    def prompt_ids(self, example: Example) -> list[int]:
+        if not example.messages:
+            return self.open_ids(example.text)
+        ids, turns = _conversation(example, self._tokenizer)
+        return ids[: turns[-1][0]] if turns else ids
+
+    def windows_of(self, example: Example) -> Iterator[Window]:
+        if example.messages:
+            yield from self._around(example, *_conversation(example, self._tokenizer))
+        elif example.answer is not None:
+            ids = self.open_ids(example.text)
+            answer = self._tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+            yield from self._around(example, [*ids, *answer], [(len(ids), len(ids) + len(answer))])
         else:
-            raise BadInput(f"{where}: has {sorted(row)}, expected `text`, or `prompt` and `answer`")
+            yield from self._side_by_side(example, self.open_ids(example.text))
+
+    def _side_by_side(self, example: Example, ids: Sequence[int]) -> Iterator[Window]:
+        """Of a document, all of whose tokens count."""
+        shortest_rest = max(2, int(self._length * SHORTEST_WINDOW_SHARE))
+        for start in range(0, len(ids), self._length):
+            stop = min(start + self._length, len(ids))
+            if stop - start >= (shortest_rest if start else 2):
+                yield _window(example, ids, start, stop, range(start + 1, stop))
+
+    def _around(
+        self, example: Example, ids: Sequence[int], turns: Sequence[tuple[int, int]]
+    ) -> Iterator[Window]:
+        """Of the tokens [first, end) of turns, each in one window, with half a window before it where there is as much.
+
+        One turn that fits ends its window: the beginning of what is before it is cut off. One that does not goes on in
+        the next.
+        """
+        length = self._length
+        rest = [(max(1, first), end) for first, end in turns if end > max(1, first)]
+        while rest:
+            first, end = rest[0]
+            start = max(0, first - length // 2)
+            if end > start + length:
+                start = max(0, min(first - 1, end - length))
+            stop = max((end for _, end in rest if end <= start + length), default=start + length)
+            targets = [at for first, end in rest for at in range(first, min(end, stop))]
+            yield _window(example, ids, max(0, stop - length), stop, targets)
+            rest = [(max(first, stop), end) for first, end in rest if end > stop]
 
 
-def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    value = row[field]
-    if not isinstance(value, str):
-        raise BadInput(f"{where}: `{field}` is {type(value).__name__}, expected a string")
-    _require_unicode(value, field, where)
-    return value
+def _window(
+    example: Example, ids: Sequence[int], start: int, stop: int, targets: Iterable[int]
+) -> Window:
+    """Of the tokens [start, stop) of an example; targets: positions in the example."""
+    return Window(
+        example.ref,
+        tuple(ids[start:stop]),
+        tuple(at - start for at in targets),
+        start,
+        example.identity,
+        example.name,
+    )
 
 
-def _id_of(row: dict[str, Any], number: int, where: str) -> str:
-    """The row's id; its number when it has none."""
-    value = row.get("id")
-    name = str(number if value is None else value)
-    if len(name) > MAX_ID_CHARACTERS or "\x00" in name:
+def _appended(tokenizer: Any) -> int:
+    """How many tokens a tokenizer puts after a text: those after the text's own last one."""
+    [*_, last] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    closed = list(tokenizer("a")["input_ids"])
+    return closed[::-1].index(last) if last in closed else 0
+
+
+def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids as the model's chat template renders it, and the assistant's turns [first, end) with what ends them."""
+    where = f"example {example.name or example.ref.example}"
+    if getattr(tokenizer, "chat_template", None) is None:
         raise BadInput(
-            f"{where}: `id` has {len(name)} characters, "
-            f"expected at most {MAX_ID_CHARACTERS} and no NUL"
+            f"{where}: has `messages`, and the model's tokenizer has no chat template to render them with; "
+            "give `prompt` and `answer`, or a model with a chat template (often the one named Instruct or Chat)"
         )
-    _require_unicode(name, "id", where)
-    return name
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"{where}: has `messages`, which need a tokenizer that tells where its tokens are (tokenizer.json); "
+            "give `prompt` and `answer`"
+        )
+    whole, spans = _rendered(example.messages, tokenizer, where)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    turns = []
+    for first, end in spans:
+        at = [n for n, (a, b) in enumerate(offsets) if a < end and b > first]
+        turns += [(at[0], at[-1] + 1)] if at else []
+    return list(encoded["input_ids"]), turns
 
 
-def _require_unicode(value: str, field: str, where: str) -> None:
-    """JSON can spell halves of surrogate pairs, which neither tokenizers nor messages take."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadInput(f"{where}: `{field}` holds half a surrogate pair ({error})") from error
+def _rendered(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any, where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and which characters are the assistant's: those that change when the turn does.
+
+    Templates may write a turn differently when others follow, so that no part of a conversation is its beginning.
+    """
+    from jinja2 import TemplateError
+
+    def render(turns: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False))
+        except (TemplateError, ValueError, TypeError) as error:
+            raise BadInput(f"{where}: the model's chat template refuses it ({error})") from error
+
+    whole, spans = render(messages), list[tuple[int, int]]()
+    ends = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for number, turn in enumerate(messages):
+        if turn["role"] != ASSISTANT:
+            continue
+        marked = render([*messages[:number], {**turn, "content": _MARK}, *messages[number + 1 :]])
+        first = _alike(whole, marked)
+        same = _alike(whole[first:][::-1], marked[first:][::-1])
+        end = len(whole) - same
+        if end > first:
+            rest = whole[end:].lstrip()
+            closing_token = max((one for one in ends if rest.startswith(one)), key=len, default="")
+            end = len(whole) - len(rest) + len(closing_token) if closing_token else end
+            spans.append((first, end))
+    return whole, spans
 
 
-def _plain_examples(path: Path) -> Iterator[Example]:
-    number, group, size = 0, list[str](), 0
-    for paragraph in path.read_text(encoding="utf-8-sig").split("\n\n"):
-        group.append(paragraph)
-        size += len(paragraph)
-        if size >= PLAIN_TEXT_EXAMPLE_CHARACTERS:
-            yield Example(ExampleRef(path.name, str(number)), "\n\n".join(group))
-            number, group, size = number + 1, [], 0
-    if "".join(group).strip():
-        yield Example(ExampleRef(path.name, str(number)), "\n\n".join(group))
+def _alike(one: str, other: str) -> int:
+    """How many characters at their beginning are the same."""
+    differing = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 def batched(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
@@ -241,7 +280,7 @@ def make_batch(windows: Sequence[Window], device: torch.device) -> Batch:
         n = len(window.token_ids)
         input_ids[row, :n] = torch.tensor(window.token_ids)
         mask[row, :n] = 1
-        predicts[row, window.first_target - 1 : n - 1] = True
+        predicts[row, [at - 1 for at in window.target_at]] = True
     return Batch(tuple(windows), input_ids.to(device), mask.to(device), predicts.to(device))
 
 

@@ -5,6 +5,7 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,11 +19,14 @@ from model_runner.errors import BadInput
 from model_runner.progress import Progress
 
 if TYPE_CHECKING:
+    from knnmoe.client import AdminClient
     from knnmoe.v1.memory_admin_pb2 import LayerCalibration
     from knnmoe.v1.types_pb2 import Tensor
 
     from model_runner.models import LoadedModel
     from model_runner.texts import Window
+
+log = logging.getLogger(__name__)
 
 # Whether a gradient passes later routers.
 Scope = Literal["leaf", "live"]
@@ -81,6 +85,7 @@ def build(
         bool,
         typer.Option("--gain/--no-gain", help="Measure what each entry saves (one more pass)."),
     ] = True,
+    replace_source: options.ReplaceSource = False,
     optimize: Annotated[
         bool, typer.Option("--optimize/--no-optimize", help="Index the keys when they are written.")
     ] = True,
@@ -90,15 +95,19 @@ def build(
 ) -> None:
     """Build a memory from reference text, or go on with a build that was cut off.
 
-    Running it again with the same text skips what is there. Entries are told apart by file name, `id` and token: for
-    text or settings that changed, delete the memory first or choose another name. For example:
+    Running it again with the same text skips what is there; for other settings delete the memory first or choose
+    another name. Entries know their text: another file of the same name is added, and text of an `id` that the memory
+    holds with other text is refused unless the new file takes the old one's place. For example:
 
         model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
+
+        model-runner build --memory law --reference law.jsonl --replace-source
     """
     from knnmoe.client import AdminClient
     from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
 
     from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
+    from model_runner.memory_builder.entries import forget_other_texts
     from model_runner.memory_builder.recipes import PRESETS
     from model_runner.models import load_model, window_length
     from model_runner.texts import read_windows
@@ -111,14 +120,16 @@ def build(
         is_new = client.find(memory) is None
         loaded = load_model(model, device=device, dtype=dtype)
         length = window_length(loaded.model, window)
-        windows = read_windows(reference, loaded.tokenizer, length)[:max_windows]
-        held_out = None
+        every = read_windows(reference, loaded.tokenizer, length)
+        windows, held_out = every[:max_windows], None
         if calibrate_on is not None:
             held_out = read_windows(calibrate_on, loaded.tokenizer, length)
         elif is_new:
             _require_two_examples(windows, reference)
         settings = chosen.settings(loaded.fingerprint.num_layers)
         client.find_or_create(memory, loaded.fingerprint.message(), settings)
+        if not replace_source:
+            windows = windows_as_known(client, memory, windows)
         builder = MemoryBuilder(
             loaded.model, loaded.fingerprint, client, gradient, batch_size=batch_size
         )
@@ -127,6 +138,11 @@ def build(
             f"{memory}: wrote {report.entries_per_layer} entries per layer in {report.elapsed_s:.0f} s; "
             f"{report.windows_skipped} of {report.windows} windows were there already"
         )
+        if repeated := len(windows) - report.windows:
+            progress.say(f"{repeated} windows repeat others of the file and were written once")
+        if replace_source:
+            gone = forget_other_texts(client, memory, every)
+            progress.say(f"{gone} entries of other text of {every[0].ref.source} were deleted")
         if optimize:
             progress.say("indexing")
             client.optimize(memory)
@@ -138,6 +154,35 @@ def build(
         gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
         progress.say(f"calibrated, gamma per layer: {gammas}")
         _say_copies(progress, memory, response.layers)
+
+
+def windows_as_known(client: AdminClient, memory: str, windows: Sequence[Window]) -> list[Window]:
+    """The windows under the names that the memory knows them by. Warns of other text of the same source.
+
+    Raises BadInput when the memory holds an `id` of theirs with other text.
+    """
+    from model_runner.memory_builder.entries import known_text
+
+    known, source = known_text(client, memory, windows), windows[0].ref.source
+    if known.changed:
+        raise BadInput(
+            f"{source}: memory {memory!r} holds {len(known.changed)} of its examples with other text, e.g. `id` "
+            f"{known.changed[0]!r}; if the text has changed, build or learn with --replace-source, "
+            "if it is another text, rename the file"
+        )
+    if known.by_tokens:
+        log.warning(
+            "%s: %d windows are in memory %r from version 0.1, which kept no digest of their text: they are told by "
+            "their tokens, all but the last of each window; --replace-source writes them anew",
+            *(source, known.by_tokens, memory),
+        )
+    if known.others and not known.is_there:
+        log.warning(
+            "memory %r holds %d entries per layer of other text that is named %s: this text is added; if it is a new "
+            "version of that one, run this again with --replace-source",
+            *(memory, known.others, source),
+        )
+    return known.windows
 
 
 def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:

@@ -67,6 +67,7 @@ def evaluate(
     from knnmoe.client import AdminClient
 
     from model_runner.evaluation.nll import score
+    from model_runner.memory_builder.entries import known_text
     from model_runner.models import load_model, window_length
     from model_runner.router_client import OnError, RouterClient
     from model_runner.routing_policy import RetrievalPolicy
@@ -78,8 +79,10 @@ def evaluate(
         loaded = load_model(model, device=device, dtype=dtype)
         length = window_length(loaded.model, window)
         windows = _spread(read_windows(text, loaded.tokenizer, length), max_windows)
+        # What a memory of version 0.1 holds of this text has other names; they are what is left out.
+        windows = known_text(admin, memory, windows).windows
         if not leave_one_out:
-            _warn_of_own_entries(admin, memory, windows, text.name)
+            _warn_of_own_entries(admin, memory, windows)
     with RouterClient(
         target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=OnError.RAISE
     ) as client:
@@ -89,7 +92,7 @@ def evaluate(
         plain = scored(policy=None, what="plain model")
         routed = scored(policy=policy, what=f"with memory {memory}", leave_one_out=leave_one_out)
     lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
-    result = {"model": model, "memory": memory, "text": text.name}
+    result = {"model": model, "memory": memory, "text": windows[0].ref.source}
     result |= _comparison(plain, routed, lambdas)
     _print_scores(result)
     if policy.lookups.fell_back:  # not for a sidecar's sake: that is an error here
@@ -117,9 +120,7 @@ def _comparison(plain: Scores, routed: Scores, lambdas: list[float]) -> dict[str
     }
 
 
-def _warn_of_own_entries(
-    client: AdminClient, memory: str, windows: list[Window], name: str
-) -> None:
+def _warn_of_own_entries(client: AdminClient, memory: str, windows: list[Window]) -> None:
     """A memory that holds the very tokens that are scored knows the answers."""
     from model_runner.memory_builder.entries import entry_ids
 
@@ -129,7 +130,7 @@ def _warn_of_own_entries(
         log.warning(
             "memory %r holds %d of the first %d scored tokens (entries of a file named %s): "
             "use --leave-one-out, or text that it was not built from",
-            *(memory, found, len(ids), name),
+            *(memory, found, len(ids), windows[0].ref.source),
         )
 
 

@@ -6,8 +6,11 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from model_runner.memory_builder.learner import OnlineLearner
     from model_runner.models import LoadedModel
     from model_runner.routing_policy import RetrievalPolicy
-    from model_runner.texts import Example
+    from model_runner.text_files import Example
+    from model_runner.texts import Window
 
 # Provenance of what is taught in a session; the example is a digest of the prompt.
 SESSION_SOURCE = "session"
@@ -39,8 +43,9 @@ def generate(
     learn: Annotated[
         Path | None,
         options.file_option(
-            "Instead of --prompt: a .jsonl or .parquet file of `prompt` and `answer`. Each prompt is "
-            "generated from, then its answer is learnt into the memory, before the next."
+            "Instead of --prompt: a file of rows of `prompt` and `answer`, or of `messages`. Each prompt, or "
+            "conversation before its last answer, is generated from, then the answer is learnt into the memory, "
+            "before the next."
         ),
     ] = None,
     interactive: Annotated[
@@ -96,9 +101,12 @@ def generate(
     from model_runner.models import load_model
     from model_runner.router_client import RouterClient
     from model_runner.routing_policy import RetrievalPolicy
+    from model_runner.texts import open_ids, prompt_ids
 
+    _speak_utf8()
     prompt = sys.stdin.read() if prompt == "-" else prompt
     _require_one_mode(prompt, learn, interactive, memory)
+    prompt = None if prompt is None else _utf8(prompt)
     lessons = [] if learn is None else list(lessons_of(learn))
     with ExitStack() as stack:
         if learn is not None and memory is not None:
@@ -121,12 +129,32 @@ def generate(
         answer = partial(_generate, loaded, policy, max_new_tokens, temperature)
         school = stack.enter_context(Lessons(loaded, target, memory, durability))
         if prompt is not None:
-            answer(prompt)
+            answer(open_ids(prompt, loaded.tokenizer))
         elif interactive:
-            talk(answer, school, sys.stdin)
-        for lesson in lessons:
-            answer(lesson.text)
-            school.learn(lesson)
+            talk(lambda said: answer(open_ids(said, loaded.tokenizer)), school, sys.stdin)
+        else:
+            for lesson, learn_it in school.planned(lessons):
+                answer(prompt_ids(lesson, loaded.tokenizer))
+                learn_it()
+
+
+def _speak_utf8() -> None:
+    """Whatever the locale; bytes that are not UTF-8 are found by _utf8."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def _utf8(prompt: str) -> str:
+    """A prompt as its bytes say in UTF-8, where the locale said something else. Raises BadInput."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(prompt).decode()
+        except UnicodeError as error:
+            raise BadInput(f"prompt: not UTF-8 ({error})") from error
+    return prompt
 
 
 def _require_one_mode(
@@ -147,9 +175,9 @@ def _generate(
     policy: RetrievalPolicy | None,
     max_new_tokens: int,
     temperature: float,
-    prompt: str,
+    prompt: Sequence[int],
 ) -> None:
-    """Streams prompt and text to stdout. Raises BadInput when the prompt has no tokens, UnsupportedModel on NaN.
+    """Streams prompt (token ids) and text to stdout. Raises BadInput when there are none, UnsupportedModel on NaN.
 
     Between two prompts the model is the frozen one: it can be learnt from.
     """
@@ -159,10 +187,9 @@ def _generate(
     from model_runner.router_hooks import RouterHooks, require_no_nan
 
     tokenizer, model = loaded.tokenizer, loaded.model
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
+    if not prompt:
         raise BadInput("--prompt: got no tokens, expected some text")
-    inputs.pop("token_type_ids", None)  # some tokenizers give them, and no causal LM takes them
+    ids = torch.tensor([prompt], device=loaded.device)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
@@ -174,7 +201,8 @@ def _generate(
     generate: Any = model.generate
     with torch.no_grad(), nullcontext() if policy is None else RouterHooks(model, policy):
         generate(
-            **{name: rows.to(loaded.device) for name, rows in inputs.items()},
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             pad_token_id=tokenizer.eos_token_id,
@@ -193,14 +221,14 @@ def _say_use(policy: RetrievalPolicy) -> None:
 
 
 def lessons_of(path: Path) -> Iterator[Example]:
-    """Prompts with answers of a file. Raises BadInput for rows of another form, or none."""
-    from model_runner.texts import read_examples
+    """Prompts or conversations with answers of a file. Raises BadInput for rows of another form, or none."""
+    from model_runner.text_files import read_examples
 
     number = 0
     for number, example in enumerate(read_examples(path), 1):
-        if example.answer is None:
+        if example.answer is None and not example.messages:
             raise BadInput(
-                f"{path}: example {number}: expected `prompt` and `answer`, got text only"
+                f"{path}: example {number}: expected `prompt` and `answer`, or `messages`, got text only"
             )
         yield example
     if not number:
@@ -214,7 +242,7 @@ def lesson(prompt: str, answer: str) -> Example:
     """
     from knnmoe.client import ExampleRef
 
-    from model_runner.texts import Example
+    from model_runner.text_files import Example
 
     if not (prompt[-1:].isspace() or answer[:1].isspace()):
         answer = " " + answer
@@ -241,15 +269,40 @@ class Lessons:
 
     def learn(self, example: Example) -> None:
         """Learns one answer and says so on stderr. Raises BadInput; ServiceUnavailable and others of the learner."""
+        memory = self._named()
+        self._learn(memory, self._cut([example]))
+
+    def planned(self, examples: Sequence[Example]) -> Iterator[tuple[Example, Callable[[], None]]]:
+        """Examples of one file, and what learns each, as learn() does. What cannot be learnt is refused before."""
+        from knnmoe.client import AdminClient
+
+        from model_runner.cli.build import windows_as_known
+
+        memory, cut = self._named(), self._cut(examples)
+        with AdminClient(self._target) as client:
+            known = windows_as_known(client, memory, cut)
+        windows: dict[tuple[str, str], list[Window]] = defaultdict(list)
+        for as_read, as_known in zip(cut, known, strict=True):
+            windows[as_read.identity, as_read.name].append(as_known)
+        for example in examples:
+            if group := windows.get((example.identity, example.name)):
+                yield example, partial(self._learn, memory, group)
+
+    def _named(self) -> str:
+        if self._memory is None:
+            raise BadInput("there is no memory to learn into: start with --memory NAME")
+        return self._memory
+
+    def _learn(self, memory: str, windows: Sequence[Window]) -> None:
+        learnt = self._opened(memory).learn(windows)
+        sys.stderr.write(f"learnt {learnt.entries} entries\n")
+
+    def _cut(self, examples: Sequence[Example]) -> list[Window]:
         from model_runner.models import window_length
         from model_runner.texts import cut_windows
 
-        if self._memory is None:
-            raise BadInput("there is no memory to learn into: start with --memory NAME")
         length = window_length(self._loaded.model, None)
-        windows = cut_windows([example], self._loaded.tokenizer, length)
-        learnt = self._opened(self._memory).learn(windows)
-        sys.stderr.write(f"learnt {learnt.entries} entries\n")
+        return cut_windows(examples, self._loaded.tokenizer, length)
 
     def _opened(self, memory: str) -> OnlineLearner:
         from knnmoe.client import AdminClient
@@ -277,8 +330,8 @@ def talk(generate: Callable[[str], None], lessons: Lessons, lines: Iterable[str]
 
     prompt = ""
     for line in _prompted(lines):
-        said = line.rstrip("\n")
         try:
+            said = _utf8(line.rstrip("\n"))
             if said == LEARN or said.startswith(LEARN + " "):
                 _teach(lessons, prompt, said[len(LEARN) + 1 :])
             elif said.strip():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from model_runner.cli import options
+from model_runner.cli.build import windows_as_known
 from model_runner.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ class NllSums:
 
 @dataclass(frozen=True, slots=True)
 class ExampleReport:
-    """One learnt example; `nll_sums` only with --evaluate."""
+    """One learnt example, as the memory and as its file names it; `nll_sums` only with --evaluate."""
 
     example: str
+    name: str
     tokens: int
     entries: int
     known: int
@@ -59,6 +61,7 @@ def learn(
             help=f"Text to learn: {options.TEXT_FILE}",
             exists=True,
             dir_okay=False,
+            allow_dash=True,
             show_default=False,
         ),
     ],
@@ -93,9 +96,10 @@ def learn(
         bool,
         typer.Option(
             "--again",
-            help="Write examples that are there already once more: their text has changed.",
+            help="Write examples that are there already once more, e.g. with another --step-size.",
         ),
     ] = False,
+    replace_source: options.ReplaceSource = False,
     evaluate: Annotated[
         bool,
         typer.Option(
@@ -115,7 +119,8 @@ def learn(
     """Add text to a memory that is serving, example by example, each in the answer to the next lookup.
 
     Values are made as the memory's preset makes them, from the frozen model. Examples that are there already (same file
-    name, `id` and tokens' places) are skipped, so that a run that was cut off goes on where it stopped. For example:
+    name and text) are skipped, so that a run that was cut off goes on where it stopped; an `id` that is there with
+    other text is refused unless the new file takes the old one's place. For example:
 
         model-runner learn new-cases.jsonl --memory law
 
@@ -124,12 +129,13 @@ def learn(
     from knnmoe.client import AdminClient, require_same_model
 
     from model_runner.evaluation.nll import score
+    from model_runner.memory_builder.entries import forget_other_texts
     from model_runner.memory_builder.learner import DURABILITIES, KnownTokens, OnlineLearner
     from model_runner.memory_builder.recipes import PRESETS, recipe_of
     from model_runner.models import load_model, window_length
     from model_runner.router_client import OnError, RouterClient
     from model_runner.routing_policy import RetrievalPolicy
-    from model_runner.texts import read_windows
+    from model_runner.texts import distinct, read_windows
 
     options.require_writable("--json", json_file)
     progress, started = Progress(quiet=quiet), time.monotonic()
@@ -139,7 +145,10 @@ def learn(
         description = client.describe(memory)
         loaded = load_model(model, device=device, dtype=dtype)
         require_same_model(description, loaded.fingerprint.message())
-        windows = read_windows(file, loaded.tokenizer, window_length(loaded.model, window))
+        read = read_windows(file, loaded.tokenizer, window_length(loaded.model, window))
+        windows = distinct(read)
+        if not replace_source:
+            windows = windows_as_known(client, memory, windows)
         reader = stack.enter_context(
             RouterClient(
                 target,
@@ -177,12 +186,17 @@ def learn(
             _learn_example(group, learner, again, nll_sum if evaluate else None)
             for group in progress.track(examples, "learning", "examples")
         ]
+        if replace_source:
+            gone = forget_other_texts(client, memory, windows, DURABILITIES[durability])
+            progress.say(f"{gone} entries of other text of {windows[0].ref.source} were deleted")
     entries = sum(report.entries for report in reports)
     there = sum(report.was_there for report in reports)
     progress.say(
         f"{memory}: wrote {entries} entries in {time.monotonic() - started:.0f} s; "
         f"{there} of {len(reports)} examples were there already"
     )
+    if len(read) > len(windows):
+        progress.say(f"{len(read) - len(windows)} windows repeat others of the file")
     _print_all(reports)
     if json_file is not None:
         rows = {"memory": memory, "examples": [asdict(report) for report in reports]}
@@ -211,6 +225,7 @@ def _learn_example(
         entries, known = learnt.entries, learnt.known
     report = ExampleReport(
         windows[0].ref.example,
+        windows[0].name,
         sum(window.targets for window in windows),
         entries,
         known,
@@ -228,7 +243,7 @@ def _line(report: ExampleReport) -> str:
         done += f", left out {report.known} that are known"
     if report.was_there:
         done = "was there already"
-    line = f"{report.example}: {done}"
+    line = f"{report.name}: {done}"
     if report.nll_sums is not None:
         line += f"; NLL {_means(report.nll_sums, report.tokens)}"
     return line

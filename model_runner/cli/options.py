@@ -55,9 +55,17 @@ Window = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
 TEXT_FILE = (
-    "a .jsonl or .parquet file with `text`, or with `prompt` and `answer` (the loss counts on the answer only), "
-    "and maybe an `id`; any other file is plain text."
+    "JSON Lines, JSON, CSV or Parquet with `text`, or `prompt` and `answer` (the loss counts on the answer only), or "
+    "`messages` (on the assistant's turns only), and maybe an `id`; any other file is plain text. - is stdin."
 )
+ReplaceSource = Annotated[
+    bool,
+    typer.Option(
+        "--replace-source",
+        help="Put this file in the place of what the memory holds of a file of this name: when all is written, "
+        "entries of text that is not in it are deleted.",
+    ),
+]
 
 
 def fraction(value: float | None) -> float | None:
@@ -68,8 +76,10 @@ def fraction(value: float | None) -> float | None:
 
 
 def file_option(explained: str) -> Any:
-    """An option that names a file, which must be there."""
-    return typer.Option(help=explained, exists=True, dir_okay=False, show_default=False)
+    """An option that names a file, which must be there, or - for stdin."""
+    return typer.Option(
+        help=explained, exists=True, dir_okay=False, allow_dash=True, show_default=False
+    )
 
 
 def require_writable(option: str, path: Path | None) -> None:

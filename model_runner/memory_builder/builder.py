@@ -1,7 +1,7 @@
 """Builds memories from reference windows: one pass for the gradients, one value per memory, streamed to the sidecar.
 
-Ids come from where an entry stands (source, example, position), so building again writes the same entries, and a build
-that was cut off goes on where it stopped.
+Ids come from where an entry stands and what text it is of (source, example, digest, position), so building again writes
+the same entries, a build that was cut off goes on where it stopped, and another text never takes their place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from model_runner.memory_builder.objective import LayerTrace, Scope, router_grad
 from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
-from model_runner.texts import Batch, Window, batched, make_batch, token_nll
+from model_runner.texts import Batch, Window, batched, distinct, make_batch, token_nll
 
 # Windows whose gradients set each layer's median norm: up to 8,192 tokens, enough for a median, few beside a build.
 NORM_SAMPLE_WINDOWS = 16
@@ -123,8 +123,8 @@ class MemoryBuilder:
     ) -> BuildReport:
         """Writes an entry per token with a loss, per layer and target.
 
-        Windows that an earlier build wrote are skipped. Raises BadInput; ServiceUnavailable, ServiceRefused or
-        ModelMismatch when the sidecar fails: what was written stays.
+        Windows that an earlier build wrote are skipped, and those that repeat an earlier one count for nothing. Raises
+        BadInput; ServiceUnavailable, ServiceRefused or ModelMismatch when the sidecar fails: what was written stays.
         """
         if not windows:
             raise BadInput("windows: got none, expected at least one")
@@ -134,7 +134,7 @@ class MemoryBuilder:
                     "several gradient steps make assignments, not logit deltas: use steps 1"
                 )
         started, skipped, entries = time.monotonic(), 0, 0
-        self._upload_s = 0.0
+        self._upload_s, windows = 0.0, distinct(windows)
         norms = self.median_norms(windows)
         batches = list(enumerate(batched(windows, self._batch_size)))
         with self._client.upserter() as upserter:

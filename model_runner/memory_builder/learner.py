@@ -24,7 +24,7 @@ from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import Recipe, assignment_values, recipe_of
 from model_runner.router_client import RouterClient
 from model_runner.routing_policy import tokens_per_request
-from model_runner.texts import Window, batched
+from model_runner.texts import Window, batched, distinct
 from model_runner.wire import decode_tensor
 
 # Tokens whose gradient norms a running median remembers, per layer: 16 windows of 512, as many as a build samples.
@@ -91,7 +91,7 @@ class OnlineLearner:
         self._upserter.__exit__()
 
     def is_there(self, windows: Sequence[Window]) -> bool:
-        """Whether every token of these windows has an entry, of whatever text."""
+        """Whether every token of these windows has an entry."""
         return self._builder.is_there(windows, [self._target.memory])
 
     def learn(self, windows: Sequence[Window]) -> Learnt:
@@ -100,7 +100,7 @@ class OnlineLearner:
         Raises ServiceUnavailable, ServiceRefused or ModelMismatch: learning the same again then writes the same ids.
         """
         sent = every = 0
-        for group in batched(windows, self._batch_size):
+        for group in batched(distinct(windows), self._batch_size):
             traced = self._builder.trace(group)
             norms = self._norms or self._running.with_norms_of(traced)
             sent += self._builder.write(

@@ -27,7 +27,8 @@ from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
-from model_runner.texts import Example, Window, cut_windows
+from model_runner.text_files import Example
+from model_runner.texts import Window, cut_windows
 from tests.sidecar import Sidecar, exported
 from tests.tiny_checkpoint import byte_model, byte_tokenizer
 

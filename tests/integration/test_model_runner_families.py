@@ -20,7 +20,8 @@ from tests.sidecar import Sidecar
 
 ODD_FAMILIES = ("dbrx", "gemma4_text", "inkling_text", "jetmoe", "llama4_text", "zaya")
 WINDOWS = [
-    Window(ExampleRef("s", str(row)), tuple(ids), 1, 0) for row, ids in enumerate(prompt().tolist())
+    Window(ExampleRef("s", str(row)), tuple(ids), tuple(range(1, len(ids))), 0)
+    for row, ids in enumerate(prompt().tolist())
 ]
 
 

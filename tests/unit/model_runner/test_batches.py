@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 
 def window(*token_ids: int, first_target: int = 1) -> Window:
-    return Window(ExampleRef("s", "1"), token_ids, first_target, 0)
+    targets = tuple(range(first_target, len(token_ids)))
+    return Window(ExampleRef("s", "1"), token_ids, targets, 0)
 
 
 WINDOWS = st.lists(

@@ -24,7 +24,7 @@ from model_runner.memory_builder.learner import (
     RunningMedians,
 )
 from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, recipe_of
-from model_runner.texts import Example
+from model_runner.text_files import Example
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def windows_of(*lengths: int) -> list[Window]:
         Window(
             ExampleRef("s", str(number)),
             tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()),
-            1,
+            tuple(range(1, length)),
             0,
         )
         for number, length in enumerate(lengths)

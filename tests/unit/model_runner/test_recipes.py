@@ -54,7 +54,12 @@ def traces_of(model: nn.Module) -> tuple[list[LayerTrace], Tensor]:
     """Traces of a 2 x 6 batch, one row of which is padded; and the row numbers with a loss."""
     ids = prompt()
     windows = [
-        Window(ExampleRef("s", str(row)), tuple(ids[row, : 6 - 2 * row].tolist()), 1, 0)
+        Window(
+            ExampleRef("s", str(row)),
+            tuple(ids[row, : 6 - 2 * row].tolist()),
+            tuple(range(1, 6 - 2 * row)),
+            0,
+        )
         for row in (0, 1)
     ]
     batch = make_batch(windows, torch.device("cpu"))

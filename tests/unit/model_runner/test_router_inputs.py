@@ -16,7 +16,12 @@ from tests.rounding import assert_same_sums
 def windows(first_target: int = 1) -> list[Window]:
     ids = prompt(batch=3, length=7)
     return [
-        Window(ExampleRef("s", str(row)), tuple(ids[row, : 7 - row].tolist()), first_target, 0)
+        Window(
+            ExampleRef("s", str(row)),
+            tuple(ids[row, : 7 - row].tolist()),
+            tuple(range(first_target, 7 - row)),
+            0,
+        )
         for row in range(3)
     ]
 

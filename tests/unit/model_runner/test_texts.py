@@ -1,156 +1,26 @@
-"""Texts from files: formats, windows, loss masks, and errors that name file, row and field."""
+"""Windows: loss masks, prompts that are never closed, conversations, and batches."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import logging
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from knnmoe.client import ExampleRef
+from tokenizers.processors import TemplateProcessing
 
 from model_runner.errors import BadInput
-from model_runner.texts import Example, Window, batched, cut_windows, read_examples, read_windows
+from model_runner.text_files import Example
+from model_runner.texts import Window, batched, cut_windows, distinct, open_ids, prompt_ids
+from tests.tiny_checkpoint import END, byte_tokenizer
 from tests.unit.model_runner.byte_tokenizer import ByteTokenizer
 
-
-def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_error(path: Path) -> str:
-    with pytest.raises(BadInput) as caught:
-        read_windows(path, ByteTokenizer(), 8)
-    return str(caught.value)
+USER, ANSWER = "u", "a"
 
 
 def decoded(window: Window) -> str:
     return bytes(window.token_ids).decode()
-
-
-def test_jsonl_rows_become_examples(tmp_path: Path) -> None:
-    path = jsonl(
-        tmp_path / "law.jsonl",
-        {"text": "one"},
-        {"text": "two", "id": "b"},
-        {"prompt": "2+2=", "answer": "4", "id": 7},
-        {"text": "three", "id": None},
-    )
-    assert list(read_examples(path)) == [
-        Example(ExampleRef("law.jsonl", "1"), "one"),
-        Example(ExampleRef("law.jsonl", "b"), "two"),
-        Example(ExampleRef("law.jsonl", "7"), "2+2=", "4"),
-        Example(ExampleRef("law.jsonl", "4"), "three"),
-    ]
-
-
-def test_parquet_reads_as_jsonl(tmp_path: Path) -> None:
-    rows = [{"text": "eins", "id": "a"}, {"text": "zwei", "id": "b"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    jsonl(tmp_path / "t.jsonl", *rows)
-    from_parquet = list(read_examples(tmp_path / "t.parquet"))
-    assert [(e.ref.example, e.text) for e in from_parquet] == [("a", "eins"), ("b", "zwei")]
-    assert [e.text for e in read_examples(tmp_path / "t.jsonl")] == [e.text for e in from_parquet]
-
-
-def test_plain_text_is_grouped_by_paragraphs(tmp_path: Path) -> None:
-    paragraphs = [f"{number} " + "x" * 1500 for number in range(7)]
-    path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(paragraphs))
-    examples = list(read_examples(path))
-    assert [e.ref.example for e in examples] == ["0", "1", "2"]
-    assert "\n\n".join(e.text for e in examples) == "\n\n".join(paragraphs)
-
-
-def test_crlf_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
-    text = "ein Satz\n\nnoch ein Satz\n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
-    plain, windows = (
-        next(iter(read_examples(tmp_path / name))).text for name in ("a.txt", "b.txt")
-    )
-    assert plain == windows == text
-    assert [e.text for e in read_examples(tmp_path / "c.jsonl")] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{", "t.jsonl: row 3: not JSON"),
-        ("[" * 100_000, "t.jsonl: row 3: not JSON"),
-        ("5", "row 3: expected an object with `text`"),
-        ('{"body": "x"}', r"row 3: has ['body'], expected `text`, or `prompt` and `answer`"),
-        ('{"prompt": "x"}', "row 3: has ['prompt'], expected"),
-        ('{"text": 5}', "row 3: `text` is int, expected a string"),
-        ('{"text": null}', "row 3: `text` is NoneType, expected a string"),
-        ('{"prompt": "x", "answer": ["y"]}', "row 3: `answer` is list, expected a string"),
-        ('{"text": "half a \\ud800 pair"}', "row 3: `text` holds half a surrogate pair"),
-        ('{"text": "x", "id": "\\udfff"}', "row 3: `id` holds half a surrogate pair"),
-        ('{"text": "x", "id": "a"}', "row 3: `id` 'a' is taken by row 1"),
-        ('{"text": "x", "id": 1}', None),
-        (json.dumps({"text": "x", "id": "y" * 1025}), "row 3: `id` has 1025 characters"),
-        ('{"text": "x", "id": "a\\u0000b"}', "no NUL"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str | None) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "good", "id": "a"}\n\n' + row + "\n")
-    if message is None:
-        assert len(list(read_examples(path))) == 2
-    else:
-        assert read_error(path).startswith(f"{path}: ")
-        assert message in read_error(path)
-
-
-def test_rows_without_an_id_do_not_take_anothers(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "t.jsonl", {"text": "one", "id": "2"}, {"text": "two"})
-    assert "row 2: `id` '2' is taken by row 1" in read_error(path)
-
-
-def write_nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def write_blank_lines(path: Path) -> None:
-    path.write_bytes(b"\n \n\n\n\n\n")
-
-
-def write_binary(path: Path) -> None:
-    path.write_bytes(bytes(range(256)))
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [(write_nothing, "no text"), (write_blank_lines, "no text"), (write_binary, "not UTF-8 text")],
-)
-def test_a_file_that_holds_no_text(
-    tmp_path: Path, write: Callable[[Path], None], message: str, suffix: str
-) -> None:
-    path = tmp_path / f"t{suffix}"
-    write(path)
-    expected = "not a Parquet file" if suffix == ".parquet" else message
-    assert read_error(path).startswith(f"{path}: ")
-    assert expected in read_error(path)
-
-
-def test_a_file_that_is_no_file(tmp_path: Path) -> None:
-    assert read_error(tmp_path / "gone.txt") == f"{tmp_path}/gone.txt: no such file"
-    assert read_error(tmp_path) == f"{tmp_path}: is a directory, expected a file"
-
-
-def test_a_truncated_parquet_file(tmp_path: Path) -> None:
-    path = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"text": ["a" * 100] * 100}), path)
-    path.write_bytes(path.read_bytes()[:-50])
-    assert "not a Parquet file" in read_error(path)
 
 
 def test_windows_never_cross_examples() -> None:
@@ -166,7 +36,7 @@ def test_windows_never_cross_examples() -> None:
         ("b", 0, "01234567"),
         ("b", 8, "89"),
     ]
-    assert all(w.first_target == 1 for w in windows)
+    assert all(w.target_at == tuple(range(1, len(w.token_ids))) for w in windows)
 
 
 def test_scraps_are_left_out_but_short_examples_are_not() -> None:
@@ -194,12 +64,11 @@ def test_a_long_prompt_loses_its_beginning() -> None:
     assert (window.first_target, window.offset) == (5, 5)
 
 
-def test_a_long_answer_loses_its_end_and_keeps_a_prompt_token() -> None:
-    (window,) = cut_windows(
-        [Example(ExampleRef("s", "1"), "ask", "0123456789")], ByteTokenizer(), 8
-    )
-    assert decoded(window) == "k0123456"
-    assert (window.first_target, window.targets) == (1, 7)
+def test_a_long_answer_goes_on_in_the_next_window() -> None:
+    windows = cut_windows([Example(ExampleRef("s", "1"), "ask", "0123456789")], ByteTokenizer(), 8)
+    assert [decoded(w) for w in windows] == ["k0123456", "23456789"]
+    assert [w.target_at for w in windows] == [(1, 2, 3, 4, 5, 6, 7), (5, 6, 7)]
+    assert [w.offset for w in windows] == [2, 5]
 
 
 def test_no_prompt_and_no_answer() -> None:
@@ -233,10 +102,135 @@ def test_windows_are_the_text_in_order(text: str, length: int) -> None:
 @given(st.lists(st.integers(2, 9), max_size=20), st.integers(1, 6))
 def test_batches_hold_every_window_longest_first(lengths: list[int], size: int) -> None:
     windows = [
-        Window(ExampleRef("s", str(n)), (0,) * length, 1, 0) for n, length in enumerate(lengths)
+        Window(ExampleRef("s", str(n)), (0,) * length, tuple(range(1, length)), 0)
+        for n, length in enumerate(lengths)
     ]
     groups = list(batched(windows, size))
     flat = [w for group in groups for w in group]
     assert sorted(flat, key=lambda w: int(w.ref.example)) == windows
     assert [len(w.token_ids) for w in flat] == sorted(lengths, reverse=True)
     assert all(len(group) == size for group in groups[:-1])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6),
+    st.integers(2, 40),
+)
+def test_every_token_of_a_turn_is_a_target_once(sizes: list[tuple[int, int]], length: int) -> None:
+    """Turns of the user and the assistant, in characters."""
+    turns = [(USER * asked, ANSWER * answered) for asked, answered in sizes]
+    messages = tuple(
+        {"role": role, "content": text}
+        for pair in turns
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    )
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    windows = cut_windows([Example(ExampleRef("s", "1"), "", messages=messages)], tokenizer, length)
+    text = "".join(asked + answered for asked, answered in turns)
+    every = [w.offset + at for w in windows for at in w.target_at]
+    assert every == [at for at, character in enumerate(text) if character == ANSWER]
+    for window in windows:
+        end = window.offset + len(window.token_ids)
+        assert tokenizer.decode(window.token_ids) == text[window.offset : end]
+        assert len(window.token_ids) <= length
+        # Half a window is before it, or the beginning, or as much as the turn leaves room for.
+        assert 0 in (window.offset, max(0, length // 2 - max(window.first_target, window.targets)))
+
+
+def closing_tokenizer(template: str = f"$A {END}"):
+    """The byte-level tokenizer as one saved with add_eos_token."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(END, 0), ("a", 65)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "before"), [(f"$A {END}", []), (f"{END} $A {END} {END}", [0]), (f"{END} $A", [0])]
+)
+def test_what_a_tokenizer_appends_closes_no_prompt(template: str, before: list[int]) -> None:
+    closing, plain = closing_tokenizer(template), byte_tokenizer()
+    assert len(closing("text")["input_ids"]) > len(plain("text")["input_ids"])
+    for text in ("", "text", "a"):
+        assert open_ids(text, closing) == before + plain(text)["input_ids"]
+    rows = [
+        Example(ExampleRef("s", "1"), "ask", "yes"),
+        Example(ExampleRef("s", "2"), "a document"),
+    ]
+    asked, document = cut_windows(rows, closing, 64)
+    assert list(asked.token_ids) == before + plain("askyes")["input_ids"]
+    assert list(document.token_ids) == before + plain("a document")["input_ids"]
+    assert asked.first_target == len(before) + 3
+
+
+CHATS = {
+    # As ChatML: turns end with a special token.
+    "end of turn": (
+        "{% for m in messages %}[{{ m.role }}]\n{{ m.content | trim }}<|end|>\n{% endfor %}",
+        ["Moses<|end|>", "Aaron<|end|>"],
+    ),
+    "bare": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        [" Moses", "Aaron"],
+    ),
+    # As Qwen3: the last turn begins with an empty thought, earlier ones do not.
+    "thoughts": (
+        "{% for m in messages %}<{{ m.role }}>{% if loop.last %}<think></think>{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}",
+        [" Moses<|end|>", "Aaron<|end|>"],
+    ),
+    # As gpt-oss: the last turn ends otherwise.
+    "return": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% if loop.last %}<|end|>{% else %}.{% endif %}{% endfor %}",
+        [" Moses", "Aaron<|end|>"],
+    ),
+}
+TURNS = (
+    {"role": "system", "content": "Aaron"},
+    {"role": "user", "content": "Who led them out?"},
+    {"role": "assistant", "content": " Moses"},
+    {"role": "user", "content": "Who spoke for him? Moses?"},
+    {"role": "assistant", "content": "Aaron"},
+)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_loss_counts_on_the_assistants_turns(chat: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, spoken = CHATS[chat]
+    example = Example(ExampleRef("s", "1"), "", messages=TURNS)
+    (window,) = cut_windows([example], tokenizer, 500)
+    whole = tokenizer.apply_chat_template([dict(t) for t in TURNS], tokenize=False)
+    assert whole.startswith(tokenizer.decode(window.token_ids))
+    counted = "".join(tokenizer.decode(window.token_ids[at]) for at in window.target_at)
+    assert counted == "".join(spoken)
+    before_last = tokenizer.decode(prompt_ids(example, tokenizer))
+    assert before_last == whole[: whole.rindex("Aaron")]
+
+
+def test_a_conversation_that_a_template_does_not_take() -> None:
+    tokenizer = byte_tokenizer()
+    example = Example(ExampleRef("s", "7"), "", messages=TURNS)
+    with pytest.raises(BadInput, match="example 7: has `messages`, and the model's tokenizer has"):
+        cut_windows([example], tokenizer, 64)
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(BadInput, match=r"chat template refuses it .*no system turns"):
+        cut_windows([example], tokenizer, 64)
+
+
+def test_what_is_too_short_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [("one", None), ("x", None), ("ask", ""), ("", None)]
+    examples = [Example(ExampleRef("s.txt", str(n)), *row) for n, row in enumerate(rows)]
+    with caplog.at_level(logging.WARNING):
+        assert len(cut_windows(examples, ByteTokenizer(), 8)) == 1
+    said = "s.txt: 3 of 4 examples left out: 2 shorter than 2 tokens, 1 without an answer"
+    assert [record.message for record in caplog.records] == [said]
+
+
+def test_windows_that_repeat_others() -> None:
+    one, other = (Example(ExampleRef("s", n), "text " * 5) for n in ("1", "2"))
+    windows = cut_windows([one, other, one], ByteTokenizer(), 8)
+    assert distinct(windows) == cut_windows([one, other], ByteTokenizer(), 8)
