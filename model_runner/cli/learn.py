@@ -59,9 +59,8 @@ def learn(
         typer.Argument(
             metavar="FILE",
             help=f"Text to learn: {options.TEXT_FILE}",
-            exists=True,
             dir_okay=False,
-            allow_dash=True,
+            callback=options.existing,
             show_default=False,
         ),
     ],

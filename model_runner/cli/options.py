@@ -75,11 +75,16 @@ def fraction(value: float | None) -> float | None:
     return value
 
 
+def existing(path: Path | None) -> Path | None:
+    """A callback of options and arguments that name a file, or - for stdin, which `exists` of typer does not take."""
+    if path is not None and str(path) != "-" and not path.exists():
+        raise typer.BadParameter(f"File {str(path)!r} does not exist.")
+    return path
+
+
 def file_option(explained: str) -> Any:
     """An option that names a file, which must be there, or - for stdin."""
-    return typer.Option(
-        help=explained, exists=True, dir_okay=False, allow_dash=True, show_default=False
-    )
+    return typer.Option(help=explained, dir_okay=False, callback=existing, show_default=False)
 
 
 def require_writable(option: str, path: Path | None) -> None:

@@ -64,7 +64,7 @@ def write_text(path: Path, sentences: Sequence[str] = SENTENCES) -> Path:
 
 
 def windows_of(sentences: Sequence[str] = SENTENCES) -> list[Window]:
-    """The windows of the same sentences in a file named FILE_NAME."""
+    """The windows of the same sentences in a file named FILE_NAME, as version 0.1 named them: by number, no digest."""
     examples = [
         Example(ExampleRef(FILE_NAME, str(number)), sentence)
         for number, sentence in enumerate(sentences, 1)

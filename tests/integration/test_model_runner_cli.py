@@ -18,6 +18,7 @@ from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import SIMILARITY_COSINE, MemorySettings
 from safetensors.torch import load_file, save_file
 
+from model_runner.texts import read_windows
 from tests.integration.command_runs import Run, in_process
 from tests.integration.runner_parts import (
     FILE_NAME,
@@ -534,10 +535,11 @@ def test_quiet_says_nothing(run: Run, build_arguments: list[object]) -> None:
 
 
 def test_builds_that_are_interrupted_and_killed(
-    run: Run, edge_sidecar: Sidecar, build_arguments: list[object], name: str
+    run: Run, edge_sidecar: Sidecar, build_arguments: list[object], name: str, texts: Path
 ) -> None:
     """Ctrl-C, then SIGKILL, then a run to the end: the entries are those of an undisturbed build."""
-    build(edge_sidecar.target, f"{name}-whole", "recommended")
+    windows = read_windows(texts / FILE_NAME, loaded_model().tokenizer, LENGTH)
+    build(edge_sidecar.target, f"{name}-whole", "recommended", windows=windows)
     # Its own patience with the upsert that waits for ever must not end it before the signal comes.
     patient = "import knnmoe.client.admin as admin; admin.DEFAULT_TIMEOUT_S = 600.0"
     script = f"import sys, model_runner.cli; {patient}; sys.exit(model_runner.cli.main())"
