@@ -310,6 +310,8 @@ def merge(
 ) -> None:
     """Add the entries of one memory to another of the same model, kind and similarity.
 
+    An id that both have for another text (source, example or token) is said, with one example.
+
     INTO keeps its settings; the bandwidths that fitted its entries may not fit the new ones, so
     calibrate it afterwards, and optimize it to index them. Merging again adds nothing, and finishes a
     merge that was cut short.
@@ -333,7 +335,8 @@ def merge(
         )
         numbers = range(source.record.fingerprint.num_layers)
         layers = [layer for layer in numbers if source.state(layer).entries]
-        copy = Copy(source, target, layers, _POLICIES[on_conflict])
+        policy = copying.OtherTexts(_POLICIES[on_conflict])
+        copy = Copy(source, target, layers, policy)
         try:
             copy.run(session.output.progress, "merging")
         except ServiceError as error:
@@ -348,11 +351,17 @@ def merge(
         "into": into_name,
         "on_conflict": on_conflict.value,
         **{name: sum(row[name] for row in rows) for name in columns},
+        "other_text": policy.entries,
         "layers": rows,
         "elapsed_s": round(time.monotonic() - started, 3),
     }
     title = f"{from_name} into {into_name}"
     session.output.table(document, ("layer", *columns), rows, title)
+    if policy.entries:
+        session.output.remark(
+            f"{policy.entries} entries of {from_name} have the id of another text's in {into_name}, where one of each "
+            f"pair is now, as --on-conflict says; e.g. {policy.example}"
+        )
     if copy.written:
         session.output.remark(
             f"next: router-admin calibrate {into_name}; router-admin optimize {into_name}"

@@ -19,8 +19,8 @@ from functools import partial
 
 import numpy as np
 
-from router_service.arrays import U64, Bool, Entries
-from router_service.errors import StorageError
+from router_service.arrays import U64, Bool, Entries, Provenance
+from router_service.errors import StorageError, shorten
 from router_service.transfer.endpoints import Advance, Batch, Progress, Sink, Source
 
 MAX_PASSES = 6
@@ -108,6 +108,36 @@ def newer(ours: Entries, theirs: Entries) -> Bool:
 def differing(ours: Entries, theirs: Entries) -> Bool:
     """Those that are not the same to the last bit."""
     return (digests(ours) != digests(theirs)).any(axis=1)
+
+
+@dataclass(slots=True)
+class OtherTexts:
+    """An OnConflict that decides as `policy`, and keeps account of ids that two texts share, one of which is lost."""
+
+    policy: OnConflict
+    entries: int = 0
+    example: str = ""  # one of them, human-readable
+
+    def __call__(self, ours: Entries, theirs: Entries) -> Bool:
+        """As the policy."""
+        for number, one, other in zip(ours.ids, ours.provenance, theirs.provenance, strict=True):
+            if _text_of(one) != _text_of(other):
+                self.entries += 1
+                self.example = self.example or (
+                    f"id {number}: {_human_readable(one)}, and {_human_readable(other)}"
+                )
+        return self.policy(ours, theirs)
+
+
+def _human_readable(origin: Provenance) -> str:
+    return (
+        f"source {shorten(origin.source)} example {shorten(origin.example)} "
+        f"position {origin.position} token {origin.token}"
+    )
+
+
+def _text_of(origin: Provenance) -> tuple[str, str, int, int]:
+    return origin.source, origin.example, origin.position, origin.token
 
 
 def in_order(pages: Iterable[Entries]) -> Iterator[Entries]:

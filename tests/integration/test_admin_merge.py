@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from knnmoe import tensors
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from typer.testing import CliRunner
 
+from router_service.cli.admin import app
 from tests.integration.admin_runs import Admin, admin_of, content_of
 from tests.sidecar import ASSIGNMENT, COSINE, LOGIT_DELTA, Sidecar, exported, random_entries
 
@@ -90,6 +93,30 @@ def test_conflicts(
     assert again["added"] == 0
     assert policy == "replace" or again["replaced"] == 0
     assert content_of(service, into) == after
+
+
+@pytest.mark.parametrize("policy", ["keep", "replace", "newer"])
+def test_ids_of_other_texts_are_said(service: Sidecar, name: str, policy: str) -> None:
+    """As memories have them whose ids do not tell two texts of one name apart."""
+    ours, into = f"{name}-from", f"{name}-into"
+    for memory in (ours, into):
+        service.create(memory)
+    entries = entries_made(1, 20, NOW_MS, 1)
+    service.upsert(ours, 0, entries)
+    for number, change in ((3, {"source": "other.txt"}), (4, {"example": "x"}), (5, {"token": 1})):
+        for field, value in change.items():
+            setattr(entries.provenance[number], field, value)
+    service.upsert(into, 0, entries)
+    words = ["--json", "--target", service.target, "merge", ours, into, "--on-conflict", policy]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, json.loads(done.stdout)["other_text"]) == (0, 3)
+    said = done.stderr
+    assert f"3 entries of {ours} have the id of another text's in {into}, where" in said
+    numbers = [n for n in tensors.to_array(entries.ids).tolist() if f"e.g. id {n}: " in said]
+    assert len(numbers) == 1
+    for expected in (0 if policy == "replace" else 3, 0):  # the same texts from then on
+        again = CliRunner().invoke(app, [*words[:-1], "replace"])
+        assert json.loads(again.stdout)["other_text"] == expected
 
 
 def test_newer_is_the_default(admin: Admin, pair: tuple[str, str]) -> None:
