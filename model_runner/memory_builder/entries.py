@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,10 +91,7 @@ def upsert_requests(entries: LayerEntries, to: Destination) -> Iterator[pb.Upser
 def entry_ids(windows: Sequence[Window]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Ids [n] of the windows' entries, in the order of a batch's `predicts`."""
     return np.fromiter(
-        (
-            entry_id(w.ref.source, w.identity or w.ref.example, position)
-            for w, position in _places(windows)
-        ),
+        (_id(window, position) for window, position in _places(windows)),
         dtype=np.uint64,
     )
 
@@ -141,35 +138,31 @@ def known_text(client: AdminClient, memory: str, windows: Sequence[Window]) -> K
 
     Reads where that layer's entries come from, all of them: about a second for 100,000.
     """
-    layer, text = client.describe(memory).layers[-1], list(windows)
+    layer = client.describe(memory).layers[-1]
     if not layer.entries:
-        return KnownText(text)
-    [source] = {window.ref.source for window in text}
-    stored = dict(_entries_of(client, memory, layer.layer, source))
-    ours = dict.fromkeys(entry_ids(text).tolist())
-    others = defaultdict[str, dict[int, Provenance]](dict)
-    for number, origin in stored.items():
-        if number not in ours:
+        return KnownText(list(windows))
+    examples = _by_example(windows)
+    there, others = set[int](), defaultdict[str, dict[int, Provenance]](dict)
+    for number, origin in _entries_of(client, memory, layer.layer, windows[0].ref.source):
+        there.add(number)
+        if not _is_of(number, origin, examples):
             others[origin.example][number] = origin
-    examples = defaultdict[str, list[Window]](list)
-    for window in text:
-        examples[window.identity or window.ref.example].append(window)
-    changed, earlier = list[str](), dict[str, str]()
-    for identity, group in examples.items():
-        one = group[0]
-        same_name = others.get(one.name, {}) if one.name else {}
-        if _are_of_earlier_version(same_name, one) and _agree(same_name, group):
-            earlier[identity] = one.name
-            del others[one.name]
-        elif same_name and one.ref.example == one.name:
-            changed.append(one.name)
-    renamed = [_renamed(w, earlier.get(w.identity)) for w in text]
+    changed, earlier = list[str](), set[str]()
+    for example, group in examples.items():
+        name = group[0].name
+        same_name = others.get(name, {})
+        if _are_of_earlier_version(same_name, group):
+            earlier.add(example)
+            del others[name]
+        elif same_name and example == name:
+            changed.append(name)
+    known = [_as_earlier_version(w) if w.ref.example in earlier else w for w in windows]
     return KnownText(
-        renamed,
-        sum(w.identity in earlier for w in text),
+        known,
+        sum(window.ref.example in earlier for window in windows),
         tuple(changed),
         sum(map(len, others.values())),
-        all(number in stored for number in entry_ids(renamed).tolist()),
+        there.issuperset(entry_ids(known).tolist()),
     )
 
 
@@ -179,21 +172,39 @@ def forget_other_texts(
     windows: Sequence[Window],
     durability: pb.Durability = pb.DURABILITY_PROCESS,
 ) -> int:
-    """Deletes what a memory holds of these windows' source, but their own entries; returns how many went."""
-    [source] = {window.ref.source for window in windows}
-    ours, gone = set(entry_ids(windows).tolist()), 0
+    """Deletes what a memory holds of the windows' source but not of their texts; returns how many entries went."""
+    examples, gone = _by_example(windows), 0
     for layer in client.describe(memory).layers:
-        there = [number for number, _ in _entries_of(client, memory, layer.layer, source)]
-        ids = np.array([number for number in there if number not in ours], np.uint64)
-        for start in range(0, len(ids), _IDS_PER_REQUEST):
+        there = _entries_of(client, memory, layer.layer, windows[0].ref.source)
+        others = [number for number, origin in there if not _is_of(number, origin, examples)]
+        for start in range(0, len(others), _IDS_PER_REQUEST):
+            ids = np.array(others[start : start + _IDS_PER_REQUEST], np.uint64)
             request = retention_pb2.DeleteRequest(
                 memory=memory,
                 layer=layer.layer,
-                ids=tensors.to_tensor(ids[start : start + _IDS_PER_REQUEST]),
+                ids=tensors.to_tensor(ids),
                 durability=durability,
             )
             gone += client.unary(client.retention.Delete, request, long=True).deleted
     return gone
+
+
+def _by_example(windows: Sequence[Window]) -> dict[str, list[Window]]:
+    """Windows of one source by the name of their example."""
+    found = defaultdict[str, list[Window]](list)
+    for window in windows:
+        found[window.ref.example].append(window)
+    return found
+
+
+def _is_of(number: int, origin: Provenance, examples: Mapping[str, Sequence[Window]]) -> bool:
+    """Whether an entry is of one of these texts, in whatever windows they were cut."""
+    group = examples.get(origin.example, ())[:1]
+    return any(number == _id(window, origin.position) for window in group)
+
+
+def _id(window: Window, position: int) -> int:
+    return entry_id(window.ref.source, window.identity or window.ref.example, position)
 
 
 def _entries_of(
@@ -208,27 +219,21 @@ def _entries_of(
                 yield number, origin
 
 
-def _are_of_earlier_version(stored: dict[int, Provenance], window: Window) -> bool:
-    """Whether ids are made of the example's name alone."""
-    source, name = window.ref.source, window.name
-    return bool(stored) and all(
-        number == entry_id(source, name, origin.position) for number, origin in stored.items()
-    )
-
-
-def _agree(stored: dict[int, Provenance], windows: Sequence[Window]) -> bool:
-    """Whether each entry is of the token at its position in the windows."""
+def _are_of_earlier_version(stored: Mapping[int, Provenance], windows: Sequence[Window]) -> bool:
+    """Whether these are entries of an example, with ids that are made of the row's name and not of its text."""
+    source, name = windows[0].ref.source, windows[0].name
     tokens = {
         window.offset + at: token for window in windows for at, token in enumerate(window.token_ids)
     }
-    return all(tokens.get(origin.position) == origin.token for origin in stored.values())
+    return bool(stored) and all(
+        number == entry_id(source, name, origin.position)
+        and tokens.get(origin.position) == origin.token
+        for number, origin in stored.items()
+    )
 
 
-def _renamed(window: Window, name: str | None) -> Window:
-    """As version 0.1 named it, when it did."""
-    if name is None:
-        return window
-    return replace(window, ref=replace(window.ref, example=name), identity="")
+def _as_earlier_version(window: Window) -> Window:
+    return replace(window, ref=replace(window.ref, example=window.name), identity="")
 
 
 def _places(windows: Sequence[Window]) -> Iterator[tuple[Window, int]]:

@@ -9,7 +9,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,7 @@ from tests.integration.runner_parts import (
     write_text,
 )
 from tests.sidecar import Sidecar
-from tests.tiny_checkpoint import byte_tokenizer, save_checkpoint
-from tests.unit.model_runner.test_texts import closing_tokenizer
+from tests.tiny_checkpoint import byte_tokenizer, closing_tokenizer, save_checkpoint
 
 HERE, THERE = SENTENCES[:4], SENTENCES[4:6]
 
@@ -160,6 +159,29 @@ def test_a_row_that_moves_is_the_same(
     after = everything(edge_sidecar, name)
     assert all(new.items() > old.items() for new, old in zip(after, before, strict=True))
     assert len(after[0]) == tokens_of([*HERE, THERE[0]])
+
+
+@pytest.mark.parametrize("write", [write_text, with_ids])
+def test_other_windows_are_of_the_same_text(
+    run: Run,
+    edge_sidecar: Sidecar,
+    name: str,
+    building: list[object],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    write: Callable[[Path, Sequence[str]], Path],
+) -> None:
+    path = write(tmp_path / FILE_NAME, HERE)
+    for length in (LENGTH, 40, 13):
+        caplog.clear()
+        assert run(*building, "--reference", path, "--window", length).code == 0
+        assert caplog.text == ""
+    before = everything(edge_sidecar, name)
+    done = run(*building, "--reference", path, "--replace-source")
+    assert f"0 entries of other text of {FILE_NAME} were deleted" in done.err
+    assert [layer.keys() for layer in everything(edge_sidecar, name)] == [
+        layer.keys() for layer in before
+    ]
 
 
 @pytest.mark.parametrize("command", ["build", "learn"])
@@ -330,7 +352,7 @@ def test_what_a_tokenizer_appends_is_nowhere(
 ) -> None:
     closing = save_checkpoint(tmp_path / "closing")
     closing_tokenizer().save_pretrained(closing)
-    assert load_model(str(closing)).tokenizer("a")["input_ids"] == [65 - 0, 0]
+    assert load_model(str(closing)).tokenizer("a")["input_ids"] == [65, 0]
     path = tmp_path / "qa.jsonl"
     path.write_text(
         json.dumps({"prompt": "Who led the people out?", "answer": " Moses did"}) + "\n"

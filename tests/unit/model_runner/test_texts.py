@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from knnmoe.client import ExampleRef
-from tokenizers.processors import TemplateProcessing
 
 from model_runner.errors import BadInput
 from model_runner.text_files import Example
 from model_runner.texts import Window, batched, cut_windows, distinct, open_ids, prompt_ids
-from tests.tiny_checkpoint import END, byte_tokenizer
+from tests.tiny_checkpoint import END, byte_tokenizer, closing_tokenizer
 from tests.unit.model_runner.byte_tokenizer import ByteTokenizer
 
 USER, ANSWER = "u", "a"
@@ -136,15 +135,6 @@ def test_every_token_of_a_turn_is_a_target_once(sizes: list[tuple[int, int]], le
         assert len(window.token_ids) <= length
         # Half a window is before it, or the beginning, or as much as the turn leaves room for.
         assert 0 in (window.offset, max(0, length // 2 - max(window.first_target, window.targets)))
-
-
-def closing_tokenizer(template: str = f"$A {END}"):
-    """The byte-level tokenizer as one saved with add_eos_token."""
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template, special_tokens=[(END, 0), ("a", 65)]
-    )
-    return tokenizer
 
 
 @pytest.mark.parametrize(
