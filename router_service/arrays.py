@@ -95,6 +95,7 @@ class Neighbours:
     ids: U64  # [T, K]
     distances: F32  # [T, K]: squared Euclidean, or 1 - cosine
     values: F32  # [T, K, W]
+    version: int = 0  # of the memory when they were its nearest; see backends.base.Versions
 
     @classmethod
     def empty(cls, tokens: int, k: int, value_width: int = 0) -> Neighbours:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -151,6 +152,34 @@ class CollectionInfo:
     disk_bytes: int
 
 
+class Versions:
+    """Numbers what lookups of one memory see, one state after the other; its collections share it.
+
+    Safe to call from several threads.
+    """
+
+    def __init__(self, first: int = 1) -> None:
+        self._now = first
+        self._lock = threading.Lock()
+
+    @property
+    def now(self) -> int:
+        """Of the present state."""
+        return self._now
+
+    def advance(self, least: int = 0) -> None:
+        """What lookups see has become another state. `least`: its number is at least that."""
+        with self._lock:
+            self._now = max(self._now + 1, least)
+
+    @contextmanager
+    def changing(self) -> Iterator[int]:
+        """Inside, what lookups see becomes the state of the number that is yielded, and nothing else changes."""
+        with self._lock:
+            yield self._now + 1
+            self._now += 1
+
+
 class CollectionReader(Protocol):
     """The entries of one layer, to read. Safe to call from several threads. Every engine failure is a StorageError."""
 
@@ -160,7 +189,7 @@ class CollectionReader(Protocol):
         """The k nearest entries of each query [T, d]. `exclude`: none, one for all tokens, or one per token.
 
         Any number of tokens: a backend cuts them where its engine needs it. Entries at the same distance come in any
-        order; one whose distance overflows f32 is no neighbour.
+        order; one whose distance overflows f32 is no neighbour. All are of one version, which comes with them.
         Raises InvalidField on a zero vector under cosine, DeadlineTooShort when `options.deadline` passes meanwhile.
         """
         ...
@@ -180,6 +209,8 @@ class CollectionReader(Protocol):
 
 class Collection(CollectionReader, Protocol):
     """The entries of one layer. Callers pass validated arrays: finite f32, right widths, ids below 2^63."""
+
+    versions: Versions  # moves on with every change, in the moment in which lookups see it
 
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
         """Writes entries, replacing those with the same id. On return they survive SIGKILL (fsync: loss of power).

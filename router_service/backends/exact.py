@@ -26,6 +26,7 @@ from router_service.backends.base import (
     Renaming,
     Report,
     SearchOptions,
+    Versions,
     as_stored,
     per_query,
     require_name,
@@ -45,9 +46,11 @@ class ExactCollection(Collection):
     def __init__(self, spec: CollectionSpec) -> None:
         self.spec = spec
         self.closed = False  # until close(); open() of the backend undoes it
+        self.versions = Versions()
         self._entries = Entries.concat([], spec.dimension, spec.value_width)
         self._compression = Compression()
         self._write_lock = threading.Lock()
+        self._seen_lock = threading.Lock()  # entries and version are read, and change, together
 
     @override
     def search(
@@ -57,7 +60,8 @@ class ExactCollection(Collection):
         options: SearchOptions,  # only the deadline counts: always exact
         exclude: Sequence[ExampleRef] = (),
     ) -> Neighbours:
-        entries = self._open_entries()
+        with self._seen_lock:
+            entries, version = self._open_entries(), self.versions.now
         stored = as_stored(queries, self.spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
         found = Neighbours.empty(len(queries), k, self.spec.value_width)
@@ -72,7 +76,7 @@ class ExactCollection(Collection):
                 found.ids[query, : len(order)] = entries.ids[order]
                 found.distances[query, : len(order)] = row[order]
                 found.values[query, : len(order)] = entries.values[order]
-        return found
+        return replace(found, version=version)
 
     @override
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # nothing to sync
@@ -81,15 +85,22 @@ class ExactCollection(Collection):
             parts = [self._open_entries(), replace(entries, keys=keys)]
             both = Entries.concat(parts, self.spec.dimension, self.spec.value_width)
             _, last = np.unique(both.ids[::-1], return_index=True)
-            self._entries = both.take(len(both) - 1 - last)
+            self._show(both.take(len(both) - 1 - last))
 
     @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:  # nothing to sync
         with self._write_lock:
             old = self._open_entries()
             kept = np.flatnonzero(~np.isin(old.ids, ids))
-            self._entries = old.take(kept)
-            return len(old) - len(kept)
+            if deleted := len(old) - len(kept):
+                self._show(old.take(kept))
+            return deleted
+
+    def _show(self, entries: Entries) -> None:
+        """Lookups see these entries from here on."""
+        with self._seen_lock:
+            self._entries = entries
+            self.versions.advance()
 
     @override
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:

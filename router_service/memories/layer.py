@@ -27,6 +27,7 @@ from router_service.backends.base import (
     CollectionInfo,
     Compression,
     Report,
+    Versions,
     say_nothing,
 )
 from router_service.errors import DeadlineTooShort
@@ -66,6 +67,7 @@ class RouteAnswer:
     similarities: F32  # [T, K]
     search_ns: int
     blend_ns: int
+    version: int = 0  # of the memory, whose entries and settings made it
 
 
 @dataclass(slots=True)
@@ -119,15 +121,28 @@ class LayerMemory:
         if settings.speaks_for(self.layer):
             found = self._search(query, k, settings)
         else:
-            found = Neighbours.empty(len(query.router_inputs), k)
+            nothing, version = Neighbours.empty(len(query.router_inputs), k), self.versions.now
+            found = replace(nothing, version=version)
         searched = time.perf_counter_ns()
         answer = self._blend(query.own, found, settings)
         answer = replace(
-            answer, search_ns=searched - started, blend_ns=time.perf_counter_ns() - searched
+            answer,
+            search_ns=searched - started,
+            blend_ns=time.perf_counter_ns() - searched,
+            version=found.version,
         )
         self.counters.add(answer)
         self.hits.note(found.ids, answer.similarities, answer.abstained == Abstain.NO)
         return answer
+
+    @property
+    def versions(self) -> Versions:
+        """What the layers of a memory share."""
+        return self.collection.versions
+
+    @versions.setter
+    def versions(self, of_memory: Versions) -> None:
+        self.collection.versions = of_memory
 
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
         """Writes validated entries; see Collection.upsert."""

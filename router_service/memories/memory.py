@@ -6,7 +6,6 @@ What comes from outside is checked here, against the memory's model; layers and 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 
 from router_service import checks
 from router_service.arrays import F32, U64, AnyArray, Assignment, Entries
-from router_service.backends.base import Collection, CollectionSpec, pages
+from router_service.backends.base import Collection, CollectionSpec, Versions, pages
 from router_service.errors import (
     InvalidField,
     InvalidTensor,
@@ -76,14 +75,39 @@ def are_read_alike(one: MemoryRecord, other: MemoryRecord) -> bool:
     return one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A record, and the first version that is read by its settings."""
+
+    record: MemoryRecord
+    since: int
+
+
 class RoutingMemory:
     """Validates what comes from outside against the memory's model, then asks the layer."""
 
-    def __init__(self, record: MemoryRecord, layers: Sequence[LayerMemory]) -> None:
-        self.record = record
+    def __init__(
+        self,
+        record: MemoryRecord,
+        layers: Sequence[LayerMemory],
+        versions: Versions | None = None,
+    ) -> None:
+        """`versions`: where those of another memory go on; None: from 1."""
         self.layers = tuple(layers)
-        self.version = 1
-        self._lock = threading.Lock()
+        self.versions = versions or Versions()
+        self._reading = _Reading(record, self.versions.now)
+        for layer in self.layers:
+            layer.versions = self.versions
+
+    @property
+    def record(self) -> MemoryRecord:
+        """As it is now."""
+        return self._reading.record
+
+    @property
+    def version(self) -> int:
+        """Rises with every change of entries or settings."""
+        return self.versions.now
 
     def layer(self, number: int) -> LayerMemory:
         """Raises LayerNotFound."""
@@ -100,7 +124,12 @@ class RoutingMemory:
         self.record.fingerprint.require_digest(model_digest)
         memory = self.layer(layer)
         self._check_query(query)
-        return memory.route(query, self.record.settings)
+        while True:
+            reading = self._reading
+            answer = memory.route(query, reading.record.settings)
+            if self._reading is reading:
+                since = reading.since  # settings that came between the last write and the search
+                return answer if answer.version >= since else replace(answer, version=since)
 
     def upsert(
         self, layer: int, model_digest: str, entries: Entries, *, fsync: bool = False
@@ -109,19 +138,15 @@ class RoutingMemory:
         self.record.fingerprint.require_digest(model_digest)
         memory = self.layer(layer)
         memory.upsert(self._checked_entries(entries), fsync=fsync)
-        self._touch()
 
     def delete(self, layer: int, ids: U64, *, fsync: bool = False) -> int:
         """Removes entries of one layer and returns how many were there."""
-        deleted = self.layer(layer).delete(ids, fsync=fsync)
-        if deleted:
-            self._touch()
-        return deleted
+        return self.layer(layer).delete(ids, fsync=fsync)
 
     def change_settings(self, record: MemoryRecord) -> None:
         """Reads by other settings from the next Route on."""
-        self.record = record
-        self._touch()
+        with self.versions.changing() as number:
+            self._reading = _Reading(record, number)
 
     def calibrate(
         self,
@@ -234,10 +259,6 @@ class RoutingMemory:
             experts = values[..., :half].astype(np.int32)
         assignment = Assignment(experts, values[..., half:])
         self._check_assignment("entries.assignments", assignment, rows)
-
-    def _touch(self) -> None:
-        with self._lock:
-            self.version += 1
 
 
 def sample_entries(memory: LayerMemory, sample: int, seed: int = 0) -> Entries:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from router_service import fingerprint as identity
-from router_service.backends.base import Backend, Collection
+from router_service.backends.base import Backend, Collection, Versions
 from router_service.errors import (
     CorruptMemory,
     ForeignCollection,
@@ -260,10 +260,9 @@ class MemoryStore:
                 raise
             self._set_aside(record.name, str(error))
             return
-        memory = RoutingMemory(record, opened)
-        if (before := self._memories.get(record.name)) is not None:
-            memory.version = before.version + 1
-        self._memories[record.name] = memory
+        before = self._memories.get(record.name)
+        versions = None if before is None else Versions(before.version + 1)
+        self._memories[record.name] = RoutingMemory(record, opened, versions)
 
     def _set_aside(self, name: str, reason: str) -> None:
         self._memories.pop(name, None)

@@ -192,7 +192,7 @@ def _move_back(target: Path, source: Path) -> None:
 
 def _continue_replaced(memory: RoutingMemory, old: RoutingMemory) -> None:
     """What a restored memory takes on: the version goes on rising, and what was counted stays counted."""
-    memory.version = old.version + 1
+    memory.versions.advance(old.version + 1)
     for layer, before in zip(memory.layers, old.layers, strict=True):
         layer.counters = before.counters
         layer.hits.add(before.hits.counts())
@@ -286,7 +286,7 @@ def _by_names(store: MemoryStore, old: RoutingMemory, coming: RoutingMemory) -> 
     record = replace(coming.record, name=name, created_unix_ms=created)
     swap = Swap(record, coming.record.name)
     store.swaps.begin(swap, coming.record)
-    memory = RoutingMemory(record, coming.layers)
+    memory = RoutingMemory(record, coming.layers, coming.versions)
     _continue(memory, old, coming)
     store.serve(memory)
     store.release(coming.record.name)
@@ -351,13 +351,13 @@ def _closed(store: MemoryStore, memory: RoutingMemory) -> Iterator[None]:
 
 def _reopen(store: MemoryStore, memory: RoutingMemory) -> None:
     try:
-        again = RoutingMemory(memory.record, store.open_layers(memory.record))
+        layers = store.open_layers(memory.record)
     except StorageError as error:
         log.exception("memory %s cannot be opened again", memory.record.name)
         store.release(memory.record.name)
         store.broken[memory.record.name] = str(error)
         return
-    again.version = memory.version
+    again = RoutingMemory(memory.record, layers, memory.versions)
     for layer, before in zip(again.layers, memory.layers, strict=True):
         layer.counters = before.counters
     store.serve(again)
@@ -365,7 +365,7 @@ def _reopen(store: MemoryStore, memory: RoutingMemory) -> None:
 
 def _continue(memory: RoutingMemory, old: RoutingMemory, coming: RoutingMemory) -> None:
     """What a swapped memory takes on: versions rise for the clients of either; counters are those of the entries."""
-    memory.version = max(old.version, coming.version) + 1
+    memory.versions.advance(max(old.version, coming.version) + 1)
     for layer, before in zip(memory.layers, coming.layers, strict=True):
         layer.counters = before.counters
 

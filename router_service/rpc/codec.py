@@ -101,7 +101,7 @@ def decode_query(request: routing_pb.RouteRequest) -> RouteQuery:
 
 
 def encode_answer(
-    request: routing_pb.RouteRequest, answer: RouteAnswer, version: int
+    request: routing_pb.RouteRequest, answer: RouteAnswer
 ) -> routing_pb.RouteResponse:
     """The response to a RouteRequest; logits and weights in the dtype of the request."""
     response = routing_pb.RouteResponse(
@@ -109,7 +109,7 @@ def encode_answer(
         lambdas=tensors.to_tensor(answer.lambdas),
         abstained=tensors.to_tensor(answer.abstained),
         times=routing_pb.StageTimes(search_ns=answer.search_ns, blend_ns=answer.blend_ns),
-        memory_version=version,
+        memory_version=answer.version,
     )
     if isinstance(answer.blended, Assignment):
         response.assignment.experts.CopyFrom(tensors.to_tensor(answer.blended.experts))

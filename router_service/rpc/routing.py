@@ -62,7 +62,7 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         decoded = time.perf_counter_ns()
         answer = memory.route(request.layer, request.model_digest, query)
         answered = time.perf_counter_ns()
-        response = encode_answer(request, answer, memory.version)
+        response = encode_answer(request, answer)
         if request.with_neighbours:
             origins = memory.layer(request.layer).provenance_of(answer.neighbours.ids)
             response.neighbours.CopyFrom(encode_neighbours(answer, origins))

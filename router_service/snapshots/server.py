@@ -19,7 +19,7 @@ from functools import partial
 from typing_extensions import override
 
 from router_service import __version__
-from router_service.backends.base import Report
+from router_service.backends.base import Report, Versions
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.rest import SnapshotFile
 from router_service.backends.qdrant_server.snapshots import CollectionSnapshots, Tick
@@ -279,9 +279,7 @@ class Restorer:
             layer = LayerMemory(number, collection, model.num_experts, model.top_k, before.hits)
             layer.counters = before.counters
             layers.append(layer)
-        memory = RoutingMemory(record, layers)
-        memory.version = old.version + 1
-        return memory
+        return RoutingMemory(record, layers, Versions(old.version + 1))
 
     def _retire(self, restoring: Restoring) -> None:
         if any(restoring.replaced):

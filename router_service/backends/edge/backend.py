@@ -29,6 +29,7 @@ from router_service.backends.base import (
     Pacing,
     Report,
     SearchOptions,
+    Versions,
     as_stored,
     per_query,
     require_name,
@@ -37,7 +38,12 @@ from router_service.backends.base import (
 from router_service.backends.disk import DirectoryLock, FreeSpace, disk_bytes, storage_call
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
+from router_service.backends.edge.generation import (
+    FifoLock,
+    Generation,
+    Resources,
+    ServedGeneration,
+)
 from router_service.backends.edge.optimizer import MOST_OUTDATED, Optimizer
 from router_service.backends.edge.processes import ShardOpener
 from router_service.errors import CorruptMemory, StorageError
@@ -69,11 +75,22 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         self._served = ServedGeneration(Generation.open(files, pointer, resources), resources)
         self._optimizer = Optimizer(self._served, resources)
         self._worked_s = 0.0  # by the last write
+        # Around each engine call that writes, and around a whole lookup that writes came between: before the engine's.
+        self._steps = FifoLock()
 
     @property
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._served.closed
+
+    @property
+    def versions(self) -> Versions:
+        """Of the memory that the collection belongs to."""
+        return self._served.versions
+
+    @versions.setter
+    def versions(self, of_memory: Versions) -> None:
+        self._served.versions = of_memory
 
     @property
     @override
@@ -98,16 +115,36 @@ class EdgeCollection(Collection, FileCollection, Maintained):
             options = replace(options, exact=True)
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
-        found = Neighbours.empty(len(queries), k, self._spec.value_width)
         step = self._queries_per_call(looks_at_all=options.exact or bool(exclude))
-        for start in range(0, len(queries), step):
+        found = self._search_parts(stored, k, options, excluded, step)
+        while found is None:
+            with self._steps:
+                found = self._search_parts(stored, k, options, excluded, step)
+        return found
+
+    def _search_parts(
+        self,
+        stored: F32,
+        k: int,
+        options: SearchOptions,
+        excluded: Sequence[ExampleRef | None],
+        step: int,
+    ) -> Neighbours | None:
+        """An engine call for every `step` queries; None when entries changed between two of them."""
+        found = Neighbours.empty(len(stored), k, self._spec.value_width)
+        version, changes = self.versions.now, None
+        for start in range(0, len(stored), step):
             rows = np.s_[start : start + step]
-            part = self._search_part(stored[rows], k, options, excluded[rows])
+            part, seen = self._search_part(stored[rows], k, options, excluded[rows])
+            if changes is None:
+                version, changes = part.version, seen
+            elif changes != seen:
+                return None
             width = part.ids.shape[1]
             found.ids[rows, :width] = part.ids
             found.distances[rows, :width] = part.distances
             found.values[rows, :width] = part.values
-        return found
+        return replace(found, version=version)
 
     def _queries_per_call(self, *, looks_at_all: bool) -> int:
         if not looks_at_all:
@@ -117,17 +154,22 @@ class EdgeCollection(Collection, FileCollection, Maintained):
 
     def _search_part(
         self, stored: F32, k: int, options: SearchOptions, excluded: Sequence[ExampleRef | None]
-    ) -> Neighbours:
-        """One engine call for its queries; as many columns as there are entries, at most k."""
+    ) -> tuple[Neighbours, int]:
+        """One engine call for its queries; as many columns as there are entries, at most k. And how often they changed.
+
+        What writes changes both within an engine call of its own: here they are those of the entries.
+        """
         self.pacing.searched()
         with self._served.engine_call() as generation:
             options.require_time()  # here, for waiting for one's turn takes time too
             table = generation.table
+            version, changes = self.versions.now, self._served.changes
             limit = min(k, len(table))
             if not limit:
-                return Neighbours.empty(len(stored), 0, self._spec.value_width)
+                nothing = Neighbours.empty(len(stored), 0, self._spec.value_width)
+                return replace(nothing, version=version), changes
             ids, scores = generation.shard.search(stored, limit, options, excluded)
-        return Neighbours(ids, self._distances(scores), table.gather(ids))
+        return Neighbours(ids, self._distances(scores), table.gather(ids), version), changes
 
     def _distances(self, scores: F32) -> F32:
         """The engine's scores, d or cosine, as distances: d squared, or 1 - cosine."""
@@ -184,12 +226,13 @@ class EdgeCollection(Collection, FileCollection, Maintained):
     @contextmanager
     def _changing(self, ids: U64) -> Iterator[Generation]:
         """The generation, for one engine call that changes the entries of `ids`."""
-        with self._served.engine_call() as generation:
+        with self._steps, self._served.engine_call() as generation:
             started = time.monotonic()
             try:
                 with generation.changing(ids):
                     yield generation
             finally:
+                self._served.changed()
                 self._optimizer.note(ids)
                 self._worked_s = time.monotonic() - started
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_service.arrays import F32, NO_ID, U64, Bool, Entries
-from router_service.backends.base import CollectionSpec
+from router_service.backends.base import CollectionSpec, Versions
 from router_service.backends.disk import FreeSpace, fsync_tree, remove_durably, write_atomically
 from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
@@ -296,6 +296,8 @@ class ServedGeneration:
     def __init__(self, generation: Generation, resources: Resources) -> None:
         self.now = generation  # changed under all three locks
         self.files = generation.files
+        self.versions = Versions()
+        self.changes = 0  # of the entries; this collection's own, where a version is the memory's
         self._resources = resources
         # The order of locks, outermost first; who needs only a later one takes only that.
         # 1. One optimize at a time; close() waits for it.
@@ -319,7 +321,13 @@ class ServedGeneration:
                 raise CollectionClosed(self.files.directory)
             if not self.now.shard.alive:
                 self.now.revive(self._resources)
+                self.changed()
             yield self.now
+
+    def changed(self) -> None:
+        """Inside engine_call(): the entries are, or may be, others than before."""
+        self.changes += 1
+        self.versions.advance()
 
     def flush(self) -> None:
         """Makes every write durable. Returns at once while the files are frozen, for they were flushed before."""

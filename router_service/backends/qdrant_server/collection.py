@@ -21,6 +21,7 @@ from router_service.backends.base import (
     Quantization,
     Report,
     SearchOptions,
+    Versions,
     as_stored,
     per_query,
     say_nothing,
@@ -122,6 +123,7 @@ class ServerCollection(Collection):
         self._connection, self._name, self._spec = connection, name, spec
         self._options = connection.options
         self._closed = False
+        self.versions = Versions()
         self._optimizing = threading.Lock()
 
     @property

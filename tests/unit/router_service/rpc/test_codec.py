@@ -205,6 +205,7 @@ def _answer(blended: Any) -> RouteAnswer:
         np.zeros((1, 1), np.float32),
         search_ns=2,
         blend_ns=3,
+        version=4,
     )
 
 
@@ -212,7 +213,7 @@ def _answer(blended: Any) -> RouteAnswer:
 def test_answers_have_the_dtype_of_the_request(dtype: types_pb2.Dtype) -> None:
     request = routing_pb.RouteRequest(request_id=9)
     request.router_logits.dtype = dtype
-    reply = codec.encode_answer(request, _answer(np.array([[1.5, -2.0]], np.float32)), version=4)
+    reply = codec.encode_answer(request, _answer(np.array([[1.5, -2.0]], np.float32)))
     assert (reply.request_id, reply.memory_version, reply.times.search_ns) == (9, 4, 2)
     assert reply.router_logits.dtype == dtype
     assert tensors.to_array(reply.router_logits).tolist() == [[1.5, -2.0]]
@@ -221,7 +222,7 @@ def test_answers_have_the_dtype_of_the_request(dtype: types_pb2.Dtype) -> None:
 def test_logits_beyond_f16_saturate() -> None:
     request = routing_pb.RouteRequest()
     request.router_logits.dtype = types_pb2.DTYPE_F16
-    reply = codec.encode_answer(request, _answer(np.array([[1e6, -1e6]], np.float32)), version=1)
+    reply = codec.encode_answer(request, _answer(np.array([[1e6, -1e6]], np.float32)))
     assert tensors.to_array(reply.router_logits).tolist() == [[65504.0, -65504.0]]
 
 
@@ -229,10 +230,10 @@ def test_an_assignment_and_an_abstention() -> None:
     request = routing_pb.RouteRequest()
     request.assignment.weights.dtype = types_pb2.DTYPE_F32
     blended = Assignment(np.array([[1, 2]], np.int32), np.array([[0.25, 0.75]], np.float32))
-    reply = codec.encode_answer(request, _answer(blended), version=1)
+    reply = codec.encode_answer(request, _answer(blended))
     assert tensors.to_array(reply.assignment.experts).tolist() == [[1, 2]]
     assert tensors.to_array(reply.assignment.weights).tolist() == [[0.25, 0.75]]
-    assert codec.encode_answer(request, _answer(None), version=1).WhichOneof("blended") is None
+    assert codec.encode_answer(request, _answer(None)).WhichOneof("blended") is None
 
 
 def test_an_own_routing_is_needed() -> None:
