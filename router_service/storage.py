@@ -82,7 +82,7 @@ def _on_server(options: ServerOptions, hits: Path | None) -> tuple[Backend, Memo
     connection = Connection(options)
     try:
         backend = ServerBackend(connection)
-        return backend, MemoryStore(backend, None, shared=ServerCatalogue(connection), hits=hits)
+        return backend, MemoryStore(backend, None, shared=ServerCatalogue(backend), hits=hits)
     except BaseException:
         connection.close()
         raise

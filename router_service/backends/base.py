@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -378,16 +378,32 @@ class Backend(Protocol):
 class Renaming(Protocol):
     """A Backend in which collections take the names of others. Raises StorageError."""
 
-    def swapping(self, names: Mapping[str, str]) -> AbstractContextManager[None]:
-        """Inside, each of the names leads to the collection of the other name, which leads nowhere.
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Lets each of the names lead to the collection of the other name, which leads nowhere from then on.
 
-        Collections that are open stay those they are; when the inside raises, they become those that their names lead
-        to. No error where the other name is not there: then that is done already.
+        Collections that are open stay those that they are. No error where the other name is not there: then that is
+        done already.
         """
         ...
 
     def drop_replaced(self, name: str) -> None:
-        """Removes the collection that `name` led to before swapping(); nobody may search it any more."""
+        """Removes the collection that `name` led to before rename(). Lookups that are on their way there fail."""
+        ...
+
+
+@runtime_checkable
+class Pinning(Protocol):
+    """A Backend whose names others may lead elsewhere, while a collection's own name stays. Raises StorageError."""
+
+    def behind(self, names: Iterable[str]) -> dict[str, str]:
+        """The own names of the collections that names lead to now; names that lead nowhere are left out."""
+        ...
+
+    def open_behind(self, name: str, spec: CollectionSpec, collection: str) -> Collection:
+        """The collection of that own name, whatever `name` leads to; it is written to while `name` leads to it.
+
+        Raises CorruptMemory when it is missing or does not match `spec`.
+        """
         ...
 
 

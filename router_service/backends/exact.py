@@ -7,8 +7,7 @@ a query is close to a long key. Nothing is written to disk.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -174,9 +173,7 @@ class ExactBackend(Backend, Renaming):
         return collection
 
     @override
-    @contextmanager
-    def swapping(self, names: Mapping[str, str]) -> Iterator[None]:
-        yield
+    def rename(self, names: Mapping[str, str]) -> None:
         for name, other in names.items():
             self._collections[name] = self._collections.pop(other)
 

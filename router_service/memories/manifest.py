@@ -64,8 +64,11 @@ def is_unfinished(directory: Path) -> bool:
 
 
 def fields_of(record: MemoryRecord) -> dict[str, Any]:
-    """A record as a JSON object."""
-    return asdict(record) | {"settings": record.settings.fields()}
+    """A record as a JSON object; on disk names lead to where they always led, and are not in it."""
+    fields = asdict(record) | {"settings": record.settings.fields()}
+    if not record.collections:
+        del fields["collections"]
+    return fields
 
 
 def record_to_json(record: MemoryRecord) -> str:
@@ -115,12 +118,22 @@ def _record_of(body: dict[str, object]) -> MemoryRecord:
     fingerprint, settings = body["fingerprint"], body["settings"]
     if not isinstance(fingerprint, dict) or not isinstance(settings, dict):
         raise TypeError("fingerprint and settings must be objects")
-    return MemoryRecord(
+    record = MemoryRecord(
         str(body["name"]),
         ModelFingerprint(**fingerprint),
         settings_from_json(settings),
         int(str(body["created_unix_ms"])),
+        _collections_of(body.get("collections", [])),
     )
+    if len(record.collections) not in (0, record.fingerprint.num_layers):
+        raise ValueError(f"{len(record.collections)} collections, one per layer expected")
+    return record
+
+
+def _collections_of(names: object) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("collections must be a list of names")
+    return tuple(names)
 
 
 # In layers that are moved into the place of others, until they have arrived: where they came from.

@@ -43,6 +43,8 @@ class MemoryRecord:
     fingerprint: ModelFingerprint
     settings: MemorySettings
     created_unix_ms: int
+    # Own names of the layers' collections, where the names made of the memory's may come to lead elsewhere.
+    collections: tuple[str, ...] = ()
 
     @property
     def value_width(self) -> int:
@@ -72,7 +74,8 @@ def spec_of(record: MemoryRecord) -> CollectionSpec:
 
 def are_read_alike(one: MemoryRecord, other: MemoryRecord) -> bool:
     """Whether open collections can stay as they are when the record of their memory becomes another."""
-    return one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
+    alike = one.fingerprint == other.fingerprint and spec_of(one) == spec_of(other)
+    return alike and one.collections == other.collections
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,9 +290,12 @@ def _picked(collection: Collection, sample: int, rng: np.random.Generator) -> li
 
 
 def forget_hits(layers: Sequence[LayerMemory]) -> None:
-    """Counts from 0: the layers hold other entries now."""
+    """The layers of their names hold other entries now: what was counted goes, and its files."""
     for layer in layers:
-        layer.hits.forget(layer.hits.counts().ids)
+        try:
+            layer.hits.remove()
+        except StorageError:
+            log.exception("hit counts of what layer %d held are still there", layer.layer)
 
 
 def close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:

@@ -1,17 +1,23 @@
-"""Which memories a server holds: a point for each in the collection PREFIX~memories, which services share."""
+"""Which memories a server holds: a point for each in the collection PREFIX~memories, which services share.
+
+A record has the settings and the own names of the layers' collections, so that both change in one step: whoever reads
+it knows which entries its settings are for, whatever aliases lead to at the time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from typing_extensions import override
 
-from router_service.backends.qdrant_server.connection import Connection
+from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.records import Records, age_ms
 from router_service.errors import Busy, CorruptMemory, MemoryExists
 from router_service.memories.catalogue import Catalogue, Catalogued, Swap, SwapCatalogue
 from router_service.memories.manifest import record_from_json, record_to_json
-from router_service.memories.memory import MemoryRecord
+from router_service.memories.memory import MemoryRecord, collection_names
 
 READY, CREATING, DELETING, MOVING = "ready", "creating", "deleting", "moving"
 # A creation or deletion that takes longer was killed.
@@ -21,8 +27,9 @@ _PATIENCE_MS = 120_000
 class ServerCatalogue(Catalogue, SwapCatalogue):
     """A state beside each record takes the place of the marks that the embedded backend makes."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, backend: ServerBackend) -> None:
         """Makes the collection of records when it is not there. Raises StorageError."""
+        self._backend, connection = backend, backend.connection
         options = connection.options
         self.location = (
             f"Qdrant {connection.version} at {options.url}, collections {options.prefix}~*"
@@ -48,7 +55,22 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
                 found.swaps.append(Swap(record, name, stale))
             elif stale:
                 found.leftovers.append(record)
+        found.records[:] = self._pinned(found.records)
         return found
+
+    def _pinned(self, records: Sequence[MemoryRecord]) -> list[MemoryRecord]:
+        """Records of earlier versions do not name collections: then they are those that aliases lead to."""
+        bare = [record for record in records if not record.collections]
+        led = (
+            self._backend.behind(n for each in bare for n in collection_names(each)) if bare else {}
+        )
+        pinned = []
+        for record in records:
+            names = collection_names(record)
+            if record in bare and all(name in led for name in names):
+                record = replace(record, collections=tuple(led[name] for name in names))
+            pinned.append(record)
+        return pinned
 
     @override
     def begin(self, record: MemoryRecord) -> None:
@@ -69,6 +91,8 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
             payload = self._records.read(name)
             if payload is None or payload.get("state") != READY:
                 raise Busy(f"another service makes, moves or removes memory {name!r}; try again")
+            if name == record.name:
+                self._pin(record_from_json(payload.get("record", ""), name, self._where(name)))
         fields = {"name": by, "state": MOVING, "becomes": record.name}
         self._records.write(by, fields | {"record": record_to_json(record)})
 
@@ -92,6 +116,11 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         with suppress(CorruptMemory):
             return record_from_json(payload.get("record", ""), name, self._where(name))
         return None
+
+    def _pin(self, record: MemoryRecord) -> None:
+        """Before aliases lead elsewhere, a record of an earlier version names what they led to."""
+        if not record.collections:
+            self.commit(self._pinned([record])[0])
 
     def _write(self, record: MemoryRecord, state: str) -> None:
         fields = {"name": record.name, "state": state, "record": record_to_json(record)}

@@ -7,16 +7,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from router_service import fingerprint as identity
-from router_service.backends.base import Backend, Collection, Versions
+from router_service.backends.base import Backend, Collection, Pinning, Versions
 from router_service.errors import (
+    CollectionClosed,
     CorruptMemory,
     ForeignCollection,
     InvalidField,
@@ -44,6 +45,8 @@ from router_service.memories.settings import MemorySettings
 from router_service.memories.unfinished_swaps import NameSwaps, finish_file_swaps
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Between two looks at a shared catalogue for a name that is not known.
@@ -73,9 +76,13 @@ class MemoryStore:
         )
         self._hits = hits if directory is None else directory
         self.swaps = NameSwaps(backend, self._catalogue)
+        # What this service began, and a server that went away kept it from ending: tried again by refresh().
+        self.unfinished: list[Callable[[], None]] = []
         self._memories: dict[str, RoutingMemory] = {}
         # Memories that could not be opened, with the reason: named in errors, never deleted.
         self.broken: dict[str, str] = {}
+        self._unopened: dict[str, MemoryRecord] = {}  # those of them that had a record
+        self._closed = False
         self._lock = threading.RLock()
 
     @property
@@ -99,6 +106,7 @@ class MemoryStore:
         """
         if self._directory is not None:
             finish_file_swaps(self._directory)
+        self._closed = False
         found = self.swaps.finished(self._let_go)
         for name, reason in found.broken.items():
             self._set_aside(name, reason)
@@ -112,6 +120,7 @@ class MemoryStore:
         if not self._shared:
             return
         with self._lock:
+            self._try_again()
             found = self.swaps.finished(self._let_go, stale_only=True)
             known = {record.name: record for record in found.records}
             for name in set(self._memories) - set(known):
@@ -147,6 +156,25 @@ class MemoryStore:
             raise MemoryNotFound(name, self.names())
         return memory
 
+    def asked(self, name: str, ask: Callable[[RoutingMemory], T]) -> T:
+        """What `ask` gets of a memory, or of the one that has come into its place while it was asked.
+
+        Raises as get(), and what `ask` raises.
+        """
+        memory = self.get(name)
+        while True:
+            try:
+                return ask(memory)
+            except CollectionClosed:
+                if self._closed:
+                    raise
+                with self._lock:  # of many who ask one looks
+                    if self._memories.get(name) is memory:
+                        self.refresh()
+                before, memory = memory, self.get(name)
+                if memory is before:
+                    raise
+
     def create(
         self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings
     ) -> RoutingMemory:
@@ -167,6 +195,7 @@ class MemoryStore:
     def delete(self, name: str) -> int:
         """Removes a memory and its files; returns the entries it held."""
         with self._lock:
+            self.refresh()
             memory = self.get(name)
             entries = sum(layer.info().entries for layer in memory.layers)
             del self._memories[name]
@@ -176,6 +205,7 @@ class MemoryStore:
     def change_settings(self, name: str, changes: dict[str, Any]) -> RoutingMemory:
         """Stores changed settings, then reads by them. Raises InvalidField; then nothing changes."""
         with self._lock:
+            self.refresh()  # else the settings of a memory that was replaced would come back
             memory = self.get(name)
             settings = memory_settings.changed(memory.record.settings, changes)
             memory_settings.validate(settings, memory.record.fingerprint.num_layers)
@@ -188,6 +218,7 @@ class MemoryStore:
         """Lets lookups go to a memory, and no longer to the one that had its name."""
         self._memories[memory.record.name] = memory
         self.broken.pop(memory.record.name, None)
+        self._unopened.pop(memory.record.name, None)
 
     def release(self, name: str) -> None:
         """Lets no lookup go to a memory any more; it stays open."""
@@ -202,8 +233,11 @@ class MemoryStore:
         home = home_of(self._directory, record)
 
         def opened(number: int) -> LayerMemory:
-            collection = self._backend.open(collection_name(home, number), spec_of(record))
-            return self._layer(record, home, number, collection)
+            name, spec = collection_name(home, number), spec_of(record)
+            if record.collections and isinstance(self._backend, Pinning):
+                own = record.collections[number]
+                return self._layer(record, home, number, self._backend.open_behind(name, spec, own))
+            return self._layer(record, home, number, self._backend.open(name, spec))
 
         with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="open") as pool:
             layers = [pool.submit(opened, n) for n in range(record.fingerprint.num_layers)]
@@ -230,6 +264,7 @@ class MemoryStore:
         """Flushes and closes every collection. Raises the first StorageError after it has tried them all."""
         with self._lock:
             layers = [layer for memory in self._memories.values() for layer in memory.layers]
+            self._closed = True
             self._memories.clear()
             failures = close_all(layers)
         if failures:
@@ -243,6 +278,9 @@ class MemoryStore:
             for number, name in enumerate(collection_names(record)):
                 made = self._backend.create(name, spec_of(record))
                 layers.append(self._layer(record, record.name, number, made))
+            if isinstance(self._backend, Pinning):
+                led = self._backend.behind(collection_names(record))
+                record = replace(record, collections=tuple(led.values()))
             self._catalogue.commit(record)
         except BaseException:
             self.discard_layers(record.name, layers)
@@ -259,10 +297,11 @@ class MemoryStore:
             if isinstance(error, ForeignCollection) or not isinstance(error, CorruptMemory):
                 raise
             self._set_aside(record.name, str(error))
+            self._unopened[record.name] = record
             return
         before = self._memories.get(record.name)
         versions = None if before is None else Versions(before.version + 1)
-        self._memories[record.name] = RoutingMemory(record, opened, versions)
+        self.serve(RoutingMemory(record, opened, versions))
 
     def _set_aside(self, name: str, reason: str) -> None:
         self._memories.pop(name, None)
@@ -270,23 +309,32 @@ class MemoryStore:
         log.error("memory %s is set aside: %s", name, reason)
 
     def _follow(self, record: MemoryRecord) -> None:
-        """Reads a shared memory as its record says now."""
+        """Reads a shared memory as its record says now: entries and settings from one lookup to the next."""
         memory = self._memories.get(record.name)
-        if memory is not None and memory.record == record:
-            return
         if memory is not None and are_read_alike(memory.record, record):
-            if memory.record.created_unix_ms != record.created_unix_ms:  # other entries
-                forget_hits(memory.layers)
-            memory.change_settings(record)
+            if memory.record != record:
+                memory.change_settings(record)
             return
-        # Deleted and created again, or replaced: until it is open, callers are to try again.
+        if memory is None and self._unopened.get(record.name) == record:
+            return
+        if memory is not None:  # deleted and created again, or replaced
+            forget_hits(memory.layers)
+        try:
+            self._open_one(record)
+        except ForeignCollection as error:
+            self._set_aside(record.name, str(error))
+            self._unopened[record.name] = record
         if memory is not None:
             close_all(memory.layers)
-        if record.name not in self.broken:
+
+    def _try_again(self) -> None:
+        for finish in tuple(self.unfinished):
             try:
-                self._open_one(record)
-            except ForeignCollection as error:
-                self._set_aside(record.name, str(error))
+                finish()
+            except StorageError as error:
+                log.warning("tried again at the next look: %s", error)
+            else:
+                self.unfinished.remove(finish)
 
     def _let_go(self, name: str) -> None:
         if (memory := self._memories.pop(name, None)) is not None:

@@ -1,8 +1,8 @@
 """Swaps, written down so that whoever starts after a crash can finish or undo them.
 
 In RAM and on a server (NameSwaps) the catalogue gets the intent first, then collections change names, then comes the
-record: what is announced is finished. On disk layers carry a mark while they move: what has the new manifest is
-finished, what has not is moved back. See swap for the swaps themselves.
+record, with which lookups change over: what is announced is finished. On disk layers carry a mark while they move: what
+has the new manifest is finished, what has not is moved back. See swap for the swaps themselves.
 """
 
 from __future__ import annotations
@@ -34,21 +34,25 @@ class NameSwaps:
 
     def __init__(self, backend: Backend, catalogue: Catalogue) -> None:
         self._backend, self._catalogue = backend, catalogue
+        self._left: set[str] = (
+            set()
+        )  # memories whose swap this service began, and does not know to have ended
 
     def begin(self, swap: Swap, other: MemoryRecord) -> None:
         """The collections of the memory `other` have the names of those of `swap.record` from here on.
 
-        end() it later. Raises Busy and StorageError; nothing has changed then, unless a server went away: it may be
-        finished later.
+        end() it later. Raises Busy and StorageError; nothing has changed then, unless a server went away: finished()
+        finishes it later, if it was announced.
         """
         backend, catalogue = self._able()
         try:
             catalogue.begin_swap(swap)
             self._switch(backend, swap, other)
         except BackendUnavailable as error:
+            self._left.add(swap.by)
             raise BackendUnavailable(
-                f"{error}; whether {swap.by!r} takes the place of {swap.record.name!r} shows within minutes of "
-                "the server's return"
+                f"{error}; whether {swap.by!r} takes the place of {swap.record.name!r} shows soon after the server's "
+                "return, or within minutes should this service end before"
             ) from error
 
     def end(self, swap: Swap) -> None:
@@ -64,32 +68,36 @@ class NameSwaps:
         `let_go` closes the memory of a name, if it is open. `stale_only`: not those that may be under way elsewhere.
         """
         found = self._catalogue.read()
-        cut_short = [each for each in found.swaps if each.stale or not stale_only]
+        cut_short = [
+            each for each in found.swaps if each.stale or each.by in self._left or not stale_only
+        ]
         for swap in cut_short:
             let_go(swap.by)
             self._resume(swap, found.records)
+        self._left.clear()
         return self._catalogue.read() if cut_short else found
 
     def _resume(self, swap: Swap, records: Sequence[MemoryRecord]) -> None:
         log.warning("memory %s takes the place of %s at last", swap.by, swap.record.name)
         backend, _ = self._able()
         committed = any(_same_memory(record, swap.record) for record in records)
-        with backend.swapping(_names(swap)):
-            if not committed:
-                self._catalogue.commit(swap.record)
+        backend.rename(_names(swap))
+        if not committed:
+            self._catalogue.commit(swap.record)
         self.end(swap)
 
     def _switch(self, backend: Renaming, swap: Swap, other: MemoryRecord) -> None:
-        switched = False
         try:
-            with backend.swapping(_names(swap)):
-                switched = True
-                self._catalogue.commit(swap.record)
+            backend.rename(_names(swap))
         except BackendUnavailable:  # who knows what it did: what is announced is finished
             raise
         except BaseException:
-            if not switched:
-                self._catalogue.commit(other)
+            self._catalogue.commit(other)
+            raise
+        try:
+            self._catalogue.commit(swap.record)
+        except BaseException:
+            self._left.add(swap.by)
             raise
 
     def _able(self) -> tuple[Renaming, SwapCatalogue]:

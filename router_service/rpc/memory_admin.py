@@ -5,10 +5,11 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
-from knnmoe.v1 import doctor_pb2, doctor_pb2_grpc, memory_admin_pb2_grpc
+from knnmoe.v1 import doctor_pb2, doctor_pb2_grpc, memory_admin_pb2_grpc, routing_pb2
 from knnmoe.v1 import memory_admin_pb2 as pb
 
 from router_service import __version__, checks
@@ -69,8 +70,8 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         self, request: pb.DescribeMemoryRequest, context: grpc.ServicerContext
     ) -> pb.DescribeMemoryResponse:
         """One memory."""
-        memory = self._store.get(request.memory)
-        return pb.DescribeMemoryResponse(memory=codec.encode_memory(memory))
+        memory = self._store.asked(request.memory, codec.encode_memory)
+        return pb.DescribeMemoryResponse(memory=memory)
 
     def DeleteMemory(  # noqa: N802
         self, request: pb.DeleteMemoryRequest, context: grpc.ServicerContext
@@ -100,22 +101,12 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> Iterator[pb.UpsertResponse]:
         """Writes and acknowledges one request after the other."""
         for request in request_iterator:
-            memory = self._store.get(request.memory)
-            entries = codec.decode_entries(request.entries, memory.record.settings.kind)
-            fsync = codec.decode_fsync(request.durability)
-            memory.upsert(request.layer, request.model_digest, entries, fsync=fsync)
-            yield pb.UpsertResponse(request_id=request.request_id, upserted=len(entries))
+            upserted = self._store.asked(request.memory, partial(_upsert, request))
+            yield pb.UpsertResponse(request_id=request.request_id, upserted=upserted)
 
     def Count(self, request: pb.CountRequest, context: grpc.ServicerContext) -> pb.CountResponse:  # noqa: N802
         """Exact counts."""
-        memory = self._store.get(request.memory)
-        numbers = [request.layer] if request.HasField("layer") else range(len(memory.layers))
-        layers = [codec.encode_layer(memory, number) for number in numbers]
-        if request.HasField("ids"):
-            ids = codec.decode_ids("ids", request.ids)
-            checks.require_ids("ids", ids)
-            for layer in layers:
-                layer.entries = memory.layer(layer.layer).count_of(ids)
+        layers = self._store.asked(request.memory, partial(_counted, request))
         return pb.CountResponse(layers=layers, total=sum(layer.entries for layer in layers))
 
     def Export(  # noqa: N802
@@ -177,6 +168,24 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             service_version=__version__,
             in_flight=self._permits.in_flight,
         )
+
+
+def _upsert(request: pb.UpsertRequest, memory: RoutingMemory) -> int:
+    entries = codec.decode_entries(request.entries, memory.record.settings.kind)
+    fsync = codec.decode_fsync(request.durability)
+    memory.upsert(request.layer, request.model_digest, entries, fsync=fsync)
+    return len(entries)
+
+
+def _counted(request: pb.CountRequest, memory: RoutingMemory) -> list[routing_pb2.LayerDescription]:
+    numbers = [request.layer] if request.HasField("layer") else range(len(memory.layers))
+    layers = [codec.encode_layer(memory, number) for number in numbers]
+    if request.HasField("ids"):
+        ids = codec.decode_ids("ids", request.ids)
+        checks.require_ids("ids", ids)
+        for layer in layers:
+            layer.entries = memory.layer(layer.layer).count_of(ids)
+    return layers
 
 
 def _calibrate(

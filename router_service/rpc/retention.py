@@ -15,7 +15,8 @@ from router_service import checks
 from router_service.arrays import U64, ExampleRef, HitCounts
 from router_service.errors import InvalidField
 from router_service.jobs.prune import LayerPruning, PruneRequest, prune
-from router_service.memories.deletion import EntryFilter, delete_entries
+from router_service.memories.deletion import EntryFilter, LayerDeletion, delete_entries
+from router_service.memories.memory import RoutingMemory
 from router_service.operations import Operations
 from router_service.retention.plan import (
     Age,
@@ -48,10 +49,13 @@ class RetentionService(retention_pb2_grpc.RetentionServiceServicer):
 
     def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteResponse:  # noqa: N802
         """Removes entries by id or by where they came from."""
-        memory = self._memories.get(request.memory)
-        layers = memory.chosen_layers([request.layer] if request.HasField("layer") else [])
         what, fsync = _named_entries(request), codec.decode_fsync(request.durability)
-        gone = delete_entries(memory, layers, what, fsync=fsync, dry_run=request.dry_run)
+
+        def delete(memory: RoutingMemory) -> list[LayerDeletion]:
+            layers = memory.chosen_layers([request.layer] if request.HasField("layer") else [])
+            return delete_entries(memory, layers, what, fsync=fsync, dry_run=request.dry_run)
+
+        gone = self._memories.asked(request.memory, delete)
         return pb.DeleteResponse(
             layers=[codec.filled(pb.LayerDeletion, one) for one in gone],
             deleted=sum(one.deleted for one in gone),

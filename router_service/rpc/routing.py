@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import routing_pb2_grpc
 
+from router_service.arrays import Provenance
+from router_service.memories.layer import RouteAnswer
 from router_service.memories.memory import RoutingMemory
 from router_service.rpc.codec import (
     decode_fingerprint,
@@ -20,12 +22,21 @@ from router_service.rpc.codec import (
     encode_neighbours,
 )
 
+T = TypeVar("T")
+
 
 class Memories(Protocol):
     """Where the data plane finds memories."""
 
     def get(self, name: str) -> RoutingMemory:
         """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""
+        ...
+
+    def asked(self, name: str, ask: Callable[[RoutingMemory], T]) -> T:
+        """What `ask` gets of a memory, or of the one that has come into its place while it was asked.
+
+        Raises as get(), and what `ask` raises.
+        """
         ...
 
 
@@ -39,10 +50,13 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         self, request: pb.DescribeRequest, context: grpc.ServicerContext
     ) -> pb.DescribeResponse:
         """A memory's identity, settings and counts; refuses another model's client."""
-        memory = self._memories.get(request.memory)
-        if request.HasField("fingerprint"):
-            memory.record.fingerprint.require_same(decode_fingerprint(request.fingerprint))
-        return encode_described(memory)
+
+        def describe(memory: RoutingMemory) -> pb.DescribeResponse:
+            if request.HasField("fingerprint"):
+                memory.record.fingerprint.require_same(decode_fingerprint(request.fingerprint))
+            return encode_described(memory)
+
+        return self._memories.asked(request.memory, describe)
 
     def Route(self, request: pb.RouteRequest, context: grpc.ServicerContext) -> pb.RouteResponse:  # noqa: N802
         """Blends one layer's tokens."""
@@ -57,14 +71,19 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
 
     def _route(self, request: pb.RouteRequest, deadline: float | None) -> pb.RouteResponse:
         started = time.perf_counter_ns()
-        memory = self._memories.get(request.memory)
         query = replace(decode_query(request), deadline=deadline)
         decoded = time.perf_counter_ns()
-        answer = memory.route(request.layer, request.model_digest, query)
+
+        def route(memory: RoutingMemory) -> tuple[RouteAnswer, dict[int, Provenance]]:
+            answer = memory.route(request.layer, request.model_digest, query)
+            if not request.with_neighbours:
+                return answer, {}
+            return answer, memory.layer(request.layer).provenance_of(answer.neighbours.ids)
+
+        answer, origins = self._memories.asked(request.memory, route)
         answered = time.perf_counter_ns()
         response = encode_answer(request, answer)
         if request.with_neighbours:
-            origins = memory.layer(request.layer).provenance_of(answer.neighbours.ids)
             response.neighbours.CopyFrom(encode_neighbours(answer, origins))
         response.times.decode_ns = decoded - started
         response.times.encode_ns = time.perf_counter_ns() - answered

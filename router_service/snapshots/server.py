@@ -27,7 +27,6 @@ from router_service.errors import (
     BackendUnavailable,
     Busy,
     Cancelled,
-    CorruptMemory,
     ForeignCollection,
     InvalidField,
     MemoryExists,
@@ -172,13 +171,13 @@ class Restorer:
         book: SnapshotBook,
     ) -> None:
         self._store, self._backend, self._snapshots, self._book = store, backend, snapshots, book
-        self._catalogue = ServerCatalogue(backend.connection)
+        self._catalogue = ServerCatalogue(backend)
 
     def restore(
         self, snapshot: ServerSnapshot, as_memory: str, replacing: bool, report: Report
     ) -> RoutingMemory:
         """As SnapshotStore.restore."""
-        record = replace(snapshot.record, name=as_memory)
+        record = replace(snapshot.record, name=as_memory, collections=())
         self._require_room(record, replacing)
         with self._under_way(record) as draft:
             for number, layer in enumerate(snapshot.layers):
@@ -226,6 +225,8 @@ class Restorer:
                     self._book.keep_restore(draft.restoring, LEFT)
                 else:
                     self._book.remove_restore(draft.restoring)
+            if isinstance(error, BackendUnavailable):
+                self._store.unfinished.append(partial(self._finish, draft.restoring))
             raise
 
     def _fill(self, draft: _Draft, number: int, layer: LayerSnapshot, report: Report) -> None:
@@ -255,15 +256,14 @@ class Restorer:
         """From here on it is the memory, for this service and all others."""
         with self._store.exclusive():
             present = self._require_room(draft.restoring.record, replacing)
-            record = _stamped(draft.restoring.record, present)
+            record = _pinned(draft.restoring, present)
             names = collection_names(record)
             led = self._backend.behind(names)
-            with self._backend.held(led):  # lookups go on there until the settings change too
-                draft.keep(record=record, replaced=tuple(led.get(name, "") for name in names))
-                if present is None and record.name not in self._store.broken:
-                    self._catalogue.begin(record)
-                self._backend.publish(dict(zip(names, draft.restoring.collections, strict=True)))
-                self._catalogue.commit(record)
+            draft.keep(record=record, replaced=tuple(led.get(name, "") for name in names))
+            if present is None and record.name not in self._store.broken:
+                self._catalogue.begin(record)
+            self._backend.publish(dict(zip(names, record.collections, strict=True)))
+            self._catalogue.commit(record)  # with which lookups change over
             if record.name in self._store.names():
                 self._store.serve(self._successor(record))
             self._store.broken.pop(record.name, None)
@@ -273,9 +273,8 @@ class Restorer:
         """The restored memory in the place of the one that serves: versions go on, what was counted stays counted."""
         old, model, layers = self._store.get(record.name), record.fingerprint, []
         for number, before in enumerate(old.layers):
-            collection = self._backend.opened_anew(
-                collection_names(record)[number], spec_of(record)
-            )
+            name, own = collection_names(record)[number], record.collections[number]
+            collection = self._backend.open_behind(name, spec_of(record), own)
             layer = LayerMemory(number, collection, model.num_experts, model.top_k, before.hits)
             layer.counters = before.counters
             layers.append(layer)
@@ -305,13 +304,21 @@ class Restorer:
         led = self._backend.behind(names)
         return [led.get(name) for name in names] == list(restoring.collections)
 
+    def _finish(self, restoring: Restoring) -> None:
+        """Nothing but the record may be missing: then writes are refused until it is there."""
+        if self._is_led_to(restoring):
+            self._write_down(restoring)
+
     def _commit(self, restoring: Restoring) -> None:
+        self._write_down(restoring)
+        self._store.refresh()
+
+    def _write_down(self, restoring: Restoring) -> None:
         """Unless it was done, or the memory has changed since."""
-        record = restoring.record
+        record = replace(restoring.record, collections=restoring.collections)
         present = self._catalogue.find(record.name)
         if present is None or present.created_unix_ms < record.created_unix_ms:
             self._catalogue.commit(record)
-            self._store.refresh()
 
     def _lead_back(self, restoring: Restoring) -> None:
         """Undoes a switch of which the server did a part only."""
@@ -349,10 +356,11 @@ class _Draft:
             self.keep()
 
 
-def _stamped(record: MemoryRecord, present: MemoryRecord | None) -> MemoryRecord:
-    """Created now, and after the memory that it replaces."""
+def _pinned(restoring: Restoring, present: MemoryRecord | None) -> MemoryRecord:
+    """The record of what is restored, created now, and after the memory that it replaces."""
     earliest = 0 if present is None else present.created_unix_ms + 1
-    return replace(record, created_unix_ms=max(time.time_ns() // 1_000_000, earliest))
+    created = max(time.time_ns() // 1_000_000, earliest)
+    return replace(restoring.record, created_unix_ms=created, collections=restoring.collections)
 
 
 # Qdrant names a snapshot by the second, and a second one within it would take its place.
@@ -382,9 +390,10 @@ class ServerSnapshotStore(Swept):
     @override
     def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
         """Raises BackendMisconfigured on a cluster of which a node does not hold all shards."""
-        served = self._store.get(memory)
         self.sweep()
-        collections = self._collections_of(served)
+        self._store.refresh()
+        served = self._store.get(memory)
+        collections = served.record.collections
         for collection in collections:
             self._snapshots.require_whole(collection)
         with self._apart(memory):
@@ -462,14 +471,6 @@ class ServerSnapshotStore(Swept):
                 "carry a memory elsewhere use `router-admin export` or `router-admin migrate`",
             )
         return self._book.find(ref.memory, ref.name)
-
-    def _collections_of(self, memory: RoutingMemory) -> Sequence[str]:
-        """Those that the names of a memory's layers lead to."""
-        names = collection_names(memory.record)
-        led = self._backend.behind(names)
-        if missing := [name for name in names if name not in led]:
-            raise CorruptMemory(f"the server has no collection for {', '.join(missing)}")
-        return [led[name] for name in names]
 
     def _free_name(self, memory: RoutingMemory, asked: str) -> str:
         """The name asked for, or one of time and version."""

@@ -1,17 +1,20 @@
-"""A Qdrant server as a backend: a collection per layer behind an alias, and aliases that change in a swap."""
+"""A Qdrant server as a backend: a collection per layer behind an alias, and aliases that change in a swap.
+
+Open collections ask by a collection's own name, so that an answer is of one memory whatever becomes of aliases. The
+alias is the name by which it is found, and says whether it is still written to.
+"""
 
 from __future__ import annotations
 
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
 
-from router_service.backends.base import Backend, CollectionSpec, Renaming, require_name
+from router_service.backends.base import Backend, CollectionSpec, Pinning, Renaming, require_name
 from router_service.backends.qdrant_server import messages
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import (
@@ -20,7 +23,12 @@ from router_service.backends.qdrant_server.connection import (
     Connection,
 )
 from router_service.backends.qdrant_server.wire import q
-from router_service.errors import CorruptMemory, ForeignCollection, StorageError
+from router_service.errors import (
+    CollectionClosed,
+    CorruptMemory,
+    ForeignCollection,
+    StorageError,
+)
 
 # What a name led to before has this alias beside that of the name, so that it is found after a crash.
 _REPLACED = "~~replaced"
@@ -62,7 +70,7 @@ _HNSW_BUILD_EF = 128
 _GENERATION = "~~"
 
 
-class ServerBackend(Backend, Renaming):
+class ServerBackend(Backend, Renaming, Pinning):
     """Safe to call from several threads; several services may use one server."""
 
     def __init__(self, connection: Connection) -> None:
@@ -84,7 +92,7 @@ class ServerBackend(Backend, Renaming):
         collection = self._create_unnamed(name, spec)
         self.publish({name: collection})
         self.connection.wait_for(alias)
-        return self._opened(name, alias, spec)
+        return self._opened(name, spec, collection)
 
     def _create_unnamed(self, name: str, spec: CollectionSpec) -> str:
         """A new collection that is not yet what `name` leads to; see publish(). Returns its own name."""
@@ -119,8 +127,8 @@ class ServerBackend(Backend, Renaming):
             )
             self._call("points", "CreateFieldIndex", index)
 
+    @override
     def behind(self, names: Iterable[str]) -> dict[str, str]:
-        """What names lead to at the moment; those that lead nowhere are left out."""
         aliases = self._aliases()
         return {name: aliases[alias] for name in names if (alias := self._alias(name)) in aliases}
 
@@ -143,51 +151,22 @@ class ServerBackend(Backend, Renaming):
         self._change_aliases(actions)
         return before
 
-    @contextmanager
-    def held(self, collections: Mapping[str, str]) -> Iterator[None]:
-        """Open collections of these names ask the collections given, whatever their names lead to from now on.
-
-        For good, unless the inside raises: see opened_anew().
-        """
-        with self._lock:
-            held = {name: self._open[name] for name in collections if name in self._open}
-        for name, each in held.items():
-            each.ask(collections[name])
-        try:
-            yield
-        except BaseException:
-            for name, each in held.items():
-                each.ask(self._alias(name))
-            raise
-
-    def opened_anew(self, name: str, spec: CollectionSpec) -> ServerCollection:
-        """What a name leads to now, beside what was opened before and is held."""
-        return self._opened(name, self._alias(name), spec)
-
     @override
-    @contextmanager
-    def swapping(self, names: Mapping[str, str]) -> Iterator[None]:
+    def rename(self, names: Mapping[str, str]) -> None:
         """One call moves every alias."""
         moves = {self._alias(name): self._alias(other) for name, other in names.items()}
-        for name in names:
-            self.drop_replaced(name)
         aliases = self._aliases()
-        both = [*names, *names.values()]
-        with self.held({name: aliases[a] for name in both if (a := self._alias(name)) in aliases}):
-            if actions := moved(moves, aliases):
-                self._change_aliases(actions)
-                self.connection.wait_for(actions[-1].create_alias.alias_name)
-            yield
-        self._follow(names)
-
-    def _follow(self, names: Mapping[str, str]) -> None:
-        """Open collections of the other names have the names; what had them stays where it is until it is closed."""
+        if actions := moved(moves, aliases):
+            for name, other in names.items():
+                if self._alias(other) in aliases:
+                    self.drop_replaced(name)  # what a swap before this one left
+            self._change_aliases(actions)
+            self.connection.wait_for(actions[-1].create_alias.alias_name)
         with self._lock:
             for name, other in names.items():
-                if self._open_now(other) is not None:
-                    self._open[name] = self._open.pop(other)
-                if (each := self._open_now(name)) is not None:
-                    each.ask(self._alias(name))
+                if (each := self._open.pop(other, None)) is not None:
+                    each.alias = self._alias(name)
+                    self._open[name] = each
 
     @override
     def drop_replaced(self, name: str) -> None:
@@ -206,15 +185,27 @@ class ServerBackend(Backend, Renaming):
         alias = self._alias(name)
         with self._lock:
             self._require_closed(name, f"collection {name!r} is already open")
-        if alias not in self._aliases():
-            for leftover in self._of_that_name(alias):
-                self.require_spec(leftover, spec)
-            raise CorruptMemory(
-                f"the server at {self._options.url} has no collection {alias!r}; restore the memory from a snapshot, "
-                "or delete it"
-            )
-        self.require_spec(alias, spec)
-        return self._opened(name, alias, spec)
+        if (led := self.behind([name]).get(name)) is None:
+            raise self._missing(name, spec, alias)
+        return self.open_behind(name, spec, led)
+
+    @override
+    def open_behind(self, name: str, spec: CollectionSpec, collection: str) -> ServerCollection:
+        """Raises ForeignCollection on another dimension or distance."""
+        try:
+            self.require_spec(collection, spec)
+        except CollectionClosed:
+            raise self._missing(name, spec, collection) from None
+        return self._opened(name, spec, collection)
+
+    def _missing(self, name: str, spec: CollectionSpec, collection: str) -> CorruptMemory:
+        """Raises ForeignCollection when what is called as the name is may be another program's."""
+        for leftover in self._of_that_name(self._alias(name)):
+            self.require_spec(leftover, spec)
+        return CorruptMemory(
+            f"the server at {self._options.url} has no collection {collection!r}; restore the memory from a snapshot, "
+            "or delete it"
+        )
 
     @override
     def drop(self, name: str) -> None:
@@ -237,15 +228,11 @@ class ServerBackend(Backend, Renaming):
                 collection.close()
         self.connection.close()
 
-    def _opened(self, name: str, alias: str, spec: CollectionSpec) -> ServerCollection:
-        collection = ServerCollection(self.connection, alias, spec)
+    def _opened(self, name: str, spec: CollectionSpec, collection: str) -> ServerCollection:
+        opened = ServerCollection(self.connection, collection, self._alias(name), spec)
         with self._lock:
-            self._open[name] = collection
-        return collection
-
-    def _open_now(self, name: str) -> ServerCollection | None:
-        found = self._open.get(name)
-        return found if found is not None and not found.closed else None
+            self._open[name] = opened
+        return opened
 
     def _require_closed(self, name: str, problem: str) -> None:
         if name in self._open and not self._open[name].closed:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -42,8 +43,6 @@ from router_service.errors import (
     InvalidField,
     StorageError,
 )
-
-T = TypeVar("T")
 
 _TURBO_BITS = {
     Quantization.TURBO4: q.TurboQuantBitSize.Bits4,
@@ -117,10 +116,15 @@ _ORDERINGS = {
 
 
 class ServerCollection(Collection):
-    """Ties in distance come in the server's order. `name` is that of a collection or an alias."""
+    """Ties in distance come in the server's order. A version has what this service had written before it at the least.
 
-    def __init__(self, connection: Connection, name: str, spec: CollectionSpec) -> None:
+    What is under way, and what other services write, may be in it too.
+    """
+
+    def __init__(self, connection: Connection, name: str, alias: str, spec: CollectionSpec) -> None:
+        """`name`: its own, by which it is asked. `alias`: what leads to it while it may be written to."""
         self._connection, self._name, self._spec = connection, name, spec
+        self.alias = alias
         self._options = connection.options
         self._closed = False
         self.versions = Versions()
@@ -131,10 +135,6 @@ class ServerCollection(Collection):
         """Whether close() was called."""
         return self._closed
 
-    def ask(self, name: str) -> None:
-        """From the next call on asks the collection or alias of this name, which holds the same kind of entries."""
-        self._name = name
-
     @override
     def search(
         self, queries: F32, k: int, options: SearchOptions, exclude: Sequence[ExampleRef] = ()
@@ -142,39 +142,17 @@ class ServerCollection(Collection):
         self._require_open()
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
-        if not len(queries):
-            return Neighbours.empty(0, k, self._spec.value_width)
+        version = self.versions.now
+        wanted = messages.queries_of(self._name, stored, k, options, excluded)
+        results = self._query(wanted, options) if wanted else []
+        found = messages.neighbours_from(results, k, self._spec.metric, self._spec.value_width)
+        return replace(found, version=version)
 
-        def ask(name: str) -> list[Any]:
-            wanted = messages.queries_of(name, stored, k, options, excluded)
-            return self._query(name, wanted, options)
-
-        results = self._of_one_collection(ask)
-        return messages.neighbours_from(results, k, self._spec.metric, self._spec.value_width)
-
-    def _of_one_collection(self, ask: Callable[[str], T]) -> T:
-        """What `ask` gets by a name, all of it from the collection that the name led to when it was asked.
-
-        A server looks up an alias when a request arrives: one that was on its way while aliases changed is answered
-        from another memory's entries. Whoever changes aliases calls ask() before, so then the name is another one.
-        """
-        while True:
-            self._require_open()
-            name = self._name
-            try:
-                found = ask(name)
-            except CollectionClosed:
-                if name == self._name:
-                    raise
-            else:
-                if name == self._name:
-                    return found
-
-    def _query(self, name: str, queries: Sequence[Any], options: SearchOptions) -> list[Any]:
+    def _query(self, queries: Sequence[Any], options: SearchOptions) -> list[Any]:
         timeout_s = self._time_left(options)
         parts = [
             q.QueryBatchPoints(
-                collection_name=name, query_points=queries[start : start + _QUERIES_PER_CALL]
+                collection_name=self._name, query_points=queries[start : start + _QUERIES_PER_CALL]
             )
             for start in range(0, len(queries), _QUERIES_PER_CALL)
         ]
@@ -212,14 +190,15 @@ class ServerCollection(Collection):
         kept = np.sort(len(entries) - 1 - last)
         points = messages.points_of(replace(entries, keys=keys).take(kept))
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), _MOST_PER_CALL)
-        for start in range(0, len(points), step):
-            request = q.UpsertPoints(
-                collection_name=self._name,
-                wait=self._options.wait,
-                points=points[start : start + step],
-                ordering=self._ordering,
-            )
-            self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
+        with self._changing():
+            for start in range(0, len(points), step):
+                request = q.UpsertPoints(
+                    collection_name=self._name,
+                    wait=self._options.wait,
+                    points=points[start : start + step],
+                    ordering=self._ordering,
+                )
+                self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
 
     @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:  # the server's matter
@@ -227,18 +206,42 @@ class ServerCollection(Collection):
         self._require_open()
         deleted, wanted = 0, np.unique(ids)
         for start in range(0, len(wanted), _MOST_PER_CALL):
-            found = self._get(self._name, wanted[start : start + _MOST_PER_CALL], payload=False)
-            if found:
-                selector = q.PointsSelector(points=q.PointsIdsList(ids=[each.id for each in found]))
-                request = q.DeletePoints(
-                    collection_name=self._name,
-                    wait=self._options.wait,
-                    points=selector,
-                    ordering=self._ordering,
-                )
-                self._connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
+            if found := self._get(wanted[start : start + _MOST_PER_CALL], payload=False):
+                with self._changing():
+                    self._delete([each.id for each in found])
                 deleted += len(found)
+        if not deleted:
+            self._require_led_to()
         return deleted
+
+    def _delete(self, ids: Sequence[Any]) -> None:
+        request = q.DeletePoints(
+            collection_name=self._name,
+            wait=self._options.wait,
+            points=q.PointsSelector(points=q.PointsIdsList(ids=ids)),
+            ordering=self._ordering,
+        )
+        self._connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change that another service must not have made in vain: it may put another collection in the place.
+
+        Raises CollectionClosed when that has happened before the change was done.
+        """
+        try:
+            yield
+        finally:
+            self.versions.advance()  # what fails may have been done all the same
+        self._require_led_to()
+
+    def _require_led_to(self) -> None:
+        request = q.ListCollectionAliasesRequest(collection_name=self._name)
+        found = self._connection.call(
+            "collections", "ListCollectionAliases", request, WRITE_TIMEOUT_S
+        )
+        if self.alias not in {each.alias_name for each in found.aliases}:
+            raise CollectionClosed(f"collection {self._name!r}, which was {self.alias!r},")
 
     @override
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
@@ -269,20 +272,18 @@ class ServerCollection(Collection):
 
     @override
     def provenance(self, ids: U64) -> dict[int, Provenance]:
-        def ask(name: str) -> dict[int, Provenance]:
-            found: dict[int, Provenance] = {}
-            for start in range(0, len(ids), _MOST_PER_CALL):
-                for point in self._get(name, ids[start : start + _MOST_PER_CALL], payload=True):
-                    found[point.id.num] = provenance_of(messages.payload_from(point))
-            return found
+        self._require_open()
+        found: dict[int, Provenance] = {}
+        for start in range(0, len(ids), _MOST_PER_CALL):
+            for point in self._get(ids[start : start + _MOST_PER_CALL], payload=True):
+                found[point.id.num] = provenance_of(messages.payload_from(point))
+        return found
 
-        return self._of_one_collection(ask)
-
-    def _get(self, name: str, ids: U64, *, payload: bool) -> list[Any]:
+    def _get(self, ids: U64, *, payload: bool) -> list[Any]:
         """Points of these ids without their values."""
         but_values = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
         request = q.GetPoints(
-            collection_name=name,
+            collection_name=self._name,
             ids=messages.point_ids(ids),
             with_payload=but_values if payload else q.WithPayloadSelector(enable=False),
             with_vectors=q.WithVectorsSelector(enable=False),

@@ -50,7 +50,7 @@ def opened(options: ServerOptions) -> Iterator[tuple[MemoryStore, ServerSnapshot
     """The memories and snapshots of a service."""
     connection = Connection(options)
     backend = ServerBackend(connection)
-    store = MemoryStore(backend, None, shared=ServerCatalogue(connection))
+    store = MemoryStore(backend, None, shared=ServerCatalogue(backend))
     store.open_all()
     yield store, ServerSnapshotStore(store, backend)
     store.close()
