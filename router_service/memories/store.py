@@ -168,9 +168,10 @@ class MemoryStore:
             except CollectionClosed:
                 if self._closed:
                     raise
-                with self._lock:  # of many who ask one looks
-                    if self._memories.get(name) is memory:
-                        self.refresh()
+                if self._shared:
+                    with self._lock:  # of many who ask one looks
+                        if self._memories.get(name) is memory:
+                            self.refresh()
                 before, memory = memory, self.get(name)
                 if memory is before:
                     raise

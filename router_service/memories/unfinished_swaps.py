@@ -58,6 +58,10 @@ class NameSwaps:
     def end(self, swap: Swap) -> None:
         """Removes the collections that were replaced, and the other memory's record. Raises StorageError."""
         backend, _ = self._able()
+        for record in self._catalogue.read().records:
+            before = record.created_unix_ms < swap.record.created_unix_ms
+            if record.name == swap.record.name and before:  # by who changed its settings just then
+                self._catalogue.commit(swap.record)
         for name in _names(swap):
             backend.drop_replaced(name)
         self._catalogue.remove(replace(swap.record, name=swap.by))

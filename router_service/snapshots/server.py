@@ -284,6 +284,10 @@ class Restorer:
         if any(restoring.replaced):
             time.sleep(RETIRE_AFTER_S)
         with left_to_the_next_sweep(restoring):
+            if self._catalogue.find(restoring.record.name) is not None:
+                self._write_down(
+                    restoring
+                )  # again, should others have changed its settings just then
             self._drop(restoring.replaced)
             self._book.remove_restore(restoring)
 

@@ -173,6 +173,33 @@ def test_settings_that_the_other_service_changes(store: MemoryStore, other: Memo
     assert counts(other.get("bible")) == counts(store.get("bible")) == [NEW] * 2
 
 
+def test_settings_that_the_other_service_changes_just_then(
+    store: MemoryStore, other: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the old one do not come back with its entries, which go."""
+    new = answers(store.get("rebuilt"))
+
+    def before_end() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(other, "refresh", lambda: None)  # it has looked just before
+            other.change_settings("bible", {"min_lambda": 0.25})
+
+    replaced(store, before_end)
+    for each in (store, other):
+        each.refresh()
+        assert_same_answers(asked(each), new)
+
+
+def test_versions_count_what_a_service_itself_wrote(store: MemoryStore, other: MemoryStore) -> None:
+    """Its own writes raise the number once they are acknowledged; those of others are read all the same."""
+    before = {each.version for each in asked(other)}
+    write(store, OLD, OLD + 5)
+    assert_same_answers(asked(other), asked(store))
+    assert {each.version for each in asked(other)} == before == {other.get("bible").version}
+    other.asked("bible", lambda memory: memory.delete(0, np.arange(3, dtype=np.uint64)))
+    assert {each.version for each in asked(other)} == {version + 1 for version in before}
+
+
 def test_deleted_and_made_again_for_another_model(store: MemoryStore, other: MemoryStore) -> None:
     """Clients of the old one are refused; nothing of theirs is stored."""
     store.delete("bible")
