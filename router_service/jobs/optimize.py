@@ -115,4 +115,4 @@ def quantized(
 
 def _set(store: MemoryStore, memory: RoutingMemory, oversampling: float) -> None:
     if oversampling != memory.record.settings.oversampling:
-        store.change_settings(memory.record.name, {"oversampling": oversampling})
+        store.change_settings(memory.record.name, {"oversampling": oversampling}, memory)

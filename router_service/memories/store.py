@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from router_service import fingerprint as identity
 from router_service.backends.base import Backend, Collection, Pinning, Versions
 from router_service.errors import (
+    Busy,
     CollectionClosed,
     CorruptMemory,
     ForeignCollection,
@@ -203,11 +204,18 @@ class MemoryStore:
             self._discard(memory)
         return entries
 
-    def change_settings(self, name: str, changes: dict[str, Any]) -> RoutingMemory:
-        """Stores changed settings, then reads by them. Raises InvalidField; then nothing changes."""
+    def change_settings(
+        self, name: str, changes: dict[str, Any], measured: RoutingMemory | None = None
+    ) -> RoutingMemory:
+        """Stores changed settings, then reads by them. Raises InvalidField; then nothing changes.
+
+        `measured`: the memory that the changes were measured on; Busy when another one has come into its place.
+        """
         with self._lock:
             self.refresh()  # else the settings of a memory that was replaced would come back
             memory = self.get(name)
+            if measured not in (None, memory):
+                raise Busy(f"memory {name!r} was replaced while it was measured; measure it again")
             settings = memory_settings.changed(memory.record.settings, changes)
             memory_settings.validate(settings, memory.record.fingerprint.num_layers)
             record = replace(memory.record, settings=settings)

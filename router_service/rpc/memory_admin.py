@@ -135,7 +135,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         results = _calibrate(memory, request, check)
         if not request.dry_run:
             gamma = _gamma_with(memory, results)
-            memory = self._store.change_settings(request.memory, {"gamma": gamma})
+            memory = self._store.change_settings(request.memory, {"gamma": gamma}, memory)
         return pb.CalibrateResponse(
             layers=[codec.filled(pb.LayerCalibration, result) for result in results],
             memory=codec.encode_memory(memory),

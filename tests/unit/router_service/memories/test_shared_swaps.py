@@ -19,6 +19,7 @@ import pytest
 from router_service.backends.qdrant_server.records import Records
 from router_service.errors import (
     BackendUnavailable,
+    Busy,
     CollectionClosed,
     MemoryNotFound,
     ModelMismatch,
@@ -171,6 +172,16 @@ def test_settings_that_the_other_service_changes(store: MemoryStore, other: Memo
     settings = store.get("bible").record.settings
     assert (settings.neighbours, settings.min_lambda) == (3, 0.25)
     assert counts(other.get("bible")) == counts(store.get("bible")) == [NEW] * 2
+
+
+def test_settings_that_were_measured_on_what_was_replaced(
+    store: MemoryStore, other: MemoryStore
+) -> None:
+    measured = other.get("bible")
+    replaced(store)
+    with pytest.raises(Busy, match="'bible' was replaced while it was measured"):
+        other.change_settings("bible", {"gamma": (1.0, 1.0)}, measured)
+    assert other.get("bible").record == store.get("bible").record
 
 
 def test_settings_that_the_other_service_changes_just_then(
