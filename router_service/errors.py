@@ -22,6 +22,7 @@ RoutingServiceError
     ├── DiskFull
     ├── DirectoryInUse
     ├── CollectionClosed      deleted, replaced or shut down while a call was on its way
+    ├── EngineStopped         an engine process that ended, and is started again
     ├── BackendUnavailable    a Qdrant server that is away, or does not answer in time
     ├── BackendMisconfigured  one that cannot be used with these settings
     ├── CorruptMemory
@@ -140,6 +141,10 @@ class CollectionClosed(StorageError):
 
     def __init__(self, collection: object) -> None:
         super().__init__(f"{collection} is closed: deleted, replaced, or the service stops; retry")
+
+
+class EngineStopped(StorageError):
+    """An engine process ended or was ended, and is started again at the next call."""
 
 
 class BackendUnavailable(StorageError):

@@ -157,7 +157,14 @@ class ServiceSettings(BaseSettings):
     max_in_flight: int = Field(
         64,
         ge=1,
-        description="Calls in flight before RESOURCE_EXHAUSTED; an open stream is one, e.g. 16.",
+        description="Calls at work before RESOURCE_EXHAUSTED, on the data plane and on the admin plane each; one "
+        "memory gets three quarters of them. Four times as many calls and streams may wait for their clients, then "
+        "the one that has waited longest is ended, e.g. 16.",
+    )
+    message_timeout_s: float = Field(
+        20.0,
+        gt=0,
+        description="Seconds that the first message of a call may take to arrive before the call is ended, e.g. 60.",
     )
     max_message_bytes: int = Field(
         MAX_MESSAGE_BYTES, ge=1024, description="Largest gRPC message in bytes, e.g. 134217728."

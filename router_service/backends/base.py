@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
-from router_service.errors import DeadlineTooShort, InvalidField
+from router_service.errors import Cancelled, DeadlineTooShort, InvalidField
 
 
 class Metric(StrEnum):
@@ -127,6 +127,15 @@ class CollectionSpec:
     value_width: int
 
 
+# Between two looks at whether who waits for a search is still there.
+_LOOK_S = 0.05
+
+
+def stays() -> bool:
+    """The `left` of callers who wait for their answer whatever happens."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
     """How an indexed collection is searched; an unindexed one is searched exactly."""
@@ -135,11 +144,28 @@ class SearchOptions:
     oversampling: float = 2.0
     exact: bool = False  # look at every entry, index or not
     deadline: float | None = None  # of time.monotonic()
+    left: Callable[[], bool] = stays  # whether nobody waits for the answer any more
 
     def require_time(self) -> None:
-        """Raises DeadlineTooShort when the deadline has passed. Asked before each engine call, not only the first."""
+        """Asked before each engine call, not only the first, and while one is waited for.
+
+        Raises DeadlineTooShort when the deadline has passed, and Cancelled when the caller has left.
+        """
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineTooShort("the deadline passed before the search was done")
+        if self.left():
+            raise Cancelled("the caller left before the search was done")
+
+    def wait_s(self) -> float:
+        """Seconds to wait before this is asked again. Raises what require_time() raises."""
+        self.require_time()
+        if self.deadline is None:
+            return _LOOK_S
+        return min(_LOOK_S, max(0.0, self.deadline - time.monotonic()))
+
+    def for_engine(self) -> SearchOptions:
+        """Without what only this process knows."""
+        return replace(self, left=stays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +216,8 @@ class CollectionReader(Protocol):
 
         Any number of tokens: a backend cuts them where its engine needs it. Entries at the same distance come in any
         order; one whose distance overflows f32 is no neighbour. All are of one version, which comes with them.
-        Raises InvalidField on a zero vector under cosine, DeadlineTooShort when `options.deadline` passes meanwhile.
+        Raises InvalidField on a zero vector under cosine, DeadlineTooShort when `options.deadline` passes meanwhile,
+        Cancelled when the caller leaves.
         """
         ...
 
@@ -371,6 +398,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Closes every collection and gives the storage back. Closing twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class Hurried(Protocol):
+    """A Backend that waits for what may not answer any more."""
+
+    def hurry(self) -> None:
+        """From here on it waits for seconds only: the service stops."""
         ...
 
 

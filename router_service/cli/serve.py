@@ -67,6 +67,9 @@ def serve(
     listen: Annotated[str | None, typer.Option(help=_help("listen"))] = None,
     backend: Annotated[str | None, typer.Option(help=_help("backend"))] = None,
     max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
+    message_timeout_s: Annotated[
+        float | None, typer.Option(help=_help("message_timeout_s"))
+    ] = None,
     max_message_bytes: Annotated[int | None, typer.Option(help=_help("max_message_bytes"))] = None,
     flush_interval_s: Annotated[float | None, typer.Option(help=_help("flush_interval_s"))] = None,
     drain_s: Annotated[float | None, typer.Option(help=_help("drain_s"))] = None,

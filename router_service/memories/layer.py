@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
@@ -29,6 +29,7 @@ from router_service.backends.base import (
     Report,
     Versions,
     say_nothing,
+    stays,
 )
 from router_service.errors import DeadlineTooShort
 from router_service.memories.hit_counts import HitCounter
@@ -54,6 +55,7 @@ class RouteQuery:
     neighbours: int | None = None  # overrides K
     exclude: Sequence[ExampleRef] = ()
     deadline: float | None = None  # of time.monotonic()
+    left: Callable[[], bool] = stays  # see SearchOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ class LayerMemory:
         """All tokens in one call: how many an engine gets at a time is the backend's to say."""
         if query.deadline is not None and time.monotonic() >= query.deadline:
             raise DeadlineTooShort("the deadline passed before the lookup began")
-        options = replace(settings.search(k), deadline=query.deadline)
+        options = replace(settings.search(k), deadline=query.deadline, left=query.left)
         return self.collection.search(query.router_inputs, k, options, query.exclude)
 
     def _blend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 # Numbers in the neighbours' values of one request: T x K x W, 512 MiB in f32.
 MAX_VALUES = 2**27
 _IDS_PER_PAGE = 4096
+_CLOSED_TOGETHER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,12 +302,18 @@ def forget_hits(layers: Sequence[LayerMemory]) -> None:
 
 def close_all(layers: Sequence[LayerMemory]) -> list[StorageError]:
     """Closes every layer's collection; those that fail, and are returned, do not keep the others open."""
-    failures = []
-    for layer in layers:
+
+    def close(layer: LayerMemory) -> StorageError | None:
         try:
             layer.hits.save()
             layer.collection.close()
         except StorageError as error:
             log.exception("closing layer %d failed", layer.layer)
-            failures.append(error)
-    return failures
+            return error
+        return None
+
+    if not layers:
+        return []
+    # Side by side: they wait for the disk, and some perhaps for an engine that does not answer.
+    with ThreadPoolExecutor(min(len(layers), _CLOSED_TOGETHER), thread_name_prefix="close") as pool:
+        return [error for error in pool.map(close, layers) if error is not None]

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -264,9 +264,10 @@ class MemoryStore:
         """Makes every acknowledged write survive loss of power. Raises StorageError."""
         for memory in self.memories():
             for layer in memory.layers:
+                with suppress(CollectionClosed):  # deleted meanwhile
+                    layer.collection.flush()
                 with self._lock:  # not while it is being deleted
                     if self._memories.get(memory.record.name) is memory:
-                        layer.collection.flush()
                         layer.hits.save()
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
-"""What stands before every handler: a permit, requests that can be read, and the one table from errors to statuses."""
+"""What stands before every handler: threads and permits of its plane, requests that can be read, errors to statuses."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -16,13 +15,15 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from knnmoe.channels import ERROR_DOMAIN
 from knnmoe.v1 import errors_pb2 as reasons
+from typing_extensions import override
 
 from router_service import errors
-from router_service.errors import InvalidField, Overloaded, RoutingServiceError, ShuttingDown
+from router_service.errors import InvalidField, RoutingServiceError
+from router_service.rpc.planes import Plane, Turns
 
 log = logging.getLogger(__name__)
 
-_UNGUARDED = "/grpc.health.v1.Health/"
+T = TypeVar("T")
 
 _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.InvalidField: (code_pb2.INVALID_ARGUMENT, reasons.ERROR_REASON_INVALID_FIELD),
@@ -43,6 +44,7 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.SnapshotNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
     errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
+    errors.EngineStopped: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BACKEND_UNAVAILABLE),
     errors.BackendUnavailable: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BACKEND_UNAVAILABLE),
     errors.BackendMisconfigured: (
         code_pb2.FAILED_PRECONDITION,
@@ -56,39 +58,6 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
 }
 
 
-class Permits:
-    """Counts the calls in flight; refuses rather than queues."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._in_flight = most, 0
-        self._closed = False
-        self._lock = threading.Lock()
-
-    @property
-    def in_flight(self) -> int:
-        """Calls that run now."""
-        return self._in_flight
-
-    def close(self) -> None:
-        """Refuses new calls; those in flight go on."""
-        self._closed = True
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises Overloaded when all are taken and ShuttingDown after close()."""
-        with self._lock:
-            if self._closed:
-                raise ShuttingDown("the service is shutting down; retry on another or later")
-            if self._in_flight >= self._most:
-                raise Overloaded(f"{self._most} calls in flight (--max-in-flight); retry later")
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._in_flight -= 1
-
-
 @dataclass(frozen=True, slots=True)
 class Malformed:
     """Bytes that could not be decoded, where a request should be."""
@@ -96,47 +65,91 @@ class Malformed:
     size: int
 
 
-class Guard(grpc.ServerInterceptor):
-    """Wraps every handler but the health service's."""
+class _AtOnce(ThreadPoolExecutor):
+    """Runs what it is given in the thread that gives it: gRPC's own, which must not wait."""
 
-    def __init__(self, permits: Permits) -> None:
-        self._permits = permits
+    @override
+    def submit(self, call: Callable[..., T], /, *args: Any, **keywords: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(call(*args, **keywords))
+        return done
+
+
+_AT_ONCE = _AtOnce(1)
+
+
+class Guard(grpc.ServerInterceptor):
+    """Wraps every handler. Asked by gRPC's own thread, before a call gets one of its plane."""
+
+    def __init__(self, plane_of: Callable[[str], Plane]) -> None:
+        """`plane_of` a method, e.g. `/knnmoe.v1.RoutingService/Route`."""
+        self._plane_of = plane_of
+        self._guarded: dict[str, Any] = {}
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Returns the handler with its behaviour guarded."""
-        handler = continuation(handler_call_details)
+        """Returns the handler with its behaviour guarded, or one that refuses the call."""
         method = handler_call_details.method
-        if handler is None or method.startswith(_UNGUARDED):
-            return handler
-        if handler.response_streaming:
-            return self._streaming(handler, method)
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, method),
-            _tolerant(handler.request_deserializer),
-            handler.response_serializer,
-        )
+        guarded = self._guarded.get(method)
+        if guarded is None:
+            handler = continuation(handler_call_details)
+            if handler is None:
+                return handler
+            guarded = self._guarded[method] = _guarded(handler, method, self._plane_of(method))
+        permits = self._plane_of(method).permits
+        if permits.refuses and not guarded.response_streaming:
+            return _refusing(permits.refusal())
+        return guarded
 
-    def _unary(self, behaviour: Any, method: str) -> Any:
-        def call(request: Any, context: grpc.ServicerContext) -> Any:
-            with _errors_to_status(context, method), self._permits.one():
-                return behaviour(_well_formed(request), context)
 
-        return call
+def _guarded(handler: Any, method: str, plane: Plane) -> Any:
+    """The handler of a stream of messages, which a call with one message is on the wire.
 
-    def _streaming(self, handler: Any, method: str) -> Any:
-        behaviour = handler.stream_stream or handler.unary_stream
-        check = partial(map, _well_formed) if handler.request_streaming else _well_formed
+    For that one gRPC would wait before it calls the behaviour: in a thread of the plane, and without end.
+    """
+    if handler.response_streaming:
+        make: Any = grpc.stream_stream_rpc_method_handler
+        call = _streaming(handler, method, plane)
+    else:
+        make, call = grpc.stream_unary_rpc_method_handler, _unary(handler, method, plane)
+    call.experimental_thread_pool = plane.threads
+    return make(call, _tolerant(handler.request_deserializer), handler.response_serializer)
 
-        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            with _errors_to_status(context, method), self._permits.one():
-                yield from behaviour(check(request), context)
 
-        make: Any = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
-        )
-        return make(call, _tolerant(handler.request_deserializer), handler.response_serializer)
+def _refusing(error: RoutingServiceError) -> Any:
+    """The handler that ends a call with one answer before its message is there, and takes no thread to do so."""
+
+    def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        context.abort_with_status(status_of(error))
+
+    call.experimental_thread_pool = _AT_ONCE  # type: ignore[attr-defined]
+    return grpc.stream_unary_rpc_method_handler(call)
+
+
+def _unary(handler: Any, method: str, plane: Plane) -> Any:
+    def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        with _errors_to_status(context, method):
+            request = plane.first(map(_well_formed, requests), context)
+            with plane.working(request, context):
+                return handler.unary_unary(request, context)
+
+    return call
+
+
+def _streaming(handler: Any, method: str, plane: Plane) -> Any:
+    def answers(requests: Iterator[Any], context: grpc.ServicerContext, turns: Turns) -> Any:
+        if handler.request_streaming:
+            return handler.stream_stream(turns.messages(requests), context)
+        return handler.unary_stream(turns.only_message(requests), context)
+
+    def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        with _errors_to_status(context, method), Turns(plane, context) as turns:
+            for answer in answers(map(_well_formed, requests), context, turns):
+                turns.wait(plane.room.sending(context))
+                yield answer
+                if not handler.request_streaming:
+                    turns.go_on()
+
+    return call
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -24,8 +24,8 @@ from router_service.memories.store import MemoryStore
 from router_service.memories.swap import replace_memory
 from router_service.operations import Operations
 from router_service.rpc import codec
-from router_service.rpc.interceptors import Permits
 from router_service.rpc.operations import encoded
+from router_service.rpc.planes import Planes
 from router_service.rpc.quantization import decode_compression, encode_indexed, filled_layers
 
 DEFAULT_EXPORT_BATCH = 512
@@ -43,8 +43,8 @@ _SEVERITIES = {
 class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     """Create, list, describe, delete, replace, fill, count, export, calibrate, optimize."""
 
-    def __init__(self, store: MemoryStore, operations: Operations, permits: Permits) -> None:
-        self._store, self._operations, self._permits = store, operations, permits
+    def __init__(self, store: MemoryStore, operations: Operations, planes: Planes) -> None:
+        self._store, self._operations, self._planes = store, operations, planes
         self._started = time.monotonic()
 
     def CreateMemory(  # noqa: N802
@@ -166,7 +166,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             uptime_s=int(time.monotonic() - self._started),
             resident_bytes=_resident_bytes(),
             service_version=__version__,
-            in_flight=self._permits.in_flight,
+            in_flight=self._planes.in_flight,
         )
 
 

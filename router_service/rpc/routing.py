@@ -60,18 +60,21 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
 
     def Route(self, request: pb.RouteRequest, context: grpc.ServicerContext) -> pb.RouteResponse:  # noqa: N802
         """Blends one layer's tokens."""
-        return self._route(request, _deadline(request, context))
+        return self._route(request, context)
 
     def RouteStream(  # noqa: N802
         self, request_iterator: Iterator[pb.RouteRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.RouteResponse]:
         """Blends one request after the other."""
         for request in request_iterator:
-            yield self._route(request, _deadline(request, context))
+            yield self._route(request, context)
 
-    def _route(self, request: pb.RouteRequest, deadline: float | None) -> pb.RouteResponse:
+    def _route(self, request: pb.RouteRequest, context: grpc.ServicerContext) -> pb.RouteResponse:
+        deadline = _deadline(request, context)
         started = time.perf_counter_ns()
-        query = replace(decode_query(request), deadline=deadline)
+        query = replace(
+            decode_query(request), deadline=deadline, left=lambda: not context.is_active()
+        )
         decoded = time.perf_counter_ns()
 
         def route(memory: RoutingMemory) -> tuple[RouteAnswer, dict[int, Provenance]]:

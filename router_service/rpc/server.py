@@ -22,12 +22,14 @@ from knnmoe.v1.quantization_pb2_grpc import (
 from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server as add_retention
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
-from router_service.errors import BackendUnavailable, InvalidField, StorageError
+from router_service.backends.base import Hurried
+from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
 from router_service.operations import Operations
-from router_service.rpc.interceptors import Guard, Permits
+from router_service.rpc.interceptors import Guard
 from router_service.rpc.memory_admin import DoctorService, MemoryAdminService
 from router_service.rpc.operations import OperationService
+from router_service.rpc.planes import Planes
 from router_service.rpc.quantization import QuantizationService
 from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
@@ -37,15 +39,23 @@ from router_service.storage import make_snapshot_store, make_store
 
 log = logging.getLogger(__name__)
 
-# Threads beside the permitted calls: health checks, and calls that are being refused.
-SPARE_THREADS = 8
+# How often calls are looked at whose message does not come.
+LOOK_AT_WAITING_S = 1.0
 # After drain_s: how often calls are cancelled that are still there.
 CANCEL_AGAIN_S = 1.0
 # How long the stop waits for cancelled operations; they look up a few times a second.
 OPERATIONS_END_S = 30.0
 # What the health service answers for; "" is the whole process.
-_PLANES = ("Routing", "MemoryAdmin", "Operation", "Retention", "Snapshot", "Doctor", "Quantization")
-_SERVICES = ("", *(f"knnmoe.v1.{plane}Service" for plane in _PLANES))
+_SERVICE_NAMES = (
+    "Routing",
+    "MemoryAdmin",
+    "Operation",
+    "Retention",
+    "Snapshot",
+    "Doctor",
+    "Quantization",
+)
+_SERVICES = ("", *(f"knnmoe.v1.{name}Service" for name in _SERVICE_NAMES))
 _ROUTING = _SERVICES[1]
 
 
@@ -55,7 +65,7 @@ class RoutingServer:
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
         _check_address(settings)
-        self._permits = Permits(settings.max_in_flight)
+        self._planes = Planes(settings.max_in_flight, settings.message_timeout_s)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
@@ -64,6 +74,7 @@ class RoutingServer:
         self._stopping = threading.Event()
         self._auto_optimizer = AutoOptimizer(self._store, settings.optimize_above_mib << 20)
         self._flusher = threading.Thread(target=self._flush_often, name="flush", daemon=True)
+        self._waiting = threading.Thread(target=self._look_at_waiting, name="waiting", daemon=True)
         self.address = settings.listen
 
     def start(self) -> None:
@@ -73,6 +84,7 @@ class RoutingServer:
         self.address = self._bind()
         self._grpc.start()
         self._flusher.start()
+        self._waiting.start()
         self._auto_optimizer.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         names = ", ".join(self._store.names()) or "none yet"
@@ -82,9 +94,11 @@ class RoutingServer:
         """Refuses new calls, lets those in flight finish, flushes, closes."""
         self._stopping.set()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._permits.close()
+        self._planes.close()
         self._operations.close()
         self._drain()
+        if isinstance(self._backend, Hurried):
+            self._backend.hurry()
         if not self._operations.join(OPERATIONS_END_S):
             log.warning("an operation does not end; closing the memories under it")
         self._auto_optimizer.stop()
@@ -104,17 +118,16 @@ class RoutingServer:
             patience_s = CANCEL_AGAIN_S
 
     def _make_server(self) -> grpc.Server:
-        threads = self.settings.max_in_flight + SPARE_THREADS
         server = grpc.server(
-            futures.ThreadPoolExecutor(threads, thread_name_prefix="rpc"),
-            interceptors=[Guard(self._permits)],
+            futures.ThreadPoolExecutor(1),  # of no use: every call has a thread of its plane
+            interceptors=[Guard(self._planes.of)],
             options=[
                 *message_size_options(self.settings.max_message_bytes),
                 ("grpc.so_reuseport", 0),
             ],
         )
         routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingService(self._store), server)
-        admin = MemoryAdminService(self._store, self._operations, self._permits)
+        admin = MemoryAdminService(self._store, self._operations, self._planes)
         memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
         doctor = DoctorService(self._store, self.settings.min_free_bytes)
         doctor_pb2_grpc.add_DoctorServiceServicer_to_server(doctor, server)
@@ -143,6 +156,10 @@ class RoutingServer:
         for service in _SERVICES:
             self._health.set(service, status)
 
+    def _look_at_waiting(self) -> None:
+        while not self._stopping.wait(LOOK_AT_WAITING_S):
+            self._planes.end_overdue()
+
     def _flush_often(self) -> None:
         while not self._stopping.wait(self.settings.flush_interval_s):
             try:
@@ -152,6 +169,10 @@ class RoutingServer:
                 log.warning("%s", error)
                 self._set_routing_health(health_pb2.HealthCheckResponse.NOT_SERVING)
                 continue
+            except (
+                EngineStopped
+            ) as error:  # its log holds every write, and its next call starts it again
+                log.warning("%s", error)
             except StorageError:
                 log.exception(
                     "background flush failed; the write-ahead log still holds every write"

@@ -28,7 +28,6 @@ from tests.sidecar import (
     Sidecar,
     random_entries,
     random_keys,
-    refusal,
     route_request,
     running_sidecar,
     serve_and_fail,
@@ -185,22 +184,6 @@ def _request(sidecar: Sidecar) -> Any:
     rng = np.random.default_rng(3)
     digest = sidecar.describe("m").model_digest
     return route_request("m", digest, random_keys(rng, 2), random_keys(rng, 2, EXPERTS))
-
-
-def test_overload_is_refused_at_once_and_passes(narrow: Sidecar) -> None:
-    request = _request(narrow)
-    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stream = narrow.routing.RouteStream(iter(asked.get, None), timeout=CALL_TIMEOUT_S)
-    asked.put(request)
-    assert next(stream).HasField("lambdas")
-    error = refusal(narrow.routing.Route, request)
-    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.reason == "ERROR_REASON_OVERLOADED"
-    assert "--max-in-flight" in error.message
-    assert _health(narrow, "knnmoe.v1.RoutingService") == SERVING
-    asked.put(None)
-    assert list(stream) == []
-    assert narrow.route(request).HasField("lambdas")
 
 
 def test_a_client_that_leaves_gives_its_place_back(narrow: Sidecar) -> None:

@@ -24,6 +24,7 @@ from router_service.backends.base import (
     Compression,
     FileCollection,
     FrozenFiles,
+    Hurried,
     Maintained,
     Metric,
     Pacing,
@@ -36,7 +37,7 @@ from router_service.backends.base import (
     say_nothing,
 )
 from router_service.backends.disk import DirectoryLock, FreeSpace, disk_bytes, storage_call
-from router_service.backends.edge.engine import EngineShard
+from router_service.backends.edge.engine import EngineShard, ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.generation import (
     FifoLock,
@@ -46,7 +47,7 @@ from router_service.backends.edge.generation import (
 )
 from router_service.backends.edge.optimizer import MOST_OUTDATED, Optimizer
 from router_service.backends.edge.processes import ShardOpener
-from router_service.errors import CorruptMemory, StorageError
+from router_service.errors import CorruptMemory, DeadlineTooShort, EngineStopped, StorageError
 
 # Where a search is cut, the only place on this side of the wire: an engine call holds the engine (and in this process
 # the GIL), so other lookups get in between, and what has expired is dropped there. With 128, one token waits 40 ms
@@ -64,6 +65,10 @@ _FLOATS_PER_PAGE = 1 << 19
 ISOLATE_ABOVE_BYTES = 8 << 20
 
 
+# Longest wait of those who only want to know how many entries there are.
+_INFO_S = 1.0
+
+
 class EdgeCollection(Collection, FileCollection, Maintained):
     """Open from the start until close(). Ties in distance come in the engine's order."""
 
@@ -77,6 +82,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         self._worked_s = 0.0  # by the last write
         # Around each engine call that writes, and around a whole lookup that writes came between: before the engine's.
         self._steps = FifoLock()
+        self._counts = ShardCounts(0, 0, 0)  # when the engine was last asked
 
     @property
     def closed(self) -> bool:
@@ -118,7 +124,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         step = self._queries_per_call(looks_at_all=options.exact or bool(exclude))
         found = self._search_parts(stored, k, options, excluded, step)
         while found is None:
-            with self._steps:
+            with self._steps.held(options.wait_s):
                 found = self._search_parts(stored, k, options, excluded, step)
         return found
 
@@ -160,7 +166,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         What writes changes both within an engine call of its own: here they are those of the entries.
         """
         self.pacing.searched()
-        with self._served.engine_call() as generation:
+        with self._served.engine_call(options.wait_s) as generation:
             options.require_time()  # here, for waiting for one's turn takes time too
             table = generation.table
             version, changes = self.versions.now, self._served.changes
@@ -168,7 +174,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
             if not limit:
                 nothing = Neighbours.empty(len(stored), 0, self._spec.value_width)
                 return replace(nothing, version=version), changes
-            ids, scores = generation.shard.search(stored, limit, options, excluded)
+            ids, scores = generation.shard.search(stored, limit, options.for_engine(), excluded)
         return Neighbours(ids, self._distances(scores), table.gather(ids), version), changes
 
     def _distances(self, scores: F32) -> F32:
@@ -261,9 +267,16 @@ class EdgeCollection(Collection, FileCollection, Maintained):
 
     @override
     def info(self) -> CollectionInfo:
-        with self._served.engine_call() as generation:
-            pointer = generation.pointer
-            counts = generation.shard.counts(pointer.generation)
+        """Of an engine that does not answer soon: what it last said, and the entries there are."""
+        options = SearchOptions(deadline=time.monotonic() + _INFO_S)
+        try:
+            with self._served.engine_call(options.wait_s) as generation:
+                pointer = generation.pointer
+                self._counts = generation.shard.counts(pointer.generation)
+            counts = self._counts
+        except (DeadlineTooShort, EngineStopped):
+            pointer, entries = self._served.now.pointer, len(self._served.now.table)
+            counts = replace(self._counts, entries=entries)
         indexed = min(counts.graph_vectors, counts.entries - counts.tail)
         size = disk_bytes(self._served.files.generation(pointer.generation))
         return CollectionInfo(counts.entries, indexed, pointer.compression, size)
@@ -305,7 +318,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         self._served.close()
 
 
-class EdgeBackend(Backend):
+class EdgeBackend(Backend, Hurried):
     """Safe to call from several threads."""
 
     def __init__(
@@ -384,9 +397,14 @@ class EdgeBackend(Backend):
             files.remove()
 
     @override
+    def hurry(self) -> None:
+        self._resources.shards.hurry()
+
+    @override
     def close(self) -> None:
         with self._lock, ExitStack() as every_one:  # even when one fails
             every_one.callback(self._directory_lock.release)
+            every_one.callback(self._resources.shards.close)
             for collection in self._open.values():
                 every_one.callback(collection.close)
 

@@ -19,23 +19,28 @@ from router_service.errors import StorageError
 def main(descriptor: str, directory: str) -> None:
     """Opens the shard, says so, and answers until the service closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(int(descriptor))
-    spec, compression = connection.recv()
+    with suppress(
+        EOFError, ConnectionError
+    ):  # the service has ended, perhaps in the middle of a call
+        _serve(Connection(int(descriptor)), Path(directory))
+
+
+def _serve(connection: Connection, directory: Path) -> None:
+    _, spec, compression = connection.recv()
     try:
-        shard = EngineShard.load(Path(directory), spec, compression)
+        shard = EngineShard.load(directory, spec, compression)
     except StorageError as error:
         connection.send((None, error))
         return
-    connection.send((None, None))
     try:
-        with suppress(EOFError):
-            while True:
-                call, arguments, keywords = connection.recv()
-                try:
-                    answer, failure = getattr(shard, call)(*arguments, **keywords), None
-                except StorageError as error:
-                    answer, failure = None, error
-                connection.send((answer, failure))
+        connection.send((None, None))
+        while True:
+            call, arguments, keywords = connection.recv()
+            try:
+                answer, failure = getattr(shard, call)(*arguments, **keywords), None
+            except StorageError as error:
+                answer, failure = None, error
+            connection.send((answer, failure))
     finally:
         shard.close()
 

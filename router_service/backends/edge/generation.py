@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from router_service.backends.base import CollectionSpec, Versions
 from router_service.backends.disk import FreeSpace, fsync_tree, remove_durably, write_atomically
 from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.processes import Shard, ShardOpener
-from router_service.errors import CollectionClosed, CorruptMemory, StorageError
+from router_service.backends.edge.processes import HostedShard, Shard, ShardOpener
+from router_service.errors import CollectionClosed, CorruptMemory, EngineStopped, StorageError
+
+log = logging.getLogger(__name__)
 
 _REVIVE_EVERY_S = 1.0
 _ENTRIES_PER_PAGE = 2048
@@ -217,9 +220,9 @@ class Generation:
             self.changed += len(ids)
 
     def revive(self, resources: Resources) -> None:
-        """Opens the shard again whose process died. Raises StorageError when that was tried a moment ago."""
+        """Opens the shard again whose process died. Raises EngineStopped when that was tried a moment ago."""
         if time.monotonic() < self._revived + _REVIVE_EVERY_S:
-            raise StorageError(
+            raise EngineStopped(
                 f"the engine process of {self.files.directory} ended; it is started again soon, retry"
             )
         self._revived = time.monotonic()
@@ -246,6 +249,9 @@ class Generation:
                 self.shard.flush()
                 with suppress(StorageError):  # the next open reads the engine instead
                     self.save_values()
+            self.shard.close()
+        except EngineStopped as error:  # every write is in the log, which the next open replays
+            log.warning("%s", error)
         finally:
             self.shard.close()
 
@@ -273,6 +279,21 @@ class FifoLock:
         self._held = False
 
     def __enter__(self) -> None:
+        self._take(None)
+
+    def __exit__(self, *_: object) -> None:
+        self._give()
+
+    @contextmanager
+    def held(self, wait_s: Callable[[], float] | None) -> Iterator[None]:
+        """Like `with`, with a wait that what `wait_s` raises ends; it is called again after the seconds it returns."""
+        self._take(wait_s)
+        try:
+            yield
+        finally:
+            self._give()
+
+    def _take(self, wait_s: Callable[[], float] | None) -> None:
         with self._mutex:
             if not self._held:
                 self._held = True
@@ -280,9 +301,21 @@ class FifoLock:
             turn = threading.Lock()
             turn.acquire()
             self._waiting.append(turn)
-        turn.acquire()
+        try:
+            while not turn.acquire(timeout=-1 if wait_s is None else wait_s()):
+                pass
+        except BaseException:
+            self._leave(turn)
+            raise
 
-    def __exit__(self, *_: object) -> None:
+    def _leave(self, turn: threading.Lock) -> None:
+        with self._mutex:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                return
+        self._give()  # it was its turn already
+
+    def _give(self) -> None:
         with self._mutex:
             if self._waiting:
                 self._waiting.popleft().release()  # who waited longest holds it now
@@ -311,18 +344,23 @@ class ServedGeneration:
         self.closed = False  # whether close() was called
 
     @contextmanager
-    def engine_call(self) -> Iterator[Generation]:
+    def engine_call(self, wait_s: Callable[[], float] | None = None) -> Iterator[Generation]:
         """The generation, for one call of its shard, which is opened again when its process has died.
 
-        Raises CollectionClosed.
+        `wait_s`: of a caller who may leave, see SearchOptions; only for calls that change nothing.
+        Raises CollectionClosed, and what `wait_s` raises.
         """
-        with self._engine:
+        with self._engine.held(wait_s):
             if self._closing:
                 raise CollectionClosed(self.files.directory)
             if not self.now.shard.alive:
                 self.now.revive(self._resources)
                 self.changed()
-            yield self.now
+            if wait_s is not None and isinstance(shard := self.now.shard, HostedShard):
+                with shard.waiting(wait_s):
+                    yield self.now
+            else:
+                yield self.now
 
     def changed(self) -> None:
         """Inside engine_call(): the entries are, or may be, others than before."""

@@ -6,6 +6,7 @@ An engine call holds the GIL; in a process of its own it is nobody else's.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -22,12 +23,19 @@ from weakref import WeakSet
 from router_service.backends.base import CollectionSpec, Compression
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.errors import DirectoryInUse, StorageError
+from router_service.errors import DirectoryInUse, EngineStopped
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _PARENT = "KNNMOE_PARENT_PROCESS"
 _HOST = "router_service.backends.edge.engine_host"
 _EXIT_S = 10.0
+# An engine process that has not answered for so long, and has not worked meanwhile, is ended: what reads answers within
+# seconds; what writes waits for the disk; when the service stops.
+_READ_S, _WRITE_S, _STOP_S = 10.0, 60.0, 2.0
+_READS = ("search", "scroll", "retrieve", "counts", "close")
+_LOOK_EVERY_S = 0.5
 # How long the engine process of a service that was killed may take to let go of its files.
 _ORPHAN_S = 5.0
 _ORPHAN_POLL_S = 0.05
@@ -98,16 +106,26 @@ class HostedShard:
     flush = _forwarded(EngineShard.flush)
     _close = _forwarded(EngineShard.close)
 
-    def __init__(self, directory: Path, spec: CollectionSpec, wanted: Compression) -> None:
-        """Starts the process, which opens the shard. Raises what EngineShard.load() raises."""
+    def __init__(
+        self,
+        directory: Path,
+        spec: CollectionSpec,
+        wanted: Compression,
+        watch: Callable[[HostedShard], object] = lambda _: None,
+    ) -> None:
+        """Starts the process, lets `watch` know, and opens the shard. Raises what EngineShard.load() raises."""
         self._directory, self._closed = directory, False
+        self._wait_s: Callable[[], float] | None = None
+        self._owed = 0  # answers that nobody waits for any more
+        self._call, self._still_since, self._cpu_s = "", 0.0, 0.0  # of the call under way
         self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
             arguments = [str(descriptor), str(directory)]
             self._process = start_module(_HOST, arguments, stderr=None, pass_fds=[descriptor])
+        watch(self)
         try:
-            self.exchange((spec, wanted))
+            self.exchange(("open", spec, wanted))
         except BaseException:
             self._end()
             raise
@@ -127,21 +145,52 @@ class HostedShard:
         finally:
             self._end()
 
-    def exchange(self, message: object) -> Any:
+    @contextmanager
+    def waiting(self, wait_s: Callable[[], float]) -> Iterator[None]:
+        """Inside, what `wait_s` raises ends the wait for an answer; it is called again after the seconds it returns."""
+        self._wait_s = wait_s
+        try:
+            yield
+        finally:
+            self._wait_s = None
+
+    def exchange(self, message: tuple[Any, ...]) -> Any:
         """One question and its answer, pickled: both ends are the same program and nobody else has the pipe."""
         try:
+            while self._owed:
+                self._receive()
+            self._call, self._still_since = message[0], time.monotonic()
+            self._owed += 1
             self._connection.send(message)
-            found, error = self._connection.recv()
+            found, error = self._receive()
         except (OSError, EOFError) as gone:
             raise self._died() from gone
         if error is not None:
             raise error
         return found
 
-    def _died(self) -> StorageError:
+    def _receive(self) -> Any:
+        while self._wait_s is not None and not self._connection.poll(self._wait_s()):
+            pass
+        answer = self._connection.recv()
+        self._owed -= 1
+        return answer
+
+    def end_if_stuck(self, *, stopping: bool) -> None:
+        """Ends the process when its answer has been due for too long. SIGKILL works on one that was stopped, too."""
+        now, cpu_s = time.monotonic(), _cpu_s(self._process.pid)
+        if not self._owed or cpu_s != self._cpu_s:
+            self._still_since, self._cpu_s = now, cpu_s
+            return
+        within_s = _STOP_S if stopping else _READ_S if self._call in _READS else _WRITE_S
+        if now > self._still_since + within_s:
+            log.error("the engine process of %s does not answer, and is ended", self._directory)
+            self._process.kill()
+
+    def _died(self) -> EngineStopped:
         """What to say of a process that is gone: a full disk kills it with SIGBUS."""
         self._end()
-        return StorageError(
+        return EngineStopped(
             f"the engine process of {self._directory} ended with status {self._process.returncode}; it is started "
             "again at the next call (status -7: the disk was full)"
         )
@@ -156,6 +205,15 @@ class HostedShard:
             self._process.wait()
 
 
+def _cpu_s(process: int) -> float:
+    """Processor time that a process has had; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 Shard = EngineShard | HostedShard
 
 
@@ -168,6 +226,9 @@ class ShardOpener:
         self._running: WeakSet[HostedShard] = WeakSet()
         self._starting = 0
         self._lock = threading.Lock()
+        self._stopping = False
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._end_stuck, name="engines", daemon=True)
 
     def open(
         self,
@@ -209,8 +270,26 @@ class ShardOpener:
             with self._lock:
                 self._starting -= hosted
 
+    def hurry(self) -> None:
+        """From here on engine processes have seconds to answer, whatever they are asked."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """When no shard is open any more."""
+        self._ended.set()
+
     def _hosted(self, directory: Path, spec: CollectionSpec, wanted: Compression) -> HostedShard:
-        host = HostedShard(directory, spec, wanted)
+        return HostedShard(directory, spec, wanted, self._watched)
+
+    def _watched(self, host: HostedShard) -> None:
         with self._lock:
             self._running.add(host)
-        return host
+            if not self._watch.is_alive():
+                self._watch.start()
+
+    def _end_stuck(self) -> None:
+        while not self._ended.wait(_LOOK_EVERY_S):
+            with self._lock:
+                hosts = [host for host in self._running if host.alive]
+            for host in hosts:
+                host.end_if_stuck(stopping=self._stopping)

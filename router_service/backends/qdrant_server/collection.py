@@ -39,7 +39,6 @@ from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
     Busy,
     CollectionClosed,
-    DeadlineTooShort,
     InvalidField,
     StorageError,
 )
@@ -173,13 +172,11 @@ class ServerCollection(Collection):
                 call.cancel()
 
     def _time_left(self, options: SearchOptions) -> float:
-        """Seconds for a lookup. Raises DeadlineTooShort."""
+        """Seconds for a lookup. Raises DeadlineTooShort, and Cancelled when nobody waits for it."""
+        options.require_time()
         if options.deadline is None:
             return self._options.timeout_s
-        left = options.deadline - time.monotonic()
-        if left <= 0:
-            raise DeadlineTooShort("the deadline passed before the search began")
-        return min(left, self._options.timeout_s)
+        return min(max(0.001, options.deadline - time.monotonic()), self._options.timeout_s)
 
     @override
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # the server's matter

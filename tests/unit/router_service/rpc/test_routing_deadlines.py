@@ -29,6 +29,9 @@ class Context:
 
     left_s: float | None = None
 
+    def is_active(self) -> bool:
+        return True
+
     def time_remaining(self) -> float | None:
         return self.left_s
 
