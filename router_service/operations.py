@@ -83,6 +83,14 @@ class Operations:
         """Raises OperationNotFound."""
         return self._find(operation_id).operation
 
+    def are_on(self, memory: str) -> bool:
+        """Whether an operation runs that changes a memory."""
+        with self._lock:
+            jobs = [job for job in self._jobs.values() if job.exclusive]
+        return any(
+            job.operation.memory == memory and job.operation.state is State.RUNNING for job in jobs
+        )
+
     def cancel(self, operation_id: str) -> Operation:
         """Asks an operation to end; it does at its next report. Raises OperationNotFound."""
         job = self._find(operation_id)

@@ -144,8 +144,9 @@ def build(
             gone = forget_other_texts(client, memory, every)
             progress.say(f"{gone} entries of other text of {every[0].ref.source} were deleted")
         if optimize:
-            progress.say("indexing")
-            client.optimize(memory)
+            layers = range(loaded.fingerprint.num_layers)
+            for layer in progress.track(layers, "indexing", unit="layers"):
+                client.optimize(memory, layers=[layer])
         if client.describe(memory).settings.similarity == SIMILARITY_COSINE:
             progress.say("not calibrated: a cosine memory has no bandwidth")
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from router_service.backends.base import Maintained
@@ -39,10 +39,14 @@ def is_due(collection: Maintained, threshold_bytes: int) -> bool:
 
 @dataclass
 class AutoOptimizer:
-    """start() and stop() once each. A layer that cannot be optimized is left alone for a minute, and serves on."""
+    """start() and stop() once each. A layer that cannot be optimized is left alone for a minute, and serves on.
+
+    `held`: whether an operation works on a memory of that name; its layers are left to it.
+    """
 
     store: MemoryStore
     threshold_bytes: int
+    held: Callable[[str], bool] = lambda _: False
     _done: threading.Event = field(default_factory=threading.Event)
     _failed: dict[str, float] = field(default_factory=dict)
 
@@ -62,33 +66,37 @@ class AutoOptimizer:
 
     def _run(self) -> None:
         while not self._done.wait(_LOOK_EVERY_S):
-            for name, collection in self._collections():
+            for memory, layer, collection in self._collections():
+                name = f"{memory}, layer {layer}"
                 if is_due(collection, self.threshold_bytes) and self._may_try(name):
-                    self._optimize(name, collection)
+                    self._optimize(memory, name, collection)
 
-    def _collections(self) -> Iterator[tuple[str, Maintained]]:
+    def _collections(self) -> Iterator[tuple[str, int, Maintained]]:
         for memory in self.store.memories():
             for layer in memory.layers:
-                if isinstance(layer.collection, Maintained):
-                    yield f"{memory.record.name}, layer {layer.layer}", layer.collection
+                name = memory.record.name
+                if isinstance(layer.collection, Maintained) and not self.held(name):
+                    yield name, layer.layer, layer.collection
 
     def _may_try(self, name: str) -> bool:
         failed = self._failed.get(name)
         return failed is None or time.monotonic() > failed + _AFTER_FAILURE_S
 
-    def _optimize(self, name: str, collection: Maintained) -> None:
+    def _optimize(self, memory: str, name: str, collection: Maintained) -> None:
+        def report(stage: str, done: int, total: int) -> None:
+            if self._done.is_set():
+                raise Cancelled("the service stops")
+            if self.held(memory):
+                raise Cancelled(f"an operation works on {memory}")
+
         started, changed = time.monotonic(), collection.changed_entries
         try:
-            if collection.auto_optimize(self._report):
+            if collection.auto_optimize(report):
                 log.info(
                     "indexed %d changes of %s in %.1f s", changed, name, time.monotonic() - started
                 )
-        except (Cancelled, CollectionClosed):
-            log.info("indexing %s was ended", name)
+        except (Cancelled, CollectionClosed) as why:
+            log.info("indexing %s was ended: %s", name, why)
         except StorageError as error:
             self._failed[name] = time.monotonic()
             log.warning("indexing %s failed, next try in %.0f s: %s", name, _AFTER_FAILURE_S, error)
-
-    def _report(self, stage: str, done: int, total: int) -> None:
-        if self._done.is_set():
-            raise Cancelled("the service stops")

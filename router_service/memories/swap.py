@@ -75,8 +75,9 @@ def staging(store: MemoryStore, name: str) -> Iterator[Path]:
 
 
 def require_room(store: MemoryStore, record: MemoryRecord, *, replacing: bool) -> None:
-    """Raises InvalidField, MemoryExists, ModelMismatch or KindMismatch where swap_in() would."""
+    """Raises InvalidField, MemoryExists, Busy, ModelMismatch or KindMismatch where swap_in() would."""
     check_name(record.name)
+    store.require_not_in_the_making(record.name)
     if record.name not in store.names() and record.name not in store.broken:
         return
     if not replacing:

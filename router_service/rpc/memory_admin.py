@@ -55,6 +55,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             request.name,
             codec.decode_fingerprint(request.fingerprint),
             codec.decode_settings(request.settings),
+            lambda: _require_caller(context),
         )
         return pb.CreateMemoryResponse(memory=codec.encode_memory(memory))
 
@@ -127,12 +128,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         checks.require_fraction("lambda0", request.lambda0)
         if request.quantile:
             checks.require_fraction("quantile", request.quantile)
-
-        def check() -> None:
-            if not context.is_active():
-                raise Cancelled("the caller has gone; nothing was stored")
-
-        results = _calibrate(memory, request, check)
+        results = _calibrate(memory, request, lambda: _require_caller(context))
         if not request.dry_run:
             gamma = _gamma_with(memory, results)
             memory = self._store.change_settings(request.memory, {"gamma": gamma}, memory)
@@ -186,6 +182,12 @@ def _counted(request: pb.CountRequest, memory: RoutingMemory) -> list[routing_pb
         for layer in layers:
             layer.entries = memory.layer(layer.layer).count_of(ids)
     return layers
+
+
+def _require_caller(context: grpc.ServicerContext) -> None:
+    """Raises Cancelled."""
+    if not context.is_active():
+        raise Cancelled("the caller has gone; nothing was stored")
 
 
 def _calibrate(

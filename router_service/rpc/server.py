@@ -72,7 +72,9 @@ class RoutingServer:
         self._health = health.HealthServicer()
         self._grpc = self._make_server()
         self._stopping = threading.Event()
-        self._auto_optimizer = AutoOptimizer(self._store, settings.optimize_above_mib << 20)
+        self._auto_optimizer = AutoOptimizer(
+            self._store, settings.optimize_above_mib << 20, self._operations.are_on
+        )
         self._flusher = threading.Thread(target=self._flush_often, name="flush", daemon=True)
         self._waiting = threading.Thread(target=self._look_at_waiting, name="waiting", daemon=True)
         self.address = settings.listen

@@ -171,15 +171,20 @@ class AdminClient:
             response.memory.CopyFrom(one.memory)
         return response
 
-    def optimize(self, name: str, quantization: str = "") -> None:
+    def optimize(
+        self,
+        name: str,
+        quantization: str = "",
+        layers: Iterable[int] | None = None,
+    ) -> None:
         """Builds the index of one layer after the other; returns when all are done.
 
-        `quantization`: e.g. "int8"; empty keeps each layer's own.
+        `quantization`: e.g. "int8"; empty keeps each layer's own. `layers`: their numbers; None: all.
         """
-        for layer in self.describe(name).layers:
-            request = pb.OptimizeRequest(
-                memory=name, layers=[layer.layer], quantization=quantization
-            )
+        for number in (
+            [each.layer for each in self.describe(name).layers] if layers is None else layers
+        ):
+            request = pb.OptimizeRequest(memory=name, layers=[number], quantization=quantization)
             for _ in replies(self.admin.Optimize(request), self._long_timeout_s, self.target):
                 pass
 

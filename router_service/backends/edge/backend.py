@@ -37,7 +37,8 @@ from router_service.backends.base import (
     say_nothing,
 )
 from router_service.backends.disk import DirectoryLock, FreeSpace, disk_bytes, storage_call
-from router_service.backends.edge.engine import EngineShard, ShardCounts
+from router_service.backends.edge import unwritten
+from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.generation import (
     FifoLock,
@@ -205,7 +206,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         before = self._served.now.table
         after = before.with_rows(entries.ids, entries.values)
         with self._changing(entries.ids) as generation:
-            generation.shard.upsert(entries, generation.pointer.generation)
+            self._served.written().upsert(entries, generation.pointer.generation)
             if generation.table is not before:  # the shard's process was started again
                 after = generation.table.with_rows(entries.ids, entries.values)
             generation.table = after
@@ -296,7 +297,10 @@ class EdgeCollection(Collection, FileCollection, Maintained):
     @contextmanager
     def paused_for_copy(self) -> Iterator[FrozenFiles]:
         def complete(copy: Path) -> None:
-            table.save(CollectionFiles(copy.parent, copy.name).values(number))
+            values = CollectionFiles(copy.parent, copy.name).values(number)
+            with storage_call(f"write {values}"):
+                values.parent.mkdir(exist_ok=True)  # of a layer without entries nothing was copied
+            table.save(values)
 
         files = self._served.files
         with self._served.frozen():
@@ -360,9 +364,7 @@ class EdgeBackend(Backend, Hurried):
         """After a crash they are all there, or count as leftovers."""
         self._resources.free_space.require()
         files.remove_leftovers(None)
-        shard = EngineShard.create(files.shard(pointer.generation), pointer.spec)
-        shard.flush()
-        shard.close()
+        unwritten.create(files, pointer)
         files.write(pointer)
 
     @override

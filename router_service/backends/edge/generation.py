@@ -21,6 +21,7 @@ from router_service.backends.disk import FreeSpace, fsync_tree, remove_durably, 
 from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.processes import HostedShard, Shard, ShardOpener
+from router_service.backends.edge.unwritten import UnwrittenShard, is_unwritten
 from router_service.errors import CollectionClosed, CorruptMemory, EngineStopped, StorageError
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class Generation:
         self,
         files: CollectionFiles,
         pointer: Pointer,
-        shard: Shard,
+        shard: Shard | UnwrittenShard,
         table: ValueTable,
         counts: ShardCounts,
     ) -> None:
@@ -167,7 +168,11 @@ class Generation:
     @staticmethod
     def open(files: CollectionFiles, pointer: Pointer, resources: Resources) -> Generation:
         """Raises CorruptMemory when its entries are not those of the last close()."""
-        shard = resources.shards.open(files, pointer)
+        shard: Shard | UnwrittenShard
+        if is_unwritten(files, pointer):
+            shard = UnwrittenShard(files.shard(pointer.generation), pointer.spec)
+        else:
+            shard = resources.shards.open(files, pointer)
         try:
             counts = shard.counts(pointer.generation)
             saved = ValueTable.load(files.values(pointer.generation), pointer.spec.value_width)
@@ -198,6 +203,13 @@ class Generation:
                 f"{self.files.directory} has {counts.entries} entries, {len(self.table)} when it was closed; restore "
                 f"the memory from a snapshot, or remove {values} to go on with what is left"
             )
+
+    def written(self, resources: Resources) -> Shard:
+        """The shard, to be written to. Raises StorageError."""
+        if isinstance(self.shard, UnwrittenShard):
+            self.shard.make()
+            self.shard = resources.shards.open(self.files, self.pointer)
+        return self.shard
 
     def before_writes(self) -> None:
         """The saved value rows go first: from here on they are not those of all entries."""
@@ -256,7 +268,7 @@ class Generation:
             self.shard.close()
 
 
-def _read_table(shard: Shard, spec: CollectionSpec) -> ValueTable:
+def _read_table(shard: Shard | UnwrittenShard, spec: CollectionSpec) -> ValueTable:
     """The value rows as the engine has them; takes 20 us per entry."""
     pages: list[Entries] = []
     after = None
@@ -366,6 +378,10 @@ class ServedGeneration:
         """Inside engine_call(): the entries are, or may be, others than before."""
         self.changes += 1
         self.versions.advance()
+
+    def written(self) -> Shard:
+        """Inside engine_call(): the shard, to be written to. Raises StorageError."""
+        return self.now.written(self._resources)
 
     def flush(self) -> None:
         """Makes every write durable. Returns at once while the files are frozen, for they were flushed before."""

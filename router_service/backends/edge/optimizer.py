@@ -22,6 +22,7 @@ from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, sto
 from router_service.backends.edge.files import Pointer
 from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
 from router_service.backends.edge.processes import Shard, start_module
+from router_service.backends.edge.unwritten import UnwrittenShard
 from router_service.errors import Busy, StorageError
 
 # A graph search steps over replaced and deleted entries, but no longer finds its way when they are many: recall@1 is
@@ -200,6 +201,8 @@ class Optimizer:
     def _build(self, target: Pointer, report: Report, segments: int = 1) -> None:
         """Whatever fails leaves the served generation in force and nothing of the next."""
         served, files = self._served, self._served.files
+        if self._is_done_already(target):
+            return
         self._job = job = OptimizeJob(report)
         try:
             changed = self._copy(target, report)
@@ -217,6 +220,16 @@ class Optimizer:
         with suppress(StorageError):  # the next open removes what is left
             replaced.shard.close()
             remove_tree(files.generation(replaced.pointer.generation))
+
+    def _is_done_already(self, target: Pointer) -> bool:
+        """Whether there is nothing to index; a shard that has never had an entry is made for another compression."""
+        with self._served.engine_call() as now:
+            if not isinstance(now.shard, UnwrittenShard):
+                return False
+            if target.compression == now.pointer.compression:
+                return True
+            self._served.written()
+            return False
 
     def _copy(self, target: Pointer, report: Report) -> int:
         """Copies the files of the engine; returns how many of the entries are not indexed yet. Raises DiskFull."""

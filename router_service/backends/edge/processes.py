@@ -235,7 +235,7 @@ class ShardOpener:
         files: CollectionFiles,
         pointer: Pointer,
         entries: int | None = None,
-        replaced: Shard | None = None,
+        replaced: object = None,
     ) -> Shard:
         """The shard of a generation with `entries` (None: not known yet), which serves instead of `replaced`.
 
@@ -256,7 +256,7 @@ class ShardOpener:
 
     @contextmanager
     def _loader(
-        self, key_bytes: int, replaced: Shard | None
+        self, key_bytes: int, replaced: object
     ) -> Iterator[Callable[[Path, CollectionSpec, Compression], Shard]]:
         """How to open a shard: in a process of its own if it is large and there may be one more."""
         with self._lock:

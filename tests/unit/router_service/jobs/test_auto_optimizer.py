@@ -112,6 +112,23 @@ def test_a_layer_is_tidied_once_per_backlog() -> None:
     thread.stop()
 
 
+def test_a_memory_that_an_operation_works_on_is_left_to_it() -> None:
+    layer, held = Layer(Moments(0, 0), blocks=True), threading.Event()
+    store = Store(layer)
+    thread = AutoOptimizer(store, 8 * MIB, lambda memory: held.is_set() and memory == "m")  # type: ignore[arg-type]
+    thread.start()
+    assert layer.entered.wait(60)
+    held.set()  # what goes on ends, and nothing begins
+    wait_for_looks(store)
+    layer.entered.clear()
+    wait_for_looks(store)
+    assert not layer.entered.is_set()
+    held.clear()
+    assert layer.entered.wait(60)
+    thread.stop()
+    assert layer.optimized == 0
+
+
 def test_a_layer_that_fails_is_left_alone_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     layer = Layer(Moments(0, 0), fails=True)
     store = Store(layer)

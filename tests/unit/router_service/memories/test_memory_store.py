@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries, Provenance
+from router_service.backends.base import CollectionSpec
 from router_service.backends.exact import ExactBackend, ExactCollection
 from router_service.errors import (
+    Busy,
+    Cancelled,
     CorruptMemory,
     DirectoryInUse,
     InvalidField,
@@ -85,6 +90,48 @@ def test_a_failed_creation_leaves_nothing(
     assert backend.names() == []
     assert store.names() == []
     backend.fail_at = {}
+    store.create("m", MODEL, SETTINGS)
+
+
+def test_others_are_served_while_one_is_created(
+    store: MemoryStore, backend: DirectoryBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create("other", MODEL, SETTINGS)
+    begun, may_go_on, create = threading.Event(), threading.Event(), backend.create
+
+    def slow(name: str, spec: CollectionSpec) -> ExactCollection:
+        begun.set()
+        assert may_go_on.wait(60)
+        return create(name, spec)
+
+    monkeypatch.setattr(backend, "create", slow)
+    with ThreadPoolExecutor(1) as pool:
+        creating = pool.submit(store.create, "m", MODEL, SETTINGS)
+        assert begun.wait(60)
+        with store.exclusive():
+            assert store.names() == ["other"]
+        store.flush()
+        with pytest.raises(Busy, match="being created"):
+            store.create("m", MODEL, SETTINGS)
+        store.delete("other")
+        may_go_on.set()
+        assert [layer.layer for layer in creating.result().layers] == [0, 1, 2]
+    assert store.names() == ["m"]
+
+
+def test_a_creation_whose_caller_left_leaves_nothing(
+    store: MemoryStore, backend: DirectoryBackend, tmp_path: Path
+) -> None:
+    calls = itertools.count()
+
+    def check() -> None:
+        if next(calls) == 3:  # every layer is there, the manifest is not
+            raise Cancelled("gone")
+
+    with pytest.raises(Cancelled):
+        store.create("m", MODEL, SETTINGS, check)
+    assert list(tmp_path.iterdir()) == []
+    assert backend.names() == []
     store.create("m", MODEL, SETTINGS)
 
 
