@@ -144,7 +144,7 @@ def _streaming(handler: Any, method: str, plane: Plane) -> Any:
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         with _errors_to_status(context, method), Turns(plane, context) as turns:
             for answer in answers(map(_well_formed, requests), context, turns):
-                turns.wait(plane.room.sending(context))
+                turns.wait(plane.room.going_on(context))
                 yield answer
                 if not handler.request_streaming:
                     turns.go_on()

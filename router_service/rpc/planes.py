@@ -81,7 +81,7 @@ class Permits:
         return self._closed or len(self._line) >= _IN_LINE * self._most
 
     def close(self) -> None:
-        """Refuses new calls; those at work and in line go on."""
+        """Refuses new calls; those that have begun go on."""
         self._closed = True
 
     def refusal(self) -> RoutingServiceError:
@@ -91,10 +91,17 @@ class Permits:
         return Overloaded(f"{self._most} calls in flight (--max-in-flight); retry later")
 
     @contextmanager
-    def one(self, memory: str = "", left_s: float = float("inf")) -> Iterator[None]:
-        """For work on a memory ("": on none) by a call that has `left_s`. Raises Overloaded, ShuttingDown."""
+    def one(
+        self, memory: str = "", left_s: float = float("inf"), *, begun: bool = False
+    ) -> Iterator[None]:
+        """For work on a memory ("": on none) by a call that has `left_s`.
+
+        Raises Overloaded, and ShuttingDown after close() unless the call had `begun` before.
+        """
         with self._lock:
-            place = self._begin(memory, left_s)
+            if self._closed and not begun:
+                raise self.refusal()
+            place = self._begin(memory)
         if place is not None:
             self._wait(place, left_s)
         try:
@@ -112,15 +119,13 @@ class Permits:
         finally:
             self._end(memory)
 
-    def _begin(self, memory: str, left_s: float) -> _Place | None:
+    def _begin(self, memory: str) -> _Place | None:
         """None when the call has its permit, else its place in the line."""
-        if self.refuses:
-            raise self.refusal()
         use = self._of.get(memory) or _Use()
         if not use.in_line and self._is_free(memory):
             self._grant(memory)
             return None
-        if use.in_line >= _SHARE * (_IN_LINE * self._most - len(self._line)):
+        if use.in_line >= _SHARE * (_IN_LINE * self._most - len(self._line)):  # 0 when it is full
             raise self.refusal()
         self._of[memory] = use
         use.in_line += 1
@@ -172,44 +177,46 @@ class WaitingRoom:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._waits: dict[grpc.ServicerContext, _Wait] = {}  # who has waited longest comes first
+        # Until when they may wait, on the monotonic clock; who has waited longest comes first.
+        self._waits: dict[grpc.ServicerContext, float] = {}
         self._closed = False
         self._lock = threading.Lock()
 
     @contextmanager
-    def receiving(
-        self, context: grpc.ServicerContext, within_s: float = float("inf")
-    ) -> Iterator[None]:
-        """Around the wait for a message, in which gRPC raises when the call is ended. Raises ShuttingDown."""
+    def beginning(self, context: grpc.ServicerContext, within_s: float) -> Iterator[None]:
+        """Around the wait for a call's first message, in which gRPC raises when the call is ended.
+
+        Raises ShuttingDown.
+        """
         if self._closed:
             raise ShuttingDown("the service is shutting down; retry on another or later")
-        with self._waiting(context, _Wait(True, time.monotonic() + within_s)):
+        with self._waiting(context, time.monotonic() + within_s):
             yield
 
     @contextmanager
-    def sending(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """Around the wait until an answer is taken."""
-        with self._waiting(context, _Wait(False, float("inf"))):
+    def going_on(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Around the wait for another message, or until an answer is taken; it may take long."""
+        with self._waiting(context, float("inf")):
             yield
 
     def end_overdue(self) -> None:
         """Ends the calls that have waited too long."""
         now = time.monotonic()
-        self._end(lambda wait: wait.until <= now)
+        self._end(lambda until: until <= now)
 
     def close(self) -> None:
-        """Ends the calls that wait for a message, and refuses new ones."""
+        """Ends the calls that wait for their first message, and refuses new ones."""
         self._closed = True
-        self._end(lambda wait: wait.receives)
+        self._end(lambda until: until < float("inf"))
 
     @contextmanager
-    def _waiting(self, context: grpc.ServicerContext, wait: _Wait) -> Iterator[None]:
+    def _waiting(self, context: grpc.ServicerContext, until: float) -> Iterator[None]:
         with self._lock:
             full = len(self._waits) >= self._most
             longest = next(iter(self._waits)) if full else None
             if longest is not None:
                 del self._waits[longest]
-            self._waits[context] = wait
+            self._waits[context] = until
         if longest is not None:
             log.info("%d calls wait for their clients: ended the first", self._most)
             longest.cancel()
@@ -219,18 +226,12 @@ class WaitingRoom:
             with self._lock:
                 self._waits.pop(context, None)
 
-    def _end(self, which: Callable[[_Wait], bool]) -> None:
+    def _end(self, which: Callable[[float], bool]) -> None:
         with self._lock:
-            ended = [context for context, wait in self._waits.items() if which(wait)]
+            ended = [context for context, until in self._waits.items() if which(until)]
         for context in ended:
             log.info("ended a call of %s whose message does not come", context.peer())
             context.cancel()
-
-
-@dataclass(frozen=True, slots=True)
-class _Wait:
-    receives: bool  # a message, or sends one
-    until: float  # on the monotonic clock
 
 
 class Plane:
@@ -249,21 +250,23 @@ class Plane:
 
     def first(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         """The message of a call that has but one. Raises InvalidField."""
-        with self.room.receiving(context, self.message_within_s):
+        with self.room.beginning(context, self.message_within_s):
             request = next(requests, None)
         if request is None:
             raise InvalidField("request", "no message", "a message of the method's type")
         return request
 
     @contextmanager
-    def working(self, request: Any, context: grpc.ServicerContext) -> Iterator[None]:
+    def working(
+        self, request: Any, context: grpc.ServicerContext, *, begun: bool = False
+    ) -> Iterator[None]:
         """Around the work on a message; its `timeout_us` counts from when it came. Raises what Permits.one() raises."""
         came, of_message_us = time.monotonic(), getattr(request, "timeout_us", 0)
         of_call_s = context.time_remaining()
         left_s = [float("inf") if of_call_s is None else of_call_s]
         if of_message_us:
             left_s.append(of_message_us / 1e6)
-        with self.permits.one(memory_of(request), min(left_s)):
+        with self.permits.one(memory_of(request), min(left_s), begun=begun):
             if of_message_us:
                 waited_us = int((time.monotonic() - came) * 1e6)
                 request.timeout_us = max(1, of_message_us - waited_us)
@@ -277,6 +280,7 @@ class Turns(AbstractContextManager["Turns"]):
     plane: Plane
     context: grpc.ServicerContext
     _memory: str = ""
+    _begun: bool = False
     _turn: ExitStack = field(default_factory=ExitStack)
 
     def __exit__(self, *_: object) -> None:
@@ -286,7 +290,8 @@ class Turns(AbstractContextManager["Turns"]):
         """On a message that has arrived. Raises what Permits.one() raises."""
         self._turn.close()
         self._memory = memory_of(request)
-        self._turn.enter_context(self.plane.working(request, self.context))
+        self._turn.enter_context(self.plane.working(request, self.context, begun=self._begun))
+        self._begun = True
 
     def go_on(self) -> None:
         """With the same message, after wait()."""
@@ -306,15 +311,11 @@ class Turns(AbstractContextManager["Turns"]):
 
     def messages(self, requests: Iterator[Any]) -> Iterator[Any]:
         """The client's messages, each with a permit from its arrival until its answer is there."""
-        within_s = self.plane.message_within_s
-        while True:
-            self.wait(self.plane.room.receiving(self.context, within_s))
-            request = next(requests, None)
-            if request is None:
-                return
-            within_s = float("inf")
+        self.wait(self.plane.room.beginning(self.context, self.plane.message_within_s))
+        while (request := next(requests, None)) is not None:
             self.work(request)
             yield request
+            self.wait(self.plane.room.going_on(self.context))
 
 
 def memory_of(request: Any) -> str:
