@@ -93,6 +93,7 @@ def test_build_evaluate_generate(
     first = run(*build_arguments, "--preset", preset, "--calibrate-on", texts / "held-out.jsonl")
     assert first.code == 0
     assert "0 of 24 windows were there already" in first.err
+    assert re.search(r"indexing: \d+ layers in", first.err)
     assert "calibrated, gamma per layer: " in first.err
     again = run(*build_arguments, "--preset", preset)
     assert again.code == 0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,14 @@ from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.processes import HostedShard
-from router_service.errors import CorruptMemory, DirectoryInUse, StorageError
+from router_service.errors import (
+    Cancelled,
+    CorruptMemory,
+    DeadlineTooShort,
+    DirectoryInUse,
+    EngineStopped,
+    StorageError,
+)
 from tests.unit.router_service.backends.numbered_entries import (
     OPTIONS,
     SPEC,
@@ -48,6 +59,12 @@ def is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def stop(process: int) -> None:
+    """SIGSTOP, which works some time after it was sent."""
+    os.kill(process, signal.SIGSTOP)
+    os.waitid(os.P_PID, process, os.WSTOPPED | os.WNOWAIT)
 
 
 def test_every_call_gives_what_the_engine_gives(
@@ -99,6 +116,49 @@ def test_a_call_under_way_says_how_the_process_ended(collection: EdgeCollection)
     os.kill(shard._process.pid, signal.SIGKILL)
     with pytest.raises(StorageError, match=r"ended with status -9.*started again"):
         shard.flush()
+
+
+def test_an_answer_that_nobody_waits_for_is_not_anothers(collection: EdgeCollection) -> None:
+    keys, left = numbered_entries(0, 600).keys, threading.Event()
+    process = host_of(collection)
+    stop(process)
+    with ThreadPoolExecutor(2) as pool:
+        leaving = replace(OPTIONS, left=left.is_set)
+        # One at work, one in line for the engine.
+        calls = [pool.submit(collection.search, keys[:5], 1, leaving) for _ in range(2)]
+        while not collection._served._engine._waiting:
+            time.sleep(0.001)
+        left.set()
+        for call in calls:
+            with pytest.raises(Cancelled):
+                call.result()
+    late = replace(OPTIONS, deadline=time.monotonic() + 0.05)
+    with pytest.raises(DeadlineTooShort):
+        collection.search(keys[5:7], 1, late)
+    os.kill(process, signal.SIGCONT)
+    assert_holds(collection, 600)
+    assert host_of(collection) == process
+
+
+def test_a_process_that_does_not_answer_is_ended(collection: EdgeCollection) -> None:
+    process = host_of(collection)
+    stop(process)
+    collection._served._resources.shards.hurry()
+    with pytest.raises(EngineStopped, match=r"ended with status -9.*started again"):
+        collection.search(numbered_entries(0, 1).keys, 1, OPTIONS)
+    assert not is_running(process)
+    assert_holds(collection, 600)
+    collection.upsert(numbered_entries(600, 610))
+    assert_holds(collection, 610)
+
+
+def test_what_is_known_of_a_layer_that_does_not_answer(collection: EdgeCollection) -> None:
+    known = collection.info()
+    process = host_of(collection)
+    stop(process)
+    found = collection.info()
+    os.kill(process, signal.SIGCONT)
+    assert replace(found, disk_bytes=0) == replace(known, disk_bytes=0)
 
 
 def test_the_process_ends_with_the_service(collection: EdgeCollection) -> None:
