@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 
 from router_service import __version__
-from router_service.backends.disk import FreeSpace, storage_call
+from router_service.backends.disk import FreeSpace, is_open_to_others, storage_call
 from router_service.backends.edge.files import CollectionFiles
 from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
 from router_service.memories import manifest
@@ -41,6 +41,8 @@ SMALL_LAYER = 5_000
 UNINDEXED_SHARE = 0.25
 # Of files without access: one line stays one line.
 _MOST_NAMED = 3
+# Directories of a data directory that are its owner's alone.
+_PRIVATE = ("memories", "snapshots", "packs")
 
 
 class Severity(StrEnum):
@@ -169,7 +171,7 @@ def check_space(directory: Path, min_free_bytes: int | None) -> Finding:
 
 
 def check_access(data: Path) -> Findings:
-    """Whether this user can read every file and write to every directory."""
+    """Whether this user can read every file and write to every directory, and no other user can."""
     remedy = f"chown -R $(id -un) {quote(str(data))}"
     directories, files = [data], list[Path]()
     for parent, below, names in os.walk(data):
@@ -184,6 +186,13 @@ def check_access(data: Path) -> Findings:
         yield error("access", f"cannot be written to: {_named(fixed)}", remedy)
     if not closed and not fixed:
         yield fine("access", f"{len(files)} files can be read and written")
+    shared = [path for name in _PRIVATE if is_open_to_others(path := data / name)]
+    if shared:
+        yield warning(
+            "access",
+            f"other users can enter: {_named(shared)}; the next start of the service ends that",
+            f"chmod go= {' '.join(quote(str(path)) for path in shared)}",
+        )
 
 
 def _denied(path: Path, mode: int) -> bool:

@@ -16,6 +16,7 @@ from router_service.backends.qdrant_server.options import (
     WriteOrdering,
     is_url,
     parse_url,
+    without_key,
 )
 from router_service.errors import InvalidField
 
@@ -29,7 +30,9 @@ def check_backend(place: str) -> str:
     if place in (EDGE, EXACT):
         return place
     if not is_url(place):
-        raise ValueError(f"got {place!r}, expected edge, exact, or the URL of a Qdrant server")
+        raise ValueError(
+            f"got {without_key(place)!r}, expected edge, exact, or the URL of a Qdrant server"
+        )
     try:
         parse_url(place)
     except InvalidField as error:
@@ -153,6 +156,10 @@ class ServiceSettings(BaseSettings):
         EDGE,
         description="Where entries are kept: edge (Qdrant Edge, embedded, in --data), exact (NumPy in RAM, nothing is "
         "kept), or the URL of a Qdrant server or cluster, e.g. http://localhost:6334.",
+    )
+    pack_dir: Path | None = Field(
+        None,
+        description="The one directory that `snapshot pack` writes to, e.g. /backup; DATA/packs when not given.",
     )
     max_in_flight: int = Field(
         64,

@@ -47,7 +47,12 @@ def make_store(
 def make_snapshot_store(settings: ServiceSettings, backend: Backend, store: MemoryStore) -> Swept:
     """Where the snapshots of make_store()'s memories are kept."""
     if not is_url(settings.backend):
-        return LocalSnapshotStore(store, settings.on_disk("snapshots"), settings.min_free_bytes)
+        return LocalSnapshotStore(
+            store,
+            settings.on_disk("snapshots"),
+            settings.min_free_bytes,
+            settings.pack_dir,
+        )
     from router_service.backends.qdrant_server.backend import ServerBackend
     from router_service.snapshots.server import ServerSnapshotStore
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +23,8 @@ from router_service.errors import (
     StorageError,
 )
 
+log = logging.getLogger(__name__)
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # An open that fails on one of these says nothing about the files themselves.
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
@@ -29,6 +33,16 @@ _NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EP
 _BLOCK_BYTES = 1 << 20
 _ZEROS = bytes(_BLOCK_BYTES)
 _GIB = 1 << 30
+# Of a large file, between which work on it can be ended.
+_PART_BYTES = 64 << 20
+_OTHERS = 0o077
+
+# Called between the parts of a large file; what it raises ends the work.
+OnPart = Callable[[], object]
+
+
+def go_on() -> None:
+    """The OnPart of callers who do not watch."""
 
 
 @contextmanager
@@ -64,6 +78,34 @@ def _has_errno(error: BaseException, numbers: tuple[int, ...]) -> bool:
     if isinstance(error, OSError):
         return error.errno in numbers
     return any(f"os error {number})" in str(error) for number in numbers)
+
+
+def private_directory(directory: Path) -> None:
+    """Makes a directory that only its owner can enter, or takes what others may do from one of ours that is there.
+
+    Raises OSError when it cannot be made; one that is somebody else's stays as it is.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_mode & _OTHERS and status.st_uid == os.geteuid():
+        directory.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS)
+        log.info("%s: other users can no longer enter it", directory)
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether other users can read, write or enter; False when it is gone."""
+    with suppress(FileNotFoundError):
+        return bool(path.stat().st_mode & _OTHERS)
+    return False
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, to read; never waits for a FIFO or a device. Raises OSError: ELOOP on a symbolic link."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -132,16 +174,18 @@ def copy_tree(source: Path, target: Path, never_changed: Collection[str] = ()) -
                 copy(Path(parent, name), copied / name)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file to the new file `target`, holes staying holes. Raises OSError."""
-    with source.open("rb") as reader, target.open("xb") as writer:
+def copy_file(source: Path, target: Path, on_part: OnPart = go_on) -> None:
+    """Copies a regular file to the new file `target`, holes staying holes. Raises OSError."""
+    with open_regular(source) as reader, target.open("xb") as writer:
         for start, stop in _data_ranges(reader.fileno()):
-            _copy_range(reader.fileno(), writer.fileno(), start, stop)
+            for part in range(start, stop, _PART_BYTES):
+                _copy_range(reader.fileno(), writer.fileno(), part, min(part + _PART_BYTES, stop))
+                on_part()
         os.ftruncate(writer.fileno(), os.fstat(reader.fileno()).st_size)
 
 
 def _copy_range(reader: int, writer: int, start: int, stop: int) -> None:
-    """One call for all of it, so as not to wait for the GIL in between; where it can, the file system only shares."""
+    """One call for all, so as not to wait for the GIL in between; where it can, the file system only shares."""
     while start < stop:
         copied = _copied_by_kernel(reader, writer, start, stop)
         if not copied:
@@ -186,11 +230,14 @@ class Content:
     sha256: str
 
 
-def read_content(path: Path) -> Content:
-    """Reads a file to its end. Raises OSError."""
-    digest, summed = hashlib.sha256(), 0
-    with path.open("rb") as file:
+def read_content(path: Path, on_part: OnPart = go_on) -> Content:
+    """Reads a regular file to its end. Raises OSError."""
+    digest, summed, told = hashlib.sha256(), 0, _PART_BYTES
+    with open_regular(path) as file:
         for offset, block in _data_blocks(file.fileno()):
+            if offset >= told:
+                on_part()
+                told = offset + _PART_BYTES
             for _ in range((offset - summed) // _BLOCK_BYTES):
                 digest.update(_ZEROS)
             digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])

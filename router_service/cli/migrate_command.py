@@ -16,7 +16,13 @@ from knnmoe.client import AdminClient, ServiceError
 from rich.console import Console
 
 from router_service.backends.exact import ExactBackend
-from router_service.backends.qdrant_server.options import GRPC_PORT, REST_PORT, is_url, parse_url
+from router_service.backends.qdrant_server.options import (
+    GRPC_PORT,
+    REST_PORT,
+    is_url,
+    parse_url,
+    without_key,
+)
 from router_service.cli import options
 from router_service.cli.entry_commands import copy_errors, require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted, admin_error
@@ -242,7 +248,7 @@ def endpoint_name(option: str, text: str) -> EndpointName:
         grpc_port = GRPC_PORT if port in (None, REST_PORT) else port
         return EndpointName(text, ("server", host.lower(), str(grpc_port)))
     if not text or "\0" in text or "://" in text or re.fullmatch(r"[^/]+:\d+", text):
-        raise BadInput(f"{option}: got {shorten(text)}, expected {_EXPECTED}")
+        raise BadInput(f"{option}: got {shorten(without_key(text))}, expected {_EXPECTED}")
     return EndpointName(text, ("directory", str(Path(text).resolve())))
 
 

@@ -28,6 +28,8 @@ app = typer.Typer(
 
 # Python's 5 ms is what a lookup waits for the interpreter beside an upsert; with this, p99 falls from 9.6 to 8.6 ms.
 _SWITCH_INTERVAL_S = 0.0005
+# What the service writes is nobody else's to read.
+_OWNER_ONLY = 0o077
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 _help = partial(options.setting_help, ServiceSettings)
@@ -66,6 +68,9 @@ def serve(
     data: Annotated[Path | None, typer.Option(help=_help("data"), show_default=False)] = None,
     listen: Annotated[str | None, typer.Option(help=_help("listen"))] = None,
     backend: Annotated[str | None, typer.Option(help=_help("backend"))] = None,
+    pack_dir: Annotated[
+        Path | None, typer.Option(help=_help("pack_dir"), show_default=False)
+    ] = None,
     max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
     message_timeout_s: Annotated[
         float | None, typer.Option(help=_help("message_timeout_s"))
@@ -107,6 +112,7 @@ def serve(
     flags = {name: value for name, value in locals().items() if value is not None}
     settings = _settings(flags)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    os.umask(_OWNER_ONLY)  # of engine processes too
     _configure_logging(settings.log_level)
     try:
         server = RoutingServer(settings)

@@ -166,24 +166,25 @@ def pack(
         str,
         typer.Argument(
             metavar="FILE.tar",
-            help="Absolute path, on the service's machine, of a new file, e.g. /backup/monday.tar.",
+            help="Name of a new file in the service's directory of archives (`serve --pack-dir`; DATA/packs when that "
+            "was not given), or its absolute path there, e.g. monday.tar.",
             show_default=False,
         ),
     ],
 ) -> None:
-    """Write a snapshot to one file, to carry it to another machine.
+    """Write a snapshot to one file, to carry it to another machine; prints the file's path on the service's machine.
 
     Not of a memory on a Qdrant server, whose snapshots are the server's: use export, or migrate.
 
     Example:
-      router-admin snapshot pack bible monday /backup/monday.tar
+      router-admin snapshot pack bible monday monday.tar
 
     """
     session = session_of(context)
     request = pb.PackSnapshotRequest(memory=name, name=snapshot, path=file)
-    packed = _result(session, session.client.snapshots.PackSnapshot, request)
-    line = f"packed {packed.memory} {packed.name} into {file}"
-    session.output.line(plain(packed) | {"archive": file}, line)
+    reply = _last(session, session.client.snapshots.PackSnapshot, request, "snapshot")
+    line = f"packed {reply.snapshot.memory} {reply.snapshot.name} into {reply.archive}"
+    session.output.line(plain(reply.snapshot) | {"archive": reply.archive}, line)
 
 
 @app.command("delete", cls=ExampleCommand)
@@ -215,10 +216,15 @@ def _ref(memory: str, snapshot: str) -> pb.SnapshotRef:
 
 def _result(session: Session, method: Any, request: Any, field: str = "snapshot") -> Any:
     """The snapshot, or the memory, that an operation ends with. Raises AdminError."""
+    return getattr(_last(session, method, request, field), field)
+
+
+def _last(session: Session, method: Any, request: Any, field: str) -> Any:
+    """The response with an operation's result. Raises AdminError."""
     replies = list(followed(session, method, request, field))
     if not replies:
         raise AdminError("the service ended the operation without a result; see its log")
-    return getattr(replies[-1], field)
+    return replies[-1]
 
 
 def _emit(session: Session, verb: str, snapshot: pb.SnapshotDescription) -> None:

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Some file systems do not tell capitals from small letters.
+_RESERVED = re.compile(rf"(?i:LOCK|CURRENT|gen-.*|.*{re.escape(DOOMED)})")
 # Between two looks at a shared catalogue for a name that is not known.
 _LOOK_AGAIN_S = 0.2
 # Layers of a new memory: a server, of which each takes 0.2 s, makes as many side by side.
@@ -410,7 +412,10 @@ class MemoryStore:
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidField on a name that no memory can have."""
-    if not _NAME.fullmatch(name) or name.endswith(DOOMED):
-        expected = "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+    """Raises InvalidField on a name that no new memory can have."""
+    if not _NAME.fullmatch(name) or _RESERVED.fullmatch(name):
+        expected = (
+            "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit, and no file of the service's "
+            f"own (LOCK, CURRENT, gen-..., ...{DOOMED}, in capitals or not)"
+        )
         raise InvalidField("name", name, expected)

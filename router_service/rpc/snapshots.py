@@ -86,7 +86,11 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
             lambda report: snapshots.pack(request.memory, request.name, request.path, report),
             exclusive=False,
         )
-        return encoded(steps, pb.PackSnapshotResponse, _snapshot)
+        return encoded(
+            steps,
+            pb.PackSnapshotResponse,
+            lambda made: _snapshot(made.snapshot) | {"archive": str(made.archive)},
+        )
 
     def DeleteSnapshot(  # noqa: N802
         self, request: pb.DeleteSnapshotRequest, context: grpc.ServicerContext

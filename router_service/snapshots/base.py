@@ -40,6 +40,14 @@ class SnapshotInfo:
     remark: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PackedSnapshot:
+    """A snapshot, and the archive that it was written to."""
+
+    snapshot: SnapshotInfo
+    archive: Path
+
+
 class SnapshotStore(Protocol):
     """Makes snapshots of memories and memories of snapshots. Iterators yield one result at their end."""
 
@@ -85,6 +93,9 @@ class Swept(SnapshotStore, Protocol):
 class Packing(Protocol):
     """A SnapshotStore whose snapshots are files that can be carried elsewhere."""
 
-    def pack(self, memory: str, name: str, archive: str, report: Report) -> Iterator[SnapshotInfo]:
-        """Writes one to a new file. Raises SnapshotNotFound, InvalidField or StorageError."""
+    def pack(self, memory: str, name: str, file: str, report: Report) -> Iterator[PackedSnapshot]:
+        """Writes one to the new file of that name in the directory of archives, or of that path directly in it.
+
+        Raises SnapshotNotFound, InvalidField or StorageError.
+        """
         ...

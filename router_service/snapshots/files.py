@@ -10,12 +10,14 @@ The names of MEMORY and NAME begin with a letter or digit: nothing else is ever 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from router_service.backends.disk import (
@@ -34,6 +36,7 @@ from router_service.errors import (
     InvalidField,
     SnapshotInvalid,
     SnapshotNotFound,
+    StorageError,
     shorten,
 )
 from router_service.snapshots.base import SnapshotInfo
@@ -106,20 +109,20 @@ def exclusive(home: Path) -> Iterator[Path]:
 @contextmanager
 def unfinished(home: Path, name: str) -> Iterator[Path]:
     """The directory of a snapshot that is not one yet: gone at the end, unless finish() made it one."""
-    partial = home / f"{_PARTIAL}{name}"
-    with storage_call(f"create {partial}"):
-        partial.mkdir()
+    directory = home / f"{_PARTIAL}{name}"
+    with storage_call(f"create {directory}"):
+        directory.mkdir()
     try:
-        yield partial
+        yield directory
     finally:
-        remove_tree(partial)
+        remove_tree(directory)
 
 
-def finish(partial: Path, target: Path) -> None:
+def finish(made: Path, target: Path) -> None:
     """Makes the snapshot what it will be after loss of power, then gives it its name. Raises StorageError."""
     with storage_call(f"write {target}"):
-        fsync_tree(partial)
-        partial.rename(target)
+        fsync_tree(made)
+        made.rename(target)
         fsync_directory(target.parent)
         fsync_directory(target.parent.parent)
 
@@ -137,6 +140,8 @@ def free_name(home: Path, asked: str | None, version: int) -> str:
     """The name asked for, or one of time and version. Raises InvalidField."""
     if asked is not None:
         require_name("snapshot", asked)
+        if asked.upper() == _LOCK:  # whether the file system tells them apart or not
+            raise InvalidField("snapshot", asked, f"a name other than {_LOCK}, the service's own")
         if (home / asked).exists():
             raise InvalidField("snapshot", asked, "a name that no snapshot of the memory has")
         return asked
@@ -183,10 +188,12 @@ def describe(path: Path) -> SnapshotInfo:
         return SnapshotInfo(path.parent.name, path.name, path, problem=str(error))
 
 
-# Called before each file with its path; what it raises ends the work.
+# Called before each file with its path, and between the parts of a large one; what it raises ends the work.
 OnFile = Callable[[str], None]
 
 _MOST_NAMED = 20
+# What a file of another directory may answer: there is none, or none that is plain, or none for us.
+_NOT_THERE = (errno.ENOENT, errno.EACCES, errno.EINVAL, errno.ELOOP, errno.ENOTDIR)
 
 
 def unwatched(path: str) -> None:
@@ -205,7 +212,12 @@ def files_of(directory: Path) -> Iterator[str]:
 
 def check_listing(directory: Path, manifest: SnapshotManifest) -> None:
     """Raises SnapshotInvalid unless the files are those of the manifest, in name, kind and size."""
-    found = set(files_of(directory)) - {FILE_NAME}
+    try:
+        found = set(files_of(directory)) - {FILE_NAME}
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError):
+            refuse(directory, [f"not all of it can be read ({error.__cause__.strerror})"])
+        raise
     problems = [f"{path} is missing" for path in manifest.files.keys() - found]
     problems += [f"{path} is not in the manifest" for path in found - manifest.files.keys()]
     for path in found & manifest.files.keys():
@@ -221,8 +233,13 @@ def check_contents(
     for path, expected in manifest.files.items():
         on_file(path)
         with storage_call(f"read {directory / path}"):
-            if read_content(directory / path) != expected:
-                problems.append(f"{path} has other content than when the snapshot was made")
+            try:
+                if read_content(directory / path, partial(on_file, path)) != expected:
+                    problems.append(f"{path} has other content than when the snapshot was made")
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+                problems.append(f"{path} cannot be read ({error.strerror})")
     refuse(named or directory, problems)
 
 
@@ -232,7 +249,7 @@ def contents_of(directory: Path, on_file: OnFile) -> dict[str, Content]:
     for path in files_of(directory):
         on_file(path)
         with storage_call(f"read {directory / path}"):
-            contents[path] = read_content(directory / path)
+            contents[path] = read_content(directory / path, partial(on_file, path))
     return contents
 
 
@@ -246,7 +263,7 @@ def copy_files(source: Path, paths: Iterable[str], target: Path, on_file: OnFile
             if copy.parent != made:
                 made = copy.parent
                 made.mkdir(parents=True, exist_ok=True)
-            copy_file(source / path, copy)
+            copy_file(source / path, copy, partial(on_file, path))
 
 
 def refuse(source: Path, problems: list[str]) -> None:

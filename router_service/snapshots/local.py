@@ -5,7 +5,10 @@ The functions work on any store of memories and any directory; LocalSnapshotStor
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +24,7 @@ from router_service.backends.disk import (
     FreeSpace,
     disk_bytes,
     fsync_tree,
+    private_directory,
     remove_tree,
     storage_call,
 )
@@ -34,8 +38,14 @@ from router_service.errors import (
 from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.store import MemoryStore
 from router_service.memories.swap import RETIRE_AFTER_S, require_room, retire, staging, swap_in
-from router_service.snapshots.archive import pack, unpack
-from router_service.snapshots.base import Packing, SnapshotInfo, SnapshotRef, Swept
+from router_service.snapshots.archive import pack, sweep_packed, unpack
+from router_service.snapshots.base import (
+    PackedSnapshot,
+    Packing,
+    SnapshotInfo,
+    SnapshotRef,
+    Swept,
+)
 from router_service.snapshots.files import (
     OnFile,
     check_contents,
@@ -55,6 +65,7 @@ from router_service.snapshots.files import (
     unwatched,
 )
 from router_service.snapshots.manifest import (
+    NAME,
     SnapshotManifest,
     layer_directory,
     read_manifest,
@@ -200,17 +211,31 @@ class LocalSnapshotStore(Swept, Packing):
     """Snapshots in one directory. Without one (memories in RAM) every call raises InvalidField."""
 
     def __init__(
-        self, store: MemoryStore, directory: Path | None, min_free_bytes: int | None = None
+        self,
+        store: MemoryStore,
+        directory: Path | None,
+        min_free_bytes: int | None = None,
+        pack_dir: Path | None = None,
     ) -> None:
-        """`min_free_bytes`: see create."""
+        """`min_free_bytes`: see create.
+
+        `pack_dir`: the only directory that archives are written to; `packs` beside `directory` for None.
+        """
         self._store, self._directory, self._min_free_bytes = store, directory, min_free_bytes
+        if pack_dir is None and directory is not None:
+            pack_dir = directory.with_name("packs")
+        self._pack_dir = None if pack_dir is None else pack_dir.absolute()
 
     @override
     def sweep(self) -> None:
-        """Archives may have been half unpacked."""
+        """Archives may have been half unpacked, or half packed."""
         if self._directory is not None and self._directory.is_dir():
+            with storage_call(f"open {self._directory}"):
+                private_directory(self._directory)
             for leftover in self._directory.glob(f"{_UNPACKING}*"):
                 remove_tree(leftover)
+        if self._pack_dir is not None:
+            sweep_packed(self._pack_dir)
 
     @override
     def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
@@ -248,11 +273,25 @@ class LocalSnapshotStore(Swept, Packing):
             )
 
     @override
-    def pack(self, memory: str, name: str, archive: str, report: Report) -> Iterator[SnapshotInfo]:
-        target = _absolute(archive)
+    def pack(self, memory: str, name: str, file: str, report: Report) -> Iterator[PackedSnapshot]:
         path = find(self._home(), memory, name)
+        target = self._packed(file)
         pack(path, target, on_file=_counting(report))
-        yield describe(path)
+        yield PackedSnapshot(describe(path), target)
+
+    def _packed(self, file: str) -> Path:
+        """The archive that a client names: directly in the directory of archives."""
+        assert self._pack_dir is not None  # noqa: S101  # where there are snapshots, by _home()
+        checks.require_text("path", file)
+        path = self._pack_dir / file
+        if path.parent != self._pack_dir or not NAME.fullmatch(path.name):
+            raise InvalidField(
+                "path",
+                file,
+                f"the name of a file in {self._pack_dir}, e.g. monday.tar: letters, digits, '.', '_' or '-'; to pack "
+                "into another directory start the service with --pack-dir DIR (ROUTER_SERVICE_PACK_DIR)",
+            )
+        return path
 
     @override
     def delete(self, memory: str, name: str) -> SnapshotInfo:
@@ -266,7 +305,7 @@ class LocalSnapshotStore(Swept, Packing):
             )
             raise InvalidField("backend", "exact", expected)
         with storage_call(f"create {self._directory}"):
-            self._directory.mkdir(parents=True, exist_ok=True)
+            private_directory(self._directory)
         return self._directory
 
     @contextmanager
@@ -277,17 +316,15 @@ class LocalSnapshotStore(Swept, Packing):
             yield find(home, ref.memory, ref.name)
             return
         path = _absolute(ref.path)
-        if not path.exists():
-            raise SnapshotNotFound(f"{shorten(ref.path)}: nothing there, on the service's machine")
-        if path.is_dir():
+        if stat.S_ISDIR(_mode(path)):
             yield path
             return
         with tempfile.TemporaryDirectory(prefix=_UNPACKING, dir=home) as unpacked:
             yield self._unpack(path, Path(unpacked), report)
 
-    def _unpack(self, archive: Path, target: Path, report: Report) -> Path:
+    def _unpack(self, packed: Path, target: Path, report: Report) -> Path:
         on_file = _counting(report, "unpack ")
-        info = unpack(archive, target, min_free_bytes=self._min_free_bytes, on_file=on_file)
+        info = unpack(packed, target, min_free_bytes=self._min_free_bytes, on_file=on_file)
         return Path(info.path)
 
 
@@ -299,13 +336,36 @@ def _absolute(text: str) -> Path:
     return path
 
 
+def _mode(path: Path) -> int:
+    """Kind of the file or directory that a client names. Raises InvalidField on any other, SnapshotNotFound."""
+    expected = "a snapshot's directory, or an archive that is a regular file"
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise InvalidField("path", str(path), f"{expected}, not a symbolic link")
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise InvalidField("path", str(path), f"{expected}, not a FIFO, a device or a socket")
+        if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except (FileNotFoundError, NotADirectoryError):
+        raise SnapshotNotFound(
+            f"{shorten(str(path))}: nothing there, on the service's machine"
+        ) from None
+    except OSError as error:  # too long a name, a directory that is closed to us
+        raise InvalidField(
+            "path", str(path), f"{expected} and can be read ({error.strerror})"
+        ) from error
+    return mode
+
+
 def _counting(report: Report, verb: str = "") -> OnFile:
     """Reports each file, and how many came before it."""
-    done = 0
+    before, done = "", -1
 
     def on_file(path: str) -> None:
-        nonlocal done
+        nonlocal before, done
+        done += path != before  # else it is a large one, in the middle
+        before = path
         report(f"{verb}{path}", done, 0)
-        done += 1
 
     return on_file

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from router_service import fingerprint
-from router_service.backends.disk import Content, write_atomically
+from router_service.backends.disk import Content, open_regular, write_atomically
 from router_service.errors import InvalidField, SnapshotInvalid
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings
@@ -67,7 +67,7 @@ def read_manifest(directory: Path) -> SnapshotManifest:
     """Raises SnapshotInvalid when the file is missing, damaged, or of a newer version of the service."""
     path = directory / FILE_NAME
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise SnapshotInvalid(

@@ -65,7 +65,7 @@ USES: dict[str, Use] = {
     "snapshot list": Use("snapshot list {name}"),
     "snapshot verify": Use("snapshot verify {name} monday", needs=True),
     "snapshot restore": Use("snapshot restore {name} monday --as new", needs=True, grows=True),
-    "snapshot pack": Use("snapshot pack {name} monday {out}", needs=True),
+    "snapshot pack": Use("snapshot pack {name} monday {name}.tar", needs=True),
     "snapshot delete": Use("snapshot delete {name} monday --yes", needs=True),
     "operations list": Use("operations list"),
     "operations show": Use("operations show {name}", needs=True),

@@ -49,15 +49,18 @@ def _count(admin: Admin, name: str) -> int:
     return int(_document(admin("--json", "count", name))["total"])
 
 
-def test_snapshots(admin: Admin, memory: str, tmp_path: Path) -> None:
+def test_snapshots(admin: Admin, memory: str, edge_sidecar: Sidecar, tmp_path: Path) -> None:
     made = _document(admin("--json", "snapshot", "create", memory, "--as", "monday"))
     assert (made["memory"], made["name"], made["entries"]) == (memory, "monday", 60)
     assert "monday" in admin("snapshot", "list", memory).stdout
     assert "whole:" in admin("snapshot", "verify", memory, "monday").stdout
-    archive = tmp_path / "monday.tar"
-    packed = _document(admin("--json", "snapshot", "pack", memory, "monday", str(archive)))
+    archive = edge_sidecar.data / "packs" / f"{memory}.tar"
+    packed = _document(admin("--json", "snapshot", "pack", memory, "monday", archive.name))
     assert packed["archive"] == str(archive)
     assert "new file" in admin("snapshot", "pack", memory, "monday", str(archive), code=1).stderr
+    outside = admin("snapshot", "pack", memory, "monday", str(tmp_path / "x.tar"), code=1)
+    assert "--pack-dir" in outside.stderr
+    assert str(archive.parent) in outside.stderr
     verified = _document(admin("--json", "snapshot", "verify", memory, str(archive)))
     assert verified["path"] == str(archive)
 
@@ -89,9 +92,11 @@ def test_snapshots_that_are_refused(
     path = Path(_document(admin("--json", "snapshot", "create", memory, "--as", "ok"))["path"])
     before = edge_sidecar.describe(memory)
     restore = ("snapshot", "restore", memory)
+    packed = _document(admin("--json", "snapshot", "pack", memory, "ok", f"{memory}.tar"))[
+        "archive"
+    ]
     archive = tmp_path / "ok.tar"
-    admin("snapshot", "pack", memory, "ok", str(archive))
-    archive.write_bytes(archive.read_bytes()[:-200_000])
+    archive.write_bytes(Path(packed).read_bytes()[:-200_000])
     damaged = tmp_path / "damaged"
     shutil.copytree(path, damaged)
     victim = next(damaged.glob("layer-000/*/shard/**/*.json"))

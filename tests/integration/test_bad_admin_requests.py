@@ -28,6 +28,8 @@ from tests.sidecar import (
 )
 
 NAMES = ["", "a/b", "..", ".hidden", "a\0b", "x" * 300, "ümlaut", "a b", "x.deleted", "-a", "a\n"]
+# Files and directories of the service's own.
+NAMES += ["LOCK", "Lock", "CURRENT", "current", "gen-000001", "GEN-x", "x.Deleted"]
 
 
 @pytest.mark.parametrize("bad", NAMES)

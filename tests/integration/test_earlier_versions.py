@@ -92,11 +92,14 @@ def new_name() -> str:
 
 
 @pytest.mark.parametrize("directory", ["data", "killed"])
-def test_the_doctor_finds_nothing(frozen: Frozen, directory: str, fast_dir: Path) -> None:
+def test_the_doctor_finds_only_that_others_can_enter(
+    frozen: Frozen, directory: str, fast_dir: Path
+) -> None:
     with frozen.copy(directory, fast_dir) as data:
         found = admin_of("nowhere:1")("doctor", "--deep", "--data", data)
-    of_files = [finding for finding in found["findings"] if finding["check"] != "disk"]
-    assert {finding["severity"] for finding in of_files} == {"ok"}, of_files
+    worse = [found for found in found["findings"] if found["severity"] != "ok"]
+    of_files = [finding for finding in worse if finding["check"] != "disk"]
+    assert [finding["check"] for finding in of_files] in ([], ["access"]), of_files  # by umask
 
 
 def test_memories_settings_and_hits(frozen: Frozen, served: Served) -> None:

@@ -113,12 +113,14 @@ class PackSnapshotRequest(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., name: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
 
 class PackSnapshotResponse(_message.Message):
-    __slots__ = ("operation", "snapshot")
+    __slots__ = ("operation", "snapshot", "archive")
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    ARCHIVE_FIELD_NUMBER: _ClassVar[int]
     operation: _operations_pb2.Operation
     snapshot: SnapshotDescription
-    def __init__(self, operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotDescription, _Mapping]] = ...) -> None: ...
+    archive: str
+    def __init__(self, operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotDescription, _Mapping]] = ..., archive: _Optional[str] = ...) -> None: ...
 
 class DeleteSnapshotRequest(_message.Message):
     __slots__ = ("memory", "name")

@@ -100,7 +100,7 @@ class SnapshotServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PackSnapshot(self, request, context):
-        """Writes a snapshot to one file, on the service's machine.
+        """Writes a snapshot to one file, in the service's directory of archives (`serve --pack-dir`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

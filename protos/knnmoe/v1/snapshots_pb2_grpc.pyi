@@ -45,7 +45,7 @@ class SnapshotServiceStub:
     RestoreSnapshot: _grpc.UnaryStreamMultiCallable[_snapshots_pb2.RestoreSnapshotRequest, _snapshots_pb2.RestoreSnapshotResponse]
     """Serves a copy of a snapshot as a memory. When it is refused nothing has changed."""
     PackSnapshot: _grpc.UnaryStreamMultiCallable[_snapshots_pb2.PackSnapshotRequest, _snapshots_pb2.PackSnapshotResponse]
-    """Writes a snapshot to one file, on the service's machine."""
+    """Writes a snapshot to one file, in the service's directory of archives (`serve --pack-dir`)."""
     DeleteSnapshot: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.DeleteSnapshotRequest, _snapshots_pb2.DeleteSnapshotResponse]
 
 @_typing.type_check_only
@@ -63,7 +63,7 @@ class SnapshotServiceAsyncStub(SnapshotServiceStub):
     RestoreSnapshot: _aio.UnaryStreamMultiCallable[_snapshots_pb2.RestoreSnapshotRequest, _snapshots_pb2.RestoreSnapshotResponse]  # type: ignore[assignment]
     """Serves a copy of a snapshot as a memory. When it is refused nothing has changed."""
     PackSnapshot: _aio.UnaryStreamMultiCallable[_snapshots_pb2.PackSnapshotRequest, _snapshots_pb2.PackSnapshotResponse]  # type: ignore[assignment]
-    """Writes a snapshot to one file, on the service's machine."""
+    """Writes a snapshot to one file, in the service's directory of archives (`serve --pack-dir`)."""
     DeleteSnapshot: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.DeleteSnapshotRequest, _snapshots_pb2.DeleteSnapshotResponse]  # type: ignore[assignment]
 
 class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -108,7 +108,7 @@ class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _snapshots_pb2.PackSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_snapshots_pb2.PackSnapshotResponse], _abc.AsyncIterator[_snapshots_pb2.PackSnapshotResponse]]:
-        """Writes a snapshot to one file, on the service's machine."""
+        """Writes a snapshot to one file, in the service's directory of archives (`serve --pack-dir`)."""
 
     @_abc_1.abstractmethod
     def DeleteSnapshot(

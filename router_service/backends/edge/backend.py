@@ -36,7 +36,13 @@ from router_service.backends.base import (
     require_name,
     say_nothing,
 )
-from router_service.backends.disk import DirectoryLock, FreeSpace, disk_bytes, storage_call
+from router_service.backends.disk import (
+    DirectoryLock,
+    FreeSpace,
+    disk_bytes,
+    private_directory,
+    storage_call,
+)
 from router_service.backends.edge import unwritten
 from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
@@ -333,7 +339,7 @@ class EdgeBackend(Backend, Hurried):
         isolate_above_bytes: int = ISOLATE_ABOVE_BYTES,
         workers: int = 64,
     ) -> None:
-        """Takes the directory, making it when it is not there. Raises DirectoryInUse.
+        """Takes the directory, making it when it is not there, and from other users. Raises DirectoryInUse.
 
         `min_free_bytes`: below it writes raise DiskFull; default max(1 GiB, 5 % of the file system).
         `isolate_above_bytes`: of keys, above which a collection has an engine process of its own, for at most `workers`
@@ -347,7 +353,7 @@ class EdgeBackend(Backend, Hurried):
         self._opening: set[str] = set()
         self._lock = threading.Lock()
         with storage_call(f"open {data_dir}"):
-            data_dir.mkdir(parents=True, exist_ok=True)
+            private_directory(data_dir)
             self._directory_lock = DirectoryLock(data_dir)
 
     @override

@@ -61,9 +61,26 @@ def is_url(place: str) -> bool:
     return place.startswith(("http://", "https://"))
 
 
+_KEY_ELSEWHERE = (
+    "the server's API key is given in a file (--qdrant-api-key-file, ROUTER_SERVICE_QDRANT_API_KEY_FILE) or in "
+    "ROUTER_SERVICE_QDRANT_API_KEY, never in the URL"
+)
+
+
+def without_key(place: str) -> str:
+    """A place as it may be shown: of a URL, nothing that may be a user, a password or a key."""
+    head, at, tail = place.rpartition("@")
+    scheme = re.match("[A-Za-z]+:/*", head)
+    shown = f"{scheme[0] if scheme else ''}...@{tail}" if at else place
+    address, *rest = re.split("[?#]", shown, maxsplit=1)
+    return f"{address}?..." if any(rest) and "/" in address else shown
+
+
 def parse_url(url: str) -> tuple[str, int | None]:
-    """Host (IPv6 in brackets) and port of http(s)://HOST[:PORT]. Raises InvalidField."""
+    """Host (IPv6 in brackets) and port of http(s)://HOST[:PORT]. Raises InvalidField, that shows no key."""
     expected = "http://HOST[:PORT] or https://HOST[:PORT] of a Qdrant server's gRPC port, e.g. http://localhost:6334"
+    if (shown := without_key(url)) != url:
+        raise InvalidField("--backend", shown, f"{expected}; {_KEY_ELSEWHERE}")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

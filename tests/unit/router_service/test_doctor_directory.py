@@ -34,7 +34,8 @@ SPEC = CollectionSpec(16, Metric.EUCLID, 8)
 def data(tmp_path: Path) -> Path:
     """A data directory with one memory of two layers, as far as files go."""
     memory = tmp_path / "data" / "memories" / "bible"
-    memory.mkdir(parents=True)
+    memory.parent.mkdir(mode=0o700, parents=True)
+    memory.mkdir()
     write_manifest(memory, RECORD)
     for layer in range(2):
         files = CollectionFiles(memory.parent, f"bible/layer-{layer:03d}")
@@ -195,7 +196,15 @@ def test_files_of_somebody_else(data: Path) -> None:
     assert finding.check == "access"
 
 
+def test_directories_that_others_can_enter(data: Path) -> None:
+    (data / "memories").chmod(0o750)
+    [found] = problems(data)
+    assert (found.severity, found.check) == (Severity.WARNING, "access")
+    assert found.remedy == f"chmod go= {data / 'memories'}"
+
+
 def test_snapshots(data: Path) -> None:
+    (data / "snapshots").mkdir(mode=0o700)
     _make(data / "snapshots" / "bible" / "monday")
     _make(data / "snapshots" / "bible" / ".partial-tuesday")
     damaged, unfinished = problems(data)
