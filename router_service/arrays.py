@@ -6,7 +6,7 @@ neighbour contributes: N logit deltas, or k expert ids followed by k weights (id
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -184,3 +184,37 @@ def _gathered(column: NDArray[_Scalar], rows: Rows, known: Bool) -> NDArray[_Sca
     taken = column[rows]
     taken[~known] = 0
     return taken
+
+
+_NUMBERS = np.dtype(
+    [("position", "<i8"), ("token", "<i8"), ("gain", "<f4"), ("created_unix_ms", "<u8")]
+)
+
+
+def entry_bytes(entries: Entries) -> Iterator[bytes]:
+    """The bytes of each entry, little-endian, one after the other.
+
+    id u64; key f32 [d]; value f32 [W]; position i64, token i64, gain f32, created_unix_ms u64; source and example, each
+    as the number of its UTF-8 bytes (u32) and these bytes.
+    """
+    origins = [
+        (origin.position, origin.token, origin.gain, origin.created_unix_ms)
+        for origin in entries.provenance
+    ]
+    columns = (
+        entries.ids.astype("<u8"),
+        entries.keys.astype("<f4", order="C"),
+        entries.values.astype("<f4", order="C"),
+        np.array(origins, _NUMBERS),
+    )
+    count = len(entries)
+    if not count:
+        return
+    numbers = np.hstack([column.view(np.uint8).reshape(count, -1) for column in columns])
+    for row, origin in zip(numbers, entries.provenance, strict=True):
+        yield row.tobytes() + _text(origin.source) + _text(origin.example)
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return len(encoded).to_bytes(4, "little") + encoded

@@ -13,8 +13,10 @@ from pathlib import Path
 from shlex import quote
 
 from router_service import __version__
+from router_service.backends.base import Verifiable
 from router_service.backends.disk import FreeSpace, is_open_to_others, storage_call
 from router_service.backends.edge.files import CollectionFiles
+from router_service.backends.edge.ledger import file_problems
 from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
 from router_service.memories import manifest
 from router_service.memories.catalogue import DOOMED
@@ -95,7 +97,7 @@ def diagnose_directory(data: Path, min_free_bytes: int | None, *, deep: bool) ->
         in_use = holder is not None
         yield check_lock(data, holder)
         yield check_space(data, min_free_bytes)
-        yield from _check_files(data, in_use=in_use)
+        yield from _check_files(data, in_use=in_use, deep=deep)
         yield from check_snapshots(data / "snapshots", deep=deep, in_use=in_use)
     except StorageError as failed:
         yield error("data", str(failed), f"ls -lR {quote(str(data))}")
@@ -104,7 +106,7 @@ def diagnose_directory(data: Path, min_free_bytes: int | None, *, deep: bool) ->
 def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool) -> Findings:
     """What a running service says about itself and its files. Raises StorageError."""
     yield from check_versions()
-    yield from check_entries(store)
+    yield from check_entries(store, deep=deep)
     if store.directory is None:
         yield fine("data", store.location)
         for memory in store.memories():
@@ -117,11 +119,13 @@ def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool
     yield from check_snapshots(data / "snapshots", deep=deep, in_use=True)
 
 
-def _check_files(data: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
+def _check_files(
+    data: Path, *, in_use: bool, deep: bool = False, but: Collection[str] = ()
+) -> Findings:
     with storage_call(f"read {data}"):
         yield from check_access(data)
         if (data / "memories").is_dir():
-            yield from check_memories(data / "memories", in_use=in_use, but=but)
+            yield from check_memories(data / "memories", in_use=in_use, deep=deep, but=but)
 
 
 def check_versions() -> Findings:
@@ -206,7 +210,9 @@ def _named(paths: Iterable[Path]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def check_memories(memories: Path, *, in_use: bool, but: Collection[str] = ()) -> Findings:
+def check_memories(
+    memories: Path, *, in_use: bool, deep: bool = False, but: Collection[str] = ()
+) -> Findings:
     """Every memory `but` those; leftovers are not looked for `in_use`, when they may be work under way."""
     on_their_way = (
         [] if in_use else [move for move in file_swaps(memories) if move.home != move.origin]
@@ -219,18 +225,22 @@ def check_memories(memories: Path, *, in_use: bool, but: Collection[str] = ()) -
             if not in_use:
                 yield _leftover(path.name, path, memories)
         else:
-            yield from _check_memory(path, in_use=in_use)
+            yield from _check_memory(path, in_use=in_use, deep=deep)
     if not paths:
         yield fine("memories", f"{memories} holds no memory yet")
 
 
-def _check_memory(path: Path, *, in_use: bool) -> Findings:
+def _check_memory(path: Path, *, in_use: bool, deep: bool) -> Findings:
     try:
         record = read_manifest(path)
     except CorruptMemory as corrupt:
         yield error(path.name, str(corrupt), _set_aside(path))
         return
-    problems = [finding for n in _layers(record) if (finding := _check_layer(path, record, n))]
+    problems = [
+        finding
+        for n in _layers(record)
+        if (finding := _check_layer(path, record, n, deep=deep and not in_use))
+    ]
     yield from problems
     if not problems:
         yield fine(path.name, f"manifest and {record.fingerprint.num_layers} layers agree")
@@ -240,8 +250,8 @@ def _check_memory(path: Path, *, in_use: bool) -> Findings:
         yield from (_leftover(path.name, left, path.parent) for left in _leftovers(path, record))
 
 
-def _check_layer(path: Path, record: MemoryRecord, layer: int) -> Finding | None:
-    """What is wrong with the files of a layer."""
+def _check_layer(path: Path, record: MemoryRecord, layer: int, *, deep: bool) -> Finding | None:
+    """What is wrong with the files of a layer; `deep`: with what they hold, of a service that was stopped."""
     files = _files(path, record, layer)
     spec = spec_of(record)
     try:
@@ -252,6 +262,10 @@ def _check_layer(path: Path, record: MemoryRecord, layer: int) -> Finding | None
         return error(path.name, f"layer {layer}: {failed}", _restore(path))
     if not shard.is_dir():
         return error(path.name, f"layer {layer}: CURRENT names {shard}, missing", _restore(path))
+    if deep and (problems := file_problems(files)):
+        return error(
+            path.name, f"layer {layer}: {'; '.join(problems[:_MOST_NAMED])}", _restore(path)
+        )
     return None
 
 
@@ -330,8 +344,11 @@ def check_settings(record: MemoryRecord) -> Findings:
         )
 
 
-def check_entries(store: MemoryStore) -> Findings:
-    """Every memory that serves, and the reasons of those that do not."""
+def check_entries(store: MemoryStore, *, deep: bool = False) -> Findings:
+    """Every memory that serves, and the reasons of those that do not. `deep`: every entry is compared first."""
+    if deep:
+        for memory in store.latest():
+            yield from _compare(memory)
     for name, reason in sorted(store.broken.items()):
         yield error(
             name,
@@ -343,11 +360,34 @@ def check_entries(store: MemoryStore) -> Findings:
             yield from _check_served_memory(memory, indexed=store.directory is not None)
 
 
+def _compare(memory: RoutingMemory) -> Findings:
+    """Whether the entries are what was written; a layer that is set apart already is found by its info."""
+    compared = 0
+    for layer in memory.layers:
+        info = layer.info()
+        if isinstance(layer.collection, Verifiable) and not info.damage:
+            try:
+                layer.collection.verify()
+            except CorruptMemory:  # it is set apart now, and says so
+                continue
+            compared += info.entries
+    if compared:
+        yield fine(memory.record.name, f"{compared} entries compared: they are what was written")
+
+
 def _check_served_memory(memory: RoutingMemory, *, indexed: bool) -> Findings:
     """`indexed`: whether the backend builds indexes at all."""
     record = memory.record
     read = [layer for layer in memory.layers if record.settings.speaks_for(layer.layer)]
     infos = {layer.layer: layer.info() for layer in read}
+    for number in [number for number, info in infos.items() if info.damage]:
+        yield error(
+            record.name,
+            f"layer {number}: {infos.pop(number).damage}",
+            f"router-admin snapshot restore {quote(record.name)} SNAPSHOT --replace",
+        )
+    if not infos:
+        return
     empty = [number for number, info in infos.items() if not info.entries]
     slow = [
         number

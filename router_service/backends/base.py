@@ -170,12 +170,16 @@ class SearchOptions:
 
 @dataclass(frozen=True, slots=True)
 class CollectionInfo:
-    """State of a collection: exact number of entries, those an index covers, the search keys' compression."""
+    """State of a collection: exact number of entries, those an index covers, the search keys' compression.
+
+    `damage`: why it is set apart and answers nothing; empty when it serves.
+    """
 
     entries: int
     indexed_entries: int
     compression: Compression
     disk_bytes: int
+    damage: str = ""
 
 
 class Versions:
@@ -378,6 +382,15 @@ class Maintained(Protocol):
 
         Returns False when the collection is being optimized, or an optimize() ended it; nothing has changed then.
         """
+        ...
+
+
+@runtime_checkable
+class Verifiable(Protocol):
+    """A Collection that knows what its entries were when they were written."""
+
+    def verify(self) -> None:
+        """Compares all of them; searches go on. Raises CorruptMemory when one differs: then it is set apart."""
         ...
 
 

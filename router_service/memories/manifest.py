@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,13 @@ def fields_of(record: MemoryRecord) -> dict[str, Any]:
 
 
 def record_to_json(record: MemoryRecord) -> str:
-    """A record as text."""
-    return json.dumps({"format": FORMAT} | fields_of(record), indent=2)
+    """A record as text, with a sum over the rest."""
+    body = {"format": FORMAT} | fields_of(record)
+    return json.dumps(body | {"crc32": _sum(body)}, indent=2)
+
+
+def _sum(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def record_from_json(text: str, name: str, where: str) -> MemoryRecord:
@@ -112,9 +118,12 @@ def read_manifest(directory: Path) -> MemoryRecord:
     raise CorruptMemory(f"{problem}; restore it from a backup or move {directory} away")
 
 
-def _record_of(body: dict[str, object]) -> MemoryRecord:
+def _record_of(body: dict[str, Any]) -> MemoryRecord:
     if body["format"] != FORMAT:
         raise ValueError(f"format {body['format']}, this version reads {FORMAT}")
+    stated = body.pop("crc32", None)  # not in 0.1.0
+    if stated is not None and stated != _sum(body):
+        raise ValueError("its crc32 is not that of its content")
     fingerprint, settings = body["fingerprint"], body["settings"]
     if not isinstance(fingerprint, dict) or not isinstance(settings, dict):
         raise TypeError("fingerprint and settings must be objects")

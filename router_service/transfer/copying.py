@@ -3,9 +3,7 @@
 Nothing is written down about a copy: what is there already is found again, so one that was cut short is finished by the
 next. Nothing is held in RAM but a page of each endpoint, and 8 bytes per entry when what only the sink has counts.
 
-The bytes in which two entries must agree (docs/formats.md), little-endian, one after the other: id u64; key f32 [d];
-value f32 [W]; position i64, token i64, gain f32, created_unix_ms u64; source and example, each as the number of its
-UTF-8 bytes (u32) and these bytes.
+Two entries are equal where their bytes are, see arrays.entry_bytes() and docs/formats.md.
 """
 
 from __future__ import annotations
@@ -19,16 +17,13 @@ from functools import partial
 
 import numpy as np
 
-from router_service.arrays import U64, Bool, Entries, Provenance
+from router_service.arrays import U64, Bool, Entries, Provenance, entry_bytes
 from router_service.errors import StorageError, shorten
 from router_service.transfer.endpoints import Advance, Batch, Progress, Sink, Source
 
 MAX_PASSES = 6
 # Ids that are deleted at a time.
 _DELETED_AT_ONCE = 1 << 16
-_NUMBERS = np.dtype(
-    [("position", "<i8"), ("token", "<i8"), ("gain", "<f4"), ("created_unix_ms", "<u8")]
-)
 _DIGEST_BYTES = 16
 _NO_IDS: U64 = np.empty(0, np.uint64)
 _NOTHING = Entries.concat([])
@@ -40,29 +35,6 @@ class EntrySum:
 
     entries: int
     sha256: str
-
-
-def entry_bytes(entries: Entries) -> Iterator[bytes]:
-    """The bytes of each entry."""
-    origins = [
-        (origin.position, origin.token, origin.gain, origin.created_unix_ms)
-        for origin in entries.provenance
-    ]
-    columns = (
-        entries.ids.astype("<u8"),
-        entries.keys.astype("<f4", order="C"),
-        entries.values.astype("<f4", order="C"),
-        np.array(origins, _NUMBERS),
-    )
-    count = len(entries)
-    numbers = np.hstack([column.view(np.uint8).reshape(count, -1) for column in columns])
-    for row, origin in zip(numbers, entries.provenance, strict=True):
-        yield row.tobytes() + _text(origin.source) + _text(origin.example)
-
-
-def _text(text: str) -> bytes:
-    encoded = text.encode()
-    return len(encoded).to_bytes(4, "little") + encoded
 
 
 def digests(entries: Entries) -> U64:

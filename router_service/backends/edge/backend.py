@@ -30,6 +30,7 @@ from router_service.backends.base import (
     Pacing,
     Report,
     SearchOptions,
+    Verifiable,
     Versions,
     as_stored,
     per_query,
@@ -52,6 +53,7 @@ from router_service.backends.edge.generation import (
     Resources,
     ServedGeneration,
 )
+from router_service.backends.edge.ledger import Damage, digests_of
 from router_service.backends.edge.optimizer import MOST_OUTDATED, Optimizer
 from router_service.backends.edge.processes import ShardOpener
 from router_service.errors import CorruptMemory, DeadlineTooShort, EngineStopped, StorageError
@@ -66,6 +68,8 @@ _NUMBERS_PER_SCAN = 1 << 27
 # lookups than many small ones: at 2,048 floats per key p99 is 7.4 ms rather than 9.5.
 _FLOATS_PER_UPDATE = 131_072
 _IDS_PER_DELETE = 128
+# A look at the keys of so many floats keeps the engine for 16 ms.
+_FLOATS_PER_AUDIT = 1 << 18
 _ENTRIES_PER_PAGE = 2048
 _FLOATS_PER_PAGE = 1 << 19
 # Opening a shard of that size takes 10 ms, of 160 MB 250 ms, and keeps every thread of its process waiting.
@@ -76,7 +80,7 @@ ISOLATE_ABOVE_BYTES = 8 << 20
 _INFO_S = 1.0
 
 
-class EdgeCollection(Collection, FileCollection, Maintained):
+class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
     """Open from the start until close(). Ties in distance come in the engine's order."""
 
     def __init__(self, files: CollectionFiles, pointer: Pointer, resources: Resources) -> None:
@@ -199,34 +203,38 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), 512)
         until = self.pacing.patience()
         self.pacing.wait_while(lambda: self._optimizer.automatic, until)
+        digests = digests_of(stored)
         with self._served.writing:
+            self._served.require_use()
             self._free_space.require()
-            self._served.now.before_writes()
-            for start in range(0, len(stored), step):
-                self._upsert_part(stored.slice(start, start + step))
-                self.pacing.rest(self._worked_s, until)
+            with self._served.now.writing(stored.ids, digests):
+                for start in range(0, len(stored), step):
+                    rows = slice(start, start + step)
+                    self._upsert_part(stored.slice(start, start + step), digests[rows])
+                    self.pacing.rest(self._worked_s, until)
         if fsync:
             self.flush()
 
-    def _upsert_part(self, entries: Entries) -> None:
+    def _upsert_part(self, entries: Entries, digests: U64) -> None:
         before = self._served.now.table
-        after = before.with_rows(entries.ids, entries.values)
+        after = before.with_rows(entries.ids, entries.values, digests)
         with self._changing(entries.ids) as generation:
             self._served.written().upsert(entries, generation.pointer.generation)
             if generation.table is not before:  # the shard's process was started again
-                after = generation.table.with_rows(entries.ids, entries.values)
+                after = generation.table.with_rows(entries.ids, entries.values, digests)
             generation.table = after
 
     @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
         until = self.pacing.patience()
         with self._served.writing:
+            self._served.require_use()
             present = np.unique(ids[self._served.now.table.holds(ids)])
             if len(present):
-                self._served.now.before_writes()
-            for start in range(0, len(present), _IDS_PER_DELETE):
-                self._delete_part(present[start : start + _IDS_PER_DELETE])
-                self.pacing.rest(self._worked_s, until)
+                with self._served.now.writing(present, None):
+                    for start in range(0, len(present), _IDS_PER_DELETE):
+                        self._delete_part(present[start : start + _IDS_PER_DELETE])
+                        self.pacing.rest(self._worked_s, until)
         if fsync:
             self.flush()
         return len(present)
@@ -253,6 +261,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
     def scroll(self, after: int | None, limit: int, *, with_keys: bool = True) -> Entries:
         dimension = self._spec.dimension if with_keys else 0
         pages: list[Entries] = []
+        self._served.require_use()
         most = max(64, _FLOATS_PER_PAGE // self._spec.dimension) if with_keys else _ENTRIES_PER_PAGE
         left = min(limit, len(self._served.now.table))
         while left > 0:
@@ -275,6 +284,12 @@ class EdgeCollection(Collection, FileCollection, Maintained):
     @override
     def info(self) -> CollectionInfo:
         """Of an engine that does not answer soon: what it last said, and the entries there are."""
+        if (damage := self._served.now.damage) is not None:
+            now = self._served.now
+            size = disk_bytes(self._served.files.generation(now.pointer.generation))
+            return CollectionInfo(
+                len(now.table), 0, now.pointer.compression, size, damage=str(damage)
+            )
         options = SearchOptions(deadline=time.monotonic() + _INFO_S)
         try:
             with self._served.engine_call(options.wait_s) as generation:
@@ -293,6 +308,7 @@ class EdgeCollection(Collection, FileCollection, Maintained):
         self, compression: Compression | None = None, report: Report = say_nothing
     ) -> None:
         """Ends an auto_optimize()."""
+        self._served.require_use()
         self._optimizer.optimize(compression, report)
 
     @override
@@ -303,10 +319,14 @@ class EdgeCollection(Collection, FileCollection, Maintained):
     @contextmanager
     def paused_for_copy(self) -> Iterator[FrozenFiles]:
         def complete(copy: Path) -> None:
-            values = CollectionFiles(copy.parent, copy.name).values(number)
-            with storage_call(f"write {values}"):
-                values.parent.mkdir(exist_ok=True)  # of a layer without entries nothing was copied
-            table.save(values)
+            copied = CollectionFiles(copy.parent, copy.name)
+            with storage_call(f"write {copied.values(number)}"):
+                copied.generation(number).mkdir(
+                    exist_ok=True
+                )  # of a layer without entries nothing was copied
+            table.save(copied.values(number))
+            for path in (copied.base(number), copied.log(number)):  # it is not open
+                path.unlink(missing_ok=True)
 
         files = self._served.files
         with self._served.frozen():
@@ -315,6 +335,18 @@ class EdgeCollection(Collection, FileCollection, Maintained):
                 generation.require_all(generation.shard.counts(number))
             names = ("CURRENT", files.generation(number).name)
             yield FrozenFiles(files.directory, names, len(table), complete)
+
+    @override
+    def verify(self) -> None:
+        self._served.require_use()
+        ids, step = self._served.now.table.ids, max(16, _FLOATS_PER_AUDIT // self._spec.dimension)
+        damage = Damage.none()
+        for start in range(0, len(ids), step):
+            with self._served.engine_call() as generation:
+                damage += generation.compare(ids[start : start + step])
+        with self._served.writing, self._served.engine_call() as generation:
+            if problem := "; ".join(filter(None, [str(damage), *generation.other_problems()])):
+                raise generation.set_apart(problem)
 
     @override
     def flush(self) -> None:

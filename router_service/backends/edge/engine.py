@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +24,13 @@ from router_service.backends.base import (
     SearchOptions,
 )
 from router_service.backends.disk import storage_call
+from router_service.backends.edge.ledger import (
+    OF_KEY,
+    OF_REST,
+    UNREADABLE,
+    key_digests,
+    rest_digests,
+)
 from router_service.backends.edge.search_keys import SearchKeys
 from router_service.backends.points import (
     GENERATION,
@@ -50,8 +58,35 @@ _FULL_SCAN_ENTRIES = 512
 _INDEXING_THRESHOLD_KB = 1
 # 1 TB: one segment per collection, whatever the number of cores (the default is 200 MB for each).
 _MAX_SEGMENT_KB = 10**9
+_IDS_PER_PAGE = 4096
+_FLOATS_PER_AUDIT = 1 << 20
+# Of search keys made once more: f16 has 11 bits, and a product of matrices of another height another rounding.
+_SEARCH_KEY_TOLERANCE = 4e-3
 # More gain nothing: a collection has one large segment.
 _SEARCH_THREADS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Entries as the engine has them: ids [n], value rows [n, W], digests [n, 2]; see ledger."""
+
+    ids: U64
+    values: F32
+    digests: U64
+
+    @staticmethod
+    def empty(spec: CollectionSpec) -> Audit:
+        """Of no entries."""
+        values = np.empty((0, spec.value_width), np.float32)
+        return Audit(np.empty(0, np.uint64), values, np.empty((0, 2), np.uint64))
+
+    @staticmethod
+    def concat(parts: Sequence[Audit]) -> Audit:
+        """All parts, of which there is at least one."""
+        ids, values, digests = zip(
+            *((part.ids, part.values, part.digests) for part in parts), strict=True
+        )
+        return Audit(np.concatenate(ids), np.concatenate(values), np.concatenate(digests))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,12 +368,13 @@ class EngineShard:
         pairs = zip(map(FLOATS, keys), map(FLOATS, self._search_keys.of(keys)), strict=True)
         return ({KEY: key, SEARCH_KEY: short} for key, short in pairs)
 
-    def pages(self, size: int, *, payloads: bool) -> Iterator[list[Record]]:
+    def pages(self, size: int, *, payloads: bool, keys: bool = True) -> Iterator[list[Record]]:
         """Every record, in the order of ids."""
         start = None
         while True:
             with storage_call(f"read {self._directory}"):
-                request = qe.ScrollRequest(start, size, None, payloads, self._vectors)
+                vectors = keys and self._vectors
+                request = qe.ScrollRequest(start, size, None, payloads, vectors)
                 found, start = self._shard.scroll(request)
             if found:
                 yield list(map(_record, found))
@@ -370,6 +406,102 @@ class EngineShard:
     def _entries(self, records: Sequence[Any], keys: bool) -> Entries:
         dimension = self._spec.dimension if keys else 0
         return entries_of(list(map(_record, records)), dimension, self._spec.value_width)
+
+    def ids(self) -> U64:
+        """The ids of all entries, ascending."""
+        found: list[int] = []
+        start = None
+        while True:
+            with storage_call(f"read {self._directory}"):
+                request = qe.ScrollRequest(start, _IDS_PER_PAGE, None, False, False)
+                records, start = self._shard.scroll(request)
+            found += [record.id for record in records]
+            if start is None:
+                return np.array(found, np.uint64)
+
+    def audit(self, ids: U64, generation: int, *, keys: bool) -> Audit:
+        """What there is of the entries of these ids, in their order; those that are not there are left out.
+
+        `keys`: of all entries; else of those that were written in this generation. Raises StorageError when one of them
+        cannot be read.
+        """
+        with storage_call(f"read {self._directory}"):
+            records = self._shard.retrieve(ids.tolist(), True, False)
+            records.sort(key=attrgetter("id"))
+            entries = self._entries(records, False)
+            rest = rest_digests(entries)
+            new = [record.payload.get(GENERATION) == generation for record in records]
+        digests = np.zeros((len(entries), 2), np.uint64)
+        digests[:, OF_REST] = rest
+        wanted = entries.ids if keys else entries.ids[np.array(new, np.bool_)]
+        digests[np.isin(entries.ids, wanted), OF_KEY] = self._key_digests(wanted)
+        return Audit(entries.ids, entries.values, digests)
+
+    def _key_digests(self, ids: U64) -> U64:
+        """Digests [n] of the keys of entries that are there; UNREADABLE also where a search key is not the key's."""
+        found = np.full(len(ids), UNREADABLE)
+        step = max(1, _FLOATS_PER_AUDIT // self._spec.dimension)
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            with storage_call(f"read {self._directory}"):
+                records = self._shard.retrieve(part.tolist(), False, True)
+            records.sort(key=attrgetter("id"))
+            whole = [self._vectors_of(record) for record in records]
+            rows = [start + n for n, vectors in enumerate(whole) if vectors is not None]
+            keys = np.array([each[KEY] for each in whole if each], np.float32)
+            keys = keys.reshape(len(rows), self._spec.dimension)
+            found[rows] = key_digests(keys)
+            if self._search_keys is not None and rows:
+                stored = np.array([each[SEARCH_KEY] for each in whole if each], np.float32)
+                right = self._search_keys.of(keys)
+                near = np.isclose(
+                    stored, right, rtol=_SEARCH_KEY_TOLERANCE, atol=_SEARCH_KEY_TOLERANCE
+                )
+                found[np.array(rows)[~near.all(axis=1)]] = UNREADABLE
+        return found
+
+    def _vectors_of(self, record: Any) -> dict[str, Any] | None:
+        """The vectors of a record by their names; None unless all are there."""
+        vectors = record.vector if isinstance(record.vector, dict) else {KEY: record.vector}
+        names = (KEY,) if self._search_keys is None else (KEY, SEARCH_KEY)
+        lengths = (len(vectors.get(name) or ()) for name in names)
+        expected = [
+            self._spec.dimension,
+            *([self._search_keys.dimension] if self._search_keys else []),
+        ]
+        return vectors if list(lengths) == expected else None
+
+    def problems(self) -> list[str]:
+        """What is wrong with a shard just opened, beside its entries."""
+        return [*self._index_problems(), *self._version_problems()]
+
+    def _version_problems(self) -> Iterator[str]:
+        """The engine numbers its writes; of an entry with a number that is yet to come it would drop the next ones."""
+        with storage_call(f"read {self._directory}"):
+            manifest = self._shard.snapshot_manifest()
+            last = max((segment["segment_version"] for segment in manifest.values()), default=0)
+            for path in self._directory.glob("segments/*/*id_tracker.versions"):
+                versions = np.fromfile(path, "<u8")
+                if len(versions) and versions.max() > last:
+                    yield f"{path.relative_to(self._directory)} numbers a write that was not made"
+
+    def _index_problems(self) -> list[str]:
+        """Where the indexes of payloads, which exclusions and counts are read from, are not those of the payloads."""
+        fields = ("source", "example", GENERATION)
+        counts: dict[str, Counter[Any]] = {field: Counter() for field in fields}
+        for records in self.pages(_IDS_PER_PAGE, payloads=True, keys=False):
+            for field, counter in counts.items():
+                counter.update(record.payload.get(field) for record in records)
+        problems = []
+        with storage_call(f"count {self._directory}"):
+            for field, counter in counts.items():
+                empty = qe.Filter(must=[qe.IsEmptyCondition(field)])
+                without = self._shard.count(qe.CountRequest(exact=True, filter=empty))
+                request = qe.FacetRequest(field, len(counter) + 1, True, None)
+                found = {hit.value: hit.count for hit in self._shard.facet(request).hits}
+                if without != counter.pop(None, 0) or found != counter:
+                    problems.append(f"the index of {field} is damaged")
+        return problems
 
     def counts(self, generation: int) -> ShardCounts:
         """What there is; `generation` is the one being written."""

@@ -3,6 +3,7 @@
     DATA/<name>/CURRENT              which generation counts, and what it holds (JSON, replaced atomically)
     DATA/<name>/gen-000000/shard/    the engine's files, and search_keys.npz when search keys are stored apart
     DATA/<name>/gen-000000/values.npz  the value table, there only while the shard has exactly these entries
+    DATA/<name>/gen-000000/base.npz, writes.log, sums.json  see ledger
 
 A generation that CURRENT does not name is what a crash left behind.
 """
@@ -90,6 +91,18 @@ class CollectionFiles:
     def values(self, number: int) -> Path:
         """The saved value table of a generation."""
         return self.generation(number) / "values.npz"
+
+    def base(self, number: int) -> Path:
+        """The value table of a generation as it was before the writes of its log."""
+        return self.generation(number) / "base.npz"
+
+    def log(self, number: int) -> Path:
+        """The log of writes to a generation, there unless it was closed."""
+        return self.generation(number) / "writes.log"
+
+    def sums(self, number: int) -> Path:
+        """The sums of the engine's files of a generation."""
+        return self.generation(number) / "sums.json"
 
     def entries_about(self, pointer: Pointer) -> int:
         """How many keys the disk blocks of a generation's vector files can hold: an upper bound before it is open."""

@@ -15,6 +15,7 @@ from router_service.arrays import F32
 from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.disk import fsync_tree, remove_tree, storage_call
 from router_service.backends.edge.engine import EngineShard, forget_configuration
+from router_service.backends.edge.ledger import Sums
 from router_service.backends.edge.processes import die_with_parent_thread
 from router_service.backends.edge.search_keys import FILE, SAMPLE, SearchKeys, fitted
 
@@ -78,6 +79,8 @@ def main(directory: str, dimension: str, metric: str, label: str, segments: str)
     shard.close()
     with storage_call(f"sync {path}"):
         fsync_tree(path)
+    sums = path.with_name("sums.json")  # see ledger
+    Sums.of(path, Sums.load(sums)).save(sums)
 
 
 def _leave_half_of_the_cores() -> None:

@@ -21,6 +21,7 @@ from router_service.backends.base import CollectionSpec, Compression, Report, sa
 from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, storage_call
 from router_service.backends.edge.files import Pointer
 from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
+from router_service.backends.edge.ledger import Sums
 from router_service.backends.edge.processes import Shard, start_module
 from router_service.backends.edge.unwritten import UnwrittenShard
 from router_service.errors import Busy, StorageError
@@ -218,7 +219,7 @@ class Optimizer:
             self._job = self._replay = None
         self._apart = self._apart + changed if segments > 1 else 0
         with suppress(StorageError):  # the next open removes what is left
-            replaced.shard.close()
+            replaced.abandon()
             remove_tree(files.generation(replaced.pointer.generation))
 
     def _is_done_already(self, target: Pointer) -> bool:
@@ -242,6 +243,10 @@ class Optimizer:
             self._resources.free_space.require((3 if rebuilt else 2) * disk_bytes(source))
             remove_tree(files.generation(target.generation))
             copy_tree(source, files.shard(target.generation), _NEVER_CHANGED)
+            if (sums := Sums.load(files.sums(now.pointer.generation))) is not None:
+                sums.save(
+                    files.sums(target.generation)
+                )  # of files that the next generation has too
             self._replay = Replay(self._served)
             return now.changed
 
@@ -269,6 +274,6 @@ class Optimizer:
             )
         complete = Generation(files, target, shard, table, counts)
         complete.flush()
-        complete.save_values()
+        complete.keep()
         files.write(target)
         return complete

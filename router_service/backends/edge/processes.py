@@ -34,7 +34,7 @@ _EXIT_S = 10.0
 # An engine process that has not answered for so long, and has not worked meanwhile, is ended: what reads answers within
 # seconds; what writes waits for the disk; when the service stops.
 _READ_S, _WRITE_S, _STOP_S = 10.0, 60.0, 2.0
-_READS = ("search", "scroll", "retrieve", "counts", "close")
+_READS = ("search", "scroll", "retrieve", "counts", "ids", "audit", "problems", "close")
 _LOOK_EVERY_S = 0.5
 # How long the engine process of a service that was killed may take to let go of its files.
 _ORPHAN_S = 5.0
@@ -103,6 +103,9 @@ class HostedShard:
     scroll = _forwarded(EngineShard.scroll)
     retrieve = _forwarded(EngineShard.retrieve)
     counts = _forwarded(EngineShard.counts)
+    ids = _forwarded(EngineShard.ids)
+    audit = _forwarded(EngineShard.audit)
+    problems = _forwarded(EngineShard.problems)
     flush = _forwarded(EngineShard.flush)
     _close = _forwarded(EngineShard.close)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from router_service.arrays import F32, U64, Entries, ExampleRef
 from router_service.backends.base import CollectionSpec, SearchOptions
 from router_service.backends.disk import fsync_directory, fsync_tree, remove_tree, storage_call
-from router_service.backends.edge.engine import EngineShard, ShardCounts, read_hits
+from router_service.backends.edge.engine import Audit, EngineShard, ShardCounts, read_hits
 from router_service.backends.edge.files import CollectionFiles, Pointer
 
 
@@ -82,6 +84,18 @@ class UnwrittenShard:
     def retrieve(self, ids: U64, *, keys: bool = False) -> Entries:
         """See EngineShard."""
         return self.scroll(None, 0, keys=keys)
+
+    def ids(self) -> U64:
+        """See EngineShard."""
+        return np.empty(0, np.uint64)
+
+    def audit(self, ids: U64, generation: int, *, keys: bool) -> Audit:
+        """See EngineShard."""
+        return Audit.empty(self._spec)
+
+    def problems(self) -> list[str]:
+        """See EngineShard."""
+        return []
 
     def counts(self, generation: int) -> ShardCounts:
         """See EngineShard."""

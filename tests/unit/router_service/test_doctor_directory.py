@@ -61,7 +61,9 @@ def _state(data: Path) -> list[tuple[str, bool, bytes]]:
 
 def _manifest(data: Path, **changes: Any) -> None:
     path = data / "memories" / "bible" / "memory.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    body = json.loads(path.read_text()) | changes
+    del body["crc32"]
+    path.write_text(json.dumps(body))
 
 
 def _pointer(data: Path, spec: CollectionSpec) -> None:

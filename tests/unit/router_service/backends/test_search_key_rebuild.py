@@ -30,7 +30,12 @@ def reduced(collection: EdgeCollection) -> EdgeCollection:
 def test_nothing_but_the_new_shard_is_left(reduced: EdgeCollection, data_dir: Path) -> None:
     generation = search_keys_file(data_dir).parent.parent
     assert [path.name for path in (data_dir / "layer").glob("gen-*")] == [generation.name]
-    assert sorted(path.name for path in generation.iterdir()) == ["shard", "values.npz"]
+    assert sorted(path.name for path in generation.iterdir()) == [
+        "shard",
+        "sums.json",
+        "values.npz",
+        "writes.log",
+    ]
     assert reduced.info().indexed_entries == 600
 
 

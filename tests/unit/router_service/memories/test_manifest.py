@@ -32,7 +32,9 @@ def directory(tmp_path: Path) -> Path:
 
 def _edit(directory: Path, **changes: Any) -> None:
     path = directory / manifest.FILE_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    body = json.loads(path.read_text()) | changes
+    del body["crc32"]
+    path.write_text(json.dumps(body))
 
 
 def test_round_trip(directory: Path) -> None:
@@ -122,3 +124,15 @@ def test_a_copy_is_not_opened_under_another_name(directory: Path) -> None:
     copy = directory.rename(directory.with_name("copy"))
     with pytest.raises(CorruptMemory, match="manifest of memory 'bible', expected 'copy'"):
         manifest.read_manifest(copy)
+
+
+def test_one_wrong_bit(directory: Path) -> None:
+    path = directory / manifest.FILE_NAME
+    text = path.read_bytes()
+    read = manifest.read_manifest(directory)
+    for byte in range(len(text)):
+        path.write_bytes(text[:byte] + bytes([text[byte] ^ 1]) + text[byte + 1 :])
+        try:
+            assert manifest.read_manifest(directory) == read  # white space, or the name of the sum
+        except CorruptMemory as error:
+            assert str(path) in str(error)
