@@ -92,7 +92,8 @@ def doctor(
         bool,
         typer.Option(
             "--deep",
-            help="Also read all of every snapshot and compare its sums, e.g. doctor --deep.",
+            help="Also compare all entries, or with --data all files, with what was written, and read all of every "
+            "snapshot, e.g. doctor --deep.",
         ),
     ] = False,
 ) -> None:

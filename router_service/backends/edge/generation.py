@@ -491,7 +491,7 @@ def _file_problems(files: CollectionFiles, pointer: Pointer) -> list[str]:
     shard, path = files.shard(number), files.sums(number)
     if (sums := Sums.load(path)) is None:
         if path.exists():
-            log.warning("%s is damaged: files that do not change are not compared", path)
+            log.warning("%s is damaged or another engine's: nothing to compare files with", path)
         Sums.of(shard).save(path)
         return impossible_lengths(shard)
     return [*sums.problems(shard, everything=False), *impossible_lengths(shard)]

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -331,6 +332,7 @@ def _records(text: bytes) -> tuple[list[tuple[Kind, bytes]], bool]:
 _CHANGING = ("id_tracker.deleted", "id_tracker.versions", "payload_storage/", "segment.json")
 _INDEXED = "vector_storage/matrix.dat"
 _SUMS_FORMAT = 1
+_ENGINE = "qdrant-edge-py"
 
 
 class Sums:
@@ -356,11 +358,12 @@ class Sums:
 
     @staticmethod
     def load(path: Path) -> Sums | None:
-        """Those at `path`; None when there are none, or none that is whole: they can be made again."""
+        """Those at `path`; None when there are none that are whole and of this engine, which may write files anew."""
         try:
             body = json.loads(path.read_bytes())
             files = {name: Content(**content) for name, content in body["files"].items()}
             whole = body["format"] == _SUMS_FORMAT and body["crc32"] == _check(body["files"])
+            whole = whole and body["engine"] == metadata.version(_ENGINE)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return Sums(files) if whole else None
@@ -368,7 +371,12 @@ class Sums:
     def save(self, path: Path) -> None:
         """Writes them durably. Raises StorageError."""
         files = {name: asdict(content) for name, content in sorted(self.files.items())}
-        body = {"format": _SUMS_FORMAT, "crc32": _check(files), "files": files}
+        body = {
+            "format": _SUMS_FORMAT,
+            "engine": metadata.version(_ENGINE),
+            "crc32": _check(files),
+            "files": files,
+        }
         text = json.dumps(body, indent=1).encode()
         write_atomically(path, lambda file: file.write(text))
 
