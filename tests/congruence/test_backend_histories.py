@@ -33,6 +33,7 @@ from router_service.backends.base import (
     Metric,
     Quantization,
     SearchOptions,
+    Verifiable,
 )
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.exact import ExactBackend
@@ -156,6 +157,11 @@ class History(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         self.collection.flush()
+
+    @rule()
+    def verify(self) -> None:
+        if isinstance(self.collection, Verifiable):
+            self.collection.verify()
 
     @rule()
     def restart(self) -> None:

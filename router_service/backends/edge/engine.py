@@ -498,7 +498,8 @@ class EngineShard:
                 empty = qe.Filter(must=[qe.IsEmptyCondition(field)])
                 without = self._shard.count(qe.CountRequest(exact=True, filter=empty))
                 request = qe.FacetRequest(field, len(counter) + 1, True, None)
-                found = {hit.value: hit.count for hit in self._shard.facet(request).hits}
+                hits = self._shard.facet(request).hits  # also of values that no entry has any more
+                found = {hit.value: hit.count for hit in hits if hit.count}
                 if without != counter.pop(None, 0) or found != counter:
                     problems.append(f"the index of {field} is damaged")
         return problems

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.arrays import Entries
+from router_service.arrays import Entries, Provenance
 from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge import generation
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
@@ -37,6 +37,18 @@ def test_current_says_what_the_collection_holds(collection: EdgeCollection, data
         "value_width": 3,
         "quantization": "none",
     }
+
+
+def test_what_no_entry_has_any_more_is_no_damage(
+    edge: EdgeBackend, collection: EdgeCollection
+) -> None:
+    """The engine goes on counting sources that are gone, as 0, until it is opened again."""
+    entries = numbered_entries(0, 30)
+    collection.upsert(entries)
+    collection.upsert(replace(entries, provenance=[Provenance("t", "x")] * 30))
+    collection.delete(entries.ids[:20])
+    collection.verify()
+    assert collection.info().damage == ""
 
 
 @pytest.mark.parametrize(
