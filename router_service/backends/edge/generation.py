@@ -288,7 +288,10 @@ class Generation:
 
     def keep(self) -> WriteLog:
         """Saves the table unless it is saved, and begins a log of what is written from here on. Raises StorageError."""
-        if not self._saved:
+        # A new collection's has no entries: making one costs no file.
+        if not self._saved and (
+            len(self.table) or self.files.base(self.pointer.generation).exists()
+        ):
             self._save()
         if self._log is not None:
             self._log.close()
@@ -296,11 +299,8 @@ class Generation:
         return self._log
 
     def _save(self) -> None:
-        """Saves the table; not that of a new collection, which has none."""
-        number = self.pointer.generation
-        if len(self.table) or self.files.base(number).exists():
-            self.table.save(self.files.values(number))
-            self._saved = True
+        self.table.save(self.files.values(self.pointer.generation))
+        self._saved = True
 
     @contextmanager
     def writing(self, ids: U64, digests: U64 | None) -> Iterator[None]:
