@@ -398,7 +398,7 @@ class Sums:
 
 
 def impossible_lengths(shard: Path) -> list[str]:
-    """Files of flags that count more of them than they have room for: opening them does not come to an end."""
+    """Files that would have the engine take more room than there is, or not come to an end: flags and places."""
     found = []
     with storage_call(f"read {shard}"):
         for path in shard.glob("segments/**/status.dat"):
@@ -406,7 +406,31 @@ def impossible_lengths(shard: Path) -> list[str]:
             counted = int.from_bytes(path.read_bytes()[:8], "little")
             if flags and counted > 8 * max(flags):
                 found.append(f"{path.relative_to(shard)} counts {counted} flags")
-    return found
+        tails = {
+            path.relative_to(shard): _impossible_place(path.read_bytes())
+            for path in shard.glob("segments/*/mutable_id_tracker.mappings")
+        }
+    return found + [f"{path} {problem}" for path, problem in tails.items() if problem]
+
+
+# Of a tail's mappings: kind, then id and place in the segment of an entry that was added, or the id of one that went.
+_ADDED, _GONE = struct.Struct("<BQI"), struct.Struct("<BQ")
+_ADDED_KIND, _GONE_KIND = 1, 3
+
+
+def _impossible_place(text: bytes) -> str:
+    """What is wrong with places: they are given out in turn, and the engine makes room up to the largest."""
+    at = added = largest = 0
+    while at < len(text):
+        record = {_ADDED_KIND: _ADDED, _GONE_KIND: _GONE}.get(text[at])
+        if record is None:
+            return f"has a record of an unknown kind, {text[at]}"
+        if at + record.size > len(text):
+            break  # cut, which the engine knows
+        if record is _ADDED:
+            added, largest = added + 1, max(largest, record.unpack_from(text, at)[2])
+        at += record.size
+    return f"numbers {largest + 1} places for {added} entries" if largest >= max(added, 1) else ""
 
 
 def file_problems(files: CollectionFiles) -> list[str]:
