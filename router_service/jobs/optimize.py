@@ -98,19 +98,20 @@ def quantized(
     Meanwhile at least as many are rescored as before and as are needed, so no answer is worse than before or after.
     What fails before the first layer is done leaves the setting as it was.
     """
-    before, finished = memory.record.settings.oversampling, 0
+    before = memory.record.settings.oversampling
     wanted = oversampling or compression.oversampling
     _set(store, memory, max(wanted, before))
     try:
-        steps = optimized(memory, layers, compression, report, wanted)
-        for finished, done in enumerate(steps, 1):  # noqa: B007
-            yield done
+        yield from optimized(memory, layers, compression, report, wanted)
     except BaseException:
-        if not finished:
-            _set(store, memory, before)
+        _set(store, memory, max(before, _needed(memory)))  # some layers may be done
         raise
-    needed = max(layer.info().compression.oversampling for layer in memory.layers)
-    _set(store, memory, oversampling or needed)
+    _set(store, memory, oversampling or _needed(memory))
+
+
+def _needed(memory: RoutingMemory) -> float:
+    """Times K candidates that the layers need as they are."""
+    return max(layer.info().compression.oversampling for layer in memory.layers)
 
 
 def _set(store: MemoryStore, memory: RoutingMemory, oversampling: float) -> None:

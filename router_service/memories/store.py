@@ -286,14 +286,23 @@ class MemoryStore:
         self._drop(home, layers)
 
     def flush(self) -> None:
-        """Makes every acknowledged write survive loss of power. Raises StorageError."""
+        """Makes every acknowledged write survive loss of power.
+
+        Raises the first StorageError after it has tried every layer: one that cannot be flushed holds up no other.
+        """
+        failures = []
         for memory in self.memories():
             for layer in memory.layers:
-                with suppress(CollectionClosed):  # deleted meanwhile
-                    layer.collection.flush()
-                with self._lock:  # not while it is being deleted
-                    if self._memories.get(memory.record.name) is memory:
-                        layer.hits.save()
+                try:
+                    with suppress(CollectionClosed):  # deleted meanwhile
+                        layer.collection.flush()
+                    with self._lock:  # not while it is being deleted
+                        if self._memories.get(memory.record.name) is memory:
+                            layer.hits.save()
+                except StorageError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     def close(self) -> None:
         """Flushes and closes every collection. Raises the first StorageError after it has tried them all."""

@@ -205,7 +205,7 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
         self.pacing.wait_while(lambda: self._optimizer.automatic, until)
         digests = digests_of(stored)
         with self._served.writing:
-            self._served.require_use()
+            self._served.before_write()
             self._free_space.require()
             with self._served.now.writing(stored.ids, digests):
                 for start in range(0, len(stored), step):
@@ -228,7 +228,7 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
         until = self.pacing.patience()
         with self._served.writing:
-            self._served.require_use()
+            self._served.before_write()
             present = np.unique(ids[self._served.now.table.holds(ids)])
             if len(present):
                 with self._served.now.writing(present, None):

@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 
 _REVIVE_EVERY_S = 1.0
 _ENTRIES_PER_PAGE = 2048
+# Of a log of writes, which an open reads: some 0.3 s.
+_LONG_LOG_BYTES = 16 << 20
+_LOG_BYTES_PER_ENTRY = 128
 _SMALLEST_CAPACITY = 1024
 
 
@@ -302,6 +305,12 @@ class Generation:
         self.table.save(self.files.values(self.pointer.generation))
         self._saved = True
 
+    @property
+    def log_is_long(self) -> bool:
+        """Whether the log of writes has become much larger than a new table would be."""
+        most = max(_LONG_LOG_BYTES, _LOG_BYTES_PER_ENTRY * len(self.table))
+        return self._log is not None and self._log.size_bytes > most
+
     @contextmanager
     def writing(self, ids: U64, digests: U64 | None) -> Iterator[None]:
         """Around the engine calls of one write of entries with their digests [n, 2], or of a deletion."""
@@ -358,9 +367,14 @@ class Generation:
         self.shard.close()
         self.shard = resources.shards.open(self.files, self.pointer, len(self.table))
         known = Known.of(self.table.ids, self.table.digests, self._begun)
-        self.table, problem = _compared(self.shard, self.pointer, known, self.table)
+        try:
+            self.table, problem = _compared(self.shard, self.pointer, known, self.table)
+        except BaseException:
+            self.shard.close()  # nothing of it is served before it was compared
+            raise
         if problem:
             raise self.set_apart(problem)
+        self._begun = None
 
     def flush(self) -> None:
         """Flushes unless nothing was written since: a flush takes 30 ms."""
@@ -435,8 +449,13 @@ def _opened(
     return resources.shards.open(files, pointer)
 
 
-def _open_unclean(files: CollectionFiles, pointer: Pointer, resources: Resources) -> Generation:
-    """Compares what is there with what was written, before any of it is served."""
+def _open_unclean(
+    files: CollectionFiles, pointer: Pointer, resources: Resources, *, again: bool = True
+) -> Generation:
+    """Compares what is there with what was written, before any of it is served.
+
+    `again`: once more when the engine's process ends meanwhile, for that need not be the files' fault.
+    """
     started, shard = time.monotonic(), None
     try:
         with ExitStack() as stack:
@@ -460,6 +479,9 @@ def _open_unclean(files: CollectionFiles, pointer: Pointer, resources: Resources
     except (DirectoryInUse, DiskFull):
         raise
     except StorageError as error:
+        if again and isinstance(error, EngineStopped):
+            log.warning("%s", error)
+            return _open_unclean(files, pointer, resources, again=False)
         empty = ValueTable.empty(pointer.spec)
         apart = Generation(files, pointer, cast(Shard, _NoShard()), empty, ShardCounts(0, 0, 0))
         apart.set_apart(str(error))
@@ -663,6 +685,19 @@ class ServedGeneration:
     def written(self) -> Shard:
         """Inside engine_call(): the shard, to be written to. Raises StorageError."""
         return self.now.written(self._resources)
+
+    def before_write(self) -> None:
+        """For who holds `writing`. Raises CollectionClosed, CorruptMemory, StorageError."""
+        self.require_use()
+        if (
+            not self.now.shard.alive
+        ):  # what the write that it died in became is known before the next begins
+            with self.engine_call():
+                pass
+        if self.now.log_is_long:
+            with self.engine_call() as generation:
+                generation.flush()
+            self.now.keep()
 
     def require_use(self) -> None:
         """Raises CollectionClosed, or CorruptMemory when the collection is set apart."""

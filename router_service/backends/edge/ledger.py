@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -84,13 +85,19 @@ class WriteLog:
 
     def __init__(self, path: Path, entries: int) -> None:
         """A new log of a table of so many entries, durable, in the place of one that is there. Raises StorageError."""
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
+        begun = path.with_name(f"{path.name}.partial")
         with storage_call(f"write {path}"):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-            self._file = os.open(path, flags, 0o600)
-            self._append(Kind.OPENED, f"{_boot()} {entries}".encode())
-            os.fsync(self._file)
-            fsync_directory(path.parent)
+            self._file = os.open(begun, flags, 0o600)
+            try:
+                self._append(Kind.OPENED, f"{_boot()} {entries}".encode())
+                os.fsync(self._file)
+                begun.rename(path)  # it never is there without its first record
+                fsync_directory(path.parent)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def size_bytes(self) -> int:
@@ -135,13 +142,15 @@ class WriteLog:
     def _append(self, kind: Kind, body: bytes) -> None:
         """A whole record or nothing: on a full disk too."""
         head = _HEAD.pack(kind, len(body), zlib.crc32(body))
-        record, size = head + _SUM.pack(zlib.crc32(head)) + body, self.size_bytes
-        try:
-            while record:
-                record = record[os.write(self._file, record) :]
-        except OSError:
-            os.ftruncate(self._file, size)
-            raise
+        record = head + _SUM.pack(zlib.crc32(head)) + body
+        with self._lock:  # writes and flushes come from two threads
+            size = self.size_bytes
+            try:
+                while record:
+                    record = record[os.write(self._file, record) :]
+            except OSError:
+                os.ftruncate(self._file, size)
+                raise
 
 
 def _boot() -> str:
@@ -331,6 +340,7 @@ def _records(text: bytes) -> tuple[list[tuple[Kind, bytes]], bool]:
 # Of a segment that has an index these change when an entry of it is replaced or deleted, and nothing else.
 _CHANGING = ("id_tracker.deleted", "id_tracker.versions", "payload_storage/", "segment.json")
 _INDEXED = "vector_storage/matrix.dat"
+_SEARCH_KEYS = "search_keys.npz"
 _SUMS_FORMAT = 1
 _ENGINE = "qdrant-edge-py"
 
@@ -347,11 +357,13 @@ class Sums:
         kept = known.files if known is not None else {}
         paths = list(_files(shard))
         fixed = set(_fixed(paths))
+        # Of a segment the name is new with its content; how search keys are made is written anew under the old one
+        kept = {path: kept[path] for path in (fixed & kept.keys()) - {_SEARCH_KEYS}}
         wanted = paths if everything else sorted(fixed)
         with storage_call(f"read {shard}"):
             return Sums(
                 {
-                    path: kept[path] if path in fixed & kept.keys() else read_content(shard / path)
+                    path: kept[path] if path in kept else read_content(shard / path)
                     for path in wanted
                 }
             )
@@ -457,7 +469,7 @@ def _fixed(paths: Iterable[str]) -> Iterator[str]:
         segment = "/".join(path.split("/")[:2]) + "/"
         inside = path.removeprefix(segment)
         if "/" not in path:
-            if path == "search_keys.npz":
+            if path == _SEARCH_KEYS:
                 yield path
         elif segment in indexed and not inside.startswith(_CHANGING):
             yield path

@@ -182,13 +182,20 @@ class HostedShard:
     def end_if_stuck(self, *, stopping: bool) -> None:
         """Ends the process when its answer has been due for too long. SIGKILL works on one that was stopped, too."""
         now, cpu_s = time.monotonic(), _cpu_s(self._process.pid)
-        if not self._owed or cpu_s != self._cpu_s:
+        if not self._owed or cpu_s != self._cpu_s or self._has_answered():
             self._still_since, self._cpu_s = now, cpu_s
             return
         within_s = _STOP_S if stopping else _READ_S if self._call in _READS else _WRITE_S
         if now > self._still_since + within_s:
             log.error("the engine process of %s does not answer, and is ended", self._directory)
             self._process.kill()
+
+    def _has_answered(self) -> bool:
+        """Whether an answer is there that nobody waits for any more, or will ever be none."""
+        try:
+            return self._connection.poll(0)
+        except (OSError, EOFError):
+            return True
 
     def _died(self) -> EngineStopped:
         """What to say of a process that is gone: a full disk kills it with SIGBUS."""

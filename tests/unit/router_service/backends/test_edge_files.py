@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge import generation
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard, forget_configuration
+from router_service.backends.edge.files import CollectionFiles
 from router_service.errors import CorruptMemory, DirectoryInUse, DiskFull, StorageError
 from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds, numbered_entries
 
@@ -241,3 +243,36 @@ def test_dropping_a_quantization_needs_the_configuration_forgotten(tmp_path: Pat
         EngineShard.load(tmp_path / "s", spec, Compression(Quantization(wanted))).close()
         config = json.loads((tmp_path / "s" / "edge_config.json").read_text())
         assert bool(config.get("quantization_config")) is found
+
+
+def test_search_keys_that_were_made_anew_are_no_damage(data_dir: Path, tmp_path: Path) -> None:
+    with closing(EdgeBackend(data_dir, min_free_bytes=0)) as backend:
+        collection = backend.create("layer", SPEC)
+        collection.upsert(numbered_entries(0, 600))
+        for label in ("pca4", "pca6", "random3", "float16"):
+            collection.optimize(Compression.parse(label))
+            collection.verify()
+            killed = tmp_path / label
+            shutil.copytree(data_dir, killed)
+            with closing(EdgeBackend(killed, min_free_bytes=0)) as after:
+                assert len(after.open("layer", SPEC).scroll(None, 700)) == 600
+
+
+def test_a_log_of_writes_does_not_grow_without_end(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_LONG_LOG_BYTES", 2000)
+    monkeypatch.setattr(generation, "_LOG_BYTES_PER_ENTRY", 1)
+    with closing(EdgeBackend(data_dir, min_free_bytes=0)) as backend:
+        collection = backend.create("layer", SPEC)
+        collection.upsert(numbered_entries(0, 50))
+        log = CollectionFiles(data_dir, "layer").log(0)
+        for _ in range(5):
+            for start in range(0, 50, 5):
+                collection.upsert(numbered_entries(0, 50).slice(start, start + 5))
+                assert log.stat().st_size < 3000
+        killed = tmp_path / "killed"
+        shutil.copytree(data_dir, killed)
+        with closing(EdgeBackend(killed, min_free_bytes=0)) as after:
+            assert_holds(after.open("layer", SPEC), 50)
+        collection.verify()

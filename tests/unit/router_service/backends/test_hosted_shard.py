@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.arrays import ExampleRef
+from router_service.arrays import Entries, ExampleRef
 from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard
@@ -150,6 +150,46 @@ def test_a_process_that_does_not_answer_is_ended(collection: EdgeCollection) -> 
     assert_holds(collection, 600)
     collection.upsert(numbered_entries(600, 610))
     assert_holds(collection, 610)
+
+
+def test_an_answer_that_nobody_takes_is_no_standstill(collection: EdgeCollection) -> None:
+    shard, process = hosted(collection), host_of(collection)
+    stop(process)
+    late = replace(OPTIONS, deadline=time.monotonic() + 0.05)
+    with pytest.raises(DeadlineTooShort):
+        collection.search(numbered_entries(0, 600).keys[:5], 1, late)
+    os.kill(process, signal.SIGCONT)
+    assert shard._connection.poll(60)
+    for _ in range(2):  # the second finds the processor time of the first
+        shard._still_since = -float("inf")
+        shard.end_if_stuck(stopping=True)
+    assert is_running(process)
+    assert_holds(collection, 600)
+    assert host_of(collection) == process
+
+
+@pytest.mark.parametrize("first", [600, 595])
+def test_a_write_that_the_process_died_in_is_known_to_the_next(
+    collection: EdgeCollection, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    real = HostedShard.upsert
+
+    def dies(shard: HostedShard, entries: Entries, generation: int) -> None:
+        real(shard, entries, generation)
+        os.kill(shard._process.pid, signal.SIGKILL)
+        shard._process.wait()
+        raise shard._died()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostedShard, "upsert", dies)
+        with pytest.raises(EngineStopped):
+            collection.upsert(numbered_entries(first, 610))
+    # Tried again as a client does, with times of its own
+    again = numbered_entries(600, 620)
+    origins = [replace(origin, created_unix_ms=17) for origin in again.provenance]
+    collection.upsert(replace(again, provenance=origins))
+    assert_holds(collection, 620)
+    collection.verify()
 
 
 def test_what_is_known_of_a_layer_that_does_not_answer(collection: EdgeCollection) -> None:
