@@ -246,7 +246,7 @@ def _from_rows(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Example]:
         name = _id_of(given, where)
         if name and name in row_of_id:
             raise BadInput(
-                f"{where}: `id` {name!r} is taken by row {row_of_id[name]}; entries are told apart by it"
+                f"{where}: `id` {name!r} is taken by row {row_of_id[name]}; entries are distinguished by it"
             )
         if name:
             row_of_id[name] = number

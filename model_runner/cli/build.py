@@ -173,8 +173,8 @@ def windows_as_known(client: AdminClient, memory: str, windows: Sequence[Window]
         )
     if known.by_tokens:
         log.warning(
-            "%s: %d windows are in memory %r from version 0.1, which kept no digest of their text: they are told by "
-            "their tokens, all but the last of each window; --replace-source writes them anew",
+            "%s: %d windows are in memory %r from version 0.1, which kept no digest of their text: they are compared "
+            "by their tokens, all but the last of each window; --replace-source writes them anew",
             *(source, known.by_tokens, memory),
         )
     if known.others and not known.is_there:

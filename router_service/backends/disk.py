@@ -232,12 +232,12 @@ class Content:
 
 def read_content(path: Path, on_part: OnPart = go_on) -> Content:
     """Reads a regular file to its end. Raises OSError."""
-    digest, summed, told = hashlib.sha256(), 0, _PART_BYTES
+    digest, summed, reported = hashlib.sha256(), 0, _PART_BYTES
     with open_regular(path) as file:
         for offset, block in _data_blocks(file.fileno()):
-            if offset >= told:
+            if offset >= reported:
                 on_part()
-                told = offset + _PART_BYTES
+                reported = offset + _PART_BYTES
             for _ in range((offset - summed) // _BLOCK_BYTES):
                 digest.update(_ZEROS)
             digest.update(_ZEROS[: (offset - summed) % _BLOCK_BYTES])

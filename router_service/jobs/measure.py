@@ -28,7 +28,7 @@ from router_service.memories.memory import RoutingMemory, sample_entries
 from router_service.memories.settings import MemorySettings, settings_from_json
 
 # Nearest neighbours at the same distance may come in any order.
-_SAME_DISTANCE = 1e-6
+SAME_DISTANCE = 1e-6
 # Own keys are asked about on a copy without them, one in so many at most.
 _MOST_HELD_OUT = 4
 
@@ -65,7 +65,7 @@ def recall_at_1(found: RouteAnswer, exact: RouteAnswer) -> float:
     some = true.ids[:, 0] != NO_ID
     if not some.any():
         return 1.0
-    as_near = distances <= true.distances[:, 0] * (1 + _SAME_DISTANCE)
+    as_near = distances <= true.distances[:, 0] * (1 + SAME_DISTANCE)
     same = found.neighbours.ids[:, 0] == true.ids[:, 0]
     return float((same | as_near)[some].mean())
 

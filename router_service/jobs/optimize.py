@@ -10,6 +10,7 @@ import numpy as np
 
 from router_service.arrays import NO_ID
 from router_service.backends.base import Compression, Report, SearchOptions
+from router_service.jobs.measure import SAME_DISTANCE
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory, sample_entries
 from router_service.memories.store import MemoryStore
@@ -18,7 +19,6 @@ from router_service.memories.store import MemoryStore
 RECALL_AT = 32
 # Keys that it asks about: as many as compare that many numbers, some 2 s.
 _FEWEST_QUERIES, _MOST_QUERIES, _NUMBERS = 16, 64, 1 << 33
-_SAME_DISTANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def recall_of(layer: LayerMemory, options: SearchOptions, report: Report) -> flo
         wanted += len(nearest)
         # Ties may come in any order, so distances are compared
         if len(nearest):
-            farthest = exact.distances[0, nearest[-1]] * (1 + _SAME_DISTANCE)
+            farthest = exact.distances[0, nearest[-1]] * (1 + SAME_DISTANCE)
             near = (indexed.ids[0] != number) & (indexed.distances[0] <= farthest)
             found += min(len(nearest), int(np.count_nonzero(near)))
     return found / wanted if wanted else None
@@ -96,7 +96,7 @@ def quantized(
     """Yields like optimized(). `oversampling` 0: as many candidates as the layers need afterwards.
 
     Meanwhile at least as many are rescored as before and as are needed, so no answer is worse than before or after.
-    What fails before the first layer is done leaves the setting as it was.
+    What ends it leaves as many as the layers need as they are, and no fewer than before.
     """
     before = memory.record.settings.oversampling
     wanted = oversampling or compression.oversampling

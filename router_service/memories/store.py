@@ -112,7 +112,6 @@ class MemoryStore:
         """
         if self._directory is not None:
             finish_file_swaps(self._directory)
-        self._closed = False
         found = self.swaps.finished(self._let_go)
         for name, reason in found.broken.items():
             self._set_aside(name, reason)

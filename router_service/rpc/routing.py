@@ -72,7 +72,8 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
     def _route(self, request: pb.RouteRequest, context: grpc.ServicerContext) -> pb.RouteResponse:
         deadline = _deadline(request, context)
         started = time.perf_counter_ns()
-        self._memories.get(request.memory)  # its name comes first
+        # A name that is not there is said before what else is wrong
+        self._memories.get(request.memory)
         query = replace(
             decode_query(request), deadline=deadline, left=lambda: not context.is_active()
         )

@@ -47,15 +47,11 @@ from router_service.backends.disk import (
 from router_service.backends.edge import unwritten
 from router_service.backends.edge.engine import ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
-from router_service.backends.edge.generation import (
-    FifoLock,
-    Generation,
-    Resources,
-    ServedGeneration,
-)
+from router_service.backends.edge.generation import Generation, Resources
 from router_service.backends.edge.ledger import Damage, digests_of
 from router_service.backends.edge.optimizer import MOST_OUTDATED, Optimizer
 from router_service.backends.edge.processes import ShardOpener
+from router_service.backends.edge.served import FifoLock, ServedGeneration
 from router_service.errors import CorruptMemory, DeadlineTooShort, EngineStopped, StorageError
 
 # Where a search is cut, the only place on this side of the wire: an engine call holds the engine (and in this process
@@ -74,8 +70,6 @@ _ENTRIES_PER_PAGE = 2048
 _FLOATS_PER_PAGE = 1 << 19
 # Opening a shard of that size takes 10 ms, of 160 MB 250 ms, and keeps every thread of its process waiting.
 ISOLATE_ABOVE_BYTES = 8 << 20
-
-
 # Longest wait of those who only want to know how many entries there are.
 _INFO_S = 1.0
 
@@ -321,9 +315,8 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
         def complete(copy: Path) -> None:
             copied = CollectionFiles(copy.parent, copy.name)
             with storage_call(f"write {copied.values(number)}"):
-                copied.generation(number).mkdir(
-                    exist_ok=True
-                )  # of a layer without entries nothing was copied
+                # Of a layer without entries nothing was copied
+                copied.generation(number).mkdir(exist_ok=True)
             table.save(copied.values(number))
             for path in (copied.base(number), copied.log(number)):  # it is not open
                 path.unlink(missing_ok=True)

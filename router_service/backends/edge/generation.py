@@ -1,27 +1,24 @@
-"""The generation of its files that a collection serves: open, its value rows in RAM, and the locks around it."""
+"""A generation of a collection's files: opened, compared after an unclean stop, with its value rows in RAM."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router_service.arrays import F32, NO_ID, U64, Bool, Entries, rows_of
-from router_service.backends.base import CollectionSpec, Versions
+from router_service.backends.base import CollectionSpec
 from router_service.backends.disk import (
     FreeSpace,
     fsync_directory,
-    fsync_tree,
     remove_durably,
     storage_call,
     write_atomically,
@@ -39,10 +36,9 @@ from router_service.backends.edge.ledger import (
     impossible_lengths,
     read_log,
 )
-from router_service.backends.edge.processes import HostedShard, Shard, ShardOpener
+from router_service.backends.edge.processes import Shard, ShardOpener
 from router_service.backends.edge.unwritten import UnwrittenShard, is_unwritten
 from router_service.errors import (
-    CollectionClosed,
     CorruptMemory,
     DirectoryInUse,
     DiskFull,
@@ -139,7 +135,7 @@ class ValueTable:
         """Digests [m, 2] of these ids [m]; 0 where one is not in the table."""
         rows, known = rows_of(self._ids, ids)
         found = _unknown(len(ids))
-        found[known] = self.digests[rows[known]]
+        found[known] = self._rows.digests[self._row_of[rows[known]]]
         return found
 
     @staticmethod
@@ -400,9 +396,8 @@ class Generation:
                         self._save()
                     closed = self._log is not None
             self.shard.close()
-        except (
-            EngineStopped
-        ) as error:  # every write is in the engine's log, which the next open replays
+        except EngineStopped as error:
+            # Every write is in the engine's log, which the next open replays
             log.warning("%s", error)
             closed = False
         finally:
@@ -431,15 +426,6 @@ _REMEDY = (
 )
 
 
-class _NoShard:
-    """In the place of the shard of what was set apart when it was opened."""
-
-    alive = True
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def _opened(
     files: CollectionFiles, pointer: Pointer, resources: Resources
 ) -> Shard | UnwrittenShard:
@@ -456,7 +442,7 @@ def _open_unclean(
 
     `again`: once more when the engine's process ends meanwhile, for that need not be the files' fault.
     """
-    started, shard = time.monotonic(), None
+    started = time.monotonic()
     try:
         with ExitStack() as stack:
             table, known = _as_written(files, pointer)
@@ -482,8 +468,9 @@ def _open_unclean(
         if again and isinstance(error, EngineStopped):
             log.warning("%s", error)
             return _open_unclean(files, pointer, resources, again=False)
+        nothing = UnwrittenShard(files.shard(pointer.generation), pointer.spec)  # in its place
         empty = ValueTable.empty(pointer.spec)
-        apart = Generation(files, pointer, cast(Shard, _NoShard()), empty, ShardCounts(0, 0, 0))
+        apart = Generation(files, pointer, nothing, empty, ShardCounts(0, 0, 0))
         apart.set_apart(str(error))
         return apart
     log.info(
@@ -528,7 +515,7 @@ def _compared(
     if damage:
         return table, str(damage)
     if len(removed):
-        log.warning("removing %d entries that nobody was told are safe", len(removed))
+        log.warning("removing %d entries whose write was not acknowledged as durable", len(removed))
         shard.delete(removed)
     kept = ~np.isin(found.ids, removed)
     digests = found.digests[kept]
@@ -581,172 +568,3 @@ def _read_table(shard: Shard | UnwrittenShard, spec: CollectionSpec) -> ValueTab
         after = int(page.ids[-1])
     read = Entries.concat(pages, 0, spec.value_width)
     return ValueTable(read.ids, read.values)
-
-
-class FifoLock:
-    """Handed on in the order of asking: a loop of short writes cannot starve a search. Not reentrant.
-
-    threading.Lock lets the thread that just released it take it again before those that wait.
-    """
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-        self._held = False
-
-    def __enter__(self) -> None:
-        self._take(None)
-
-    def __exit__(self, *_: object) -> None:
-        self._give()
-
-    @contextmanager
-    def held(self, wait_s: Callable[[], float] | None) -> Iterator[None]:
-        """Like `with`, with a wait that what `wait_s` raises ends; it is called again after the seconds it returns."""
-        self._take(wait_s)
-        try:
-            yield
-        finally:
-            self._give()
-
-    def _take(self, wait_s: Callable[[], float] | None) -> None:
-        with self._mutex:
-            if not self._held:
-                self._held = True
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        try:
-            while not turn.acquire(timeout=-1 if wait_s is None else wait_s()):
-                pass
-        except BaseException:
-            self._leave(turn)
-            raise
-
-    def _leave(self, turn: threading.Lock) -> None:
-        with self._mutex:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-                return
-        self._give()  # it was its turn already
-
-    def _give(self) -> None:
-        with self._mutex:
-            if self._waiting:
-                self._waiting.popleft().release()  # who waited longest holds it now
-            else:
-                self._held = False
-
-
-class ServedGeneration:
-    """The generation that a collection serves now, and the locks that all who use it take. Open until close()."""
-
-    def __init__(self, generation: Generation, resources: Resources) -> None:
-        self.now = generation  # changed under all three locks
-        self.files = generation.files
-        self.versions = Versions()
-        self.changes = 0  # of the entries; this collection's own, where a version is the memory's
-        self._resources = resources
-        # The order of locks, outermost first; who needs only a later one takes only that.
-        # 1. One optimize at a time; close() waits for it.
-        self.optimizing = threading.Lock()
-        # 2. One writer at a time. Held while files are copied and generations are swapped too: then writes wait.
-        self.writing = threading.Lock()
-        # 3. One engine call at a time. The only one that searches take; never held over a copy or a build.
-        self._engine = FifoLock()
-        self._frozen = False
-        self._closing = False  # engine_call() raises CollectionClosed
-        self.closed = False  # whether close() was called
-
-    @contextmanager
-    def engine_call(self, wait_s: Callable[[], float] | None = None) -> Iterator[Generation]:
-        """The generation, for one call of its shard, which is opened again when its process has died.
-
-        `wait_s`: of a caller who may leave, see SearchOptions; only for calls that change nothing.
-        Raises CollectionClosed, and what `wait_s` raises.
-        """
-        with self._engine.held(wait_s):
-            self.require_use()
-            if not self.now.shard.alive:
-                self.now.revive(self._resources)
-                self.changed()
-            if wait_s is not None and isinstance(shard := self.now.shard, HostedShard):
-                with shard.waiting(wait_s):
-                    yield self.now
-            else:
-                yield self.now
-
-    def changed(self) -> None:
-        """Inside engine_call(): the entries are, or may be, others than before."""
-        self.changes += 1
-        self.versions.advance()
-
-    def written(self) -> Shard:
-        """Inside engine_call(): the shard, to be written to. Raises StorageError."""
-        return self.now.written(self._resources)
-
-    def before_write(self) -> None:
-        """For who holds `writing`. Raises CollectionClosed, CorruptMemory, StorageError."""
-        self.require_use()
-        if (
-            not self.now.shard.alive
-        ):  # what the write that it died in became is known before the next begins
-            with self.engine_call():
-                pass
-        if self.now.log_is_long:
-            with self.engine_call() as generation:
-                generation.flush()
-            self.now.keep()
-
-    def require_use(self) -> None:
-        """Raises CollectionClosed, or CorruptMemory when the collection is set apart."""
-        if self._closing:
-            raise CollectionClosed(self.files.directory)
-        if self.now.damage is not None:
-            raise self.now.damage
-
-    def flush(self) -> None:
-        """Makes every write durable. Returns at once while the files are frozen, for they were flushed before."""
-        if self.now.damage is not None:
-            return
-        if not self.now.flushed and not self._frozen:
-            # Beside the engine, so that little is left for its own flush, during which no search is answered.
-            with suppress(OSError):  # a file that is being replaced
-                fsync_tree(self.files.shard(self.now.pointer.generation) / "segments")
-        with self.engine_call() as generation:
-            if not self._frozen:
-                generation.flush()
-
-    @contextmanager
-    def frozen(self) -> Iterator[Generation]:
-        """Inside, the files on disk are complete and nobody changes them; searches go on."""
-        self.flush()  # so that little is left to do while writes wait
-        with self.writing:
-            try:
-                with self.engine_call() as generation:
-                    generation.flush()
-                    self._frozen = True
-                yield generation
-            finally:
-                self._frozen = False
-
-    def swap(self, successor: Generation) -> Generation:
-        """Serves `successor`, of the same entries, from the next engine call on; returns what served until now.
-
-        For who holds `optimizing` and `writing`.
-        """
-        with self._engine:
-            replaced, self.now = self.now, successor
-        return replaced
-
-    def refuse_calls(self) -> None:
-        """From here on engine_call() raises CollectionClosed: what goes on ends soon, and close() waits for it."""
-        self._closing = True
-
-    def close(self) -> None:
-        """After refuse_calls(): flushes and releases the files. Closing twice is allowed."""
-        with self.optimizing, self.writing, self._engine:
-            if not self.closed:
-                self.closed = True
-                self.now.close()

@@ -221,7 +221,7 @@ class Known:
     """What the entries of a shard must be: ids [n] ascending, digests [n, 2].
 
     `allowed`: for ids whose last write may not have been made, or need not have survived, every state that is right;
-    None: not there. `any_new`: entries of other ids may be there, which nobody was told are safe.
+    None: not there. `any_new`: entries of other ids may be there, whose write was not acknowledged as durable.
     """
 
     ids: U64

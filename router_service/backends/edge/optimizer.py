@@ -20,9 +20,10 @@ from router_service.arrays import U64
 from router_service.backends.base import CollectionSpec, Compression, Report, say_nothing
 from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, storage_call
 from router_service.backends.edge.files import Pointer
-from router_service.backends.edge.generation import Generation, Resources, ServedGeneration
+from router_service.backends.edge.generation import Generation, Resources
 from router_service.backends.edge.ledger import Sums
 from router_service.backends.edge.processes import Shard, start_module
+from router_service.backends.edge.served import ServedGeneration
 from router_service.backends.edge.unwritten import UnwrittenShard
 from router_service.errors import Busy, StorageError
 
@@ -244,9 +245,8 @@ class Optimizer:
             remove_tree(files.generation(target.generation))
             copy_tree(source, files.shard(target.generation), _NEVER_CHANGED)
             if (sums := Sums.load(files.sums(now.pointer.generation))) is not None:
-                sums.save(
-                    files.sums(target.generation)
-                )  # of files that the next generation has too
+                # Of files that the next generation has too
+                sums.save(files.sums(target.generation))
             self._replay = Replay(self._served)
             return now.changed
 
@@ -273,7 +273,11 @@ class Optimizer:
                 f"{files.shard(target.generation)} has {counts.entries} entries, expected {len(table)}"
             )
         complete = Generation(files, target, shard, table, counts)
-        complete.flush()
-        complete.keep()
-        files.write(target)
+        try:
+            complete.flush()
+            complete.keep()
+            files.write(target)
+        except BaseException:
+            complete.abandon()
+            raise
         return complete

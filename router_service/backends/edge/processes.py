@@ -119,7 +119,7 @@ class HostedShard:
         """Starts the process, lets `watch` know, and opens the shard. Raises what EngineShard.load() raises."""
         self._directory, self._closed = directory, False
         self._wait_s: Callable[[], float] | None = None
-        self._owed = 0  # answers that nobody waits for any more
+        self._owed = 0  # answers that are due, those that nobody waits for any more among them
         self._call, self._still_since, self._cpu_s = "", 0.0, 0.0  # of the call under way
         self._connection, theirs = Pipe()
         with theirs:

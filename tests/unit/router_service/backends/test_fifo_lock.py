@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from router_service.backends.edge.generation import FifoLock
+from router_service.backends.edge.served import FifoLock
 
 
 def test_it_is_handed_on_in_the_order_of_asking() -> None:
