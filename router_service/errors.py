@@ -23,7 +23,8 @@ RoutingServiceError
     ├── DirectoryInUse
     ├── CollectionClosed      deleted, replaced or shut down while a call was on its way
     ├── EngineStopped         an engine process that ended, and is started again
-    ├── BackendUnavailable    a Qdrant server that is away, or does not answer in time
+    ├── CollectionExists      another service has just made it on the same server
+    ├── BackendUnavailable    a Qdrant server that is away, changes, or does not answer in time
     ├── BackendMisconfigured  one that cannot be used with these settings
     ├── CorruptMemory
     │   └── ForeignCollection a collection of the memory's name that is not what the memory needs
@@ -36,7 +37,14 @@ _MAX_NAMES = 20
 
 
 class RoutingServiceError(Exception):
-    """Base of every error that the service raises on purpose."""
+    """Base of every error that the service raises on purpose.
+
+    Attributes:
+        retry_after_s: seconds after which the same call may succeed, where that is known.
+
+    """
+
+    retry_after_s: float | None = None
 
 
 class InvalidRequest(RoutingServiceError):
@@ -129,7 +137,7 @@ class StorageError(RoutingServiceError):
 
 
 class DiskFull(StorageError):
-    """Too little free disk to accept a write."""
+    """Too little free disk to accept a write; on a Qdrant server also too little RAM."""
 
 
 class DirectoryInUse(StorageError):
@@ -147,8 +155,16 @@ class EngineStopped(StorageError):
     """An engine process ended or was ended, and is started again at the next call."""
 
 
+class CollectionExists(StorageError):
+    """A server's collection of that name was made by somebody else meanwhile."""
+
+
 class BackendUnavailable(StorageError):
-    """The Qdrant server is away, or does not answer in time."""
+    """The Qdrant server is away, is changing (a node comes or goes), or does not answer in time."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class BackendMisconfigured(StorageError):

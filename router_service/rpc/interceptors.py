@@ -44,6 +44,7 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.SnapshotNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
     errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
+    errors.CollectionExists: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
     errors.EngineStopped: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BACKEND_UNAVAILABLE),
     errors.BackendUnavailable: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BACKEND_UNAVAILABLE),
     errors.BackendMisconfigured: (
@@ -185,16 +186,24 @@ def _errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lac
 
 
 def status_of(error: RoutingServiceError) -> grpc.Status:
-    """The status of an error, with an ErrorInfo and, for a caller's mistake, the field violation."""
+    """The status of an error, with an ErrorInfo and, where it fits, the field violation or when to try again."""
     code, reason = _TABLE[next(base for base in type(error).__mro__ if base in _TABLE)]
     if not isinstance(error, errors.InvalidRequest):
-        return _status(code, str(error), reason, {})
+        return _status(code, str(error), reason, {}, *_retry_info(error))
     found = {"field": error.field, "value": error.value, "expected": error.expected}
     violation = error_details_pb2.BadRequest.FieldViolation(
         field=error.field, description=f"got {error.value}, expected {error.expected}"
     )
     request = error_details_pb2.BadRequest(field_violations=[violation])
     return _status(code, str(error), reason, found, request)
+
+
+def _retry_info(error: RoutingServiceError) -> list[Message]:
+    if error.retry_after_s is None:
+        return []
+    after = error_details_pb2.RetryInfo()
+    after.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    return [after]
 
 
 def internal_status(message: str) -> grpc.Status:

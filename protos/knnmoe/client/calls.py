@@ -22,14 +22,17 @@ Response = TypeVar("Response")
 # Seconds before each retry: a service that is restarted is back within a second or two.
 PAUSES_S = (0.5, 2.5)
 NO_PAUSES_S = (0.0, 0.0)
+_SPREAD = (0.75, 1.25)  # so that many clients do not come back at once
 
 
 @dataclass(slots=True)
 class Retries:
     """Retries of one channel's calls: only what failed with UNAVAILABLE, and only once a service has answered on it.
 
+    Where the service says when to try again, tries go on at its pace for as long as there is time.
+
     Attributes:
-        pauses_s: before each retry, give or take a quarter; 0 retries at once.
+        pauses_s: before each other retry, give or take a quarter; 0 retries at once.
         reached: a service has answered before. Until then an address that nobody listens at is an error at once.
 
     """
@@ -40,16 +43,21 @@ class Retries:
     def run(self, call: Callable[[float], Response], timeout_s: float) -> Response:
         """call(seconds that are left), again while it may succeed; raises what its last try raised."""
         left_s, give_up_s = timeout_s, time.monotonic() + timeout_s
-        for pause_s in self.pauses_s:
+        pauses = iter(self.pauses_s)
+        while True:
             try:
                 return self._reaching(call, left_s)
             except ServiceUnavailable as error:
-                pause_s *= random.uniform(0.75, 1.25)
+                pause_s = error.retry_after_s
+                if pause_s is None:
+                    pause_s = next(pauses, None)
+                if pause_s is None or not (self.reached and error.passing):
+                    raise
+                pause_s *= random.uniform(*_SPREAD)
                 left_s = give_up_s - time.monotonic() - pause_s
-                if not (self.reached and error.passing) or left_s <= 0:
+                if left_s <= 0:
                     raise
             time.sleep(pause_s)
-        return self._reaching(call, left_s)
 
     def _reaching(self, call: Callable[[float], Response], left_s: float) -> Response:
         try:

@@ -35,6 +35,7 @@ class ServiceError(Exception):
         metadata: of a bad request the field, its value and what was expected.
         violations: field -> description.
         timeout_s: how long the caller waited, when that is why it ended.
+        retry_after_s: when the same call may succeed, in seconds, where the service says so.
 
     """
 
@@ -48,11 +49,12 @@ class ServiceError(Exception):
         metadata: Mapping[str, str] | None = None,
         violations: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.code, self.reason, self.target = message, code, reason, target
         self.metadata, self.violations = dict(metadata or {}), dict(violations or {})
-        self.timeout_s = timeout_s
+        self.timeout_s, self.retry_after_s = timeout_s, retry_after_s
 
     @property
     def cause(self) -> str:
@@ -68,7 +70,7 @@ class ServiceUnavailable(ServiceError):
     @property
     def passing(self) -> bool:
         """Whether the same call may succeed in a moment."""
-        return self.code is grpc.StatusCode.UNAVAILABLE
+        return self.code is grpc.StatusCode.UNAVAILABLE or self.retry_after_s is not None
 
     @override
     def __str__(self) -> str:
@@ -158,16 +160,19 @@ BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
 
 def service_error(failed: Any, target: str = "", timeout_s: float | None = None) -> ServiceError:
     """The ServiceError of a failed call (a grpc.RpcError, which is also a grpc.Call)."""
-    reason, metadata, violations = "", {}, {}
+    reason, metadata, violations, retry_after_s = "", {}, {}, None
     for key, value in failed.trailing_metadata() or ():
         if key != "grpc-status-details-bin":
             continue
         for detail in status_pb2.Status.FromString(value).details:
             info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+            again = error_details_pb2.RetryInfo()
             if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
                 reason, metadata = info.reason, dict(info.metadata)
             elif detail.Unpack(bad):
                 violations = {v.field: v.description for v in bad.field_violations}
+            elif detail.Unpack(again):
+                retry_after_s = again.retry_delay.ToMilliseconds() / 1000
     return _class_of(failed.code(), reason)(
         failed.details() or "",
         code=failed.code(),
@@ -176,6 +181,7 @@ def service_error(failed: Any, target: str = "", timeout_s: float | None = None)
         metadata=metadata,
         violations=violations,
         timeout_s=timeout_s,
+        retry_after_s=retry_after_s,
     )
 
 

@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from typing_extensions import override
@@ -25,6 +26,7 @@ from router_service.backends.qdrant_server.connection import (
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
     CollectionClosed,
+    CollectionExists,
     CorruptMemory,
     ForeignCollection,
     StorageError,
@@ -105,7 +107,9 @@ class ServerBackend(Backend, Renaming, Pinning):
             replication_factor=options.replication_factor,
             write_consistency_factor=options.write_consistency_factor,
         )
-        self._call("collections", "Create", request, repeat=False)
+        # Nobody else uses this name: one that is there was made by a try before.
+        with suppress(CollectionExists):
+            self._call("collections", "Create", request)
         self.connection.wait_for(collection)
         self.index_fields(collection)
         return collection
@@ -274,10 +278,10 @@ class ServerBackend(Backend, Renaming, Pinning):
         own = f"{alias}{_GENERATION}"
         return sorted(name for name in self._collections() if name == alias or name.startswith(own))
 
-    def _call(self, service: str, method: str, request: Any, *, repeat: bool = True) -> Any:
+    def _call(self, service: str, method: str, request: Any) -> Any:
         quick = method in ("Get", "List", "ListAliases")
         timeout_s = WRITE_TIMEOUT_S if quick else ADMIN_TIMEOUT_S
-        return self.connection.call(service, method, request, timeout_s, repeat=repeat)
+        return self.connection.call(service, method, request, timeout_s)
 
 
 def _keyword_index(on_disk: bool | None) -> Any:

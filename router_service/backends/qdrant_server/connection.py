@@ -14,15 +14,18 @@ from typing import Any
 
 import grpc
 
+from router_service.backends.qdrant_server.failures import (
+    cause,
+    error_of,
+    failure_of,
+    unreachable,
+)
 from router_service.backends.qdrant_server.options import ServerOptions
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
     BackendMisconfigured,
     BackendUnavailable,
     CollectionClosed,
-    Overloaded,
-    RoutingServiceError,
-    StorageError,
     shorten,
 )
 
@@ -30,13 +33,7 @@ OLDEST, FIRST_TOO_NEW = (1, 13), (2, 0)
 WRITE_TIMEOUT_S = 10.0
 ADMIN_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
-# Tries after the first, of what failed with UNAVAILABLE, or with RESOURCE_EXHAUSTED and a time to wait.
-_RETRIES = 2
-_PAUSES_S = (0.02, 0.35)  # in the end every channel has tried to connect again
-_RETRY_AFTER = "retry-after"
-_AROUND = re.compile(
-    r"failed to connect to all addresses; last error: \w+: \S+: (Failed to connect to remote host: )?"
-)
+_LOOK_S = 0.02
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -89,20 +86,21 @@ class Connection:
     def call(
         self, service: str, method: str, request: Any, timeout_s: float, *, repeat: bool = True
     ) -> Any:
-        """The reply, of a second or third try if need be and time is left. Raises StorageError, Overloaded.
+        """The reply, of a further try while failures pass and time is left. Raises StorageError, Overloaded.
 
         `repeat`: False for what must not be done twice.
         """
         deadline = time.monotonic() + timeout_s
-        for pause_s in (*_PAUSES_S[: _RETRIES if repeat else 0], None):
+        for tried in itertools.count(1):
             try:
                 left = max(deadline - time.monotonic(), 0.001)
                 stub = getattr(self._stubs(), service)
                 return getattr(stub, method)(request, timeout=left, metadata=self._metadata)
             except grpc.RpcError as error:
-                wait_s = None if pause_s is None else _wait_before_retry(error, pause_s)
+                failure = failure_of(error)
+                wait_s = failure.pause_s(tried) if repeat else None
                 if wait_s is None or time.monotonic() + wait_s >= deadline:
-                    raise self.error_of(error, timeout_s) from error
+                    raise error_of(failure, self.options, timeout_s) from error
                 time.sleep(wait_s)
         raise AssertionError("unreachable")
 
@@ -121,7 +119,7 @@ class Connection:
                     raise BackendUnavailable(
                         f"a node of {self.options.url} does not learn of {collection!r}; is the cluster whole?"
                     )
-                time.sleep(_PAUSES_S[0])
+                time.sleep(_LOOK_S)
 
     def _finds(self, stubs: Stubs, collection: str) -> bool:
         request = q.GetCollectionInfoRequest(collection_name=collection)
@@ -143,40 +141,12 @@ class Connection:
         try:
             yield
         except grpc.RpcError as error:
-            raise self.error_of(error, timeout_s) from error
-
-    def error_of(self, error: Any, timeout_s: float) -> RoutingServiceError:
-        """What a failed call (grpc.RpcError) means to whoever runs the service."""
-        code, text = error.code(), shorten(_cause(error), 300)
-        where = f"the Qdrant server at {self.options.url}"
-        match code:
-            case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
-                return self._unreachable(text)
-            case grpc.StatusCode.DEADLINE_EXCEEDED:
-                return BackendUnavailable(
-                    f"{where} did not answer within {timeout_s:.3g} s (lookups: --qdrant-timeout-s)"
-                )
-            case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
-                given = "the API key" if self.options.api_key else "a call without an API key"
-                return BackendMisconfigured(
-                    f"{where} refuses {given} ({text}); set ROUTER_SERVICE_QDRANT_API_KEY or --qdrant-api-key-file"
-                )
-            case grpc.StatusCode.RESOURCE_EXHAUSTED:
-                return Overloaded(f"{where} asks to come back later: {text}")
-            case grpc.StatusCode.NOT_FOUND:
-                return CollectionClosed(f"a collection of {where} ({text})")
-        return StorageError(f"{where} failed with {code.name}: {text}")
+            raise error_of(failure_of(error), self.options, timeout_s) from error
 
     def close(self) -> None:
         """Closing twice is allowed."""
         for stubs in self._pool:
             stubs.channel.close()
-
-    def _unreachable(self, details: str) -> BackendUnavailable:
-        return BackendUnavailable(
-            f"the Qdrant server at {self.options.url} cannot be reached ({details}); start it, or change "
-            f"{self.options.named_by} to its gRPC port, which is 6334 unless the server is told otherwise"
-        )
 
     def _stubs(self) -> Stubs:
         return self._pool[next(self._next) % len(self._pool)]
@@ -189,7 +159,7 @@ class Connection:
 
     def _find(self) -> tuple[str, str]:
         """The address that speaks Qdrant's gRPC, and the server's version."""
-        failures = []
+        refusals = []
         for target in self.options.targets:
             with self._open(target) as channel:
                 try:
@@ -197,11 +167,11 @@ class Connection:
                         q.HealthCheckRequest(), timeout=_CONNECT_TIMEOUT_S, metadata=self._metadata
                     )
                 except grpc.RpcError as error:
-                    failures.append(f"{target}: {_cause(error)}")
+                    refusals.append(f"{target}: {cause(error)}")
                     continue
             self._require_version(reply.version)
             return target, reply.version
-        raise self._unreachable(shorten("; ".join(failures), 300))
+        raise unreachable(self.options, shorten("; ".join(refusals), 300))
 
     def _require_version(self, version: str) -> None:
         numbers = re.match(r"(\d+)\.(\d+)", version)
@@ -212,19 +182,3 @@ class Connection:
                 f"{OLDEST[0]}.{OLDEST[1]} and later 1.x; change {self.options.named_by} to another server, or "
                 "upgrade this one"
             )
-
-
-def _cause(error: Any) -> str:
-    """What a failure says, without what gRPC says around it."""
-    return _AROUND.sub("", error.details() or error.code().name)
-
-
-def _wait_before_retry(error: Any, pause_s: float) -> float | None:
-    """Seconds to wait before another try; None when there is to be none."""
-    if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return pause_s
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        for key, value in error.trailing_metadata() or ():
-            if key == _RETRY_AFTER and re.fullmatch(r"\d+(\.\d+)?", str(value)):
-                return float(value)
-    return None

@@ -76,3 +76,30 @@ def test_nothing_is_tried_again_after_the_deadline() -> None:
     with pytest.raises(ServiceUnavailable, match="gone"):
         Retries((60.0, 60.0), reached=True).run(call, 0.01)
     assert len(left) == 1
+
+
+def again_after(seconds: float, code: StatusCode = StatusCode.UNAVAILABLE) -> ServiceUnavailable:
+    return ServiceUnavailable("later", code=code, retry_after_s=seconds)
+
+
+@pytest.mark.parametrize("code", [StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED])
+def test_what_says_when_to_try_again_is_tried_for_as_long_as_there_is_time(
+    code: StatusCode,
+) -> None:
+    call, left = script(*[again_after(0.0, code)] * 9, "answer")
+    assert Retries((60.0, 60.0), reached=True).run(call, 30.0) == "answer"
+    assert len(left) == 10
+
+
+def test_a_hint_beyond_the_deadline_is_not_waited_for() -> None:
+    call, left = script(again_after(60.0), "answer")
+    with pytest.raises(ServiceUnavailable, match="later"):
+        Retries(NO_PAUSES_S, reached=True).run(call, 30.0)
+    assert len(left) == 1
+
+
+def test_other_failures_have_their_own_retries_beside() -> None:
+    call, left = script(GONE, again_after(0.0), GONE, again_after(0.0), GONE, "too late")
+    with pytest.raises(ServiceUnavailable, match="gone"):
+        Retries(NO_PAUSES_S, reached=True).run(call, 60.0)
+    assert len(left) == 5

@@ -113,3 +113,11 @@ def test_details_are_googles() -> None:
     info = error_details_pb2.ErrorInfo()
     assert packed.details[0].Unpack(info)
     assert info.domain == "knnmoe.dev"
+
+
+@pytest.mark.parametrize("kind", [errors.BackendUnavailable, errors.Overloaded])
+def test_a_client_hears_when_to_try_again(kind: type[errors.RoutingServiceError]) -> None:
+    error = kind("later")
+    assert service_error(_Failed(status_of(error))).retry_after_s is None
+    error.retry_after_s = 1.25
+    assert service_error(_Failed(status_of(error))).retry_after_s == 1.25
