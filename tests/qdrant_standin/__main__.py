@@ -18,7 +18,7 @@ import grpc
 from tests.qdrant_standin.faults import Faults
 from tests.qdrant_standin.server import QdrantStandIn
 
-_CALLS = ("delay", "black_hole", "fail", "rate_limit", "lift")
+_CALLS = ("delay", "black_hole", "fail", "rate_limit", "blind", "lift")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from tests.qdrant_standin.checks import vector_params
 from tests.qdrant_standin.configs import engine_config
 from tests.qdrant_standin.errors import ApiError, engine_call, no_collection
 from tests.qdrant_standin.field_indexes import schema_message
+from tests.qdrant_standin.writes import Write
 
 _MANIFEST = "collection.json"
 SHARD = "shard"
@@ -89,6 +90,14 @@ class Collection:
             if self._shard is None:
                 raise no_collection(self.name)
             return use(self._shard)
+
+    def bound(self, request: Any) -> Collection:
+        """The collection as this request asks for it: one server has one consistency and one ordering."""
+        return self
+
+    def write(self, write: Write) -> int:
+        """Writes all of it, and returns the number of the operation."""
+        return self.update(write.whole())
 
     def update(self, operation: Any) -> int:
         """Writes, and returns the number of the operation."""

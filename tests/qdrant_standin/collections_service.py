@@ -9,7 +9,7 @@ from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin import checks
 from tests.qdrant_standin.configs import new_config
 from tests.qdrant_standin.errors import ApiError
-from tests.qdrant_standin.store import PEER_ID, Store
+from tests.qdrant_standin.store import Store
 
 
 class CollectionsService(pb.CollectionsServicer):
@@ -31,8 +31,8 @@ class CollectionsService(pb.CollectionsServicer):
     def Create(self, request: pb.CreateCollection, context: Any) -> Any:  # noqa: N802
         started = time.perf_counter()
         checks.create_collection(request)
-        config = new_config(request, self._indexing_threshold_kb)
-        self._store.create(request.collection_name, config)
+        config = new_config(request, self._indexing_threshold_kb, self._store.peers)
+        self._store.create(request.collection_name, config, _timeout_s(request))
         return _done(True, started)
 
     def Update(self, request: pb.UpdateCollection, context: Any) -> Any:  # noqa: N802
@@ -45,12 +45,13 @@ class CollectionsService(pb.CollectionsServicer):
         started = time.perf_counter()
         checks.collection_name(request.collection_name)
         checks.at_least(request, "timeout", 1)
-        return _done(self._store.delete(request.collection_name), started)
+        deleted = self._store.delete(request.collection_name, _timeout_s(request))
+        return _done(deleted, started)
 
     def UpdateAliases(self, request: pb.ChangeAliases, context: Any) -> Any:  # noqa: N802
         started = time.perf_counter()
         checks.at_least(request, "timeout", 1)
-        self._store.change_aliases(list(request.actions))
+        self._store.change_aliases(list(request.actions), _timeout_s(request))
         return _done(True, started)
 
     def ListAliases(self, request: pb.ListAliasesRequest, context: Any) -> Any:  # noqa: N802
@@ -69,19 +70,12 @@ class CollectionsService(pb.CollectionsServicer):
         return pb.CollectionExistsResponse(result=pb.CollectionExists(exists=True))
 
     def CollectionClusterInfo(self, request: pb.CollectionClusterInfoRequest, context: Any) -> Any:  # noqa: N802
-        """One node that has all shards; the first holds all points."""
-        info = self._store.get(request.collection_name).info()
-        shards = info.config.params.shard_number
-        return pb.CollectionClusterInfoResponse(
-            peer_id=PEER_ID,
-            shard_count=shards,
-            local_shards=[
-                pb.LocalShardInfo(
-                    shard_id=shard, points_count=0 if shard else info.points_count, state=pb.Active
-                )
-                for shard in range(shards)
-            ],
-        )
+        checks.collection_name(request.collection_name)
+        return self._store.cluster_info(request.collection_name)
+
+
+def _timeout_s(request: Any) -> float | None:
+    return float(request.timeout) if request.HasField("timeout") else None
 
 
 def _done(result: bool, started: float) -> pb.CollectionOperationResponse:

@@ -32,9 +32,12 @@ _PARAMS = (
 )
 
 
-def new_config(request: pb.CreateCollection, indexing_threshold_kb: int) -> pb.CollectionConfig:
+def new_config(
+    request: pb.CreateCollection, indexing_threshold_kb: int, peers: int = 1
+) -> pb.CollectionConfig:
     """The configuration of a collection as a server without settings of its own completes it."""
     config = _defaults(indexing_threshold_kb)
+    config.params.shard_number = peers
     for field, value in request.ListFields():
         if field.name in _PARAMS:
             _assign(config.params, field.name, value)

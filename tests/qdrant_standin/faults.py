@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import grpc
@@ -64,6 +65,7 @@ class Faults:
         self.version = version
         self.calls: Counter[str] = Counter()
         self._faults: list[Fault] = []
+        self._blind: list[str] = []
         self._lock = threading.Lock()
 
     def delay(self, seconds: float, method: str | None = None, calls: int | None = None) -> Fault:
@@ -96,10 +98,24 @@ class Faults:
         trailing = (("retry-after", str(retry_after_s)),)
         return self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, text, method, calls, trailing)
 
+    def blind(self, pattern: str) -> None:
+        """Searches of collections with such names ("*", "?" as in a shell) find nothing; their counts stay right.
+
+        So does a server whose files are on FUSE after it restored a snapshot.
+        """
+        with self._lock:
+            self._blind.append(pattern)
+
+    def blinds(self, collection: str) -> bool:
+        """Whether searches of this collection find nothing."""
+        with self._lock:
+            return any(fnmatchcase(collection, pattern) for pattern in self._blind)
+
     def lift(self) -> None:
         """Ends all of them."""
         with self._lock:
             faults, self._faults = self._faults, []
+            self._blind.clear()
         for fault in faults:
             fault.lift()
 

@@ -11,6 +11,7 @@ from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin import checks
 from tests.qdrant_standin.collection import Collection
 from tests.qdrant_standin.errors import bad_input, empty_update, invalid, unimplemented, validation
+from tests.qdrant_standin.faults import Faults
 from tests.qdrant_standin.field_indexes import index_schema
 from tests.qdrant_standin.filters import optional_filter
 from tests.qdrant_standin.queries import query_request, scroll_request, selected
@@ -26,6 +27,7 @@ from tests.qdrant_standin.values import (
     with_payload,
     with_vectors,
 )
+from tests.qdrant_standin.writes import Write, for_all
 
 _MODES = {
     pb.Upsert: qe.UpdateMode.Upsert,
@@ -37,8 +39,8 @@ _MODES = {
 class PointsService(pb.PointsServicer):
     """Handlers; refusals are ApiErrors."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, faults: Faults) -> None:
+        self._store, self._faults = store, faults
 
     def Upsert(self, request: pb.UpsertPoints, context: Any) -> Any:  # noqa: N802
         started, collection = self._begin(request)
@@ -47,8 +49,11 @@ class PointsService(pb.PointsServicer):
         condition = optional_filter(request, "update_filter")
         points = [_point(collection, message) for message in request.points]
         mode = _MODES[request.update_mode] if request.HasField("update_mode") else None
-        operation = qe.UpdateOperation.upsert_points(points, condition, mode)
-        return self._write(collection, operation, request, started)
+        upsert = qe.UpdateOperation.upsert_points
+        write = Write(
+            lambda some: upsert(some, condition, mode), points, [point.id for point in points]
+        )
+        return self._write(collection, write, request, started)
 
     def Delete(self, request: pb.DeletePoints, context: Any) -> Any:  # noqa: N802
         return self._select(request, "points", "delete_points")
@@ -71,12 +76,14 @@ class PointsService(pb.PointsServicer):
     def CreateFieldIndex(self, request: pb.CreateFieldIndexCollection, context: Any) -> Any:  # noqa: N802
         started, collection = self._begin(request)
         operation = qe.UpdateOperation.create_field_index(_field(request), index_schema(request))
-        return self._write(collection, operation, request, started)
+        self._store.change_fields(request, operation)
+        return self._write(collection, for_all(operation), request, started)
 
     def DeleteFieldIndex(self, request: pb.DeleteFieldIndexCollection, context: Any) -> Any:  # noqa: N802
         started, collection = self._begin(request)
         operation = qe.UpdateOperation.delete_field_index(_field(request))
-        return self._write(collection, operation, request, started)
+        self._store.change_fields(request, operation)
+        return self._write(collection, for_all(operation), request, started)
 
     def Get(self, request: pb.GetPoints, context: Any) -> Any:  # noqa: N802
         started, collection = self._begin(request)
@@ -109,6 +116,7 @@ class PointsService(pb.PointsServicer):
         started, collection = self._begin(request)
         wanted = query_request(collection, request)
         found = collection.call(lambda shard: shard.query(wanted))
+        found = [] if self._faults.blinds(collection.name) else found
         return pb.QueryResponse(result=map(_scored, found), time=_since(started))
 
     def QueryBatch(self, request: pb.QueryBatchPoints, context: Any) -> Any:  # noqa: N802
@@ -118,6 +126,7 @@ class PointsService(pb.PointsServicer):
         wanted = [query_request(collection, each) for each in request.query_points]
         batch = qe.QueryBatchRequest(wanted)
         found = collection.call(lambda shard: shard.query_batch(batch))
+        found = [[]] * len(found) if self._faults.blinds(collection.name) else found
         results = (pb.BatchResult(result=map(_scored, hits)) for hits in found)
         return pb.QueryBatchResponse(result=results, time=_since(started))
 
@@ -128,7 +137,7 @@ class PointsService(pb.PointsServicer):
             "shard_key_selector"
         ):
             raise unimplemented("shard keys")
-        return started, self._store.get(request.collection_name)
+        return started, self._store.get(request.collection_name).bound(request)
 
     def _select(self, request: Any, field: str, name: str, *rest: Any) -> Any:
         """Writes to the points that a field selects, by the engine's operation of this name."""
@@ -136,15 +145,15 @@ class PointsService(pb.PointsServicer):
             missing = {"points": "PointSelector is missing"}
             raise invalid(missing.get(field, f"{field} is expected"))
         started, collection = self._begin(request)
-        operation = selected(getattr(request, field), name, *rest)
-        return self._write(collection, operation, request, started)
+        write = selected(getattr(request, field), name, *rest)
+        return self._write(collection, write, request, started)
 
     def _write(
-        self, collection: Collection, operation: Any, request: Any, started: float
+        self, collection: Collection, write: Write, request: Any, started: float
     ) -> pb.PointsOperationResponse:
         """Applies an operation before it answers, also without `wait`: what is acknowledged survives a kill."""
-        number = collection.update(operation)
-        self._store.optimizers.request(collection, pending=collection.outgrown())
+        number = collection.write(write)
+        self._store.written(collection)
         status = pb.Completed if request.wait else pb.Acknowledged
         result = pb.UpdateResult(operation_id=number, status=status)
         return pb.PointsOperationResponse(result=result, time=_since(started))

@@ -129,6 +129,10 @@ class RemoteFaults:
         """See Faults.rate_limit."""
         self.send("rate_limit", retry_after_s=retry_after_s, method=method, calls=calls)
 
+    def blind(self, pattern: str) -> None:
+        """See Faults.blind."""
+        self.send("blind", pattern=pattern)
+
     def version(self, version: str) -> None:
         """What HealthCheck says from now on."""
         self.send("version", version=version)

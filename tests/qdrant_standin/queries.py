@@ -18,6 +18,7 @@ from tests.qdrant_standin.values import (
     with_payload,
     with_vectors,
 )
+from tests.qdrant_standin.writes import Write, for_all
 
 _DEFAULT_LIMIT = 10
 
@@ -142,7 +143,7 @@ def scroll_request(message: pb.ScrollPoints) -> Any:
     )
 
 
-def selected(message: pb.PointsSelector, name: str, *rest: Any) -> Any:
+def selected(message: pb.PointsSelector, name: str, *rest: Any) -> Write:
     """The engine's operation of this name on points, by their ids or by a filter."""
     operations = qe.UpdateOperation
     match message.WhichOneof("points_selector_one_of"):
@@ -150,7 +151,8 @@ def selected(message: pb.PointsSelector, name: str, *rest: Any) -> Any:
             if not message.points.ids:
                 raise empty_update()
             ids = point_ids(message.points.ids)
-            return getattr(operations, name)(ids, *rest)
+            return Write(lambda some: getattr(operations, name)(some, *rest), ids, ids)
         case "filter":
-            return getattr(operations, f"{name}_by_filter")(filter_of(message.filter), *rest)
+            by_filter = getattr(operations, f"{name}_by_filter")
+            return for_all(by_filter(filter_of(message.filter), *rest))
     raise invalid("Malformed PointsSelector type")

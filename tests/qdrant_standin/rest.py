@@ -44,12 +44,14 @@ class RestServer:
         self,
         port: int,
         snapshots: Snapshots,
+        cluster_status: Callable[[], dict[str, Any]],
         key: ApiKey,
         faults: Faults,
         certificate: tuple[bytes, bytes] | None,
     ) -> None:
         """`port` is taken if it is free, and another one if not."""
-        self.snapshots, self.key, self.faults = snapshots, key, faults
+        self.snapshots, self.cluster_status = snapshots, cluster_status
+        self.key, self.faults = key, faults
         self._server = _listening(port)
         self._server.daemon_threads = True
         self._server.rest = self  # type: ignore[attr-defined]
@@ -138,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._about(path)
             return
         match [unquote(part) for part in path.strip("/").split("/")]:
+            case ["cluster"] if self.command == "GET":
+                self._done(self._rest.cluster_status, query, started)
             case ["collections", name, "snapshots", *rest]:
                 self._snapshots(name, rest, query, started)
             case _:

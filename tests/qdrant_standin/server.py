@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent import futures
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,8 +45,10 @@ class QdrantStandIn:
         api_key: str | None = None,
         version: str = "1.20.0",
         certificate: tuple[bytes, bytes] | None = None,
+        make_store: Callable[[Path], Any] = Store,
     ) -> None:
         """`certificate`: private key and chain in PEM, for https."""
+        self._make_store = make_store
         self.directory, self.port, self._api_key = directory, port, api_key
         self._certificate = certificate
         self.faults = Faults(version)
@@ -80,11 +83,15 @@ class QdrantStandIn:
         assert self._store is not None, "the stand-in is not running"
         return self._store.optimizers
 
+    def blind(self, pattern: str) -> None:
+        """See Faults.blind."""
+        self.faults.blind(pattern)
+
     def start(self) -> None:
         """Serves. Raises RuntimeError when the port is taken."""
         assert self._store is None, "the stand-in is running"
         with ExitStack() as stack:
-            store = Store(self.directory)
+            store = self._make_store(self.directory)
             stack.callback(store.close)
             self._serve(store, stack)
             self._store, self._running = store, stack.pop_all()
@@ -103,7 +110,9 @@ class QdrantStandIn:
         self._add_services(server, store, snapshots)
         self.port = self._bind(server)
         rest_port = self.rest_port or self.port - 1
-        rest = RestServer(rest_port, snapshots, key, self.faults, self._certificate)
+        rest = RestServer(
+            rest_port, snapshots, store.cluster_status, key, self.faults, self._certificate
+        )
         stack.callback(rest.close)
         self.rest_port = rest.port
         server.start()
@@ -111,7 +120,7 @@ class QdrantStandIn:
     def _add_services(self, server: grpc.Server, store: Store, snapshots: Snapshots) -> None:
         collections = CollectionsService(store, self.indexing_threshold_kb)
         pb.add_CollectionsServicer_to_server(collections, server)
-        pb.add_PointsServicer_to_server(PointsService(store), server)
+        pb.add_PointsServicer_to_server(PointsService(store, self.faults), server)
         pb.add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
         pb.add_QdrantServicer_to_server(_QdrantService(self.faults), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)

@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 from pathlib import Path
+from typing import Any
 
 from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.collection import Collection, save_json
@@ -67,6 +68,8 @@ class Optimizers:
 class Store:
     """What a directory holds. Names of collections in calls may be aliases, except where the server wants none."""
 
+    peers = 1
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._root = directory / "collections"
@@ -100,16 +103,21 @@ class Store:
                 raise no_collection(resolved)
             return self._collections[resolved]
 
-    def create(self, name: str, config: pb.CollectionConfig) -> None:
+    def create(
+        self, name: str, config: pb.CollectionConfig, timeout_s: float | None = None
+    ) -> None:
         """A new collection. Raises ApiError when the name is taken."""
         with self._lock:
-            if name in self._collections:
-                raise collection_exists(name)
-            if name in self._aliases:
-                raise bad_input(
-                    f"Can't create collection with name {name}. Alias with the same name already exists"
-                )
+            self._check_new(name)
             self._collections[name] = Collection.create(self._root, name, config)
+
+    def _check_new(self, name: str) -> None:
+        if name in self._collections:
+            raise collection_exists(name)
+        if name in self._aliases:
+            raise bad_input(
+                f"Can't create collection with name {name}. Alias with the same name already exists"
+            )
 
     def update(self, request: pb.UpdateCollection) -> None:
         """Changes the configuration of a collection; indexing follows in the background."""
@@ -118,7 +126,33 @@ class Store:
             collection.configure(changed(collection.config, request))
         self.optimizers.request(collection, pending=True)
 
-    def delete(self, name: str) -> bool:
+    def change_fields(self, request: Any, operation: Any) -> None:
+        """What all servers agree on before an index of a field is made or dropped: one has nobody to ask."""
+
+    def written(self, collection: Collection) -> None:
+        """Indexes what a write left without an index, in the background."""
+        self.optimizers.request(collection, pending=collection.outgrown())
+
+    def cluster_info(self, name: str) -> pb.CollectionClusterInfoResponse:
+        """One node that has all shards; the first holds all points."""
+        info = self.get(name).info()
+        shards = info.config.params.shard_number
+        return pb.CollectionClusterInfoResponse(
+            peer_id=PEER_ID,
+            shard_count=shards,
+            local_shards=[
+                pb.LocalShardInfo(
+                    shard_id=shard, points_count=0 if shard else info.points_count, state=pb.Active
+                )
+                for shard in range(shards)
+            ],
+        )
+
+    def cluster_status(self) -> dict[str, Any]:
+        """What GET /cluster answers."""
+        return {"status": "disabled"}
+
+    def delete(self, name: str, timeout_s: float | None = None) -> bool:
         """Deletes a collection, by its own name only, and its aliases; False if there was none."""
         with self._lock:
             self._keep_aliases({a: c for a, c in self._aliases.items() if c != name})
@@ -133,7 +167,9 @@ class Store:
             pairs = sorted(self._aliases.items())
         return [pair for pair in pairs if collection in (None, pair[1])]
 
-    def change_aliases(self, actions: list[pb.AliasOperations]) -> None:
+    def change_aliases(
+        self, actions: list[pb.AliasOperations], timeout_s: float | None = None
+    ) -> None:
         """Applies actions in their order; no other call sees some of them only.
 
         As on the real server an action that fails leaves those before it applied.

@@ -101,6 +101,7 @@ class TcpFaults:
         except OSError:
             return  # the other side has gone already
         near.setblocking(False)
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         task = self._loop.create_task(self._join(near))
         self._connections[task] = near
         task.add_done_callback(self._end)
@@ -111,6 +112,7 @@ class TcpFaults:
     async def _join(self, near: socket.socket) -> None:
         with socket.socket() as far:
             far.setblocking(False)
+            far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 await self._loop.sock_connect(far, self._target)
                 async with asyncio.TaskGroup() as both:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +11,7 @@ import pytest
 from qdrant_client import QdrantClient
 from standin_uses import connect
 
-from tests.qdrant_standin import QdrantStandIn
+from tests.qdrant_standin import QdrantCluster, QdrantStandIn
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +49,20 @@ def client(standin: QdrantStandIn, connected: QdrantClient) -> Iterator[QdrantCl
     standin.faults.lift()
     for each in connected.get_collections().collections:
         connected.delete_collection(each.name)
+
+
+@pytest.fixture
+def cluster(in_memory: Path, request: pytest.FixtureRequest) -> Iterator[QdrantCluster]:
+    """Three nodes, with nothing on them."""
+    with (
+        TemporaryDirectory(dir=in_memory) as directory,
+        QdrantCluster(Path(directory)) as nodes,
+    ):
+        yield nodes
+
+
+@pytest.fixture
+def clients(cluster: QdrantCluster) -> Iterator[list[QdrantClient]]:
+    """One of each node."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(connect(peer.port)) for peer in cluster.peers]
