@@ -9,11 +9,12 @@ Sparse vectors, multi vectors, shard keys, and queries other than nearest (with 
 
 from tests.qdrant_standin.cluster import Peer, QdrantCluster
 from tests.qdrant_standin.faults import Fault, Faults
-from tests.qdrant_standin.process import StandInProcess
+from tests.qdrant_standin.process import ClusterProcess, StandInProcess
 from tests.qdrant_standin.server import QdrantStandIn
 from tests.qdrant_standin.tcp_faults import TcpFaults
 
 __all__ = [
+    "ClusterProcess",
     "Fault",
     "Faults",
     "Peer",

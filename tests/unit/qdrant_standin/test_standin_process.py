@@ -8,7 +8,7 @@ import grpc
 import pytest
 from standin_uses import NAME, connect, create, ids, points, refused, rows, upsert
 
-from tests.qdrant_standin import StandInProcess
+from tests.qdrant_standin import ClusterProcess, StandInProcess
 
 
 def test_what_was_acknowledged_survives_a_kill(directory: Path) -> None:
@@ -41,3 +41,23 @@ def test_faults_of_a_process(directory: Path) -> None:
         assert client.info().version == "1.0.0"
         with pytest.raises(AssertionError, match="KeyError"):
             server.faults.send("fail", code="NOPE")
+
+
+def test_a_cluster_in_a_process(directory: Path) -> None:
+    with ClusterProcess(directory / "cluster") as cluster:
+        with connect(cluster.peers[0].port) as client:
+            create(client, replication_factor=2)
+            cluster.peers[2].kill()
+            upsert(client, points(rows(60)))
+            assert client.count(NAME).count == 60
+            cluster.peers[0].faults.fail(grpc.StatusCode.UNAVAILABLE, "injected", "Count")
+            with refused(grpc.StatusCode.UNAVAILABLE, "injected"):
+                client.count(NAME)
+        cluster.peers[2].start()
+        cluster.wait_whole()
+        assert cluster.collections() == [NAME]
+        assert cluster.replicas_differ(NAME) == []
+        with connect(cluster.peers[1].port) as client:
+            assert client.count(NAME).count == 60
+        assert cluster.stop() == 0
+        assert "Traceback" not in cluster.stderr
