@@ -19,6 +19,7 @@ from router_service.arrays import (
 from router_service.errors import InvalidField, InvalidTensor, NotFinite, WidthMismatch
 
 MAX_TEXT = 1024
+MAX_TIME_MS = 2**63 - 1  # engines store numbers in 64 bits with a sign
 
 
 def require_matrix(field: str, array: AnyArray, rows: int | None, columns: int, of: str) -> None:
@@ -91,6 +92,12 @@ def require_provenance(provenance: Sequence[Provenance], entries: int) -> None:
         if not np.isfinite(origin.gain):
             raise NotFinite(
                 f"entries.provenance[{number}].gain", origin.gain, "a finite number of nats"
+            )
+        if origin.created_unix_ms > MAX_TIME_MS:
+            raise InvalidField(
+                f"entries.provenance[{number}].created_unix_ms",
+                origin.created_unix_ms,
+                f"milliseconds since 1970, at most {MAX_TIME_MS}",
             )
 
 

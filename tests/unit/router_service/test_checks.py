@@ -102,6 +102,7 @@ def test_ids() -> None:
         (Provenance(source="x" * 1025), "entries.provenance[1].source"),
         (Provenance(example="a\0"), "entries.provenance[1].example"),
         (Provenance(gain=float("nan")), "entries.provenance[1].gain"),
+        (Provenance(created_unix_ms=2**63), "entries.provenance[1].created_unix_ms"),
     ],
 )
 def test_provenance(origin: Provenance, field: str) -> None:
