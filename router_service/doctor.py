@@ -378,6 +378,7 @@ def _compare(memory: RoutingMemory) -> Findings:
 def _check_served_memory(memory: RoutingMemory, *, indexed: bool) -> Findings:
     """`indexed`: whether the backend builds indexes at all."""
     record = memory.record
+    yield from _check_writes(memory)
     read = [layer for layer in memory.layers if record.settings.speaks_for(layer.layer)]
     infos = {layer.layer: layer.info() for layer in read}
     for number in [number for number, info in infos.items() if info.damage]:
@@ -403,6 +404,23 @@ def _check_served_memory(memory: RoutingMemory, *, indexed: bool) -> Findings:
     if not empty and not slow:
         entries = sum(info.entries for info in infos.values())
         yield fine(record.name, f"{entries} entries in {len(infos)} layers")
+
+
+def _check_writes(memory: RoutingMemory) -> Findings:
+    """What a server has not acknowledged."""
+    name = memory.record.name
+    for layer in memory.layers:
+        if (found := layer.info().unfinished) is not None:
+            ids = _listed(found.ids[:_MOST_NAMED])
+            more = len(found.ids) - _MOST_NAMED
+            lasting = "" if found.on_disk else "; without --data a stop of the service ends that"
+            yield warning(
+                name,
+                f"layer {layer.layer}: {found.writes} writes of {len(found.ids)} entries (ids {ids}"
+                f"{f' and {more} more' if more > 0 else ''}) are not acknowledged, some replicas may lack them; they "
+                f"are sent again until they are{lasting} ({found.problem})",
+                "router-admin doctor, when the nodes of the Qdrant server are whole",
+            )
 
 
 def _empty(memory: RoutingMemory, empty: list[int], filled: list[int]) -> Finding:

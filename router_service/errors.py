@@ -41,10 +41,12 @@ class RoutingServiceError(Exception):
 
     Attributes:
         retry_after_s: seconds after which the same call may succeed, where that is known.
+        half_done: whether what was asked for may have been done all the same, or some of it.
 
     """
 
     retry_after_s: float | None = None
+    half_done = False
 
 
 class InvalidRequest(RoutingServiceError):

@@ -24,8 +24,7 @@ def make_store(
     """
     # An engine is imported only where it is used: the oracle needs none.
     if is_url(settings.backend):
-        hits = settings.data / "hits" if settings.data is not None else None
-        return _on_server(settings.qdrant.options(settings.backend, named_by), hits)
+        return _on_server(settings.qdrant.options(settings.backend, named_by), settings.data)
     if settings.backend == EXACT:
         from router_service.backends.exact import ExactBackend
 
@@ -79,14 +78,15 @@ def opened_store(
             backend.close()
 
 
-def _on_server(options: ServerOptions, hits: Path | None) -> tuple[Backend, MemoryStore]:
+def _on_server(options: ServerOptions, data: Path | None) -> tuple[Backend, MemoryStore]:
     from router_service.backends.qdrant_server.backend import ServerBackend
     from router_service.backends.qdrant_server.connection import Connection
     from router_service.memories.server_catalogue import ServerCatalogue
 
     connection = Connection(options)
     try:
-        backend = ServerBackend(connection)
+        backend = ServerBackend(connection, data)
+        hits = data / "hits" if data is not None else None
         return backend, MemoryStore(backend, None, shared=ServerCatalogue(backend), hits=hits)
     except BaseException:
         connection.close()

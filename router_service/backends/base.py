@@ -169,10 +169,23 @@ class SearchOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class UnfinishedEntries:
+    """Writes of a collection that its server did not acknowledge, and that are sent again until it does.
+
+    `problem`: what the last try ended with. `on_disk`: whether they survive SIGKILL of the service.
+    """
+
+    writes: int
+    ids: list[int]  # sorted
+    problem: str
+    on_disk: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionInfo:
     """State of a collection: exact number of entries, those an index covers, the search keys' compression.
 
-    `damage`: why it is set apart and answers nothing; empty when it serves.
+    `damage`: why it is set apart and answers nothing; empty when it serves. `unfinished`: None: all is acknowledged.
     """
 
     entries: int
@@ -180,6 +193,7 @@ class CollectionInfo:
     compression: Compression
     disk_bytes: int
     damage: str = ""
+    unfinished: UnfinishedEntries | None = None
 
 
 class Versions:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -23,7 +24,8 @@ from router_service.backends.qdrant_server.connection import (
     WRITE_TIMEOUT_S,
     Connection,
 )
-from router_service.backends.qdrant_server.wire import q
+from router_service.backends.qdrant_server.unfinished_writes import UnfinishedWrites
+from router_service.backends.qdrant_server.wire import REPLACED, q
 from router_service.errors import (
     CollectionClosed,
     CollectionExists,
@@ -32,13 +34,10 @@ from router_service.errors import (
     StorageError,
 )
 
-# What a name led to before has this alias beside that of the name, so that it is found after a crash.
-_REPLACED = "~~replaced"
-
 
 def replaced(alias: str) -> str:
     """The alias of the collection that an alias led to before it was moved."""
-    return f"{alias}{_REPLACED}"
+    return f"{alias}{REPLACED}"
 
 
 def moved(moves: Mapping[str, str], aliases: Mapping[str, str]) -> list[Any]:
@@ -75,11 +74,13 @@ _GENERATION = "~~"
 class ServerBackend(Backend, Renaming, Pinning):
     """Safe to call from several threads; several services may use one server."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, directory: Path | None = None) -> None:
+        """`directory`: where it is noted which writes are unfinished; None: in RAM only."""
         self.connection = connection
         self._options = connection.options
         self._open: dict[str, ServerCollection] = {}
         self._lock = threading.Lock()
+        self._unfinished = UnfinishedWrites(connection, directory, self._changed)
 
     @property
     def version(self) -> str:
@@ -230,10 +231,22 @@ class ServerBackend(Backend, Renaming, Pinning):
         with self._lock:
             for collection in self._open.values():
                 collection.close()
+        self._unfinished.stop()
         self.connection.close()
+        self._unfinished.close()
+
+    def _changed(self, collection: str) -> None:
+        """What lookups see of a collection has become another state."""
+        with self._lock:
+            opened = list(self._open.values())
+        for each in opened:
+            if each.name == collection:
+                each.versions.advance()
 
     def _opened(self, name: str, spec: CollectionSpec, collection: str) -> ServerCollection:
-        opened = ServerCollection(self.connection, collection, self._alias(name), spec)
+        opened = ServerCollection(
+            self.connection, collection, self._alias(name), spec, self._unfinished
+        )
         with self._lock:
             self._open[name] = opened
         return opened

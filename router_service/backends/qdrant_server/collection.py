@@ -35,6 +35,13 @@ from router_service.backends.qdrant_server.connection import (
     Connection,
 )
 from router_service.backends.qdrant_server.options import WriteOrdering
+from router_service.backends.qdrant_server.unfinished_writes import (
+    TIME_ONLY,
+    UnfinishedWrites,
+    Version,
+    deletion,
+    version_of,
+)
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
     Busy,
@@ -107,6 +114,7 @@ _FLOATS_PER_UPDATE = 1 << 19
 _FLOATS_PER_PAGE = 1 << 20
 _MOST_PER_CALL = 1024
 _POLL_S = 0.2
+_BUT_VALUES = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
 _ORDERINGS = {
     WriteOrdering.WEAK: q.WriteOrderingType.Weak,
     WriteOrdering.MEDIUM: q.WriteOrderingType.Medium,
@@ -120,14 +128,27 @@ class ServerCollection(Collection):
     What is under way, and what other services write, may be in it too.
     """
 
-    def __init__(self, connection: Connection, name: str, alias: str, spec: CollectionSpec) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        alias: str,
+        spec: CollectionSpec,
+        unfinished: UnfinishedWrites,
+    ) -> None:
         """`name`: its own, by which it is asked. `alias`: what leads to it while it may be written to."""
         self._connection, self._name, self._spec = connection, name, spec
+        self._unfinished = unfinished
         self.alias = alias
         self._options = connection.options
         self._closed = False
         self.versions = Versions()
         self._optimizing = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """Its own."""
+        return self._name
 
     @property
     def closed(self) -> bool:
@@ -187,15 +208,19 @@ class ServerCollection(Collection):
         kept = np.sort(len(entries) - 1 - last)
         points = messages.points_of(replace(entries, keys=keys).take(kept))
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), _MOST_PER_CALL)
-        with self._changing():
-            for start in range(0, len(points), step):
-                request = q.UpsertPoints(
-                    collection_name=self._name,
-                    wait=self._options.wait,
-                    points=points[start : start + step],
-                    ordering=self._ordering,
-                )
+        requests = [
+            q.UpsertPoints(
+                collection_name=self._name,
+                wait=self._options.wait,
+                points=points[start : start + step],
+                ordering=self._ordering,
+            )
+            for start in range(0, len(points), step)
+        ]
+        with self._changing(), self._unfinished.writing(requests) as acknowledged:
+            for request in requests:
                 self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
+                acknowledged()
 
     @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:  # the server's matter
@@ -203,22 +228,30 @@ class ServerCollection(Collection):
         self._require_open()
         deleted, wanted = 0, np.unique(ids)
         for start in range(0, len(wanted), _MOST_PER_CALL):
-            if found := self._get(wanted[start : start + _MOST_PER_CALL], payload=False):
+            ids = wanted[start : start + _MOST_PER_CALL]
+            # Some replicas may have them, whatever the one says that is asked.
+            unfinished = self._unfinished.versions_of(self._name, set(ids.tolist()))
+            found = self._get(ids, TIME_ONLY)
+            if versions := [*map(version_of, found), *unfinished]:
                 with self._changing():
-                    self._delete([each.id for each in found])
+                    self._delete(versions)
                 deleted += len(found)
         if not deleted:
             self._require_led_to()
         return deleted
 
-    def _delete(self, ids: Sequence[Any]) -> None:
+    def _delete(self, versions: Sequence[Version]) -> None:
+        ids = [q.PointId(num=number) for number in sorted({number for number, _ in versions})]
         request = q.DeletePoints(
             collection_name=self._name,
             wait=self._options.wait,
             points=q.PointsSelector(points=q.PointsIdsList(ids=ids)),
             ordering=self._ordering,
         )
-        self._connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
+        noted = deletion(self._name, versions, self._ordering)
+        with self._unfinished.writing([noted]) as acknowledged:
+            self._connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
+            acknowledged()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -272,17 +305,16 @@ class ServerCollection(Collection):
         self._require_open()
         found: dict[int, Provenance] = {}
         for start in range(0, len(ids), _MOST_PER_CALL):
-            for point in self._get(ids[start : start + _MOST_PER_CALL], payload=True):
+            for point in self._get(ids[start : start + _MOST_PER_CALL], _BUT_VALUES):
                 found[point.id.num] = provenance_of(messages.payload_from(point))
         return found
 
-    def _get(self, ids: U64, *, payload: bool) -> list[Any]:
-        """Points of these ids without their values."""
-        but_values = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
+    def _get(self, ids: U64, payload: Any) -> list[Any]:
+        """Points of these ids with some of their payload (WithPayloadSelector)."""
         request = q.GetPoints(
             collection_name=self._name,
             ids=messages.point_ids(ids),
-            with_payload=but_values if payload else q.WithPayloadSelector(enable=False),
+            with_payload=payload,
             with_vectors=q.WithVectorsSelector(enable=False),
         )
         return list(self._connection.call("points", "Get", request, WRITE_TIMEOUT_S).result)
@@ -295,7 +327,10 @@ class ServerCollection(Collection):
         count = q.CountPoints(collection_name=self._name, exact=True)
         entries = int(self._connection.call("points", "Count", count, WRITE_TIMEOUT_S).result.count)
         indexed = min(int(state.indexed_vectors_count), entries)
-        return CollectionInfo(entries, indexed, compression_from(state.config), 0)
+        unfinished = self._unfinished.of(self._name)
+        return CollectionInfo(
+            entries, indexed, compression_from(state.config), 0, unfinished=unfinished
+        )
 
     @override
     def optimize(

@@ -90,7 +90,7 @@ class Connection:
 
         `repeat`: False for what must not be done twice.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, half_done = time.monotonic() + timeout_s, False
         for tried in itertools.count(1):
             try:
                 left = max(deadline - time.monotonic(), 0.001)
@@ -98,9 +98,12 @@ class Connection:
                 return getattr(stub, method)(request, timeout=left, metadata=self._metadata)
             except grpc.RpcError as error:
                 failure = failure_of(error)
+                half_done |= failure.half_done
                 wait_s = failure.pause_s(tried) if repeat else None
                 if wait_s is None or time.monotonic() + wait_s >= deadline:
-                    raise error_of(failure, self.options, timeout_s) from error
+                    failed = error_of(failure, self.options, timeout_s)
+                    failed.half_done = half_done
+                    raise failed from error
                 time.sleep(wait_s)
         raise AssertionError("unreachable")
 

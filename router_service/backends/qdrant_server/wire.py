@@ -28,3 +28,6 @@ def _stubs() -> Any:
 
 
 q = _stubs()
+
+# What a name led to before has this alias beside that of the name, so that it is found after a crash.
+REPLACED = "~~replaced"
