@@ -43,7 +43,8 @@ Opened = Callable[..., ServerBackend]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tried twice within a call."""
-    monkeypatch.setitem(failures._PAUSES_S, Meaning.PASSING, ())
+    for meaning in (Meaning.PASSING, Meaning.UNREACHABLE):
+        monkeypatch.setitem(failures._PAUSES_S, meaning, ())
     monkeypatch.setattr(unfinished_writes, "_LONGEST_PAUSE_S", 0.2)
 
 
