@@ -18,7 +18,7 @@ from router_service.backends.disk import FreeSpace, is_open_to_others, storage_c
 from router_service.backends.edge.files import CollectionFiles
 from router_service.backends.edge.ledger import file_problems
 from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
-from router_service.memories import manifest
+from router_service.memories import known_keys, manifest
 from router_service.memories.catalogue import DOOMED
 from router_service.memories.manifest import (
     home_of,
@@ -346,9 +346,10 @@ def check_settings(record: MemoryRecord) -> Findings:
 
 def check_entries(store: MemoryStore, *, deep: bool = False) -> Findings:
     """Every memory that serves, and the reasons of those that do not. `deep`: every entry is compared first."""
-    if deep:
-        for memory in store.latest():
+    for memory in store.latest():
+        if deep:
             yield from _compare(memory)
+        yield from check_known_keys(memory)
     for name, reason in sorted(store.broken.items()):
         yield error(
             name,
@@ -358,6 +359,19 @@ def check_entries(store: MemoryStore, *, deep: bool = False) -> Findings:
     with store.exclusive():  # a memory that is being deleted has no counts
         for memory in store.latest():
             yield from _check_served_memory(memory, indexed=store.directory is not None)
+
+
+def check_known_keys(memory: RoutingMemory) -> Findings:
+    """Whether lookups find a sample of each layer's own keys. Raises StorageError when that cannot be asked."""
+    name, sound = memory.record.name, [each for each in memory.layers if not each.info().damage]
+    for failure in known_keys.failures(name, sound, memory.record.settings):
+        if not isinstance(failure, CorruptMemory):
+            raise failure
+        yield error(
+            name,
+            str(failure),
+            f"router-admin snapshot restore {quote(name)} SNAPSHOT --replace  # on storage that keeps its files",
+        )
 
 
 def _compare(memory: RoutingMemory) -> Findings:

@@ -27,7 +27,8 @@ RoutingServiceError
     ├── BackendUnavailable    a Qdrant server that is away, changes, or does not answer in time
     ├── BackendMisconfigured  one that cannot be used with these settings
     ├── CorruptMemory
-    │   └── ForeignCollection a collection of the memory's name that is not what the memory needs
+    │   ├── ForeignCollection a collection of the memory's name that is not what the memory needs
+    │   └── KeysNotFound      entries are there, and searches do not find them
     └── SnapshotInvalid
 """
 
@@ -179,6 +180,10 @@ class CorruptMemory(StorageError):
 
 class ForeignCollection(CorruptMemory):
     """A collection that is there under a memory's name, with another dimension or distance."""
+
+
+class KeysNotFound(CorruptMemory):
+    """Searches do not find entries that are there: the file system does not do what the engine needs."""
 
 
 class SnapshotInvalid(StorageError):

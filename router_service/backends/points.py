@@ -72,8 +72,17 @@ def value_rows(payloads: Iterable[Payload], value_width: int) -> F32:
 
 
 def entries_of(records: Sequence[Record], dimension: int, value_width: int) -> Entries:
-    """Entries of records; `dimension` 0 when their keys were not read."""
+    """Entries of records; `dimension` 0 when their keys were not read. Raises CorruptMemory when one has no key."""
     keys = [record.key for record in records] if dimension else []
+    if keyless := [
+        each.id
+        for each, key in zip(records, keys, strict=False)
+        if key is None or len(key) != dimension
+    ]:
+        raise CorruptMemory(
+            f"entry {keyless[0]} has no readable key of {dimension} numbers; restore the memory from a snapshot, on "
+            "storage whose file system is ext4 or xfs"
+        )
     return Entries(
         np.fromiter((record.id for record in records), np.uint64, len(records)),
         np.array(keys, np.float32).reshape(len(records), dimension),

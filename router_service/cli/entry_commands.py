@@ -314,7 +314,7 @@ def merge(
 
     INTO keeps its settings; the bandwidths that fitted its entries may not fit the new ones, so
     calibrate it afterwards, and optimize it to index them. Merging again adds nothing, and finishes a
-    merge that was cut short.
+    merge that was cut short. Before and after it, lookups must find a sample of INTO's own keys.
 
     Example:
       router-admin merge psalms bible
@@ -333,6 +333,8 @@ def merge(
         require_same_entries(
             f"memory {from_name}", source.record, f"memory {into_name}", target.record
         )
+        if unfound := target.unfound():
+            raise AdminError(f"{unfound} (nothing was written)")
         numbers = range(source.record.fingerprint.num_layers)
         layers = [layer for layer in numbers if source.state(layer).entries]
         policy = copying.OtherTexts(_POLICIES[on_conflict])
@@ -341,6 +343,10 @@ def merge(
             copy.run(session.output.progress, "merging")
         except ServiceError as error:
             raise _with_remark(error, " (merging again goes on where this ended)") from error
+        if unfound := target.unfound():
+            raise AdminError(
+                f"{unfound} ({copy.written} entries of {from_name} were written to {into_name}, and stay)"
+            )
     columns = ("added", "replaced", "kept")
     rows = [
         {"layer": layer, **{name: getattr(copy.counts[layer], name) for name in columns}}

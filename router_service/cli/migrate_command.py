@@ -115,9 +115,11 @@ def migrate(
 
     Entries that the target lacks, or has otherwise, are written, pass after pass until nothing differs;
     the source may serve and change meanwhile. Then both are read again: every layer must have the same
-    count and the same checksum (docs/formats.md). A run that was cut short is finished by running it
-    again. The target's memory is made with the model and all settings of the source's; hit counts and
-    snapshots do not move. `embedded` goes on serving; a server or a directory is opened by this command.
+    count and the same checksum (docs/formats.md), and lookups must find a sample of the target's keys;
+    when they do not, a memory that was made for this is removed again. A run that was cut short is
+    finished by running it again. The target's memory is made with the model and all settings of the
+    source's; hit counts and snapshots do not move. `embedded` goes on serving; a server or a directory
+    is opened by this command.
 
     Example:
       router-admin migrate --from embedded --to http://qdrant:6334
@@ -318,7 +320,7 @@ def _document(migration: Migration) -> dict[str, Any]:
         "changed_settings": migration.changed_settings,
         **{name: sum(layer[name] for layer in layers) for name in _COUNTS},
         "passes": copy.passes,
-        "verified": copy.verified,
+        "verified": migration.verified,
         "layers": layers,
     }
 
@@ -366,6 +368,9 @@ def _shown(digits: str) -> str:
 def _problem(migration: Migration) -> str:
     """Why the target is not the source's equal, and what to do; "" when it is, and after a dry run."""
     copy = migration.copy
+    if migration.unfound:
+        left = "it was removed again" if migration.made else "what was written stays"
+        return f"{migration.unfound} ({shorten(migration.target.label)}; {left})"
     if not copy.verify or copy.verified:
         return ""
     where = f"memory {shorten(migration.as_name)} in {shorten(migration.target.label)}"

@@ -101,7 +101,8 @@ def doctor(
 
     Checks versions, free disk, who holds the directory, access to its files, the manifest and the
     layers of every memory, leftovers of crashes, entries without an index, memories that were set
-    aside, snapshots, and settings that nobody has calibrated. Reads only. Each finding comes with the
+    aside, snapshots, and settings that nobody has calibrated; of a service also whether lookups find a
+    sample of each layer's own keys. Reads only. Each finding comes with the
     command that helps; the exit code is 1 when one is an error, or when the service does not answer.
 
     Example:

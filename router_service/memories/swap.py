@@ -27,6 +27,7 @@ from router_service.errors import (
     shorten,
 )
 from router_service.memories.catalogue import DOOMED, Swap
+from router_service.memories.known_keys import require_all_found
 from router_service.memories.layer import LayerMemory
 from router_service.memories.manifest import (
     begin_creation,
@@ -100,8 +101,8 @@ def swap_in(
 
     `succeed`: takes on what goes on from the memory whose place it takes; None: version and counts. Returns that
     memory, still open: retire() it when its readers are done. Raises what require_room() raises, and StorageError when
-    a layer cannot be opened or has not `entries[layer]` entries; then nothing has changed, and the layers are in
-    `staged` again.
+    a layer cannot be opened, has not `entries[layer]` entries or does not find them (KeysNotFound); then nothing has
+    changed, and the layers are in `staged` again.
     """
     memories = _directory_of(store)
     with store.exclusive():
@@ -158,6 +159,7 @@ def _moved_in(
         _move(staged, target)
         layers += store.open_layers(record)
         _require_entries(layers, entries)
+        require_all_found(record.name, layers, record.settings)
         finish_creation(directory, record)
     except BaseException:
         if present is not None and read_manifest(directory) != present:
@@ -255,12 +257,14 @@ def replace_memory(
     """From one lookup to the next the memory `name` has the entries and settings of `by`, whose name is gone then.
 
     What it had itself goes on for `retire_after_s` to lookups that had begun, and is removed. Raises MemoryNotFound,
-    InvalidField, ModelMismatch, KindMismatch, Busy (an operation works on either) or StorageError; then nothing has
-    changed.
+    InvalidField, ModelMismatch, KindMismatch, Busy (an operation works on either) or StorageError, KeysNotFound among
+    them; then nothing has changed.
     """
     if name == by:
         raise InvalidField("by", by, "another memory than the one that it replaces")
     with operations.none_on(name, by):
+        coming = store.get(by)
+        require_all_found(by, coming.layers, coming.record.settings)
         with store.exclusive():
             store.refresh()
             old, coming = store.get(name), store.get(by)

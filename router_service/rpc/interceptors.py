@@ -53,6 +53,7 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     ),
     errors.CorruptMemory: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.ForeignCollection: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
+    errors.KeysNotFound: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.SnapshotInvalid: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_SNAPSHOT_INVALID),
     errors.DirectoryInUse: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_STORAGE),
     errors.StorageError: (code_pb2.INTERNAL, reasons.ERROR_REASON_STORAGE),

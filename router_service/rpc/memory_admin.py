@@ -15,7 +15,7 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 from router_service import __version__, checks
 from router_service.arrays import F32
 from router_service.backends.base import pages
-from router_service.doctor import Severity, diagnose_store
+from router_service.doctor import Severity, check_known_keys, diagnose_store
 from router_service.errors import Cancelled, InvalidField
 from router_service.jobs.optimize import optimized
 from router_service.memories.calibration import LayerCalibration
@@ -254,9 +254,14 @@ class DoctorService(doctor_pb2_grpc.DoctorServiceServicer):
     def Diagnose(  # noqa: N802
         self, request: doctor_pb2.DiagnoseRequest, context: grpc.ServicerContext
     ) -> doctor_pb2.DiagnoseResponse:
-        """Every finding."""
+        """Every finding, or whether lookups find what one memory holds."""
+        found = (
+            check_known_keys(self._store.get(request.memory))
+            if request.memory
+            else diagnose_store(self._store, self._min_free_bytes, deep=request.deep)
+        )
         findings = [
             codec.filled(doctor_pb2.Finding, finding, severity=_SEVERITIES[finding.severity])
-            for finding in diagnose_store(self._store, self._min_free_bytes, deep=request.deep)
+            for finding in found
         ]
         return doctor_pb2.DiagnoseResponse(findings=findings, service_version=__version__)

@@ -31,6 +31,7 @@ from router_service.backends.disk import (
 from router_service.errors import (
     CorruptMemory,
     InvalidField,
+    KeysNotFound,
     SnapshotInvalid,
     SnapshotNotFound,
     shorten,
@@ -127,8 +128,8 @@ def restore(
 
     `replacing` puts it in the place of the memory of that name, which serves until the copy has been checked and
     opened, and `retire_after_s` longer to lookups that had begun. Settings are those of the snapshot; the creation
-    time is now. Raises SnapshotInvalid, MemoryExists, ModelMismatch, KindMismatch, InvalidField, DiskFull, Busy or
-    StorageError; then nothing has changed.
+    time is now. Raises SnapshotInvalid, MemoryExists, ModelMismatch, KindMismatch, InvalidField, DiskFull, Busy,
+    KeysNotFound or another StorageError; then nothing has changed.
     """
     manifest = read_manifest(path)
     record = replace(manifest.record, name=as_name)
@@ -187,6 +188,8 @@ def _swap_in(
 ) -> RoutingMemory | None:
     try:
         return swap_in(store, staged, record, manifest.entries, replacing=replacing)
+    except KeysNotFound:  # not the snapshot's fault
+        raise
     except CorruptMemory as error:
         raise SnapshotInvalid(
             f"{path} is whole but cannot be opened ({error}); use another snapshot, or the version of router-service "

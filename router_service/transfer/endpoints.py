@@ -131,6 +131,10 @@ class MemoryEntries(Source, Sink):
         What `report` raises ends it.
         """
 
+    @abstractmethod
+    def unfound(self) -> str:
+        """What lookups do not find though it is there, and why; "" when a sample of each layer's keys is found."""
+
     @override
     def total(self, layers: Sequence[int]) -> int:
         return sum(self.state(layer).entries for layer in layers)
@@ -167,6 +171,10 @@ class Endpoint(ABC):
     @abstractmethod
     def create(self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings) -> None:
         """An empty memory."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Removes a memory and its entries."""
 
     @abstractmethod
     def change_settings(self, name: str, settings: MemorySettings) -> None:

@@ -33,7 +33,7 @@ class LayerIndex:
 class Migration:
     """One memory's way to the target, and what became of it. `made`: the target had none of that name.
 
-    `changed_settings` are those that the target's had otherwise.
+    `changed_settings` are those that the target's had otherwise. `unfound`: what lookups do not find there, and why.
     """
 
     source: Endpoint
@@ -44,9 +44,18 @@ class Migration:
     copy: Copy = field(init=False)
     changed_settings: list[str] = field(default_factory=list)
     indexes: list[LayerIndex] = field(default_factory=list)
+    unfound: str = ""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the target's memory is the source's, and its lookups find what it holds."""
+        return self.copy.verified and not self.unfound
 
     def run(self, progress: Progress, *, delete: bool, optimize: bool) -> None:
-        """Makes the target's memory that of the source. Raises what the endpoints raise; see Copy.run."""
+        """Makes the target's memory that of the source. Raises what the endpoints raise; see Copy.run.
+
+        One that was made here, and whose lookups do not find what it holds, is removed again.
+        """
         record = self.record
         if self.made:
             self.target.create(self.as_name, record.fingerprint, record.settings)
@@ -59,6 +68,9 @@ class Migration:
         self._copy_settings()  # they may have changed meanwhile
         if self.copy.verified:
             self.indexes = copy_indexes(source, target, len(layers), progress, optimize=optimize)
+            self.unfound = target.unfound()
+        if self.unfound and self.made:
+            self.target.delete(self.as_name)
 
     def look(self, progress: Progress, *, delete: bool) -> None:
         """What run() would do first; writes nothing. Raises what the endpoints raise."""

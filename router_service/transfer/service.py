@@ -7,6 +7,7 @@ from contextlib import closing
 
 from knnmoe import tensors
 from knnmoe.client import AdminClient, ServiceError
+from knnmoe.v1 import doctor_pb2 as doctor_pb
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1 import retention_pb2 as retention_pb
 from knnmoe.v1 import routing_pb2 as routing_pb
@@ -22,6 +23,7 @@ from router_service.transfer.endpoints import Batch, Endpoint, LayerState, Memor
 
 # What `migrate` calls the service that it talks to.
 EMBEDDED = "embedded"
+_ERROR = doctor_pb.SEVERITY_ERROR
 _REFUSED = "ERROR_REASON_INVALID_FIELD"
 
 
@@ -50,6 +52,11 @@ class ServiceEndpoint(Endpoint):
             settings=codec.encode_settings(settings),
         )
         self._client.unary(self._client.admin.CreateMemory, request)
+
+    @override
+    def delete(self, name: str) -> None:
+        request = pb.DeleteMemoryRequest(memory=name)
+        self._client.unary(self._client.admin.DeleteMemory, request, long=True)
 
     @override
     def change_settings(self, name: str, settings: MemorySettings) -> None:
@@ -129,6 +136,12 @@ class ServiceEntries(MemoryEntries):
                 raise
             return error.message
         return ""
+
+    @override
+    def unfound(self) -> str:
+        request = doctor_pb.DiagnoseRequest(memory=self.record.name)
+        reply = self._client.unary(self._client.doctor.Diagnose, request, long=True)
+        return "; ".join(finding.what for finding in reply.findings if finding.severity == _ERROR)
 
     def _upsert(self, batch: Batch) -> pb.UpsertRequest:
         return pb.UpsertRequest(

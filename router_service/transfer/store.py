@@ -8,9 +8,10 @@ from typing_extensions import override
 
 from router_service.arrays import U64, Entries
 from router_service.backends.base import Compression, Report, pages
-from router_service.errors import CorruptMemory, InvalidField, MemoryNotFound
+from router_service.errors import CorruptMemory, InvalidField, KeysNotFound, MemoryNotFound
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories.deletion import delete_entries
+from router_service.memories.known_keys import require_all_found
 from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.settings import MemorySettings
 from router_service.memories.store import MemoryStore
@@ -41,6 +42,10 @@ class StoreEndpoint(Endpoint):
     @override
     def create(self, name: str, fingerprint: ModelFingerprint, settings: MemorySettings) -> None:
         self._store.create(name, fingerprint, settings)
+
+    @override
+    def delete(self, name: str) -> None:
+        self._store.delete(name)
 
     @override
     def change_settings(self, name: str, settings: MemorySettings) -> None:
@@ -85,4 +90,13 @@ class StoreEntries(MemoryEntries):
             self._memory.layer(layer).optimize(compression, report)
         except InvalidField as refusal:
             return str(refusal)
+        return ""
+
+    @override
+    def unfound(self) -> str:
+        record = self._memory.record
+        try:
+            require_all_found(record.name, self._memory.layers, record.settings)
+        except KeysNotFound as error:
+            return str(error)
         return ""

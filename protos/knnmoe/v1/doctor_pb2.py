@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16knnmoe/v1/doctor.proto\x12\tknnmoe.v1\"\x1f\n\x0f\x44iagnoseRequest\x12\x0c\n\x04\x64\x65\x65p\x18\x01 \x01(\x08\"Q\n\x10\x44iagnoseResponse\x12$\n\x08\x66indings\x18\x01 \x03(\x0b\x32\x12.knnmoe.v1.Finding\x12\x17\n\x0fservice_version\x18\x02 \x01(\t\"]\n\x07\x46inding\x12%\n\x08severity\x18\x01 \x01(\x0e\x32\x13.knnmoe.v1.Severity\x12\r\n\x05\x63heck\x18\x02 \x01(\t\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t*_\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSEVERITY_OK\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x12\n\x0eSEVERITY_ERROR\x10\x03\x32T\n\rDoctorService\x12\x43\n\x08\x44iagnose\x12\x1a.knnmoe.v1.DiagnoseRequest\x1a\x1b.knnmoe.v1.DiagnoseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16knnmoe/v1/doctor.proto\x12\tknnmoe.v1\"/\n\x0f\x44iagnoseRequest\x12\x0c\n\x04\x64\x65\x65p\x18\x01 \x01(\x08\x12\x0e\n\x06memory\x18\x02 \x01(\t\"Q\n\x10\x44iagnoseResponse\x12$\n\x08\x66indings\x18\x01 \x03(\x0b\x32\x12.knnmoe.v1.Finding\x12\x17\n\x0fservice_version\x18\x02 \x01(\t\"]\n\x07\x46inding\x12%\n\x08severity\x18\x01 \x01(\x0e\x32\x13.knnmoe.v1.Severity\x12\r\n\x05\x63heck\x18\x02 \x01(\t\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t*_\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSEVERITY_OK\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x12\n\x0eSEVERITY_ERROR\x10\x03\x32T\n\rDoctorService\x12\x43\n\x08\x44iagnose\x12\x1a.knnmoe.v1.DiagnoseRequest\x1a\x1b.knnmoe.v1.DiagnoseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'knnmoe.v1.doctor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEVERITY']._serialized_start=248
-  _globals['_SEVERITY']._serialized_end=343
+  _globals['_SEVERITY']._serialized_start=264
+  _globals['_SEVERITY']._serialized_end=359
   _globals['_DIAGNOSEREQUEST']._serialized_start=37
-  _globals['_DIAGNOSEREQUEST']._serialized_end=68
-  _globals['_DIAGNOSERESPONSE']._serialized_start=70
-  _globals['_DIAGNOSERESPONSE']._serialized_end=151
-  _globals['_FINDING']._serialized_start=153
-  _globals['_FINDING']._serialized_end=246
-  _globals['_DOCTORSERVICE']._serialized_start=345
-  _globals['_DOCTORSERVICE']._serialized_end=429
+  _globals['_DIAGNOSEREQUEST']._serialized_end=84
+  _globals['_DIAGNOSERESPONSE']._serialized_start=86
+  _globals['_DIAGNOSERESPONSE']._serialized_end=167
+  _globals['_FINDING']._serialized_start=169
+  _globals['_FINDING']._serialized_end=262
+  _globals['_DOCTORSERVICE']._serialized_start=361
+  _globals['_DOCTORSERVICE']._serialized_end=445
 # @@protoc_insertion_point(module_scope)

@@ -19,10 +19,12 @@ SEVERITY_WARNING: Severity
 SEVERITY_ERROR: Severity
 
 class DiagnoseRequest(_message.Message):
-    __slots__ = ("deep",)
+    __slots__ = ("deep", "memory")
     DEEP_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     deep: bool
-    def __init__(self, deep: _Optional[bool] = ...) -> None: ...
+    memory: str
+    def __init__(self, deep: _Optional[bool] = ..., memory: _Optional[str] = ...) -> None: ...
 
 class DiagnoseResponse(_message.Message):
     __slots__ = ("findings", "service_version")

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from router_service.backends.base import Compression, Quantization
+from router_service.backends.edge.engine import EngineShard, read_hits
 from router_service.backends.exact import ExactBackend
 from router_service.errors import (
     Busy,
     CorruptMemory,
     DiskFull,
     InvalidField,
+    KeysNotFound,
     KindMismatch,
     MemoryExists,
     MemoryNotFound,
@@ -369,6 +371,26 @@ def test_a_restore_that_fails_changes_nothing(
     assert store.names() == ["bible"]
     assert counts(store.get("bible")) == [310] * 2
     assert store.get("bible").record.settings.neighbours == 2
+
+
+@pytest.mark.parametrize("name", ["bible", "copy"])
+def test_a_restored_layer_that_finds_nothing_is_not_handed_over(
+    store: MemoryStore,
+    memory: RoutingMemory,
+    snapshot: SnapshotInfo,
+    fast_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    expected, before = answers(memory), tree(fast_dir / "data")
+    with monkeypatch.context() as unsearchable:
+        unsearchable.setattr(
+            EngineShard, "search", lambda _, q, k, *__: read_hits([[]] * len(q), k)
+        )
+        with pytest.raises(KeysNotFound, match=r"does not find 32 of 32 keys .*: FUSE"):
+            restore(store, snapshot, name, replacing=name == "bible")
+    assert tree(fast_dir / "data") == before
+    assert_same_answers(answers(store.get("bible")), expected)
 
 
 def restore(store: MemoryStore, snapshot: SnapshotInfo, name: str, *, replacing: bool) -> None:
