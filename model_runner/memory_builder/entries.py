@@ -185,7 +185,7 @@ def forget_other_texts(
                 ids=tensors.to_tensor(ids),
                 durability=durability,
             )
-            gone += client.unary(client.retention.Delete, request, long=True).deleted
+            gone += client.unary(client.retention.Delete, request, long=True, repeat=True).deleted
     return gone
 
 

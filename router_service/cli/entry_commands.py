@@ -145,7 +145,7 @@ def count(
     """
     session = session_of(context)
     request = pb.CountRequest(memory=name, layer=layer)
-    reply = session.client.unary(session.client.admin.Count, request)
+    reply = session.client.unary(session.client.admin.Count, request, repeat=True)
     rows: list[list[object]] = [[item.layer, item.entries] for item in reply.layers]
     rows.append(["total", reply.total])
     session.output.table(plain(reply), ("layer", "entries"), rows)

@@ -230,7 +230,10 @@ def set_settings(
         raise BadInput("nothing to set; give at least one option, e.g. --neighbours 8")
     session = session_of(context)
     request = pb.UpdateSettingsRequest(memory=name, settings=settings)
-    _emit(session, session.client.unary(session.client.admin.UpdateSettings, request).memory)
+    _emit(
+        session,
+        session.client.unary(session.client.admin.UpdateSettings, request, repeat=True).memory,
+    )
 
 
 @app.command("delete", cls=ExampleCommand)

@@ -111,7 +111,7 @@ def _delete_request(
 
 def _delete(session: Session, request: pb.DeleteRequest, *, dry_run: bool) -> Any:
     request.dry_run = dry_run
-    return session.client.unary(session.client.retention.Delete, request, long=True)
+    return session.client.unary(session.client.retention.Delete, request, long=True, repeat=True)
 
 
 class RankingName(StrEnum):

@@ -66,7 +66,7 @@ class ServiceEndpoint(Endpoint):
             self._client.describe(name).fingerprint.num_layers
         )
         request = pb.UpdateSettingsRequest(memory=name, settings=wanted)
-        self._client.unary(self._client.admin.UpdateSettings, request)
+        self._client.unary(self._client.admin.UpdateSettings, request, repeat=True)
 
     @override
     def entries(self, name: str) -> ServiceEntries:
@@ -97,7 +97,7 @@ class ServiceEntries(MemoryEntries):
     def count(self, layer: int, ids: U64) -> int:
         """How many of these ids [n] the layer holds."""
         request = pb.CountRequest(memory=self.record.name, layer=layer, ids=tensors.to_tensor(ids))
-        total: int = self._client.unary(self._client.admin.Count, request).total
+        total: int = self._client.unary(self._client.admin.Count, request, repeat=True).total
         return total
 
     @override
@@ -109,13 +109,15 @@ class ServiceEntries(MemoryEntries):
         request = retention_pb.DeleteRequest(
             memory=self.record.name, layer=layer, ids=tensors.to_tensor(ids)
         )
-        deleted: int = self._client.unary(self._client.retention.Delete, request, long=True).deleted
+        deleted: int = self._client.unary(
+            self._client.retention.Delete, request, long=True, repeat=True
+        ).deleted
         return deleted
 
     @override
     def state(self, layer: int) -> LayerState:
         request = pb.CountRequest(memory=self.record.name, layer=layer)
-        [found] = self._client.unary(self._client.admin.Count, request).layers
+        [found] = self._client.unary(self._client.admin.Count, request, repeat=True).layers
         compression = Compression.parse(found.quantization)
         return LayerState(found.entries, found.indexed_entries, compression)
 

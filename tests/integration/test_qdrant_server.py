@@ -9,7 +9,9 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from knnmoe.client import AdminClient
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import retention_pb2 as retention_pb
 from knnmoe.v1 import routing_pb2 as pb
 from qdrant_client import grpc as q
 from typer.testing import CliRunner
@@ -269,6 +271,26 @@ class TestFaults:
         assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.reason == "ERROR_REASON_OVERLOADED"
         assert server.url in error.message
+
+    def test_what_passes_on_a_cluster_is_repeated_by_service_and_client(
+        self, server: QdrantStandIn, service: Sidecar
+    ) -> None:
+        """The service's tries end before the failure does."""
+        words = (
+            "Service internal error: Failed to apply operation to at least one `Active` replica. "
+            "Consistency of this update is not guaranteed. Please retry."
+        )
+        server.faults.fail(grpc.StatusCode.INTERNAL, words, "Delete", calls=6)
+        with AdminClient(service.target, timeout_s=CALL_TIMEOUT_S) as client:
+            filter_ = retention_pb.EntryFilter(source="text-0")
+            request = retention_pb.DeleteRequest(memory="law", layer=0, filter=filter_)
+            error = refusal(client.retention.Delete, request)
+            assert error.code is grpc.StatusCode.UNAVAILABLE
+            assert error.reason == "ERROR_REASON_BACKEND_UNAVAILABLE"
+            assert error.retry_after_s
+            server.faults.fail(grpc.StatusCode.INTERNAL, words, "Delete", calls=6)
+            client.unary(client.retention.Delete, request, repeat=True)
+        assert len(exported(service, "law", 0)[0].provenance) == ENTRIES // 2
 
     def test_a_server_that_does_not_answer_is_not_waited_for(
         self, server: QdrantStandIn, service: Sidecar

@@ -36,6 +36,8 @@ Reply = TypeVar("Reply")
 DEFAULT_TIMEOUT_S = 10.0
 # Making a memory opens a collection per layer; calibrating and indexing a layer read every key.
 LONG_TIMEOUT_S = 600.0
+# For so long what has no timeout is tried again.
+REPEAT_S = 30.0
 # Upsert requests on their way before the next acknowledgement is awaited.
 UPSERTS_AHEAD = 4
 
@@ -43,8 +45,8 @@ UPSERTS_AHEAD = 4
 class AdminClient:
     """One channel to a service's admin plane. Every failure raises a ServiceError.
 
-    Calls by name that may be repeated are, at most twice inside their timeout, when the service is restarted meanwhile;
-    unary() and replies() take any call of a stub and repeat none.
+    Calls by name that may be repeated are, inside their timeout: twice when the service is restarted meanwhile, and as
+    long as it says when to try again. unary() and replies() take any call of a stub; unary() can repeat it.
 
     Args:
         target: `host:port` or `unix:PATH`.
@@ -78,9 +80,27 @@ class AdminClient:
         """Ends the connection. Closing twice is allowed."""
         self._channel.close()
 
-    def unary(self, call: Callable[..., Any], request: object, *, long: bool = False) -> Any:
-        """The reply to one request of a stub, sent once; `long` marks a job without a default timeout."""
-        return unary(call, request, self._reply_timeout_s(long), self.target)
+    def unary(
+        self,
+        call: Callable[..., Any],
+        request: object,
+        *,
+        long: bool = False,
+        repeat: bool = False,
+    ) -> Any:
+        """The reply to one request of a stub; `long` marks a job without a default timeout.
+
+        `repeat`: it may be sent again, within 30 s when there is no timeout; what its reply counts is of the last try.
+        """
+        timeout_s = self._reply_timeout_s(long)
+        if not repeat:
+            return unary(call, request, timeout_s, self.target)
+        give_up_s = REPEAT_S if timeout_s is None else timeout_s
+
+        def ask(left_s: float) -> Any:
+            return unary(call, request, None if timeout_s is None else left_s, self.target)
+
+        return self._retries.run(ask, give_up_s)
 
     def replies(self, call: Any, *, long: bool = False) -> Generator[Any, None, None]:
         """The replies of a started streaming call, each within the timeout."""

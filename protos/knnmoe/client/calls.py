@@ -43,12 +43,14 @@ class Retries:
     def run(self, call: Callable[[float], Response], timeout_s: float) -> Response:
         """call(seconds that are left), again while it may succeed; raises what its last try raised."""
         left_s, give_up_s = timeout_s, time.monotonic() + timeout_s
-        pauses = iter(self.pauses_s)
+        pauses, before = iter(self.pauses_s), None
         while True:
             try:
                 return self._reaching(call, left_s)
             except ServiceUnavailable as error:
-                pause_s = error.retry_after_s
+                if before is not None and error.cause == "deadline":
+                    raise before from error  # says why there was no answer
+                before, pause_s = error, error.retry_after_s
                 if pause_s is None:
                     pause_s = next(pauses, None)
                 if pause_s is None or not (self.reached and error.passing):
@@ -62,7 +64,8 @@ class Retries:
     def _reaching(self, call: Callable[[float], Response], left_s: float) -> Response:
         try:
             reply = call(left_s)
-        except ServiceUnavailable:
+        except ServiceUnavailable as error:
+            self.reached |= bool(error.reason)
             raise
         except ServiceError:  # a refusal is an answer too
             self.reached = True

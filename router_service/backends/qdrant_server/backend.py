@@ -91,7 +91,10 @@ class ServerBackend(Backend, Renaming, Pinning):
     def create(self, name: str, spec: CollectionSpec) -> ServerCollection:
         alias = self._alias(name)
         if alias in self._aliases():
-            raise StorageError(f"the server already holds a collection {alias!r}")
+            raise CollectionExists(
+                f"the Qdrant server already holds a collection {alias!r}, another service may be making the memory: "
+                "try again, or choose another name"
+            )
         collection = self._create_unnamed(name, spec)
         self.publish({name: collection})
         self.connection.wait_for(alias)

@@ -34,6 +34,7 @@ from router_service.backends.qdrant_server.connection import (
     WRITE_TIMEOUT_S,
     Connection,
 )
+from router_service.backends.qdrant_server.failures import classified, error_of
 from router_service.backends.qdrant_server.options import WriteOrdering
 from router_service.backends.qdrant_server.unfinished_writes import (
     TIME_ONLY,
@@ -44,10 +45,10 @@ from router_service.backends.qdrant_server.unfinished_writes import (
 )
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import (
+    BackendMisconfigured,
     Busy,
     CollectionClosed,
     InvalidField,
-    StorageError,
 )
 
 _TURBO_BITS = {
@@ -360,7 +361,7 @@ class ServerCollection(Collection):
         self._connection.call("collections", "Update", request, ADMIN_TIMEOUT_S)
         # An older server skips what it does not know
         if compression_from(self._state().config) != wanted:
-            raise StorageError(
+            raise BackendMisconfigured(
                 f"Qdrant {self._connection.version} at {self._options.url} does not know {wanted.label}; "
                 "upgrade it, or choose another quantization"
             )
@@ -371,8 +372,10 @@ class ServerCollection(Collection):
         while greens < 2:
             state = self._state()
             if not state.optimizer_status.ok and state.optimizer_status.error:
-                raise StorageError(
-                    f"optimizing {self._name} failed: {state.optimizer_status.error}"
+                raise error_of(
+                    classified("INTERNAL", state.optimizer_status.error),
+                    self._options,
+                    ADMIN_TIMEOUT_S,
                 )
             if state.status == q.CollectionStatus.Grey:
                 self._wake_optimizers()

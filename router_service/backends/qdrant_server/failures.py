@@ -7,7 +7,7 @@ is filled again), and says which only in words. Wordings are those of Qdrant 1.1
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -134,7 +134,7 @@ TABLE = (
     _row("NOT_FOUND", r"status: |code: |[Ss]hard |[Rr]eplica ", Meaning.PASSING, _SOON_S),
     _row("NOT_FOUND", _ANY, Meaning.NOT_THERE),
     _row("UNAVAILABLE", r"Shard temporarily unavailable", Meaning.PASSING, _SOON_S),
-    _row("UNAVAILABLE CANCELLED", _ANY, Meaning.UNREACHABLE, _NODE_S),
+    _row("UNAVAILABLE CANCELLED", _ANY, Meaning.UNREACHABLE, _SOON_S),
     _row("DEADLINE_EXCEEDED", _ANY, Meaning.LATE, _SOON_S),
     # A replica that is not loaded: on its way back, else in recovery mode or damaged.
     _row(
@@ -216,16 +216,20 @@ TABLE = (
 
 def failure_of(error: Any) -> Failure:
     """What a failed call (grpc.RpcError) means."""
-    status, text = error.code().name, cause(error)
+    failure = classified(error.code().name, cause(error))
+    if failure.meaning is Meaning.OVERLOADED:
+        return replace(failure, retry_s=_asked_to_wait_s(error))
+    return failure
+
+
+def classified(status: str, text: str) -> Failure:
+    """What a server means that says this, in an answer or in what it reports."""
     row = next(
         row
         for row in TABLE
         if (not row.statuses or status in row.statuses) and row.words.search(text)
     )
-    wait_s = row.retry_s
-    if row.meaning is Meaning.OVERLOADED:
-        wait_s = _asked_to_wait_s(error)
-    return Failure(row.meaning, status, text, wait_s)
+    return Failure(row.meaning, status, text, row.retry_s)
 
 
 def cause(error: Any) -> str:
@@ -294,7 +298,7 @@ def unreachable(options: ServerOptions, text: str) -> BackendUnavailable:
     return BackendUnavailable(
         f"the Qdrant server at {options.url} cannot be reached ({text}); start it, or change "
         f"{options.named_by} to its gRPC port, which is 6334 unless the server is told otherwise",
-        _NODE_S,
+        _SOON_S,
     )
 
 

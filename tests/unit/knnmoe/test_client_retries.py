@@ -103,3 +103,17 @@ def test_other_failures_have_their_own_retries_beside() -> None:
     with pytest.raises(ServiceUnavailable, match="gone"):
         Retries(NO_PAUSES_S, reached=True).run(call, 60.0)
     assert len(left) == 5
+
+
+def test_a_try_that_runs_out_of_time_says_why_there_was_no_answer() -> None:
+    call, left = script(again_after(0.0), LATE)
+    with pytest.raises(ServiceUnavailable, match="later"):
+        Retries(NO_PAUSES_S, reached=True).run(call, 60.0)
+    assert len(left) == 2
+
+
+def test_a_service_that_says_why_it_cannot_has_answered() -> None:
+    away = ServiceUnavailable(
+        "away", code=StatusCode.UNAVAILABLE, reason="ERROR_REASON_BACKEND_UNAVAILABLE"
+    )
+    assert Retries(NO_PAUSES_S).run(script(away, "answer")[0], 60.0) == "answer"
