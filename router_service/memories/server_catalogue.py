@@ -39,6 +39,7 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
 
     @override
     def read(self) -> Catalogued:
+        self._records.mend()
         found = Catalogued([], {}, [])
         for payload in self._records.all():
             name, state = payload.get("name", ""), payload.get("state")

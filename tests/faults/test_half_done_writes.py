@@ -138,3 +138,19 @@ class TestService:
             cluster.peers[2].start()
             assert [each.upserted for each in acknowledged] == [80]
             service.stop_cleanly()
+
+    def test_settings(self, cluster: QdrantCluster, fast_dir: Path) -> None:
+        """Whether they are the old or the new ones: every node says the same."""
+        flags = [*FLAGS, "--flush-interval-s", "0.1"]
+        with Sidecar(fast_dir / "data", backend=cluster.peers[0].url, flags=flags) as service:
+            service.create("law", kind=LOGIT_DELTA, gamma=[0.5])
+            cluster.peers[1].kill()  # the last one orders strong writes
+            request = admin_pb.UpdateSettingsRequest(memory="law")
+            request.settings.gamma.append(0.25)
+            error = refusal(service.admin.UpdateSettings, request)
+            assert error.code is StatusCode.UNAVAILABLE
+            assert cluster.replicas_differ("knnmoe~memories")
+            cluster.peers[1].start()
+            cluster.wait_whole()
+            until(lambda: not cluster.replicas_differ("knnmoe~memories"))
+            service.stop_cleanly()

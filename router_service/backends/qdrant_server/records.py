@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from router_service.backends.qdrant_server.connection import (
@@ -15,6 +18,8 @@ from router_service.backends.qdrant_server.connection import (
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import StorageError
 
+log = logging.getLogger(__name__)
+
 _PAGE = 256
 _STRONG = q.WriteOrdering(type=q.WriteOrderingType.Strong)
 
@@ -24,6 +29,8 @@ class Records:
 
     def __init__(self, connection: Connection, name: str) -> None:
         self.connection, self.name = connection, name
+        self._lock = threading.Lock()
+        self._torn: set[str] = set()  # keys of which the last change failed, perhaps half way
 
     def ensure(self) -> None:
         """Makes the collection when it is not there."""
@@ -44,6 +51,33 @@ class Records:
         """Puts a record in the place of the one with this key, if there is one."""
         payload = {name: q.Value(string_value=text) for name, text in fields.items()}
         payload["changed"] = q.Value(integer_value=_now_ms())
+        with self._changing(key):
+            self._put(key, payload)
+
+    def mend(self) -> None:
+        """Makes replicas of a record alike that a failed change left different: as the one is that answers.
+
+        Called now and then; what cannot be done yet is left for the next time.
+        """
+        for key in tuple(self._torn):
+            try:
+                with self._changing(key):
+                    found = self._point(key)
+                    if found is None:
+                        self._delete(key)
+                    else:
+                        self._put(key, found.payload)
+            except StorageError as error:
+                log.warning("a change of %s in %s is still half done: %s", key, self.name, error)
+
+    @contextmanager
+    def _changing(self, key: str) -> Iterator[None]:
+        with self._lock:
+            self._torn.add(key)
+            yield
+            self._torn.discard(key)
+
+    def _put(self, key: str, payload: Mapping[str, Any]) -> None:
         vector = q.Vectors(vector=q.Vector(dense=q.DenseVector(data=[1.0])))
         request = q.UpsertPoints(
             collection_name=self.name,
@@ -55,13 +89,17 @@ class Records:
 
     def read(self, key: str) -> dict[str, Any] | None:
         """The record with this key, or None."""
+        found = self._point(key)
+        return None if found is None else _plain(found)
+
+    def _point(self, key: str) -> Any | None:
         request = q.GetPoints(
             collection_name=self.name,
             ids=[_point_id(key)],
             with_payload=q.WithPayloadSelector(enable=True),
         )
         found = self.connection.call("points", "Get", request, WRITE_TIMEOUT_S).result
-        return _plain(found[0]) if found else None
+        return found[0] if found else None
 
     def all(self) -> Iterator[dict[str, Any]]:
         """Every record."""
@@ -81,6 +119,10 @@ class Records:
 
     def remove(self, key: str) -> None:
         """No error when there is none with this key."""
+        with self._changing(key):
+            self._delete(key)
+
+    def _delete(self, key: str) -> None:
         request = q.DeletePoints(
             collection_name=self.name,
             wait=True,
