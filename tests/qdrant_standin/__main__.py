@@ -21,7 +21,7 @@ from tests.qdrant_standin.faults import Faults
 from tests.qdrant_standin.server import QdrantStandIn
 
 _FAULTS = ("delay", "black_hole", "fail", "rate_limit", "blind", "lift")
-_OF_PEERS = ("kill", "start", "hang", "resume", "cut_off", "join")
+_OF_PEERS = ("kill", "stop", "start", "hang", "resume", "cut_off", "join")
 _OF_CLUSTERS = ("wait_whole", "collections", "replicas_differ")
 
 
@@ -46,6 +46,7 @@ def _server(options: argparse.Namespace) -> QdrantStandIn | QdrantCluster:
             options.peers,
             api_key=options.api_key,
             version=options.version,
+            indexing_threshold_kb=options.indexing_threshold_kb,
             time_scale=options.time_scale,
         )
     server = QdrantStandIn(options.data, options.port, options.api_key, options.version)

@@ -151,6 +151,7 @@ class RemotePeer:
         self.url, self.rest_url, self.port = url, rest_url, int(url.rsplit(":", 1)[1])
         self.faults = RemoteFaults(process, number)
         self.kill = partial(process.send, "kill", number)
+        self.stop = partial(process.send, "stop", number)
         self.start = partial(process.send, "start", number)
         self.hang = partial(process.send, "hang", number)
         self.resume = partial(process.send, "resume", number)

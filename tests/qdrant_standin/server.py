@@ -55,6 +55,7 @@ class QdrantStandIn:
         self.rest_port = 0
         self._store: Store | None = None
         self._running = ExitStack()
+        self._grace_s: float | None = None
 
     def __enter__(self) -> QdrantStandIn:
         self.start()
@@ -96,8 +97,14 @@ class QdrantStandIn:
             self._serve(store, stack)
             self._store, self._running = store, stack.pop_all()
 
-    def stop(self) -> None:
-        """Ends connections and lets go of the directory. Stopping twice is allowed."""
+    @property
+    def running(self) -> bool:
+        """Whether it serves."""
+        return self._store is not None
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Lets calls end for so long, ends connections, lets go of the directory. Stopping twice is allowed."""
+        self._grace_s = grace_s
         self._running.close()
         self._store = None
 
@@ -106,7 +113,7 @@ class QdrantStandIn:
         key, snapshots = ApiKey(self._api_key), Snapshots(store)
         gate = Gate(key, self.faults)
         server = grpc.server(pool, interceptors=(gate,), options=_OPTIONS)
-        stack.callback(lambda: server.stop(None).wait())
+        stack.callback(lambda: server.stop(self._grace_s).wait())
         self._add_services(server, store, snapshots)
         self.port = self._bind(server)
         rest_port = self.rest_port or self.port - 1

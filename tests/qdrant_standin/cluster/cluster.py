@@ -21,13 +21,14 @@ from tests.qdrant_standin.server import QdrantStandIn
 from tests.qdrant_standin.tcp_faults import TcpFaults
 
 WHOLE_S = 60.0
+_GRACE_S = 5.0
 
 
 class Peer:
-    """One node, from outside. Its ports stay the same whatever happens to it."""
+    """One node, from outside. Its ports stay the same whatever happens to it; `server` is behind them."""
 
     def __init__(self, members: Members, node: Node, server: QdrantStandIn) -> None:
-        self._members, self._node, self._server = members, node, server
+        self._members, self._node, self.server = members, node, server
         self._proxies: tuple[TcpFaults, ...] = ()
 
     @property
@@ -38,7 +39,7 @@ class Peer:
     @property
     def faults(self) -> Faults:
         """What its own clients meet."""
-        return self._server.faults
+        return self.server.faults
 
     @property
     def port(self) -> int:
@@ -57,9 +58,9 @@ class Peer:
 
     def serve(self, stack: ExitStack) -> None:
         """Listens until the stack is closed."""
-        stack.enter_context(self._server)
+        stack.enter_context(self.server)
         grpc_port = _free_pair()
-        targets = {grpc_port: self._server.port, grpc_port - 1: self._server.rest_port}
+        targets = {grpc_port: self.server.port, grpc_port - 1: self.server.rest_port}
         proxies = []
         for port, target in targets.items():
             proxy = TcpFaults(target)
@@ -74,9 +75,20 @@ class Peer:
             proxy.refuse()
             proxy.reset()
 
+    def stop(self) -> None:
+        """As by SIGTERM: takes nothing new, ends what it is at, and says goodbye to its clients."""
+        for proxy in self._proxies:
+            proxy.refuse()
+        self.server.stop(_GRACE_S)
+        self._members.network.change(self._node, running=False)
+        for proxy in self._proxies:
+            proxy.reset()
+
     def start(self, *, behind: bool = False) -> None:
-        """Serves again, and knows what was agreed on meanwhile; `behind`: learns it while it serves."""
+        """Serves again after kill() or stop(), and knows what was agreed on meanwhile; `behind`: does not yet."""
         self._members.network.change(self._node, running=True)
+        if not self.server.running:
+            self.server.start()
         self._heal(behind)
 
     def hang(self) -> None:
@@ -159,6 +171,7 @@ class QdrantCluster:
         *,
         api_key: str | None = None,
         version: str = "1.20.0",
+        indexing_threshold_kb: int = QdrantStandIn.indexing_threshold_kb,
         consensus_delay_s: float = 0.002,
         time_scale: float = 0.1,
     ) -> None:
@@ -172,6 +185,8 @@ class QdrantCluster:
         self.peers = [
             Peer(self._members, node, self._server(node, api_key, version)) for node in nodes
         ]
+        for peer in self.peers:
+            peer.server.indexing_threshold_kb = indexing_threshold_kb
 
     def _server(self, node: Node, api_key: str | None, version: str) -> QdrantStandIn:
         return QdrantStandIn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,6 +57,28 @@ def test_a_killed_node_refuses_and_its_calls_break(
             health(pb.HealthCheckRequest(), timeout=TIMEOUT_S)
 
 
+def test_a_node_that_is_stopped_ends_what_it_is_at(
+    cluster: QdrantCluster, clients: Clients, pool: ThreadPoolExecutor
+) -> None:
+    fill(clients)
+    peer = cluster.peers[2]
+    fault = peer.faults.black_hole("Count")
+    counted = pool.submit(clients[2].count, NAME)
+    wait_for(lambda: peer.faults.calls["Count"])
+    stopped = pool.submit(peer.stop)
+    wait_for(lambda: _refuses(peer.port))
+    assert not counted.done()
+    fault.lift()
+    assert counted.result().count == len(KEYS)
+    stopped.result()
+    assert clients[0].count(NAME).count == len(KEYS)
+
+
+def _refuses(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+
 def test_a_hung_node_takes_connections_and_answers_nothing(cluster: QdrantCluster) -> None:
     cluster.peers[1].hang()
     channel, _, _, health = stubs(cluster.peers[1].port)
@@ -65,7 +89,7 @@ def test_a_hung_node_takes_connections_and_answers_nothing(cluster: QdrantCluste
         assert pending.result().version == "1.20.0"
 
 
-@pytest.mark.parametrize("loss", ["kill", "hang"])
+@pytest.mark.parametrize("loss", ["kill", "stop", "hang"])
 def test_others_answer_for_a_lost_node(cluster: QdrantCluster, clients: Clients, loss: str) -> None:
     fill(clients)
     getattr(cluster.peers[2], loss)()
@@ -74,7 +98,7 @@ def test_others_answer_for_a_lost_node(cluster: QdrantCluster, clients: Clients,
         assert len(each.query_points(NAME, query=KEYS[0].tolist(), limit=60).points) == 60
 
 
-@pytest.mark.parametrize("loss", ["kill", "hang"])
+@pytest.mark.parametrize("loss", ["kill", "stop", "hang"])
 def test_a_write_that_enough_replicas_took_makes_the_others_dead_until_they_are_copied(
     cluster: QdrantCluster, clients: Clients, loss: str
 ) -> None:
@@ -85,7 +109,7 @@ def test_a_write_that_enough_replicas_took_makes_the_others_dead_until_they_are_
     assert states(cluster.peers[0], lost) == {"Dead"}
     assert clients[1].count(NAME).count == 90
     cluster.recovery.pause()
-    lost.start() if loss == "kill" else lost.resume()
+    lost.resume() if loss == "hang" else lost.start()
     wait_for(lambda: states(cluster.peers[0], lost) == {"Partial"})
     assert clients[2].count(NAME).count == 90  # what it holds itself is not read
     assert not cluster.is_whole()
