@@ -177,6 +177,13 @@ def running_sidecar(data: Path, **options: Any) -> Iterator[Sidecar]:
         sidecar.stop_cleanly()
 
 
+def probe(target: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m knnmoe.probe` as a container's health check runs it."""
+    command = [sys.executable, "-m", "knnmoe.probe"]
+    variables = {**os.environ, "ROUTER_ADMIN_TARGET": target, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+
+
 def serve_and_fail(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """`router-service serve` that is expected to refuse; `prefix` is a command that runs it."""
     command = [*prefix, sys.executable, "-m", "router_service", "serve", *arguments]

@@ -185,13 +185,14 @@ class UnfinishedEntries:
 class CollectionInfo:
     """State of a collection: exact number of entries, those an index covers, the search keys' compression.
 
-    `damage`: why it is set apart and answers nothing; empty when it serves. `unfinished`: None: all is acknowledged.
+    `disk_bytes`: None where a server keeps the entries and does not say. `damage`: why it is set apart and answers
+    nothing; empty when it serves. `unfinished`: None: all is acknowledged.
     """
 
     entries: int
     indexed_entries: int
     compression: Compression
-    disk_bytes: int
+    disk_bytes: int | None
     damage: str = ""
     unfinished: UnfinishedEntries | None = None
 

@@ -135,6 +135,8 @@ def table(columns: Sequence[str], rows: Rows, title: str = "") -> Table:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "unknown"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):

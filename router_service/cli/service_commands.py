@@ -47,6 +47,8 @@ def stats(
     session = session_of(context)
     reply = session.client.unary(session.client.admin.Stats, pb.StatsRequest(memory=name))
     document = plain(reply)
+    for memory in document["memories"]:
+        memory["layers"] = [_with_unknown(layer) for layer in memory["layers"]]
 
     def render(console: Console) -> None:
         service = [
@@ -61,6 +63,12 @@ def stats(
             console.print(table(tuple(layers[0]), layers, title=memory["memory"]))
 
     session.output.emit(document, render)
+
+
+def _with_unknown(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's numbers; None where the service does not know one."""
+    known = {name: value for name, value in layer.items() if name != "disk_bytes_unknown"}
+    return known | ({"disk_bytes": None} if layer["disk_bytes_unknown"] else {})
 
 
 def health(context: typer.Context) -> None:

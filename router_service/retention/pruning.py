@@ -210,7 +210,7 @@ def _entries_of(collection: Collection, ids: Sequence[int]) -> Iterator[Entries]
 
 
 def _bytes_of(collection: Collection, dropped: int, entries: int) -> int:
-    """The dropped entries' share of the disk; of a collection in RAM, their ids, keys and values in f32."""
+    """The dropped entries' share of the disk; where none is known, the bytes of their ids, keys and values in f32."""
     if not dropped:
         return 0
     on_disk = collection.info().disk_bytes

@@ -228,7 +228,8 @@ def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
         stats.layers.add(
             layer=layer.layer,
             entries=info.entries,
-            disk_bytes=info.disk_bytes,
+            disk_bytes=info.disk_bytes or 0,
+            disk_bytes_unknown=info.disk_bytes is None,
             route_requests=counters.requests,
             tokens=counters.tokens,
             tokens_abstained=counters.abstained,

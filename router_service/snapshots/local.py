@@ -95,7 +95,7 @@ def create(
     collections = _collections_of(memory)
     with exclusive(snapshots_dir / memory_name) as home:
         target = home / free_name(home, snapshot_name, memory.version)
-        needed = sum(layer.info().disk_bytes for layer in memory.layers)
+        needed = sum(layer.info().disk_bytes or 0 for layer in memory.layers)
         FreeSpace(home, min_free_bytes).require(needed)
         with unfinished(home, target.name) as partial:
             manifest = _copy(memory, collections, partial, target.name, on_file)

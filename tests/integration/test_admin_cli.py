@@ -208,6 +208,7 @@ def test_stats(admin: Admin, memory: str) -> None:
     stats = document(admin("--json", "stats", memory))
     assert [item["memory"] for item in stats["memories"]] == [memory]
     assert [layer["entries"] for layer in stats["memories"][0]["layers"]] == [30, 0, 20]
+    assert [layer["disk_bytes"] for layer in stats["memories"][0]["layers"]] == [0, 0, 0]  # in RAM
     assert stats["service_version"] == "0.1.0"
     assert memory in admin("stats").stdout
 

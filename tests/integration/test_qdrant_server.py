@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from knnmoe.v1 import routing_pb2 as pb
 from qdrant_client import grpc as q
 from typer.testing import CliRunner
 
+from router_service.cli.admin import app as admin
 from router_service.cli.serve import app
 from router_service.memories import server_catalogue
 from router_service.settings import QdrantSettings
@@ -33,6 +35,7 @@ from tests.sidecar import (
     Sidecar,
     exported,
     make_fingerprint,
+    probe,
     random_entries,
     random_keys,
     refusal,
@@ -349,8 +352,11 @@ class TestFaults:
             assert error.code is grpc.StatusCode.UNAVAILABLE
             assert error.reason == "ERROR_REASON_BACKEND_UNAVAILABLE"
             until(lambda: not ready(service))
+            found = probe(service.target)
+            assert (found.returncode, found.stdout) == (1, f"{service.target}: NOT_SERVING\n")
             server.restart()
             until(lambda: ready(service))
+            assert probe(service.target).returncode == 0
             assert answer_of(service, request) == before
 
 
@@ -360,3 +366,16 @@ def ready(service: Sidecar) -> bool:
     reply = stub.Check(request, timeout=CALL_TIMEOUT_S)
     assert stub.Check(health_pb2.HealthCheckRequest()).status == reply.SERVING
     return bool(reply.status == reply.SERVING)
+
+
+def test_how_much_disk_a_server_uses_is_not_known(service: Sidecar) -> None:
+    """And so it is not 0."""
+    shown = CliRunner().invoke(admin, ["--target", service.target, "stats", "law"])
+    assert shown.exit_code == 0, shown.output
+    titles = next(line.split() for line in shown.output.splitlines() if "disk_bytes" in line)
+    rows = shown.output.splitlines()[-LAYERS:]
+    assert {row.split()[titles.index("disk_bytes")] for row in rows} == {"unknown"}
+    found = CliRunner().invoke(admin, ["--target", service.target, "--json", "stats", "law"])
+    layers = json.loads(found.stdout)["memories"][0]["layers"]
+    assert [layer["disk_bytes"] for layer in layers] == [None] * LAYERS
+    assert {"disk_bytes_unknown"} & set(layers[0]) == set()

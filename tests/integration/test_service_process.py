@@ -26,6 +26,7 @@ from tests.sidecar import (
     EXPERTS,
     LOGIT_DELTA,
     Sidecar,
+    probe,
     random_entries,
     random_keys,
     route_request,
@@ -84,6 +85,21 @@ def test_insecure_allows_every_interface(data: Path) -> None:
         port = sidecar.target.rpartition(":")[2]
         sidecar.target = f"127.0.0.1:{port}"
         assert _health(sidecar) == SERVING
+
+
+def test_the_probe_of_containers(ram_sidecar: Sidecar, edge_sidecar: Sidecar) -> None:
+    for target in (ram_sidecar.target, edge_sidecar.target):
+        found = probe(target, http_proxy="http://127.0.0.1:1")
+        assert (found.returncode, found.stdout, found.stderr) == (0, f"{target}: SERVING\n", "")
+
+
+def test_the_probe_where_nobody_answers(tmp_path: Path) -> None:
+    target = f"unix:{tmp_path}/s"
+    found = probe(target)
+    assert found.returncode == 1
+    assert found.stdout.startswith(f"{target}: UNAVAILABLE: ")
+    assert found.stdout.count("\n") == 1
+    assert found.stderr == ""
 
 
 def test_a_port_in_use(data: Path) -> None:

@@ -272,7 +272,7 @@ class MemoryStats(_message.Message):
     def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ...) -> None: ...
 
 class LayerStats(_message.Message):
-    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms", "hits", "entries_never_hit")
+    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms", "hits", "entries_never_hit", "disk_bytes_unknown")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +283,7 @@ class LayerStats(_message.Message):
     MEAN_SEARCH_MS_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_NEVER_HIT_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     layer: int
     entries: int
     disk_bytes: int
@@ -293,4 +294,5 @@ class LayerStats(_message.Message):
     mean_search_ms: float
     hits: int
     entries_never_hit: int
-    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ..., hits: _Optional[int] = ..., entries_never_hit: _Optional[int] = ...) -> None: ...
+    disk_bytes_unknown: bool
+    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ..., hits: _Optional[int] = ..., entries_never_hit: _Optional[int] = ..., disk_bytes_unknown: _Optional[bool] = ...) -> None: ...

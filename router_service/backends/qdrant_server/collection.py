@@ -322,7 +322,7 @@ class ServerCollection(Collection):
 
     @override
     def info(self) -> CollectionInfo:
-        """How much disk the server uses is not known."""
+        """`disk_bytes` is None: the server does not say."""
         self._require_open()
         state = self._state()
         count = q.CountPoints(collection_name=self._name, exact=True)
@@ -330,7 +330,7 @@ class ServerCollection(Collection):
         indexed = min(int(state.indexed_vectors_count), entries)
         unfinished = self._unfinished.of(self._name)
         return CollectionInfo(
-            entries, indexed, compression_from(state.config), 0, unfinished=unfinished
+            entries, indexed, compression_from(state.config), None, unfinished=unfinished
         )
 
     @override
