@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes, fills, copies and counts memories of a running sidecar, and leaves the memory `exercise` of 4 entries behind.
+# Makes, fills, copies, restores and counts memories of a running sidecar, and leaves behind the memory `exercise` of 4
+# entries and the archive exercise.tar of its snapshot.
 #   docker/exercise.sh COMMAND...    where COMMAND runs what follows it beside the sidecar: docker compose exec -T sidecar
 set -euo pipefail
 beside=("$@")
@@ -27,4 +28,11 @@ admin export exercise /tmp/exercise.parquet --force
 admin import /tmp/exercise.parquet --as exercise-copy
 count exercise-copy
 admin memory delete exercise-copy --yes
+admin snapshot create exercise --as exercised
+admin snapshot verify exercise exercised
+admin snapshot pack exercise exercised exercise.tar
+admin snapshot restore exercise exercised --as exercise-restored
+count exercise-restored
+admin memory delete exercise-restored --yes
+admin snapshot delete exercise exercised --yes
 admin stats

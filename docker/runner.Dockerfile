@@ -1,16 +1,24 @@
-# syntax=docker/dockerfile:1
 # The model runner, with torch. From the root of the repository, for the CPU:
 #   docker build -f docker/runner.Dockerfile -t knnmoe/runner:0.1.0 .
 # and for CUDA, whose libraries come with the wheels of PyPI:
-#   docker build -f docker/runner.Dockerfile -t knnmoe/runner:0.1.0-cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
+#   docker build -f docker/runner.Dockerfile -t knnmoe/runner:0.1.0-cuda \
+#       --build-arg CUDA=1 --build-arg TORCH_INDEX=https://pypi.org/simple .
 FROM python:3.11-slim-trixie AS build
 WORKDIR /src
-COPY pyproject.toml constraints.txt docker/requirements.py docker/slim.sh ./
+COPY pyproject.toml constraints.txt docker/requirements.py docker/slim.sh docker/torch.sh ./
+# Where packages come from, as pip has it; given or not: README.md.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_TRUSTED_HOST
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# 1: torch may bring CUDA and its gigabytes.
+ARG CUDA
 # torch first and alone: what it needs comes from PyPI, pinned like everything else.
 RUN pip install --no-cache-dir --constraint constraints.txt hatchling \
     && python -m venv --without-pip /opt/knnmoe \
-    && pip --python /opt/knnmoe/bin/python install --no-cache-dir --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch \
+    && sh torch.sh /opt/knnmoe \
     && python requirements.py runner > requirements.txt \
     && pip --python /opt/knnmoe/bin/python install --no-cache-dir --constraint constraints.txt --requirement requirements.txt \
     && sh slim.sh /opt/knnmoe

@@ -1,9 +1,14 @@
-# syntax=docker/dockerfile:1
 # The routing sidecar, without torch. From the root of the repository:
 #   docker build -f docker/sidecar.Dockerfile -t knnmoe/sidecar:0.1.0 .
 FROM python:3.11-slim-trixie AS build
 WORKDIR /src
 COPY pyproject.toml constraints.txt docker/requirements.py docker/slim.sh ./
+# Where packages come from, as pip has it; given or not: README.md.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_TRUSTED_HOST
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
 RUN pip install --no-cache-dir --constraint constraints.txt hatchling \
     && python -m venv --without-pip /opt/knnmoe \
     && python requirements.py > requirements.txt \
@@ -33,7 +38,8 @@ ENV PATH=/opt/knnmoe/bin:$PATH \
     ROUTER_ADMIN_TARGET=unix:/run/knnmoe/router.sock
 VOLUME ["/var/lib/knnmoe", "/run/knnmoe"]
 USER 10001:10001
-HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --start-interval=2s --retries=3 \
-    CMD ["router-admin", "--timeout-s", "5", "health"]
+# A tenth of a second of CPU each; engines before 25 know no --start-interval, so the first comes after one interval.
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "knnmoe.probe"]
 ENTRYPOINT ["router-service"]
 CMD ["serve"]

@@ -1,12 +1,25 @@
 #!/usr/bin/env bash
-# Builds the images, brings a set-up up, uses it, restarts it, and removes it with its volumes.
+# Builds the images, brings a set-up up, uses it, restarts it, and removes it with its volumes. Of the cluster a node is
+# stopped and comes back: node_loss.sh. Needs Docker Engine 20.10 and Compose 2.6, as a plugin or on its own.
 #   docker/smoke.sh embedded|qdrant|cluster|runner    runner: embedded, used by the runner as well
 set -euo pipefail
 cd "$(dirname "$0")"
 setup=${1:?embedded, qdrant, cluster or runner}
 files=(--file compose.yaml)
 [[ $setup == embedded || $setup == runner ]] || files+=(--file "compose.$setup.yaml")
-project=(docker compose --project-name "knnmoe-smoke-$setup" "${files[@]}")
+
+# Exits with 2 when version $2 of $1 is older than $3.
+require() {
+    [[ $(printf '%s\n' "$2" "$3" | sort --version-sort | head --lines 1) == "$3" ]] && return
+    echo "smoke.sh: $1 is version ${2:-unknown}, and these files need $3 or later: docker/README.md" >&2
+    exit 2
+}
+compose=(docker compose)
+"${compose[@]}" version >/dev/null 2>&1 || compose=(docker-compose)
+require "the Docker engine" "$(docker version --format '{{.Server.Version}}' || true)" 20.10
+version=$("${compose[@]}" version --short || true)
+require "${compose[*]}" "${version#v}" 2.6
+project=("${compose[@]}" --project-name "knnmoe-smoke-$setup" "${files[@]}")
 
 scratch=$(mktemp -d)
 export QDRANT_API_KEY_FILE=$scratch/qdrant-api-key
@@ -46,13 +59,17 @@ run_model() {
 
 "${project[@]}" config --quiet
 "${project[@]}" build sidecar
-"${project[@]}" up --detach --wait --wait-timeout 300
+timeout 600 "${project[@]}" up --detach --wait
 ./exercise.sh "${project[@]}" exec -T sidecar
+"${project[@]}" cp sidecar:/var/lib/knnmoe/packs/exercise.tar "$scratch/exercise.tar"
+tar --list --file "$scratch/exercise.tar" >/dev/null
 "${project[@]}" restart sidecar
 answers
 case $setup in
     cluster)
-        "${project[@]}" stop qdrant-1
+        command=$(printf '%q ' "${project[@]}")
+        STOP_NODE="$command stop qdrant-1" START_NODE="$command start qdrant-1" \
+            ./node_loss.sh "${project[@]}" exec -T sidecar
         answers
         ;;
     runner) run_model ;;

@@ -15,7 +15,7 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,12 +65,32 @@ def server_url() -> Iterator[str]:
         pytest.skip(f"no {URL}, and no Docker engine: {problem}")
     from testcontainers.qdrant import QdrantContainer
 
-    with QdrantContainer(QDRANT_IMAGE) as container:
+    with ExitStack() as stack:
+        container = QdrantContainer(QDRANT_IMAGE)
+        for place in ("storage", "snapshots"):
+            # The container's own root may be fuse-overlayfs, where a restored collection is found empty.
+            volume = stack.enter_context(_docker_volume())
+            container.with_volume_mapping(volume, f"/qdrant/{place}", "rw")
+        stack.enter_context(container)
         host = container.get_container_host_ip()
         url = f"http://{host}:{container.get_exposed_port(6334)}"
         _rest_ports[url] = int(container.get_exposed_port(6333))
         _exercised["server"] = QDRANT_IMAGE
         yield url
+
+
+@contextmanager
+def _docker_volume() -> Iterator[str]:
+    """The name of a volume that is gone afterwards."""
+    import docker
+
+    client = docker.from_env()
+    volume = client.volumes.create(name=f"knnmoe-{fresh_prefix()}")
+    try:
+        yield volume.name
+    finally:
+        volume.remove()
+        client.close()
 
 
 def _given_url() -> str:

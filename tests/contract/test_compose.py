@@ -28,6 +28,8 @@ SERVICE_KEYS = {
     *("networks", "restart", "secrets", "stop_grace_period", "volumes"),
 }
 HEALTH_KEYS = {"test", "interval", "timeout", "retries", "start_period"}
+INDEXES = {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"}
+NO_INDEX = {"PIP_NO_INDEX", "PIP_FIND_LINKS"}
 SERVICES = [
     pytest.param(service, id=f"{setup}-{name}")
     for setup in SETUPS
@@ -168,6 +170,16 @@ def test_the_nodes_of_a_cluster_differ_from_one_server_in_nothing_else() -> None
 def test_the_sidecar_finds_every_node_by_one_name() -> None:
     nodes = QDRANT_NODES[1:]
     assert [node["networks"]["inside"]["aliases"] for node in nodes] == [["qdrant"]] * 3
+
+
+def test_the_images_are_built_from_whichever_index_is_given() -> None:
+    services = load_setup("embedded")["services"]
+    for name in ("sidecar", "runner"):
+        arguments = services[name]["build"]["args"]
+        assert {key for key, value in arguments.items() if value is None} == INDEXES
+        known = read_stages(DOCKER / f"{name}.Dockerfile")[0].all("ARG")
+        assert {i.text for i in known if "=" not in i.text} - {"CUDA"} == INDEXES | NO_INDEX
+    assert services["runner"]["build"]["args"]["TORCH_INDEX"].startswith("${TORCH_INDEX:-https://")
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])

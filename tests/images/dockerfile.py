@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,8 @@ class Instruction:
     @property
     def flags(self) -> dict[str, str]:
         """--name=value before the arguments."""
-        pairs = (word[2:].partition("=") for word in self._all_words() if word.startswith("--"))
+        first = takewhile(lambda word: word.startswith("--"), self._all_words())
+        pairs = (word[2:].partition("=") for word in first)
         return {name: value for name, _, value in pairs}
 
     @property

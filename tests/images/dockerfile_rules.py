@@ -30,8 +30,8 @@ def _stage_problems(stage: Stage, stages: list[Stage]) -> Iterator[str]:
     if not is_pinned(stage.base) and stage.base not in {other.name for other in stages}:
         yield f"the base image {stage.base} has no version"
     for instruction in stage.instructions:
-        check = _CHECKS.get(instruction.name, _nothing)
-        yield from (f"line {instruction.line}: {problem}" for problem in check(instruction))
+        for check in (_CHECKS.get(instruction.name, _nothing), _flags):
+            yield from (f"line {instruction.line}: {problem}" for problem in check(instruction))
 
 
 def _image_problems(stage: Stage) -> Iterator[str]:
@@ -45,6 +45,15 @@ def _image_problems(stage: Stage) -> Iterator[str]:
         yield "no HEALTHCHECK (NONE is one)"
     if stage.last("ENTRYPOINT") is None:
         yield "no ENTRYPOINT"
+
+
+def _flags(instruction: Instruction) -> Iterator[str]:
+    """The classic builder of Engine 20.10 ends at a flag that it does not know, and takes a heredoc for arguments."""
+    flags = set() if instruction.text.startswith("[") else instruction.flags.keys()
+    for flag in flags - _CLASSIC_FLAGS.get(instruction.name, set()):
+        yield f"--{flag} needs BuildKit or a later engine"
+    if re.search(r"<<-?\s*[\"']?[A-Za-z_]", instruction.text):
+        yield "a heredoc needs BuildKit"
 
 
 def _run(instruction: Instruction) -> Iterator[str]:
@@ -109,6 +118,10 @@ def _nothing(_: Instruction) -> Iterator[str]:
     yield from ()
 
 
+_CLASSIC_FLAGS = {
+    "COPY": {"from", "chown"},
+    "HEALTHCHECK": {"interval", "timeout", "start-period", "retries"},
+}
 _CHECKS = {
     "ADD": _add,
     "ARG": _variables,

@@ -75,7 +75,8 @@ class _Builder:
 
     def _arg(self, instruction: Instruction) -> None:
         name, _, default = instruction.text.partition("=")
-        self._arguments[name] = self._given.get(name, default)
+        if name in self._given or "=" in instruction.text:  # else it is not set
+            self._arguments[name] = self._given.get(name, default)
 
     def _env(self, instruction: Instruction) -> None:
         for word in instruction.words:
