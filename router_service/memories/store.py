@@ -86,7 +86,6 @@ class MemoryStore:
         self._memories: dict[str, RoutingMemory] = {}
         # Memories that could not be opened, with the reason: named in errors, never deleted.
         self.broken: dict[str, str] = {}
-        self._unopened: dict[str, MemoryRecord] = {}  # those of them that had a record
         self._closed = False
         self._in_the_making: set[str] = set()  # by create(), which does not hold the lock meanwhile
         self._lock = threading.RLock()
@@ -251,7 +250,6 @@ class MemoryStore:
         """Lets lookups go to a memory, and no longer to the one that had its name."""
         self._memories[memory.record.name] = memory
         self.broken.pop(memory.record.name, None)
-        self._unopened.pop(memory.record.name, None)
 
     def release(self, name: str) -> None:
         """Lets no lookup go to a memory any more; it stays open."""
@@ -349,7 +347,6 @@ class MemoryStore:
             if isinstance(error, ForeignCollection) or not isinstance(error, CorruptMemory):
                 raise
             self._set_aside(record.name, str(error))
-            self._unopened[record.name] = record
             return
         before = self._memories.get(record.name)
         versions = None if before is None else Versions(before.version + 1)
@@ -357,17 +354,20 @@ class MemoryStore:
 
     def _set_aside(self, name: str, reason: str) -> None:
         self._memories.pop(name, None)
+        if self.broken.get(name) != reason:
+            log.error("memory %s is set aside: %s", name, reason)
         self.broken[name] = reason
-        log.error("memory %s is set aside: %s", name, reason)
 
     def _follow(self, record: MemoryRecord) -> None:
-        """Reads a shared memory as its record says now: entries and settings from one lookup to the next."""
+        """Reads a shared memory as its record says now: entries and settings from one lookup to the next.
+
+        One that was set aside is tried again: a node of a cluster that comes back does not know every collection at
+        first.
+        """
         memory = self._memories.get(record.name)
         if memory is not None and are_read_alike(memory.record, record):
             if memory.record != record:
                 memory.change_settings(record)
-            return
-        if memory is None and self._unopened.get(record.name) == record:
             return
         if memory is not None:  # deleted and created again, or replaced
             forget_hits(memory.layers)
@@ -375,7 +375,6 @@ class MemoryStore:
             self._open_one(record)
         except ForeignCollection as error:
             self._set_aside(record.name, str(error))
-            self._unopened[record.name] = record
         if memory is not None:
             close_all(memory.layers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,25 @@ class TestBackend:
         cluster.peers[2].start()
         assert_equal(cluster, collection)
         assert collection.info().entries == 80
+
+    def test_a_node_that_hangs(
+        self,
+        cluster: QdrantCluster,
+        collection: ServerCollection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """What it was sent before may arrive after what came later."""
+        monkeypatch.setattr("router_service.backends.qdrant_server.collection.WRITE_TIMEOUT_S", 1.0)
+        monkeypatch.setattr("router_service.backends.qdrant_server.unfinished_writes._SEND_S", 1.0)
+        entries = numbered_entries(80, 140)
+        cluster.peers[1].hang()
+        for factor in (2.0, 3.0):
+            with pytest.raises(BackendUnavailable):
+                collection.upsert(replace(entries, values=entries.values * np.float32(factor)))
+        cluster.peers[1].resume()
+        assert_equal(cluster, collection)
+        stored = collection.scroll(79, 100)
+        np.testing.assert_array_equal(stored.values, entries.values * np.float32(3.0))
 
     def test_a_deletion_of_what_is_half_there(
         self, cluster: QdrantCluster, collection: ServerCollection

@@ -209,7 +209,8 @@ class ServerBackend(Backend, Renaming, Pinning):
     def _missing(self, name: str, spec: CollectionSpec, collection: str) -> CorruptMemory:
         """Raises ForeignCollection when what is called as the name is may be another program's."""
         for leftover in self._of_that_name(self._alias(name)):
-            self.require_spec(leftover, spec)
+            with suppress(CollectionClosed):  # gone meanwhile
+                self.require_spec(leftover, spec)
         return CorruptMemory(
             f"the server at {self._options.url} has no collection {collection!r}; restore the memory from a snapshot, "
             "or delete it"

@@ -13,6 +13,7 @@ import logging
 import os
 import struct
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,15 +39,15 @@ from router_service.errors import (
 
 log = logging.getLogger(__name__)
 
-# Of writes that are noted, under way or unfinished, before more are refused.
-MOST_BYTES = 256 << 20
+# Writes that are noted, under way or unfinished, and what they take in RAM and on disk, before more are refused.
+MOST_WRITES, MOST_BYTES = 10_000, 256 << 20
 # Of the file, from which on what is done is left out of it.
 _LONG_FILE_BYTES = 2 * MOST_BYTES
 # Between two rounds, doubling while nothing can be finished; a new write of the same ids waits for one that is sent.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _SEND_S = 5.0
-# Looks that find that nothing leads to a collection: a node that comes back may not know of its alias at first.
-_LOOKS = 3
+# For so long nothing is found to lead to a collection: a node that comes back does not know of its alias at first.
+_GONE_S = 15.0
 _MOST_NAMED = 5
 _CREATED = "created"
 # A request names so many points by different times; more are left to what is read before.
@@ -65,7 +66,8 @@ class Write:
         self.size_bytes = request.ByteSize()
         self.ids = _ids_of(request)  # of which it is still to be sent
         self.busy = True  # under way, by who writes or by who finishes
-        self.looks, self.problem = 0, ""
+        self.problem = ""
+        self.unled_since: float | None = None  # of time.monotonic()
 
     @property
     def collection(self) -> str:
@@ -197,7 +199,8 @@ class UnfinishedWrites:
 
     def _require_room(self, size: int) -> None:
         waiting = self._left()
-        if waiting and self._bytes + size > MOST_BYTES:
+        full = self._bytes + size > MOST_BYTES or len(self._live) >= MOST_WRITES
+        if waiting and full:
             raise BackendUnavailable(
                 f"{len(waiting)} writes that the Qdrant server at {self._connection.options.url} did not acknowledge "
                 f"are still to be finished, {self._bytes >> 20} MiB, and more are refused until its nodes are whole; "
@@ -363,8 +366,9 @@ class UnfinishedWrites:
             led = any(not each.alias_name.endswith(REPLACED) for each in found.aliases)
         except CollectionClosed:
             led = False
-        write.looks = 0 if led else write.looks + 1
-        if not led and write.looks < _LOOKS:
+        now_s = time.monotonic()
+        write.unled_since = None if led else write.unled_since or now_s
+        if write.unled_since is not None and now_s < write.unled_since + _GONE_S:
             raise CollectionClosed(f"collection {write.collection!r}")
         return led
 

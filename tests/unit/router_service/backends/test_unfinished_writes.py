@@ -46,6 +46,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for meaning in (Meaning.PASSING, Meaning.UNREACHABLE):
         monkeypatch.setitem(failures._PAUSES_S, meaning, ())
     monkeypatch.setattr(unfinished_writes, "_LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(unfinished_writes, "_GONE_S", 0.3)
 
 
 @pytest.fixture
@@ -218,6 +219,18 @@ def test_a_memory_that_is_gone_is_left_alone(
     until(lambda: backend._unfinished.of(collection.name) is None)
     fault.lift()
     assert backend.create("law/layer-000", SPEC).info().entries == 0
+
+
+def test_a_node_that_does_not_know_the_alias_yet_is_asked_again(
+    server: QdrantStandIn, collection: ServerCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished_writes, "_GONE_S", 60.0)
+    with breaking_until_done(server, collection):
+        with pytest.raises(BackendUnavailable):
+            collection.upsert(entries(20, 30))
+        gone = "Not found: Collection `x` doesn't exist!"
+        server.faults.fail(grpc.StatusCode.NOT_FOUND, gone, "ListCollectionAliases", calls=3)
+    assert len(ids_of(collection)) == 20
 
 
 def test_what_was_refused_is_not_tried_again(

@@ -119,3 +119,19 @@ def outcome(store: MemoryStore, action: Action) -> grpc.StatusCode | None:
     except RoutingServiceError as error:
         return status_of(error).code
     return None
+
+
+def test_a_node_that_does_not_know_the_collections_yet(server: QdrantStandIn) -> None:
+    """As one that comes back: the memory serves as soon as they are known, though its record is the same."""
+    with opened_store(server.url, QdrantSettings()) as store:
+        fill(store.create("law", MODEL, SETTINGS), 0, 20)
+    gone = "Not found: Collection `x` doesn't exist!"
+    fault = server.faults.fail(grpc.StatusCode.NOT_FOUND, gone, "Collections/Get")
+    with opened_store(server.url, QdrantSettings()) as store:
+        assert list(store.broken) == ["law"]
+        store.refresh()
+        assert list(store.broken) == ["law"]
+        fault.lift()
+        store.refresh()
+        assert store.names() == ["law"]
+        assert not store.broken
