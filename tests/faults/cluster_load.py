@@ -1,0 +1,267 @@
+"""Writes and lookups at several services on one cluster, against a model of what was acknowledged.
+
+Each writer has ids of its own, so what the last acknowledged write of an id left is what every service must find.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+from knnmoe import tensors
+from knnmoe.channels import open_channel
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import memory_admin_pb2_grpc, retention_pb2_grpc, routing_pb2_grpc
+from knnmoe.v1 import retention_pb2 as retention_pb
+from knnmoe.v1 import routing_pb2 as routing_pb
+from knnmoe.v1 import types_pb2 as types_pb
+
+from tests.faults.crash_model import DIMENSION, EXPERTS, Expectation, Fact, key_of, value_of
+from tests.integration.replaced_memories import names
+from tests.integration.server_snapshots import until
+from tests.sidecar import LOGIT_DELTA, Sidecar
+
+NAME, LAYERS = "law", 2
+MODEL = {"num_layers": LAYERS, "hidden_size": DIMENSION, "num_experts": EXPERTS}
+CALL_S, WAIT_S = 30.0, 60.0
+_IDS_PER_WRITER = 150
+_SOURCE = "load"
+# What a client may be told while a cluster changes: to try again.
+_PASSES = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+
+
+class Caller:
+    """One service over a channel of its own."""
+
+    def __init__(self, service: Sidecar, digest: str) -> None:
+        self.channel, self._digest = open_channel(service.target), digest
+        self._admin = memory_admin_pb2_grpc.MemoryAdminServiceStub(self.channel)
+        self._retention = retention_pb2_grpc.RetentionServiceStub(self.channel)
+        self._routing = routing_pb2_grpc.RoutingServiceStub(self.channel)
+
+    def upsert(self, layer: int, ids: Sequence[int], stamps: Sequence[int]) -> None:
+        entries = admin_pb.Entries(
+            ids=tensors.to_tensor(np.array(ids, np.uint64)),
+            keys=tensors.to_tensor(key_of(ids, stamps)),
+            logit_deltas=tensors.to_tensor(value_of(ids, stamps)),
+            provenance=[types_pb.Provenance(source=_SOURCE)] * len(ids),
+        )
+        request = admin_pb.UpsertRequest(
+            memory=NAME, layer=layer, entries=entries, model_digest=self._digest
+        )
+        list(self._admin.Upsert(iter([request]), timeout=CALL_S))
+
+    def delete(self, layer: int, ids: Sequence[int]) -> None:
+        numbers = tensors.to_tensor(np.array(ids, np.uint64))
+        request = retention_pb.DeleteRequest(memory=NAME, layer=layer, ids=numbers)
+        self._retention.Delete(request, timeout=CALL_S)
+
+    def nearest(self, layer: int, keys: Any) -> list[int]:
+        """The ids of the nearest neighbours of some keys."""
+        request = routing_pb.RouteRequest(
+            memory=NAME,
+            layer=layer,
+            model_digest=self._digest,
+            router_inputs=tensors.to_tensor(keys),
+            router_logits=tensors.to_tensor(np.zeros((len(keys), EXPERTS), np.float32)),
+            with_neighbours=True,
+        )
+        reply = self._routing.Route(request, timeout=CALL_S)
+        return [int(row[0]) for row in tensors.to_array(reply.neighbours.ids)]
+
+    def stamps(self, layer: int) -> dict[int, int]:
+        """What the service exports: stamps by id."""
+        request = admin_pb.ExportRequest(memory=NAME, layer=layer, batch_size=4096)
+        found: dict[int, int] = {}
+        for reply in self._admin.Export(request, timeout=CALL_S):
+            ids = tensors.to_array(reply.entries.ids).tolist()
+            stamps = tensors.to_array(reply.entries.logit_deltas)[:, 0].astype(int).tolist()
+            assert np.array_equal(tensors.to_array(reply.entries.keys), key_of(ids, stamps))
+            found |= dict(zip(ids, stamps, strict=True))
+        return found
+
+
+class Load:
+    """Runs from __enter__ to __exit__: two writers and a reader for each service."""
+
+    def __init__(self, services: Sequence[Sidecar], *, stale_is_wrong: bool = True) -> None:
+        digest = services[0].create(NAME, model=MODEL, kind=LOGIT_DELTA, neighbours=1, gamma=[1.0])
+        for service in services:
+            until(lambda service=service: NAME in names(service))
+        self._callers = [Caller(service, digest) for service in services]
+        self.stale_is_wrong = stale_is_wrong
+        self.expected = Expectation([{} for _ in range(LAYERS)])
+        self.done: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._changed = threading.Condition()  # of the three above
+        self._stamp = 0
+        self._resting = self._ended = False
+        self._busy = 0
+        count = len(self._callers)
+        self._threads = [
+            threading.Thread(target=self._write, args=(number, number % count), daemon=True)
+            for number in range(2 * count)
+        ]
+        self._threads += [
+            threading.Thread(target=self._look, args=(number,), daemon=True)
+            for number in range(count)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        for thread in self._threads:
+            thread.join(2 * CALL_S)
+        for caller in self._callers:
+            caller.channel.close()
+
+    def wait_for_more(self, **counts: int) -> None:
+        """Until so many more of each kind are done, lookups at each service."""
+        wanted = {kind: self.done[kind] + more for kind, more in self._kinds(counts).items()}
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: self.wrong or all(self.done[kind] >= n for kind, n in wanted.items()),
+                WAIT_S,
+            )
+        assert not self.wrong, self.wrong
+        assert came, f"{dict(self.done)} after {WAIT_S} s, expected {wanted}"
+
+    def _kinds(self, counts: dict[str, int]) -> Iterator[Any]:
+        per_service = {
+            f"lookups at {number}": counts.get("lookups", 0) for number in range(len(self._callers))
+        }
+        return {kind: n for kind, n in counts.items() if kind != "lookups"} | per_service
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, nobody writes or looks."""
+        with self._changed:
+            self._resting = True
+            assert self._changed.wait_for(lambda: not self._busy, 2 * CALL_S)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._resting = False
+                self._changed.notify_all()
+
+    def check(self) -> None:
+        """Every service holds what was acknowledged; of what was not, the same at all of them."""
+        found = [[caller.stamps(layer) for layer in range(LAYERS)] for caller in self._callers]
+        problems = [
+            f"services {number} and 0 differ in layer {layer}: {each[layer].items() ^ found[0][layer].items()}"
+            for number, each in enumerate(found)
+            for layer in range(LAYERS)
+            if each[layer] != found[0][layer]
+        ]
+        problems += self.expected.settle(found[0])
+        assert not problems, problems
+
+    def _write(self, writer: int, service: int) -> None:
+        rng = np.random.default_rng(writer)
+        first = writer * _IDS_PER_WRITER
+        while not self._ended:
+            with self._turn():
+                layer, count = int(rng.integers(LAYERS)), int(rng.integers(1, 5))
+                ids = (first + rng.choice(_IDS_PER_WRITER, count, replace=False)).tolist()
+                if rng.random() < 0.7:
+                    self._upsert(service, layer, ids)
+                else:
+                    self._delete(service, layer, ids)
+
+    def _upsert(self, service: int, layer: int, ids: list[int]) -> None:
+        with self._changed:
+            stamps = range(self._stamp + 1, self._stamp + 1 + len(ids))
+            self._stamp += len(ids)
+            facts: dict[int, Fact | None] = {
+                i: Fact(stamp, _SOURCE) for i, stamp in zip(ids, stamps, strict=True)
+            }
+            self.expected.begin(layer, facts)
+        if self._done("upserts", lambda: self._callers[service].upsert(layer, ids, stamps)):
+            self._acknowledge(layer, facts)
+            for caller in self._callers:
+                self._check_found(caller, layer, ids, key_of(ids, stamps))
+
+    def _delete(self, service: int, layer: int, ids: list[int]) -> None:
+        gone: dict[int, Fact | None] = dict.fromkeys(ids)
+        with self._changed:
+            before = {i: self.expected.layers[layer].get(i) for i in ids}
+            self.expected.begin(layer, gone)
+        if self._done("deletes", lambda: self._callers[service].delete(layer, ids)):
+            self._acknowledge(layer, gone)
+            known = {i: fact.stamp for i, fact in before.items() if fact is not None}
+            for caller in self._callers if known else ():
+                self._check_gone(caller, layer, known)
+
+    def _acknowledge(self, layer: int, facts: dict[int, Fact | None]) -> None:
+        with self._changed:
+            self.expected.acknowledge(layer, facts)
+            self.done["acknowledged"] += 1
+            self._changed.notify_all()
+
+    def _check_found(self, caller: Caller, layer: int, ids: list[int], keys: Any) -> None:
+        found: list[list[int]] = []
+        looked = self._done("checks", lambda: found.append(caller.nearest(layer, keys)))
+        if looked and self.stale_is_wrong and found[0] != ids:
+            self._blame(f"layer {layer}: {ids} were acknowledged, {found[0]} found")
+
+    def _check_gone(self, caller: Caller, layer: int, known: dict[int, int]) -> None:
+        keys, found = key_of(known, known.values()), list[list[int]]()
+        looked = self._done("checks", lambda: found.append(caller.nearest(layer, keys)))
+        if looked and self.stale_is_wrong and set(found[0]) & set(known):
+            self._blame(f"layer {layer}: {list(known)} were deleted, {found[0]} found")
+
+    def _look(self, service: int) -> None:
+        rng = np.random.default_rng(100 + service)
+        keys = rng.uniform(-1, 1, (2, DIMENSION)).astype(np.float32)
+        while not self._ended:
+            with self._turn():
+                layer = int(rng.integers(LAYERS))
+                look = self._callers[service].nearest
+                self._done(f"lookups at {service}", lambda: look(layer, keys))  # noqa: B023
+
+    def _done(self, kind: str, work: Callable[[], Any]) -> bool:
+        """Whether it succeeded; failures that do not pass are wrong."""
+        try:
+            work()
+        except grpc.RpcError as error:
+            if error.code() not in _PASSES:
+                self._blame(f"{kind}: {error.code().name}: {error.details()}")
+            kind = f"refused {kind}"
+        with self._changed:
+            self.done[kind] += 1
+            self.done["ended writes"] += kind.endswith(("upserts", "deletes"))
+            self._changed.notify_all()
+        return not kind.startswith("refused")
+
+    def _blame(self, problem: str) -> None:
+        with self._changed:
+            self.wrong.append(problem)
+            self._changed.notify_all()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._resting or self._ended)
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+            time.sleep(0.005)  # the machine is shared by all of them

@@ -1,0 +1,82 @@
+"""Nodes of a Qdrant cluster are lost in turn while two services write and look up.
+
+No acknowledged write is lost, nothing stale is found, nothing is INTERNAL, lookups go on, and in the end all replicas
+hold the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from router_service.backends.qdrant_server import options as server_options
+from tests.congruence.fast_dir import fast_dir
+from tests.faults.cluster_load import Load
+from tests.qdrant_standin import Peer, QdrantCluster
+from tests.sidecar import Sidecar
+
+__all__ = ["fast_dir"]
+
+EQUAL_S = 30.0
+SEVERAL = hasattr(server_options, "urls_of")
+LOSSES: list[tuple[Callable[[Peer], None], Callable[[Peer], None]]] = [
+    (Peer.kill, Peer.start),
+    (Peer.hang, Peer.resume),
+    (Peer.stop, Peer.start),
+    (Peer.cut_off, Peer.join),
+]
+
+
+@pytest.fixture
+def cluster(fast_dir: Path) -> Iterator[QdrantCluster]:
+    with QdrantCluster(fast_dir / "qdrant") as nodes:
+        yield nodes
+
+
+@pytest.mark.parametrize("writes", [1, 2])
+def test_nodes_lost_in_turn(cluster: QdrantCluster, fast_dir: Path, writes: int) -> None:
+    """A node that is cut off acknowledges alone and reads what is stale, unless writes need two replicas."""
+    with ExitStack() as stack:
+        services = [
+            stack.enter_context(Sidecar(fast_dir / f"data-{n}", **options(cluster, n, writes)))
+            for n in range(2)
+        ]
+        with Load(services) as load:
+            load.wait_for_more(acknowledged=20, lookups=10)
+            for number, (lose, bring_back) in enumerate(LOSSES):
+                peer = cluster.peers[2 - number % 3 if SEVERAL else 2]
+                lose(peer)
+                load.wait_for_more(**{"ended writes": 8}, lookups=20)
+                bring_back(peer)
+                cluster.wait_whole()
+                load.wait_for_more(acknowledged=10, lookups=10)
+                with load.at_rest():
+                    wait_until_equal(cluster)
+                    load.check()
+            assert not any(kind.startswith("refused lookups") for kind in load.done), load.done
+        for service in services:
+            service.stop_cleanly()
+
+
+def options(cluster: QdrantCluster, first: int, writes: int) -> dict[str, object]:
+    """Of a service that is given all nodes, one of them first."""
+    urls = cluster.urls[first:] + cluster.urls[:first]
+    flags = ["--qdrant-replication-factor", "2", "--flush-interval-s", "0.1"]
+    flags += ["--qdrant-timeout-s", "10"]  # the machine may be busy
+    flags += ["--qdrant-write-consistency-factor", str(writes)]
+    return {"backend": ",".join(urls) if SEVERAL else urls[0], "flags": flags}
+
+
+def wait_until_equal(cluster: QdrantCluster) -> None:
+    """All replicas of all shards hold the same, a while after the cluster is whole again."""
+    cluster.wait_whole()
+    end = time.monotonic() + EQUAL_S
+    while differing := [
+        line for name in cluster.collections() for line in cluster.replicas_differ(name)
+    ]:
+        assert time.monotonic() < end, differing
+        time.sleep(0.05)
