@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from router_service.arrays import Entries, ExampleRef
+from router_service.arrays import Entries, ExampleRef, Provenance
 from router_service.backends.base import Backend, Compression, Metric, Quantization, SearchOptions
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.errors import InvalidField
@@ -16,6 +16,7 @@ from tests.congruence.knn_reference import (
     NAME,
     OPTIONS,
     assert_distances_agree,
+    assert_nearest,
     assert_slots_agree,
     clustered_entries,
     filled,
@@ -52,6 +53,27 @@ def test_each_compression_finds_the_nearest_at_exact_distances(
             [len(set(a) & set(b)) / k for a, b in zip(found.ids, nearest, strict=True)]
         )
         assert recall >= LEAST_RECALL.get(label, 0.98)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_layer_of_a_few_hundred_entries_is_searched_exactly(backend: Backend, label: str) -> None:
+    """Keys without clusters, of which the codes say least, in every state of the index."""
+    require_compression(backend, label)
+    random = np.random.default_rng(7)
+    keys = random.normal(size=(400, 32)).astype(np.float32)
+    origins = [Provenance()] * len(keys)
+    entries = Entries(np.arange(400, dtype=np.uint64), keys, keys[:, :6], origins)
+    collection = filled(backend, entries.slice(0, 300))
+    queries = random.normal(size=(64, 32)).astype(np.float32)
+    collection.optimize(Compression.parse(label))
+    for least, most in ((0, 300), (0, 400), (150, 400)):
+        if most > 300:
+            collection.upsert(entries.slice(300, 400))
+        if least:
+            collection.delete(entries.ids[:least])
+        there = entries.slice(least, most)
+        found = collection.search(queries, 10, SearchOptions())
+        assert_nearest(found, there, queries, 10, Metric.EUCLID)
 
 
 @pytest.mark.parametrize("label", ["turbo4", "pca12+float16"])

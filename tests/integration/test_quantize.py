@@ -93,7 +93,7 @@ def _outlier_keys(rows: int, dimension: int) -> np.ndarray:
 def test_a_method_that_the_keys_do_not_bear_is_said(service: Sidecar) -> None:
     """One coordinate a hundred times the others takes int8's resolution from them; float16 bears it."""
     service.create("outlier", kind=LOGIT_DELTA, model={"num_layers": 1, "hidden_size": 64})
-    keys = _outlier_keys(2000, 64)
+    keys = _outlier_keys(3000, 64)
     for start in range(0, len(keys), 500):
         some = random_entries(LOGIT_DELTA, 500, first_id=1 + start)
         some.keys.CopyFrom(floats(keys[start : start + 500]))

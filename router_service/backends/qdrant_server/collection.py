@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from router_service.backends.base import (
     SearchOptions,
     Versions,
     as_stored,
+    numbers_of_scan,
     per_query,
     say_nothing,
 )
@@ -116,6 +118,10 @@ _FLOATS_PER_PAGE = 1 << 20
 _MOST_PER_CALL = 1024
 _POLL_S = 0.2
 _BUT_VALUES = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
+# Of a layer that is scanned (2,048 x 2,048), for the codes of a small one miss neighbours (docs/recall.md).
+_NUMBERS_OF_SMALL = 1 << 22
+# Other services write too: how old a number of entries may be that says whether a layer is small.
+_COUNT_AGE_S = 5.0
 _ORDERINGS = {
     WriteOrdering.WEAK: q.WriteOrderingType.Weak,
     WriteOrdering.MEDIUM: q.WriteOrderingType.Medium,
@@ -145,6 +151,8 @@ class ServerCollection(Collection):
         self._closed = False
         self.versions = Versions()
         self._optimizing = threading.Lock()
+        self._entries: int | None = None  # at the last count, which lookups begin
+        self._recount_at = -math.inf
 
     @property
     def name(self) -> str:
@@ -164,10 +172,34 @@ class ServerCollection(Collection):
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
         version = self.versions.now
+        if self._small(options):
+            options = replace(options, exact=True)
         wanted = messages.queries_of(self._name, stored, k, options, excluded)
         results = self._query(wanted, options) if wanted else []
         found = messages.neighbours_from(results, k, self._spec.metric, self._spec.value_width)
         return replace(found, version=version)
+
+    def _small(self, options: SearchOptions) -> bool:
+        """Whether a scan costs little, by the number of entries at the last count.
+
+        Only the first lookup waits for a count. Those that find it old, or that follow a change, begin another one
+        beside them; when that fails, so do they, and the number stays.
+        """
+        if self._entries is None or time.monotonic() >= self._recount_at:
+            self._recount_at = time.monotonic() + _COUNT_AGE_S
+            request = q.CountPoints(collection_name=self._name, exact=False)
+            timeout_s = self._time_left(options)
+            if self._entries is None:
+                reply = self._connection.call("points", "Count", request, timeout_s)
+                self._entries = int(reply.result.count)
+            else:
+                count = self._connection.begin("points", "Count", request, timeout_s)
+                count.add_done_callback(self._counted)
+        return numbers_of_scan(self._entries, self._spec.dimension) <= _NUMBERS_OF_SMALL
+
+    def _counted(self, count: Any) -> None:
+        if not count.cancelled() and count.exception() is None:
+            self._entries = int(count.result().result.count)
 
     def _query(self, queries: Sequence[Any], options: SearchOptions) -> list[Any]:
         timeout_s = self._time_left(options)
@@ -264,6 +296,7 @@ class ServerCollection(Collection):
             yield
         finally:
             self.versions.advance()  # what fails may have been done all the same
+            self._recount_at = -math.inf
         self._require_led_to()
 
     def _require_led_to(self) -> None:
