@@ -1,5 +1,7 @@
 """What searches find: exclusion share x state of the index x compression, `python -m benchmarks.recall --json FILE`.
 
+--backend URL asks a Qdrant server instead of the embedded backend, with the methods that it has itself.
+
 Keys are draws around 400 centres. One example has a share of the entries; queries are its keys, which must not find
 their own example, or (share 0) keys of the same kind that are not stored. `same`: the example's entries lie among the
 others. `own`: it has centres to itself, so that all that is near a query is hidden. Recall@32 and the share of queries
@@ -16,7 +18,8 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import qdrant
 from benchmarks.report import load_average, machine
 from router_service.arrays import F32, Entries, ExampleRef, Provenance
-from router_service.backends.base import CollectionSpec, Compression, Metric, Pacing, Quantization
-from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
+from router_service.backends.base import (
+    Collection,
+    CollectionSpec,
+    Compression,
+    Maintained,
+    Metric,
+    Pacing,
+    Quantization,
+)
+from router_service.backends.edge.backend import EdgeBackend
+from router_service.backends.qdrant_server.collection import OWN
 from router_service.memories.settings import MemorySettings
 
 SCHEMA = 1
@@ -37,6 +50,7 @@ CENTRES = 400
 SOURCE = "text"
 STATES = ("indexed", "tail", "outdated", "worn")
 COMPRESSIONS = tuple(Quantization)
+EMBEDDED = "embedded"
 # Shares of the large examples of a layer: as many as fit are measured on one index.
 LAYOUTS = ((0.01, 0.1, 0.3, 0.5), (0.8,), (0.95,), (0.99,))
 _TAIL = 0.1
@@ -55,6 +69,7 @@ class Settings:
     layouts: tuple[tuple[float, ...], ...] = LAYOUTS
     compressions: tuple[str, ...] = COMPRESSIONS
     seed: int = 0
+    backend: str = EMBEDDED  # or the URL of a Qdrant server
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +104,11 @@ class _Layer:
         """Exact squared distances [q, at most 32], ascending, among the first `size` entries."""
         hidden, queries = self.questions[share]
         seen = [row for row in range(size) if self.examples[row] != hidden]
-        keys, found = self.keys[seen].astype(np.float64), []
-        for query in queries.astype(np.float64):
-            distances = ((keys - query) ** 2).sum(axis=1)
-            most = min(NEIGHBOURS, len(keys))
-            found.append(np.sort(np.partition(distances, most - 1)[:most]))
-        return np.array(found)
+        keys, asked = self.keys[seen].astype(np.float64), queries.astype(np.float64)
+        squares = (asked**2).sum(axis=1)[:, None] + (keys**2).sum(axis=1)
+        distances = np.maximum(squares - 2 * asked @ keys.T, 0)
+        most = min(NEIGHBOURS, len(keys))
+        return np.sort(np.partition(distances, most - 1)[:, :most])
 
 
 def _layer(settings: Settings, entries: int, kind: str, shares: Sequence[float]) -> _Layer:
@@ -121,15 +135,31 @@ def rows(settings: Settings) -> Iterator[Row]:
             for shares in settings.layouts:
                 layer = _layer(settings, entries, kind, shares)
                 for label in settings.compressions:
-                    yield from _measured(layer, label)
+                    yield from _measured(settings.backend, layer, label)
 
 
-def _measured(layer: _Layer, label: str) -> Iterator[Row]:
+@contextmanager
+def _empty_layer(backend: str, dimension: int) -> Iterator[Collection]:
+    """A layer of that backend, gone afterwards."""
+    spec = CollectionSpec(dimension, Metric.EUCLID, 2)
+    if backend == EMBEDDED:
+        with tempfile.TemporaryDirectory() as directory:
+            edge = EdgeBackend(Path(directory), min_free_bytes=0, isolate_above_bytes=1 << 62)
+            yield edge.create("layer", spec)
+            edge.close()
+        return
+    with qdrant.backend_at(backend) as server:
+        server.drop("layer")
+        collection = server.create("layer", spec)
+        yield collection
+        collection.close()
+        server.drop("layer")
+
+
+def _measured(backend: str, layer: _Layer, label: str) -> Iterator[Row]:
     compression, size = Compression.parse(label), len(layer.keys)
     indexed = size - int(_TAIL * size)
-    with tempfile.TemporaryDirectory() as directory:
-        backend = EdgeBackend(Path(directory), min_free_bytes=0, isolate_above_bytes=1 << 62)
-        collection = backend.create("layer", CollectionSpec(layer.keys.shape[1], Metric.EUCLID, 2))
+    with _empty_layer(backend, layer.keys.shape[1]) as collection:
         for state in STATES:
             if state == "indexed":
                 _write(collection, layer, range(indexed))
@@ -141,11 +171,10 @@ def _measured(layer: _Layer, label: str) -> Iterator[Row]:
             for share in layer.questions:
                 there = indexed if state == "indexed" else size
                 yield _cell(collection, layer, share, there, (state, label))
-        backend.close()
 
 
 def _cell(
-    collection: EdgeCollection, layer: _Layer, share: float, size: int, names: tuple[str, str]
+    collection: Collection, layer: _Layer, share: float, size: int, names: tuple[str, str]
 ) -> Row:
     state, label = names
     settings = MemorySettings(oversampling=Compression.parse(label).oversampling)
@@ -172,8 +201,9 @@ def _cell(
     )
 
 
-def _write(collection: EdgeCollection, layer: _Layer, some: range) -> None:
-    collection.pacing = Pacing()  # writes do not rest: nobody else is searching
+def _write(collection: Collection, layer: _Layer, some: range) -> None:
+    if isinstance(collection, Maintained):
+        collection.pacing = Pacing()  # writes do not rest: nobody else is searching
     for start in range(some.start, some.stop, _WRITE):
         collection.upsert(layer.entries(range(start, min(start + _WRITE, some.stop))))
 
@@ -198,19 +228,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table, writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="the numbers go here")
+    parser.add_argument(
+        "--backend", default=EMBEDDED, help="embedded, the URL of a Qdrant server, or standin"
+    )
     parser.add_argument("--entries", default="12000,100000")
     parser.add_argument("--dimension", type=int, default=64)
-    parser.add_argument("--methods", default=",".join(COMPRESSIONS))
+    parser.add_argument("--methods", help="default: all that the backend has")
+    parser.add_argument(
+        "--hidden",
+        default=" ".join(",".join(map(str, shares)) for shares in LAYOUTS),
+        help="shares of the hidden examples, for each layer with such examples",
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    own = COMPRESSIONS if given.backend == EMBEDDED else OWN
     settings = Settings(
         entries=tuple(int(each) for each in given.entries.split(",")),
         dimension=given.dimension,
-        compressions=tuple(given.methods.split(",")),
+        layouts=tuple(tuple(map(float, each.split(","))) for each in given.hidden.split()),
+        compressions=tuple(given.methods.split(",")) if given.methods else own,
         seed=given.seed,
+        backend=given.backend,
     )
     started = time.monotonic()
-    found = [asdict(row) for row in rows(settings)]
+    with (
+        qdrant.serving(given.backend) if given.backend != EMBEDDED else nullcontext(EMBEDDED) as at
+    ):
+        found = [asdict(row) for row in rows(replace(settings, backend=at))]
     results = {
         "schema": SCHEMA,
         "settings": asdict(settings),

@@ -8,7 +8,6 @@ queries under way together are worth; the server's own time is in both.
 from __future__ import annotations
 
 import json
-import os
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -22,26 +21,22 @@ from qdrant_client import QdrantClient, models
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import report
+from benchmarks import qdrant, report
 from benchmarks.clustered import F32, Workload, make_workload
 from benchmarks.timing import CacheSweep, Lane, batches, measure
 from model_runner.progress import Progress
 from router_service.arrays import U64, Entries, Provenance
 from router_service.backends.base import CollectionSpec, Metric, SearchOptions
 from router_service.backends.points import VALUE
-from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.collection import ServerCollection
-from router_service.backends.qdrant_server.connection import Connection
-from router_service.backends.qdrant_server.options import ServerOptions
 
-NAME, PREFIX = "layer", "knnmoe-benchmark"
+NAME = "layer"
 OURS, THEIRS = "server backend", "qdrant-client"
 NUM_EXPERTS = 64
 QUERIES = 1024
 TOKENS = (1, 32, 256)
 NEIGHBOURS = (1, 32)
 OPTIONS = SearchOptions(hnsw_ef=100)
-TIMEOUT_S = 60.0
 ENTRIES_PER_UPSERT = 512
 Answer = tuple[U64, F32, F32]
 
@@ -88,7 +83,10 @@ def run(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
     workload = make_workload(
         settings["keys"], settings["dimension"], QUERIES, 1, NUM_EXPERTS, settings["seed"]
     )
-    with _filled(workload, settings["url"], progress) as (sides, version):
+    with (
+        qdrant.serving(settings["url"]) as url,
+        _filled(workload, url, progress) as (sides, version),
+    ):
         queries = workload.queries.astype(np.float32)
         agreement = {str(k): _agreement(sides, queries[:256], k) for k in NEIGHBOURS}
         rows = [
@@ -108,11 +106,8 @@ def run(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 @contextmanager
 def _filled(workload: Workload, url: str, progress: Progress) -> Iterator[tuple[Sides, str]]:
-    key = os.environ.get("ROUTER_SERVICE_QDRANT_API_KEY")
-    options = ServerOptions(url=url, api_key=key, prefix=PREFIX, timeout_s=TIMEOUT_S)
-    connection = Connection(options)
-    backend = ServerBackend(connection)
-    try:
+    with qdrant.backend_at(url) as backend:
+        connection, options = backend.connection, backend.connection.options
         backend.drop(NAME)
         spec = CollectionSpec(workload.keys.shape[1], Metric.EUCLID, NUM_EXPERTS)
         with closing(backend.create(NAME, spec)) as collection:
@@ -123,14 +118,12 @@ def _filled(workload: Workload, url: str, progress: Progress) -> Iterator[tuple[
                 grpc_port=int(port),
                 prefer_grpc=True,
                 https=options.secure,
-                api_key=key,
-                timeout=int(TIMEOUT_S),
+                api_key=options.api_key,
+                timeout=int(qdrant.TIMEOUT_S),
                 check_compatibility=False,
             )
-            yield Sides(collection, theirs, f"{PREFIX}~{NAME}"), connection.version
+            yield Sides(collection, theirs, f"{qdrant.PREFIX}~{NAME}"), connection.version
         backend.drop(NAME)
-    finally:
-        backend.close()
 
 
 def _fill(collection: ServerCollection, workload: Workload, progress: Progress) -> None:
@@ -180,7 +173,9 @@ def _ratios(rows: list[report.Row]) -> dict[str, float]:
 
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Where the results are written.")],
-    url: Annotated[str, typer.Option(help="Of a Qdrant server; a collection is made and removed.")],
+    url: Annotated[
+        str, typer.Option(help="Of a Qdrant server, or standin; makes and removes a collection.")
+    ],
     keys: Annotated[int, typer.Option(min=max(NEIGHBOURS), help="Entries.")] = 20_000,
     dimension: Annotated[int, typer.Option(min=2, help="Hidden size d.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds with 1 token.")] = 200,
