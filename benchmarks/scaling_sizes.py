@@ -32,16 +32,20 @@ MODELS = (
     Model("GPT-OSS-120B", 36, 2880, 128, 4),
     Model("Qwen3-30B-A3B", 48, 2048, 128, 8),
 )
+# Bytes of weights in bf16 (6.92 and 30.5 billion, by the model cards) of those that are computed by entries per layer.
+WEIGHTS = {"OLMoE-1B-7B": 13.8e9, "Qwen3-30B-A3B": 61.1e9}
 METHODS = ("none", "int8", "turbo4", "turbo2", "turbo1", "binary", "product")
 # Of which shards of several sizes were measured, and with keys of which dimension; others grow as these do.
 METHOD, _GROWN_DIMENSION = "int8", 2048
 EXAMPLES = (1_000, 100_000, 10_000_000)
+ENTRIES_PER_LAYER = (10_000, 1_000_000, 100_000_000)
 TOKENS_PER_EXAMPLE = 128
 NODES_GIB = (64, 256)
+NODE_CORES = 16
 REPLICATION = 2
 # Fewer cannot lose one and go on changing collections.
 FEWEST_NODES = 3
-# Of a node's RAM; the rest is for pages that rescoring reads, for indexing, and for the system.
+# Of a node's RAM and cores; the rest is for pages that rescoring reads, for indexing, and for the system.
 USABLE_RAM = 0.75
 # So that no node gets much more than its share.
 REPLICAS_PER_NODE = 4
@@ -209,6 +213,36 @@ def qdrant_rule(model: Model, entries: int) -> float:
 def nodes(ram: float, node_gib: int) -> int:
     """Nodes of `node_gib` GiB that hold REPLICATION copies of `ram` bytes."""
     return max(FEWEST_NODES, math.ceil(REPLICATION * ram / (USABLE_RAM * node_gib * GIB)))
+
+
+def nodes_by_cores(search_cores: float) -> int:
+    """Nodes of NODE_CORES cores that search that much; every copy answers."""
+    return math.ceil(search_cores / (USABLE_RAM * NODE_CORES))
+
+
+# Bytes of a number of the keys that a model's own process holds; beside them an id, and values of f32.
+HELD = {"f32": 4, "f16": 2, "int8": 1}
+_ID_BYTES = 8
+GPU_BYTES = 80e9
+# Of a GPU's memory; the rest is for activations and the cache of keys and values.
+_USABLE_GPU = 0.8
+
+
+def held_entry(model: Model, number_bytes: float) -> float:
+    """Bytes of an entry in a model's own process: key, value row of logit deltas, id; scanned, so without links."""
+    values = 4 * value_floats(model, Kind.LOGIT_DELTA)
+    return number_bytes * model.dimension + values + _ID_BYTES
+
+
+def held_on_gpu(model: Model, number_bytes: float) -> int:
+    """Entries per layer on a GPU of GPU_BYTES beside the weights; 0 when there is no room."""
+    room = max(0.0, _USABLE_GPU * GPU_BYTES - WEIGHTS[model.name])
+    return int(room / (model.layers * held_entry(model, number_bytes)))
+
+
+def held_in_ram(model: Model, number_bytes: float, ram_gib: int) -> int:
+    """Entries per layer in USABLE_RAM of a host's RAM, the weights being on the GPU."""
+    return int(USABLE_RAM * ram_gib * GIB / (model.layers * held_entry(model, number_bytes)))
 
 
 def shards_per_layer(number_of_nodes: int, layers: int) -> int:

@@ -6,24 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.scaling_grid import Column, Grid, amount, count, decimal
-from benchmarks.scaling_load import default_graphs
+from benchmarks.scaling_load import LOADS, default_graphs, search_cores
 from benchmarks.scaling_query_tables import growths, latency, queries, wire
 from benchmarks.scaling_shards import BATCHES
 from benchmarks.scaling_sizes import (
+    ENTRIES_PER_LAYER,
     EXAMPLES,
+    FEWEST_NODES,
+    GPU_BYTES,
+    HELD,
     METHOD,
     METHODS,
     MODELS,
+    NODE_CORES,
     NODES_GIB,
     REPLICATION,
+    WEIGHTS,
     Measured,
     Model,
     Row,
     entries_per_layer,
     entry_size,
     examples_embedded,
+    held_entry,
+    held_in_ram,
+    held_on_gpu,
     memory_size,
     nodes,
+    nodes_by_cores,
     qdrant_rule,
     shards_per_layer,
     value_floats,
@@ -37,6 +47,8 @@ LESS = (
     ("and 5 layers", 0.5, 5),
     ("and every 8th token", 0.5 / 8, 5),
 )
+# Of search keys; and what is asked of the cluster.
+_OF_CLUSTER, _LOAD = ("none", "int8", "turbo4"), LOADS[1]
 _ONE = decimal(1)
 
 
@@ -50,6 +62,8 @@ def tables(measured: Measured, routes: Sequence[Row]) -> list[Grid]:
         embedded(measured),
         placement(measured),
         less(measured),
+        cluster(measured),
+        held(),
         wire(measured),
         growths(measured),
         queries(measured),
@@ -204,3 +218,58 @@ def _with_less(measured: Measured, model: Model, share: float, layers: int | Non
     kept = int(entries_per_layer(EXAMPLES[-1]) * share)
     size = memory_size(measured, model, "turbo4", kept, layers)
     return [size.entries, size.ram, nodes(size.ram, NODES_GIB[-1])]
+
+
+def _by_layer() -> list[Model]:
+    return [model for model in MODELS if model.name in WEIGHTS]
+
+
+def cluster(measured: Measured) -> Grid:
+    """Computed: nodes by entries per layer, for all copies and for one load."""
+    columns = [Column("model"), Column("entries per layer", count), Column("entries", count)]
+    columns += [Column(f"`{METHOD}`: disk, {REPLICATION} copies", amount)]
+    for method in _OF_CLUSTER:
+        columns += [Column(f"`{method}`: RAM, {REPLICATION} copies", amount)]
+        columns += [Column(f"`{method}`: nodes for it")]
+    columns += [Column("shards per layer"), Column("lookups/s", count)]
+    columns += [Column("search cores", _ONE), Column(f"nodes of {NODE_CORES} cores for them")]
+    columns += [Column(f"`{METHOD}`: nodes of {NODES_GIB[-1]} GiB and {NODE_CORES} cores")]
+    rows = [
+        _at_size(measured, model, entries) for model in _by_layer() for entries in ENTRIES_PER_LAYER
+    ]
+    return Grid("cluster", f"Nodes for {_LOAD.name}", columns, rows)
+
+
+def _at_size(measured: Measured, model: Model, per_layer: int) -> tuple[Any, ...]:
+    sizes = {method: memory_size(measured, model, method, per_layer) for method in _OF_CLUSTER}
+    by_ram = [(REPLICATION * size.ram, _nodes(size.ram)) for size in sizes.values()]
+    chosen = sizes[METHOD]
+    by_size = nodes(chosen.ram, NODES_GIB[-1])
+    shards = shards_per_layer(by_size, model.layers)
+    cores = search_cores(measured, model, _LOAD, per_layer, graphs=shards)
+    by_cores = nodes_by_cores(cores)
+    return (
+        *(model.name, per_layer, chosen.entries, REPLICATION * chosen.disk),
+        *(cell for pair in by_ram for cell in pair),
+        *(shards, model.layers * _LOAD.tokens_per_s, cores, by_cores),
+        max(FEWEST_NODES, by_size, by_cores),
+    )
+
+
+def held() -> Grid:
+    """Computed: what a model's own process holds, and how many entries per layer fit there."""
+    columns = [Column("model"), Column("keys as"), Column("bytes of an entry", count)]
+    columns += [Column(f"{count(each)} entries per layer", amount) for each in ENTRIES_PER_LAYER]
+    columns += [Column(f"entries per layer on a GPU of {amount(GPU_BYTES)}", count)]
+    columns += [Column(f"in RAM of {gib} GiB", count) for gib in NODES_GIB]
+    rows = [
+        (
+            *(model.name, name, held_entry(model, number)),
+            *(model.layers * each * held_entry(model, number) for each in ENTRIES_PER_LAYER),
+            held_on_gpu(model, number),
+            *(held_in_ram(model, number, gib) for gib in NODES_GIB),
+        )
+        for model in _by_layer()
+        for name, number in HELD.items()
+    ]
+    return Grid("held", "Keys beside the model", columns, rows)

@@ -34,13 +34,18 @@ from benchmarks.scaling_measure import Plan, Shards, measurements
 from benchmarks.scaling_sizes import (
     GIB,
     MODELS,
+    WEIGHTS,
     Measured,
     Model,
     entry_size,
     examples_embedded,
+    held_entry,
+    held_in_ram,
+    held_on_gpu,
     line,
     memory_size,
     nodes,
+    nodes_by_cores,
     qdrant_rule,
     shards_per_layer,
     value_floats,
@@ -161,6 +166,19 @@ def test_what_one_machine_holds_fills_its_ram(measured: Measured) -> None:
     examples = examples_embedded(measured, TOY, "int8", 64)
     each = measured.graph(2048, "int8", examples * 128) + 2000 + 300 + 60
     assert examples * 128 * 3 * each == pytest.approx(0.75 * 64 * GIB, rel=1e-4)
+
+
+def test_a_model_holds_what_its_weights_leave_of_a_gpu() -> None:
+    olmoe, qwen = (model for model in MODELS if model.name in WEIGHTS)
+    each = 2 * 2048 + 4 * 64 + 8
+    assert held_entry(olmoe, 2) == each
+    assert held_on_gpu(olmoe, 2) == int((0.8 * 80e9 - 13.8e9) / (16 * each))
+    assert held_in_ram(olmoe, 2, 64) == int(0.75 * 64 * GIB / (16 * each))
+    assert held_on_gpu(qwen, 4) * 48 * held_entry(qwen, 4) <= 0.8 * 80e9 - 61.1e9
+
+
+def test_nodes_search_with_three_quarters_of_their_cores() -> None:
+    assert [nodes_by_cores(cores) for cores in (0.1, 12, 12.1, 132)] == [1, 1, 2, 11]
 
 
 def test_longer_keys_cost_more_along_the_same_line(measured: Measured) -> None:
