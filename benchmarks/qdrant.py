@@ -22,13 +22,17 @@ _LISTENING = "listening on "
 
 
 @contextmanager
-def serving(backend: str) -> Iterator[str]:
-    """The URL that is given, or that of a stand-in. Raises RuntimeError when that does not start."""
+def serving(backend: str, nodes: int = 0) -> Iterator[str]:
+    """The URL that is given, or that of a stand-in; or URL,URL,... of a cluster of them with so many nodes.
+
+    Raises RuntimeError when they do not start.
+    """
     if backend != STANDIN:
         yield backend
         return
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "tests.qdrant_standin", "--data", f"{directory}/data"]
+        command += ["--peers", str(nodes)] if nodes else []
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=_ROOT, text=True) as process:
             try:

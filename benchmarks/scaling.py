@@ -1,6 +1,7 @@
 """Bytes, RAM, nodes, cores and network of a routing memory, for docs/scaling.md: `python -m benchmarks.scaling`.
 
-Computes from a file of measurements; --measure makes one, with real Qdrant Edge shards.
+Computes from a file of measurements; --measure makes one, with real Qdrant Edge shards. --cluster measures lookups of a
+Qdrant cluster, which is a table of its own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks import qdrant, report, scaling_cluster
+from benchmarks.scaling_cluster import ClusterPlan
 from benchmarks.scaling_grid import Grid, placed, with_grids
 from benchmarks.scaling_measure import Plan, measurements
 from benchmarks.scaling_sizes import Measured
@@ -48,7 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--markdown", action="store_true", help="print them as docs/scaling.md has them"
     )
     parser.add_argument("--page", type=Path, help="replace the tables of this page")
+    parser.add_argument(
+        "--cluster",
+        nargs="?",
+        const=qdrant.STANDIN,
+        metavar="URL,URL,...",
+        help="measure lookups of this cluster, or of the tests' stand-ins, instead of the tables",
+    )
+    parser.add_argument("--quick", action="store_true", help="a small grid of --cluster")
     given = parser.parse_args(arguments)
+    if given.cluster:
+        _measure_cluster(given)
+        return
     if given.measure:
         content = measurements(Plan(), Progress())
         given.measure.write_text(json.dumps(content, indent=1) + "\n")
@@ -58,6 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.page:
         given.page.write_text(with_grids(given.page.read_text(), made))
     _print(made, markdown=given.markdown)
+
+
+def _measure_cluster(given: argparse.Namespace) -> None:
+    plan = ClusterPlan().quick() if given.quick else ClusterPlan()
+    found = list(scaling_cluster.rows(given.cluster, plan, Progress()))
+    if given.json:
+        about = {"machine": report.machine(), "load_average": report.load_average()}
+        content = {"schema": 1, "cluster": given.cluster, "plan": asdict(plan), **about}
+        given.json.write_text(json.dumps({**content, "rows": found}, indent=1) + "\n")
+    _print([scaling_cluster.grid(found)], markdown=given.markdown)
 
 
 def _print(made: Sequence[Grid], *, markdown: bool) -> None:

@@ -52,6 +52,7 @@ from benchmarks.scaling_sizes import (
 )
 from model_runner.progress import Progress
 from router_service.memories.settings import Kind
+from tests.engines import SERVERS, url_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 TOY = Model("toy", layers=3, dimension=2048, experts=10, top_k=2)
@@ -261,6 +262,25 @@ def test_the_program_writes_json_and_brings_a_page_up_to_date(
     printed = capsys.readouterr().out
     assert all(placed(grid) in page.read_text() for grid in scaling.grids())
     assert all(placed(grid) in printed for grid in scaling.grids())
+
+
+@pytest.mark.parametrize("engine", SERVERS)
+def test_lookups_of_a_server_are_measured(
+    engine: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    numbers, url = tmp_path / "numbers.json", url_of(engine, request)
+    scaling.main(["--cluster", url, "--quick", "--json", str(numbers), "--markdown"])
+    rows = json.loads(numbers.read_text())["rows"]
+    cells = [(row["nodes"], row["shards"], row["replicas"], row["tokens"]) for row in rows]
+    # One node has no two replicas
+    assert cells == [(1, 1, 1, 1), (1, 1, 1, 16), (1, 3, 1, 1), (1, 3, 1, 16)]
+    assert all(row["p99_ms"] >= row["p50_ms"] > 0 < row["lookups_per_s"] for row in rows)
+    assert all(row["request_bytes"] > 4 * 256 for row in rows)
+    assert all(row["response_bytes"] > 32 * 64 * 4 for row in rows)
+    assert "shards asked of other nodes" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
