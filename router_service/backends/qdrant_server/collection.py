@@ -172,7 +172,7 @@ class ServerCollection(Collection):
         stored = as_stored(queries, self._spec.metric, "queries")
         excluded = per_query(exclude, len(queries))
         version = self.versions.now
-        if self._small(options):
+        if not options.exact and self._small(options):
             options = replace(options, exact=True)
         wanted = messages.queries_of(self._name, stored, k, options, excluded)
         results = self._query(wanted, options) if wanted else []
