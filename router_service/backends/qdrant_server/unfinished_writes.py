@@ -137,7 +137,7 @@ class UnfinishedWrites:
                 write.problem = str(error) or type(error).__name__
                 self._end(write, done=False, kept=kept)
             if kept and left:
-                self._say("were not acknowledged")
+                self._say("were not acknowledged", first=len(left))
             raise
 
     def of(self, collection: str) -> UnfinishedEntries | None:
@@ -372,10 +372,11 @@ class UnfinishedWrites:
             raise CollectionClosed(f"collection {write.collection!r}")
         return led
 
-    def _say(self, what: str) -> None:
+    def _say(self, what: str, first: int | None = None) -> None:
+        """Warns of what is unfinished, if anything is; `first`: only when that is so much, and not more than before."""
         with self._freed:
             waiting = self._left()
-        if not waiting:
+        if not waiting or len(waiting) > (first or len(waiting)):
             return
         ids = sorted({each for write in waiting for each in write.ids})
         log.warning(
