@@ -53,9 +53,8 @@ _CREATED = "created"
 # A request names so many points by different times; more are left to what is read before.
 _MOST_TIMES = 64
 
-Version = tuple[
-    int, int | None
-]  # of an entry: its id and its time of creation in ms, None: without one
+# Of an entry: its id and its time of creation in ms, None: without one.
+Version = tuple[int, int | None]
 
 
 class Write:
@@ -73,6 +72,17 @@ class Write:
     def collection(self) -> str:
         """Its own name."""
         return str(self.request.collection_name)
+
+    def rest(self) -> Any:
+        """The request for what is still to be sent."""
+        versions = _versions(self.request)
+        if len(self.ids) == len({number for number, _ in versions}):
+            return self.request
+        if not isinstance(self.request, q.UpsertPoints):
+            left = [each for each in versions if each[0] in self.ids]
+            return deletion(self.collection, left, self.request.ordering)
+        left = [point for point in self.request.points if point.id.num in self.ids]
+        return _of_points(self.request, left)
 
     def overlaps(self, other: Write) -> bool:
         """Whether both write an entry."""
@@ -292,7 +302,8 @@ class UnfinishedWrites:
                 if not (isinstance(error, (StorageError, Overloaded)) or self._stopping):
                     log.exception("a write of %s is not finished", write.collection)
                 with self._freed:
-                    write.problem, write.busy = str(error), False
+                    write.problem = str(error) or type(error).__name__
+                    write.busy = False
                     self._freed.notify_all()
                 stuck.add(write.collection)
                 continue
@@ -318,29 +329,19 @@ class UnfinishedWrites:
         if not self._is_led_to(write):
             log.info("not finished: %s is no memory's any more", write.collection)
             return False
-        request = type(write.request)()
-        request.CopyFrom(write.request)
-        request.wait = True
+        request = write.rest()
         if isinstance(request, q.UpsertPoints):
             return self._upsert_again(write, request)
-        if len(write.ids) < len(_ids_of(request)):
-            versions = [each for each in _versions(request) if each[0] in write.ids]
-            request = deletion(write.collection, versions, request.ordering)
         self._connection.call("points", "Delete", request, _SEND_S, repeat=False)
         return True
 
     def _upsert_again(self, write: Write, request: Any) -> bool:
         """Entries that were made later, by another service, stay as they are."""
         there = self._times_of(write)
-        kept = [
-            point
-            for point in request.points
-            if point.id.num in write.ids and there.get(point.id.num, 0) <= _time_of(point)
-        ]
+        kept = [each for each in request.points if there.get(each.id.num, 0) <= _time_of(each)]
         if not kept:
             return False
-        del request.points[:]
-        request.points.extend(kept)
+        request = _of_points(request, kept)
         versions = _versions(request)
         if len({created for _, created in versions}) <= _MOST_TIMES:
             # A request that was late would else undo what came after it (Qdrant 1.16 and later).
@@ -417,6 +418,15 @@ def _versions(request: Any) -> list[Version]:
     return found
 
 
+def _of_points(request: Any, points: Sequence[Any]) -> Any:
+    return q.UpsertPoints(
+        collection_name=request.collection_name,
+        wait=True,
+        points=points,
+        ordering=request.ordering,
+    )
+
+
 def version_of(point: Any) -> Version:
     """Of a point that was read with the time of its creation."""
     return point.id.num, _time_of(point) if _CREATED in point.payload else None
@@ -473,7 +483,7 @@ _Record = tuple[int, int, bytes]
 
 def _record(write: Write) -> _Record:
     kind = _UPSERT if isinstance(write.request, q.UpsertPoints) else _DELETE
-    return kind, write.number, write.request.SerializeToString()
+    return kind, write.number, write.rest().SerializeToString()
 
 
 class _Log:

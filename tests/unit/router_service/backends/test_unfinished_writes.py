@@ -322,6 +322,42 @@ class TestOnDisk:
         assert values_of(again) == expected
         until_finished(collection)
 
+    def test_what_came_later_is_not_undone_after_two_starts(
+        self,
+        server: QdrantStandIn,
+        collection: ServerCollection,
+        opened: Opened,
+        data_dir: Path,
+        fast_dir: Path,
+    ) -> None:
+        """What is superseded is left out of a file that is written anew."""
+        fault = breaking(server)
+        broken = breaking(server, "Delete")
+        with pytest.raises(BackendUnavailable):
+            collection.upsert(entries(20, 30))
+        with pytest.raises(BackendUnavailable):
+            collection.delete(np.arange(5, dtype=np.uint64))
+        held = server.faults.fail(grpc.StatusCode.UNAVAILABLE, method="ListCollectionAliases")
+        fault.lift()
+        broken.lift()
+        for change in (
+            lambda: collection.delete(np.array([25], np.uint64)),
+            lambda: collection.upsert(entries(4, 5, created=NOW - 1)),
+        ):
+            with pytest.raises(
+                BackendUnavailable
+            ):  # done, though it is not known whether it counts
+                change()
+        shutil.copytree(data_dir, killed := fast_dir / "killed")
+        opened(killed).close()
+        again = opened(killed).open("law/layer-000", SPEC)
+        unfinished = again.info().unfinished
+        assert unfinished is not None
+        assert unfinished.ids == [0, 1, 2, 3, *range(20, 25), *range(26, 30)]
+        held.lift()
+        until_finished(again)
+        assert ids_of(again) == [*range(4, 10), *range(20, 25), *range(26, 30)]
+
     def test_a_stop_leaves_it(
         self,
         server: QdrantStandIn,
