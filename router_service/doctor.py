@@ -17,6 +17,7 @@ from router_service.backends.base import Verifiable
 from router_service.backends.disk import FreeSpace, is_open_to_others, storage_call
 from router_service.backends.edge.files import CollectionFiles
 from router_service.backends.edge.ledger import file_problems
+from router_service.backends.qdrant_server.options import UNFINISHED
 from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
 from router_service.memories import known_keys, manifest
 from router_service.memories.catalogue import DOOMED
@@ -97,6 +98,7 @@ def diagnose_directory(data: Path, min_free_bytes: int | None, *, deep: bool) ->
         in_use = holder is not None
         yield check_lock(data, holder)
         yield check_space(data, min_free_bytes)
+        yield from check_unfinished(data)
         yield from _check_files(data, in_use=in_use, deep=deep)
         yield from check_snapshots(data / "snapshots", deep=deep, in_use=in_use)
     except StorageError as failed:
@@ -151,6 +153,23 @@ def lock_holder(memories: Path) -> str | None:
         except BlockingIOError:
             return file.read(20).strip() or "unknown"
     return None
+
+
+def check_unfinished(data: Path) -> Findings:
+    """Writes to a Qdrant server that the next service goes on with. Raises StorageError."""
+    for path in sorted(data.glob(f"{UNFINISHED}*[0-9a-f]")):
+        with storage_call(f"read {path}"), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:  # a service's, which says so itself
+                continue
+            if size := os.fstat(file.fileno()).st_size:
+                yield warning(
+                    "writes",
+                    f"{path}: {size} bytes of writes that a Qdrant server did not acknowledge, some replicas may lack "
+                    "them; the next service with this --data and the same --backend finishes them",
+                    f"router-service serve --data {quote(str(data))} --backend http://HOST:6334",
+                )
 
 
 def check_lock(data: Path, holder: str | None) -> Finding:

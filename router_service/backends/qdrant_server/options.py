@@ -22,6 +22,10 @@ class WriteOrdering(StrEnum):
     STRONG = "strong"
 
 
+# What files of writes that are unfinished are called, before a digest of the server that they are for.
+UNFINISHED = "unfinished-writes-"
+
+
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """Names are Qdrant's own; None leaves a value to the server."""

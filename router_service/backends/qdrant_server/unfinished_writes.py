@@ -24,7 +24,7 @@ from typing import Any
 from router_service.backends.base import UnfinishedEntries
 from router_service.backends.disk import private_directory, storage_call
 from router_service.backends.qdrant_server.connection import Connection
-from router_service.backends.qdrant_server.options import ServerOptions
+from router_service.backends.qdrant_server.options import UNFINISHED, ServerOptions
 from router_service.backends.qdrant_server.wire import REPLACED, q
 from router_service.errors import (
     BackendMisconfigured,
@@ -493,7 +493,7 @@ class _Log:
         # Whatever the order in which the nodes are named.
         server = ",".join((*sorted(options.url.split(",")), options.prefix))
         digest = hashlib.blake2b(server.encode(), digest_size=8).hexdigest()
-        self.path = directory / f"unfinished-writes-{digest}"
+        self.path = directory / f"{UNFINISHED}{digest}"
         with storage_call(f"write {self.path}"):
             private_directory(directory)
             self._file = _locked(self.path)

@@ -20,6 +20,7 @@ from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.failures import Meaning
 from router_service.backends.qdrant_server.options import ServerOptions
+from router_service.doctor import check_unfinished
 from router_service.errors import (
     BackendMisconfigured,
     BackendUnavailable,
@@ -369,7 +370,10 @@ class TestOnDisk:
         fault = breaking(server)
         with pytest.raises(BackendUnavailable):
             collection.upsert(entries(20, 30))
+        assert list(check_unfinished(data_dir)) == []  # the service says it itself
         backend.close()
+        [found] = check_unfinished(data_dir)
+        assert "did not acknowledge" in found.what
         again = opened(data_dir).open("law/layer-000", SPEC)
         assert again.info().unfinished is not None
         fault.lift()
