@@ -7,30 +7,30 @@ survives SIGKILL, and one that fails is sent again until it is acknowledged. Wha
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
-import os
-import struct
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from router_service.backends.base import UnfinishedEntries
-from router_service.backends.disk import private_directory, storage_call
 from router_service.backends.qdrant_server.connection import Connection
-from router_service.backends.qdrant_server.options import UNFINISHED, ServerOptions
 from router_service.backends.qdrant_server.wire import REPLACED, q
+from router_service.backends.qdrant_server.write_log import (
+    DELETE,
+    DONE,
+    UPSERT,
+    VOID,
+    Record,
+    WriteLog,
+)
 from router_service.errors import (
     BackendMisconfigured,
     BackendUnavailable,
     CollectionClosed,
-    DirectoryInUse,
     ForeignCollection,
     Overloaded,
     RoutingServiceError,
@@ -118,14 +118,14 @@ class UnfinishedWrites:
         self._live: dict[int, Write] = {}  # by number, which is their order
         self._bytes = self._numbers = 0
         self._stopping = False
-        self._file = None if directory is None else _Log(directory, connection.options)
+        self._file = None if directory is None else WriteLog(directory, connection.options)
         for kind, number, body in self._file.read() if self._file else ():
             self._replay(kind, number, body)
         for write in list(self._live.values()):
             write.busy = False
             self._supersede(write)
         if self._file is not None:
-            self._file.rewrite(self._live.values())
+            self._file.rewrite(map(_record, self._live.values()))
         self._thread = threading.Thread(target=self._run, name="unfinished-writes", daemon=True)
         if self._live:
             self._say("go on from the last start")
@@ -241,7 +241,7 @@ class UnfinishedWrites:
                 self._supersede(write)
             if not kept:
                 self._drop(write)
-                self._note_end(_DONE if done else _VOID, write.number)
+                self._note_end(DONE if done else VOID, write.number)
             self._freed.notify_all()
             if kept:
                 self._work.notify()
@@ -261,7 +261,7 @@ class UnfinishedWrites:
             if not self._live:
                 self._file.clear()
             elif self._file.size_bytes > _LONG_FILE_BYTES:
-                self._file.rewrite(self._live.values())
+                self._file.rewrite(map(_record, self._live.values()))
             else:
                 self._file.append((kind, number, b""))
         except StorageError:  # it is sent again after a kill, no more
@@ -274,7 +274,7 @@ class UnfinishedWrites:
             write.problem = "the service ended before it was acknowledged"
             self._keep(write)
         elif (ended := self._live.get(number)) is not None:
-            if kind == _DONE:
+            if kind == DONE:
                 self._supersede(ended)
             self._drop(ended)
 
@@ -474,108 +474,9 @@ def _both(ids: Sequence[int], other: Any) -> Any:
     return q.Condition(filter=q.Filter(must=[q.Condition(has_id=named), other]))
 
 
-# Kinds of records of the file.
-_UPSERT, _DELETE, _DONE, _VOID = 1, 2, 3, 4
-_REQUESTS = {_UPSERT: q.UpsertPoints, _DELETE: q.DeletePoints}
-_HEAD = struct.Struct("<BQII")  # kind, number, bytes that follow, CRC-32 of all of these
-_Record = tuple[int, int, bytes]
+_REQUESTS = {UPSERT: q.UpsertPoints, DELETE: q.DeletePoints}
 
 
-def _record(write: Write) -> _Record:
-    kind = _UPSERT if isinstance(write.request, q.UpsertPoints) else _DELETE
+def _record(write: Write) -> Record:
+    kind = UPSERT if isinstance(write.request, q.UpsertPoints) else DELETE
     return kind, write.number, write.rest().SerializeToString()
-
-
-class _Log:
-    """The file: records one after the other. Not for several threads at once."""
-
-    def __init__(self, directory: Path, options: ServerOptions) -> None:
-        # Whatever the order in which the nodes are named.
-        server = ",".join((*sorted(options.url.split(",")), options.prefix))
-        digest = hashlib.blake2b(server.encode(), digest_size=8).hexdigest()
-        self.path = directory / f"{UNFINISHED}{digest}"
-        with storage_call(f"write {self.path}"):
-            private_directory(directory)
-            self._file = _locked(self.path)
-        self.size_bytes = os.fstat(self._file).st_size
-
-    def read(self) -> Iterator[_Record]:
-        """What was written; a record that a kill cut short is the last, and was never sent."""
-        with storage_call(f"read {self.path}"):
-            content, at = self.path.read_bytes(), 0
-            while at + _HEAD.size <= len(content):
-                kind, number, length, crc = _HEAD.unpack_from(content, at)
-                body = content[at + _HEAD.size : at + _HEAD.size + length]
-                if crc != _crc(kind, number, body):
-                    break
-                yield kind, number, body
-                at += _HEAD.size + length
-        if at < len(content):
-            log.warning("%s: the last %d bytes are no whole record", self.path, len(content) - at)
-
-    def append(self, *records: _Record) -> None:
-        """All of them, or none. Raises DiskFull or StorageError."""
-        packed = b"".join(map(_packed, records))
-        with storage_call(f"write {self.path}"):
-            try:
-                _write(self._file, packed)
-            except OSError:
-                os.ftruncate(self._file, self.size_bytes)
-                raise
-        self.size_bytes += len(packed)
-
-    def clear(self) -> None:
-        """Nothing is unfinished."""
-        with storage_call(f"write {self.path}"):
-            os.ftruncate(self._file, 0)
-        self.size_bytes = 0
-
-    def rewrite(self, writes: Iterable[Write]) -> None:
-        """Leaves only these."""
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with storage_call(f"write {self.path}"):
-            partial.unlink(missing_ok=True)
-            file = _locked(partial)
-            try:
-                for write in writes:
-                    _write(file, _packed(_record(write)))
-                partial.replace(self.path)
-            except BaseException:
-                os.close(file)
-                raise
-        self.close()
-        self._file, self.size_bytes = file, os.fstat(file).st_size
-
-    def close(self) -> None:
-        """Closes the file and leaves it there."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def _packed(record: _Record) -> bytes:
-    kind, number, body = record
-    return _HEAD.pack(kind, number, len(body), _crc(kind, number, body)) + body
-
-
-def _crc(kind: int, number: int, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(struct.pack("<BQ", kind, number)))
-
-
-def _locked(path: Path) -> int:
-    """A descriptor of a file that no other process writes to. Raises OSError."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise DirectoryInUse(
-            f"{path} is another service's on the same Qdrant server: give each a --data of its own"
-        ) from None
-    return file
-
-
-def _write(file: int, record: bytes) -> None:
-    left = memoryview(record)
-    while left:
-        left = left[os.write(file, left) :]
