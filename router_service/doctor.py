@@ -111,6 +111,8 @@ def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool
     yield from check_entries(store, deep=deep)
     if store.directory is None:
         yield fine("data", store.location)
+        for away in store.away():
+            yield warning("nodes", f"{away}; start it again, the others serve meanwhile", "")
         for memory in store.memories():
             yield from check_settings(memory.record)
         return

@@ -15,7 +15,7 @@ from router_service.backends.qdrant_server.options import (
     ServerOptions,
     WriteOrdering,
     is_url,
-    parse_url,
+    urls_of,
     without_key,
 )
 from router_service.errors import InvalidField
@@ -25,7 +25,7 @@ _OTHER_NAMES = {"embedded": EDGE}
 
 
 def check_backend(place: str) -> str:
-    """The name of a backend, or the URL of a server. Raises ValueError."""
+    """The name of a backend, or the URL of a server or those of a cluster, each once. Raises ValueError."""
     place = _OTHER_NAMES.get(place, place)
     if place in (EDGE, EXACT):
         return place
@@ -34,10 +34,9 @@ def check_backend(place: str) -> str:
             f"got {without_key(place)!r}, expected edge, exact, or the URL of a Qdrant server"
         )
     try:
-        parse_url(place)
+        return ",".join(urls_of(place))
     except InvalidField as error:
         raise ValueError(f"got {error.value}, expected {error.expected}") from error
-    return place
 
 
 class QdrantSettings(BaseSettings):
@@ -98,7 +97,11 @@ class QdrantSettings(BaseSettings):
         1.0, gt=0, description="Seconds that a lookup may take the Qdrant server, e.g. 0.2."
     )
     connections: int = Field(
-        4, ge=1, le=64, description="Connections to the Qdrant server, e.g. 8."
+        4,
+        ge=1,
+        le=64,
+        description="Connections to the Qdrant server, or to all nodes of a cluster together (to each at least one), "
+        "e.g. 8.",
     )
     rest_port: int | None = Field(
         None,
@@ -109,8 +112,7 @@ class QdrantSettings(BaseSettings):
     )
 
     def options(self, url: str, named_by: str = BACKEND_SETTING) -> ServerOptions:
-        """For the server at `url`, which `named_by` named. Raises InvalidField on a file that cannot be read."""
-        parse_url(url)
+        """For what is at `url`, which `named_by` named. Raises InvalidField on a file that cannot be read."""
         key = self.api_key.get_secret_value() if self.api_key else None
         if self.api_key_file is not None:
             key = _read("--qdrant-api-key-file", self.api_key_file).decode(errors="replace").strip()
@@ -120,7 +122,7 @@ class QdrantSettings(BaseSettings):
                 "ROUTER_SERVICE_QDRANT_API_KEY", "a key with odd characters", "printable ASCII"
             )
         return ServerOptions(
-            url=url,
+            url=",".join(urls_of(url)),
             api_key=key,
             ca_certificate=ca,
             ordering=self.write_ordering,
@@ -155,7 +157,8 @@ class ServiceSettings(BaseSettings):
     backend: Annotated[str, AfterValidator(check_backend)] = Field(
         EDGE,
         description="Where entries are kept: edge (Qdrant Edge, embedded, in --data), exact (NumPy in RAM, nothing is "
-        "kept), or the URL of a Qdrant server or cluster, e.g. http://localhost:6334.",
+        "kept), or the URL of a Qdrant server, e.g. http://localhost:6334, or those of the nodes of a cluster, e.g. "
+        "http://a:6334,http://b:6334.",
     )
     pack_dir: Path | None = Field(
         None,

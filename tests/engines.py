@@ -3,7 +3,7 @@
     numpy      the oracle
     embedded   Qdrant Edge on files
     standin    tests/qdrant_standin: the Qdrant wire in front of Qdrant Edge
-    server     a real Qdrant server: the one at QDRANT_TEST_URL (key: QDRANT_TEST_API_KEY), else one in a container
+    server     a real Qdrant server: what is at QDRANT_TEST_URL (key: QDRANT_TEST_API_KEY), else one in a container
 
 Without either the last is skipped, and fails under REQUIRE_DOCKER=1. The end of a run says which were exercised.
 """
@@ -94,9 +94,9 @@ def _docker_volume() -> Iterator[str]:
 
 
 def _given_url() -> str:
-    """QDRANT_TEST_URL, of plain HTTP unless it says otherwise; empty without it."""
-    url = os.environ.get(URL, "")
-    return url if "://" in url or not url else f"http://{url}"
+    """QDRANT_TEST_URL, of plain HTTP unless it says otherwise, one or several with commas; empty without it."""
+    urls = (each.strip() for each in os.environ.get(URL, "").split(",") if each.strip())
+    return ",".join(url if "://" in url else f"http://{url}" for url in urls)
 
 
 def _docker_problem() -> str:

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from router_service.backends.exact import ExactBackend
 from router_service.backends.qdrant_server.options import (
-    GRPC_PORT,
-    REST_PORT,
     is_url,
     parse_url,
+    ports_of,
+    urls_of,
     without_key,
 )
 from router_service.cli import options
@@ -38,7 +38,10 @@ from router_service.transfer.migration import Migration
 from router_service.transfer.service import EMBEDDED, ServiceEndpoint
 from router_service.transfer.store import StoreEndpoint
 
-_EXPECTED = "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server, or a data directory"
+_EXPECTED = (
+    "embedded (the service), http(s)://HOST[:PORT] of a Qdrant server (or several of one cluster, with commas between "
+    "them), or a data directory"
+)
 _AGAIN = "run the same command again"
 _COUNTS = ("added", "replaced", "deleted", "only_in_target")
 _INTERRUPTED = "interrupted; what was written stays, and running the same command again goes on"
@@ -53,8 +56,8 @@ def migrate(
         typer.Option(
             "--from",
             metavar="ENDPOINT",
-            help="Where the memories are: embedded (the service at --target), the URL of a Qdrant server, or a data "
-            "directory that no service holds, e.g. embedded.",
+            help="Where the memories are: embedded (the service at --target), the URL of a Qdrant server or those of a "
+            "cluster (http://a:6334,http://b:6334), or a data directory that no service holds, e.g. embedded.",
         ),
     ],
     to_endpoint: Annotated[
@@ -133,7 +136,7 @@ def migrate(
         raise BadInput("--as names one memory at its new endpoint; name that one memory, too")
     source_name = endpoint_name("--from", from_endpoint)
     target_name = endpoint_name("--to", to_endpoint)
-    if source_name.identity == target_name.identity:
+    if source_name.identity & target_name.identity:
         raise BadInput(
             f"--from {from_endpoint} and --to {to_endpoint} are the same endpoint; name two (export and import copy a "
             "memory within one)"
@@ -227,31 +230,31 @@ def _checked(
 
 @dataclass(frozen=True, slots=True)
 class EndpointName:
-    """An endpoint as the user wrote it; `identity` is equal where two are the same."""
+    """An endpoint as the user wrote it; identities of two have something in common when they are the same."""
 
     text: str
-    identity: tuple[str, ...]
+    identity: frozenset[tuple[str, ...]]
 
     @property
     def directory(self) -> Path | None:
         """The data directory, when it is one."""
-        return Path(self.text) if self.identity[0] == "directory" else None
+        return Path(self.text) if any(kind == "directory" for kind, *_ in self.identity) else None
 
 
 def endpoint_name(option: str, text: str) -> EndpointName:
     """What a user means. Raises BadInput that names the option."""
     if text == EMBEDDED:
-        return EndpointName(text, (EMBEDDED,))
+        return EndpointName(text, frozenset({(EMBEDDED,)}))
     if is_url(text):
         try:
-            host, port = parse_url(text)
+            nodes = [parse_url(url) for url in urls_of(text)]
         except InvalidField as error:
             raise BadInput(f"{option}: got {error.value}, expected {error.expected}") from error
-        grpc_port = GRPC_PORT if port in (None, REST_PORT) else port
-        return EndpointName(text, ("server", host.lower(), str(grpc_port)))
+        servers = (("server", host.lower(), str(ports_of(port)[0])) for host, port in nodes)
+        return EndpointName(text, frozenset(servers))
     if not text or "\0" in text or "://" in text or re.fullmatch(r"[^/]+:\d+", text):
         raise BadInput(f"{option}: got {shorten(without_key(text))}, expected {_EXPECTED}")
-    return EndpointName(text, ("directory", str(Path(text).resolve())))
+    return EndpointName(text, frozenset({("directory", str(Path(text).resolve()))}))
 
 
 def _require_directories(source: EndpointName, target: EndpointName) -> None:

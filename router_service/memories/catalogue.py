@@ -54,6 +54,10 @@ class Catalogue(Protocol):
 
     location: str
 
+    def away(self) -> list[str]:
+        """Nodes of the storage that get no work at this moment, and why."""
+        return []
+
     def read(self) -> Catalogued:
         """What there is."""
         ...

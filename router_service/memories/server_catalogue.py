@@ -38,6 +38,10 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         self._records.ensure()
 
     @override
+    def away(self) -> list[str]:
+        return self._backend.connection.nodes.away()
+
+    @override
     def read(self) -> Catalogued:
         self._records.mend()
         found = Catalogued([], {}, [])

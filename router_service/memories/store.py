@@ -100,6 +100,10 @@ class MemoryStore:
         """Where the memories are, human-readable."""
         return self._catalogue.location
 
+    def away(self) -> list[str]:
+        """Nodes of the storage that get no work at this moment, and why."""
+        return self._catalogue.away()
+
     def exclusive(self) -> AbstractContextManager[bool]:
         """Inside, no other thread makes or removes a memory; lookups and writes go on."""
         return self._lock

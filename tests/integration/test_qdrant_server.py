@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe.client import AdminClient
+from knnmoe.v1 import doctor_pb2 as doctor_pb
+from knnmoe.v1 import doctor_pb2_grpc
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import retention_pb2 as retention_pb
 from knnmoe.v1 import routing_pb2 as pb
@@ -24,7 +26,7 @@ from router_service.settings import QdrantSettings
 from router_service.storage import opened_store
 from tests import qdrant_standin
 from tests.integration.server_snapshots import answer_of, until
-from tests.qdrant_standin import QdrantStandIn
+from tests.qdrant_standin import QdrantCluster, QdrantStandIn
 from tests.qdrant_standin.process import StandInProcess
 from tests.qdrant_standin.tcp_faults import TcpFaults
 from tests.sidecar import (
@@ -121,6 +123,23 @@ class TestStarting:
         assert "ROUTER_SERVICE_QDRANT_API_KEY" in message
         assert "right" not in message
         assert "wrong" not in message
+
+    def test_nodes_of_several_kinds(self) -> None:
+        message = refused("--backend", "http://a:6334,https://b:6334")
+        assert "--backend" in message
+        assert "http:// or https:// for all nodes" in message
+
+    def test_a_node_of_another_cluster(self, data: Path) -> None:
+        """Such as the container of an earlier set-up that still has the name."""
+        servers = [QdrantStandIn(data.parent / name) for name in ("a", "b")]
+        with servers[0], servers[1]:
+            for server in servers:
+                with running_sidecar(data, backend=server.url) as service:
+                    fill(service)
+            message = refused("--backend", ",".join(server.url for server in servers))
+        assert all(f"127.0.0.1:{server.port}" in message for server in servers)
+        assert "not of one Qdrant cluster" in message
+        assert "--remove-orphans" in message
 
     @pytest.mark.parametrize("version", ["0.11.5", "1.7.4", "2.0.0", "nonsense"])
     def test_a_wrong_version(self, data: Path, version: str) -> None:
@@ -358,6 +377,39 @@ class TestFaults:
             until(lambda: ready(service))
             assert probe(service.target).returncode == 0
             assert answer_of(service, request) == before
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_service_does_not_notice_that_a_node_is_lost(data: Path, lost: int) -> None:
+    flags = [*OFTEN, "--qdrant-replication-factor", "2"]
+    with (
+        QdrantCluster(data.parent / "cluster") as cluster,
+        running_sidecar(data, backend=",".join(cluster.urls), flags=flags) as service,
+    ):
+        fill(service)
+        request = request_of(service)
+        before, peer = answer_of(service, request), cluster.peers[lost]
+        for lose, find in ((peer.kill, peer.start), (peer.hang, peer.resume)):
+            lose()
+            for _ in range(9):
+                assert answer_of(service, request) == before
+            until(lambda: any(f"127.0.0.1:{peer.port}" in each for each in nodes_away(service)))
+            assert ready(service)
+            service.upsert("law", 0, random_entries(LOGIT_DELTA, 3, first_id=1000))
+            assert len(exported(service, "law", 0)[0].provenance) == ENTRIES + 3
+            find()
+            until(lambda: not nodes_away(service))
+            cluster.wait_whole()
+            before = answer_of(service, request)
+        for each in cluster.peers:
+            each.kill()
+        until(lambda: not ready(service))
+
+
+def nodes_away(service: Sidecar) -> list[str]:
+    doctor = doctor_pb2_grpc.DoctorServiceStub(service.channel)
+    reply = doctor.Diagnose(doctor_pb.DiagnoseRequest(), timeout=CALL_TIMEOUT_S)
+    return [finding.what for finding in reply.findings if finding.check == "nodes"]
 
 
 def ready(service: Sidecar) -> bool:

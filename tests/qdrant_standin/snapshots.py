@@ -21,7 +21,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.collection import SHARD, Collection
 from tests.qdrant_standin.errors import ApiError, bad_input, not_found
-from tests.qdrant_standin.store import PEER_ID, Store
+from tests.qdrant_standin.store import Store
 
 _CONFIG = "config.json"
 _LENGTH = "standin.length"
@@ -40,7 +40,7 @@ class Snapshots:
         moment = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
         directory = self.directory(collection.name)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{collection.name}-{PEER_ID}-{moment}.snapshot"
+        path = directory / f"{collection.name}-{self._store.peer_id}-{moment}.snapshot"
         partial = path.with_suffix(".tmp")
         _pack(collection, partial)
         _checksum(path).write_text(sha256(partial))

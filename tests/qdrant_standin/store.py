@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import threading
@@ -17,8 +18,6 @@ from tests.qdrant_standin.errors import (
     no_collection,
     not_found,
 )
-
-PEER_ID = 1_815_121_518_251_420
 
 
 class Optimizers:
@@ -72,6 +71,9 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        # Each server has its own, also one that is not of a cluster.
+        digest = hashlib.blake2b(str(directory).encode(), digest_size=8).digest()
+        self.peer_id = int.from_bytes(digest, "big") >> 11
         self._root = directory / "collections"
         self._aliases_file = directory / "aliases.json"
         self._root.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ class Store:
         info = self.get(name).info()
         shards = info.config.params.shard_number
         return pb.CollectionClusterInfoResponse(
-            peer_id=PEER_ID,
+            peer_id=self.peer_id,
             shard_count=shards,
             local_shards=[
                 pb.LocalShardInfo(

@@ -17,13 +17,19 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class TcpFaults:
-    """Passes bytes on to 127.0.0.1:`target_port` from __enter__ to __exit__, unless told otherwise.
+    """Passes bytes on from `host` to `target_host`:`target_port` from __enter__ to __exit__, unless told otherwise.
 
     What one method switches on stays until heal(); reset() breaks what is open and nothing else.
     """
 
-    def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
-        self.port = 0
+    def __init__(
+        self,
+        target_port: int,
+        target_host: str = "127.0.0.1",
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        self.host, self.port = host, port
         self._target = (target_host, target_port)
         self._bytes_per_s: float | None = None
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
@@ -49,7 +55,7 @@ class TcpFaults:
     @property
     def url(self) -> str:
         """What clients are given."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def reset(self) -> None:
         """Ends open connections with RST."""
@@ -78,7 +84,7 @@ class TcpFaults:
 
     async def _listen(self) -> None:
         if self._listener is None:
-            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self._listener = socket.create_server((self.host, self.port))
             self._listener.setblocking(False)
             self.port = self._listener.getsockname()[1]
             self._loop.add_reader(self._listener, self._accept, self._listener)

@@ -212,18 +212,8 @@ class ServerCollection(Collection):
         if len(parts) == 1:
             replies = [self._connection.call("points", "QueryBatch", parts[0], timeout_s)]
         else:
-            replies = self._together(parts, timeout_s)
+            replies = self._connection.together("points", "QueryBatch", parts, timeout_s)
         return [result for reply in replies for result in reply.result]
-
-    def _together(self, requests: Sequence[Any], timeout_s: float) -> list[Any]:
-        begin = self._connection.begin
-        calls = [begin("points", "QueryBatch", each, timeout_s) for each in requests]
-        try:
-            with self._connection.failures(timeout_s):
-                return [call.result() for call in calls]
-        finally:
-            for call in calls:
-                call.cancel()
 
     def _time_left(self, options: SearchOptions) -> float:
         """Seconds for a lookup. Raises DeadlineTooShort, and Cancelled when nobody waits for it."""

@@ -1,4 +1,4 @@
-"""Calls to a Qdrant server: raw gRPC stubs with deadlines to the millisecond, retries within them, errors by cause.
+"""Calls to a Qdrant server or cluster: raw gRPC stubs with deadlines to the millisecond, errors by cause.
 
 The high-level client rounds deadlines up to whole seconds; its generated stubs do not.
 """
@@ -6,82 +6,53 @@ The high-level client rounds deadlines up to whole seconds; its generated stubs 
 from __future__ import annotations
 
 import itertools
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from router_service.backends.qdrant_server.failures import (
-    cause,
-    error_of,
-    failure_of,
-    unreachable,
-)
+from router_service.backends.qdrant_server.calls import Calls, Lateness
+from router_service.backends.qdrant_server.failures import Meaning, error_of, failure_of
+from router_service.backends.qdrant_server.node import Node, Stubs
+from router_service.backends.qdrant_server.nodes import CONNECT_TIMEOUT_S, Nodes
 from router_service.backends.qdrant_server.options import ServerOptions
 from router_service.backends.qdrant_server.wire import q
-from router_service.errors import (
-    BackendMisconfigured,
-    BackendUnavailable,
-    CollectionClosed,
-    shorten,
-)
+from router_service.errors import BackendUnavailable
 
-OLDEST, FIRST_TOO_NEW = (1, 13), (2, 0)
 WRITE_TIMEOUT_S = 10.0
 ADMIN_TIMEOUT_S = 60.0
-_CONNECT_TIMEOUT_S = 5.0
 _LOOK_S = 0.02
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Back soon after the server's return, and aware within seconds of a peer that only vanished.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    # In spite of its name the time that one attempt gets: in 100 ms a busy machine does not always accept.
-    ("grpc.min_reconnect_backoff_ms", 2_000),
-    ("grpc.max_reconnect_backoff_ms", 250),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    # Else channels with equal options share one connection.
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
-
-class Stubs:
-    """The services of a server behind one channel."""
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        self.channel = channel
-        self.points = q.PointsStub(channel)
-        self.collections = q.CollectionsStub(channel)
-        self.snapshots = q.SnapshotsStub(channel)
-        self.server = q.QdrantStub(channel)
 
 
 class Connection:
-    """A few channels to one server. Safe to call from several threads."""
+    """A few channels to a server, or to each node of a cluster. Safe to call from several threads."""
 
     def __init__(self, options: ServerOptions) -> None:
-        """Connects. Raises BackendUnavailable, or BackendMisconfigured on a wrong key or version."""
+        """Connects; of a cluster one node suffices.
+
+        Raises BackendUnavailable, or BackendMisconfigured on a wrong key or version, or on nodes of different clusters.
+        """
         self.options = options
-        self._metadata = (("api-key", options.api_key),) if options.api_key else ()
-        target, self.version = self._find()
-        self._target = target
-        self._pool = [Stubs(self._open(target)) for _ in range(options.connections)]
-        self._next = itertools.count()
+        self.nodes = Nodes(options)
+        self.lateness = Lateness()
         try:
             # The server's health needs no key: this does.
-            self.call("collections", "List", q.ListCollectionsRequest(), _CONNECT_TIMEOUT_S)
+            self.call("collections", "List", q.ListCollectionsRequest(), CONNECT_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
 
     @property
+    def version(self) -> str:
+        """Of the server, or of the oldest node."""
+        return self.nodes.version
+
+    @property
     def host_and_port(self) -> str:
-        """Of the server's gRPC side."""
-        return self._target
+        """Of the gRPC side of the server, or of a node in use."""
+        return self.nodes.pick().target
 
     def call(
         self, service: str, method: str, request: Any, timeout_s: float, *, repeat: bool = True
@@ -90,12 +61,17 @@ class Connection:
 
         `repeat`: False for what must not be done twice.
         """
+        if self.nodes.several:
+            calls = Calls(self.nodes, self.lateness, service, method, timeout_s, repeat=repeat)
+            return calls.replies([request])[0]
+        # Waiting in place is faster than for a thread of gRPC's.
+        [node] = self.nodes.all
         deadline, half_done = time.monotonic() + timeout_s, False
         for tried in itertools.count(1):
             try:
                 left = max(deadline - time.monotonic(), 0.001)
-                stub = getattr(self._stubs(), service)
-                return getattr(stub, method)(request, timeout=left, metadata=self._metadata)
+                stub = getattr(node.stubs(), service)
+                return getattr(stub, method)(request, timeout=left, metadata=node.metadata)
             except grpc.RpcError as error:
                 failure = failure_of(error)
                 half_done |= failure.half_done
@@ -107,6 +83,18 @@ class Connection:
                 time.sleep(wait_s)
         raise AssertionError("unreachable")
 
+    def together(
+        self, service: str, method: str, requests: Sequence[Any], timeout_s: float
+    ) -> list[Any]:
+        """The replies to requests that are under way at the same time, as of call(). Raises likewise."""
+        return Calls(self.nodes, self.lateness, service, method, timeout_s).replies(requests)
+
+    def begin(self, service: str, method: str, request: Any, timeout_s: float) -> Any:
+        """A call under way, without a further try; `result()` of what it returns within `failures()`."""
+        node = self.nodes.pick()
+        stub = getattr(node.stubs(), service)
+        return getattr(stub, method).future(request, timeout=timeout_s, metadata=node.metadata)
+
     def exists(self, collection: str) -> bool:
         """Whether the server has a collection. Raises StorageError."""
         request = q.CollectionExistsRequest(collection_name=collection)
@@ -114,29 +102,36 @@ class Connection:
         return bool(reply.result.exists)
 
     def wait_for(self, collection: str) -> None:
-        """Until every connection finds a collection: they may lead to different nodes of a cluster."""
-        deadline = time.monotonic() + ADMIN_TIMEOUT_S
-        for stubs in self._pool:
-            while not self._finds(stubs, collection):
-                if time.monotonic() > deadline:
-                    raise BackendUnavailable(
-                        f"a node of {self.options.url} does not learn of {collection!r}; is the cluster whole?"
-                    )
-                time.sleep(_LOOK_S)
+        """Until every node in use finds a collection. Raises BackendMisconfigured when one is of another cluster.
 
-    def _finds(self, stubs: Stubs, collection: str) -> bool:
+        Each of its connections is asked: where a URL is that of a balancer, they may lead to different nodes.
+        """
+        self.nodes.require_one_cluster(collection)
+        deadline = time.monotonic() + ADMIN_TIMEOUT_S
+        for node in self.nodes.in_use or self.nodes.all:
+            for stubs in node.pool:
+                while not (node.away or self._finds(node, stubs, collection)):
+                    if time.monotonic() > deadline:
+                        raise BackendUnavailable(
+                            f"a node of {self.options.where} ({node.target}) does not learn of {collection!r}; is the "
+                            "cluster whole?"
+                        )
+                    time.sleep(_LOOK_S)
+
+    def _finds(self, node: Node, stubs: Stubs, collection: str) -> bool:
+        """Whether it is there; of several nodes one that does not answer is set aside."""
         request = q.GetCollectionInfoRequest(collection_name=collection)
+        timeout_s = CONNECT_TIMEOUT_S if self.nodes.several else WRITE_TIMEOUT_S
         try:
-            with self.failures(WRITE_TIMEOUT_S):
-                stubs.collections.Get(request, timeout=WRITE_TIMEOUT_S, metadata=self._metadata)
-        except CollectionClosed:
+            stubs.collections.Get(request, timeout=timeout_s, metadata=node.metadata)
+        except grpc.RpcError as error:
+            failure = failure_of(error)
+            if self.nodes.several and failure.meaning in (Meaning.UNREACHABLE, Meaning.LATE):
+                self.nodes.set_aside(node, f"it does not answer: {failure.text}")
+            elif failure.meaning is not Meaning.NOT_THERE:
+                raise error_of(failure, self.options, timeout_s, node.target) from error
             return False
         return True
-
-    def begin(self, service: str, method: str, request: Any, timeout_s: float) -> Any:
-        """A call under way; `result()` of what it returns within `failures()`."""
-        stub = getattr(self._stubs(), service)
-        return getattr(stub, method).future(request, timeout=timeout_s, metadata=self._metadata)
 
     @contextmanager
     def failures(self, timeout_s: float) -> Iterator[None]:
@@ -148,40 +143,4 @@ class Connection:
 
     def close(self) -> None:
         """Closing twice is allowed."""
-        for stubs in self._pool:
-            stubs.channel.close()
-
-    def _stubs(self) -> Stubs:
-        return self._pool[next(self._next) % len(self._pool)]
-
-    def _open(self, target: str) -> grpc.Channel:
-        if not self.options.secure:
-            return grpc.insecure_channel(target, _CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self.options.ca_certificate)
-        return grpc.secure_channel(target, credentials, _CHANNEL_OPTIONS)
-
-    def _find(self) -> tuple[str, str]:
-        """The address that speaks Qdrant's gRPC, and the server's version."""
-        refusals = []
-        for target in self.options.targets:
-            with self._open(target) as channel:
-                try:
-                    reply = q.QdrantStub(channel).HealthCheck(
-                        q.HealthCheckRequest(), timeout=_CONNECT_TIMEOUT_S, metadata=self._metadata
-                    )
-                except grpc.RpcError as error:
-                    refusals.append(f"{target}: {cause(error)}")
-                    continue
-            self._require_version(reply.version)
-            return target, reply.version
-        raise unreachable(self.options, shorten("; ".join(refusals), 300))
-
-    def _require_version(self, version: str) -> None:
-        numbers = re.match(r"(\d+)\.(\d+)", version)
-        known = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-        if not OLDEST <= known < FIRST_TOO_NEW:
-            raise BackendMisconfigured(
-                f"the server at {self.options.url} is Qdrant {shorten(version, 40)}, this service speaks to "
-                f"{OLDEST[0]}.{OLDEST[1]} and later 1.x; change {self.options.named_by} to another server, or "
-                "upgrade this one"
-            )
+        self.nodes.close()

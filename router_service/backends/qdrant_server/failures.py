@@ -274,15 +274,17 @@ _ERRORS: dict[Meaning, tuple[type[StorageError | Overloaded], str]] = {
 }
 
 
-def error_of(failure: Failure, options: ServerOptions, timeout_s: float) -> RoutingServiceError:
-    """The service's error, with a remedy. `timeout_s`: how long the call waited at the most."""
-    text = shorten(failure.text, 300)
+def error_of(
+    failure: Failure, options: ServerOptions, timeout_s: float, node: str = ""
+) -> RoutingServiceError:
+    """The service's error, with a remedy. `timeout_s`: how long the call waited at the most; `node`: which failed."""
+    text = shorten(f"{node}: {failure.text}" if node else failure.text, 300)
     if failure.meaning is Meaning.UNREACHABLE:
         return unreachable(options, text)
     kind, said = _ERRORS[failure.meaning]
     error = kind(
         said.format(
-            where=f"the Qdrant server at {options.url}",
+            where=options.where,
             given="the API key" if options.api_key else "a call without an API key",
             text=text,
             status=failure.status,
@@ -296,7 +298,7 @@ def error_of(failure: Failure, options: ServerOptions, timeout_s: float) -> Rout
 def unreachable(options: ServerOptions, text: str) -> BackendUnavailable:
     """What a start or a call ends with when nobody answers."""
     return BackendUnavailable(
-        f"the Qdrant server at {options.url} cannot be reached ({text}); start it, or change "
+        f"{options.where} cannot be reached ({text}); start it, or change "
         f"{options.named_by} to its gRPC port, which is 6334 unless the server is told otherwise",
         _SOON_S,
     )

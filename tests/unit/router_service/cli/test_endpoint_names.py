@@ -16,18 +16,19 @@ from router_service.cli.migrate_command import endpoint_name
         ("embedded", "embedded"),
         ("http://qdrant", "http://QDRANT:6334/"),
         ("http://qdrant:6333", "https://qdrant:6334"),
+        ("http://a:6334,http://b:6334", "http://b"),
         ("a/b", "a/./c/../b/"),
     ],
 )
 def test_names_of_the_same_endpoint(one: str, other: str) -> None:
-    assert endpoint_name("--from", one).identity == endpoint_name("--to", other).identity
+    assert endpoint_name("--from", one).identity & endpoint_name("--to", other).identity
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("embedded", "./embedded"), ("http://a", "http://b"), ("a", "b")]
 )
 def test_names_of_two_endpoints(one: str, other: str) -> None:
-    assert endpoint_name("--from", one).identity != endpoint_name("--to", other).identity
+    assert not endpoint_name("--from", one).identity & endpoint_name("--to", other).identity
 
 
 def test_only_a_directory_has_one() -> None:
@@ -46,6 +47,9 @@ def test_only_a_directory_has_one() -> None:
         "http://",
         "http://x:99999",
         "https://x/y",
+        "http://a,https://b",
+        "http://a,",
+        "http://a,qdrant:6334",
         "a\0b",
     ],
 )
