@@ -94,12 +94,11 @@ class Caller:
 class Load:
     """Runs from __enter__ to __exit__: two writers and a reader for each service."""
 
-    def __init__(self, services: Sequence[Sidecar], *, stale_is_wrong: bool = True) -> None:
+    def __init__(self, services: Sequence[Sidecar]) -> None:
         digest = services[0].create(NAME, model=MODEL, kind=LOGIT_DELTA, neighbours=1, gamma=[1.0])
         for service in services:
             until(lambda service=service: NAME in names(service))
         self._callers = [Caller(service, digest) for service in services]
-        self.stale_is_wrong = stale_is_wrong
         self.expected = Expectation([{} for _ in range(LAYERS)])
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -216,13 +215,13 @@ class Load:
     def _check_found(self, caller: Caller, layer: int, ids: list[int], keys: Any) -> None:
         found: list[list[int]] = []
         looked = self._done("checks", lambda: found.append(caller.nearest(layer, keys)))
-        if looked and self.stale_is_wrong and found[0] != ids:
+        if looked and found[0] != ids:
             self._blame(f"layer {layer}: {ids} were acknowledged, {found[0]} found")
 
     def _check_gone(self, caller: Caller, layer: int, known: dict[int, int]) -> None:
         keys, found = key_of(known, known.values()), list[list[int]]()
         looked = self._done("checks", lambda: found.append(caller.nearest(layer, keys)))
-        if looked and self.stale_is_wrong and set(found[0]) & set(known):
+        if looked and set(found[0]) & set(known):
             self._blame(f"layer {layer}: {list(known)} were deleted, {found[0]} found")
 
     def _look(self, service: int) -> None:
