@@ -159,7 +159,9 @@ def lock_holder(memories: Path) -> str | None:
 
 def check_unfinished(data: Path) -> Findings:
     """Writes to a Qdrant server that the next service goes on with. Raises StorageError."""
-    for path in sorted(data.glob(f"{UNFINISHED}*[0-9a-f]")):
+    for path in sorted(data.glob(f"{UNFINISHED}*")):
+        if path.suffix:  # one that was being cut
+            continue
         with storage_call(f"read {path}"), path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

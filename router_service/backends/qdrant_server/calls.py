@@ -22,11 +22,19 @@ from router_service.backends.qdrant_server.nodes import Nodes
 
 # What is short and changes nothing may be asked of two nodes at once; what is long is only asked again.
 _SHORT_READS = frozenset(
-    ("QueryBatch", "Get", "List", "ListAliases", "ListCollectionAliases", "CollectionExists")
+    (
+        "QueryBatch",
+        "Get",
+        "Count",
+        "List",
+        "ListAliases",
+        "ListCollectionAliases",
+        "CollectionExists",
+    )
 )
 _WRITES = frozenset(("Upsert", "Delete"))
 _SOON_S = 0.5
-_READS = _SHORT_READS | {"Scroll", "Count"}
+_READS = _SHORT_READS | {"Scroll"}
 _REMEMBERED, _LATE_SHARE, _JUDGED_EVERY = 128, 0.05, 16
 # Until enough answers of a kind have come; and never earlier than this.
 _LATE_AT_FIRST_S, _LATE_AT_LEAST_S = 0.1, 0.001

@@ -327,7 +327,12 @@ class UnfinishedWrites:
     def _sent_again(self, write: Write) -> bool:
         """Sends what is left of a write; False when there is nothing to do. Raises StorageError, Overloaded."""
         if not self._is_led_to(write):
-            log.info("not finished: %s is no memory's any more", write.collection)
+            log.warning(
+                "not finished, %d entries: %s is no memory's any more on the Qdrant server at %s",
+                len(write.ids),
+                write.collection,
+                self._connection.options.url,
+            )
             return False
         request = write.rest()
         if isinstance(request, q.UpsertPoints):

@@ -6,7 +6,6 @@ Nothing is synced: it survives SIGKILL of the service, not loss of power.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import struct
@@ -30,10 +29,8 @@ class WriteLog:
     """The file: records one after the other. Not for several threads at once."""
 
     def __init__(self, directory: Path, options: ServerOptions) -> None:
-        # Whatever the order in which the nodes are named.
-        server = ",".join((*sorted(options.url.split(",")), options.prefix))
-        digest = hashlib.blake2b(server.encode(), digest_size=8).hexdigest()
-        self.path = directory / f"{UNFINISHED}{digest}"
+        # Not by the URL: that of a cluster may come to name more of its nodes, or others.
+        self.path = directory / f"{UNFINISHED}{options.prefix}"
         with storage_call(f"write {self.path}"):
             private_directory(directory)
             self._file = _locked(self.path)
@@ -110,7 +107,7 @@ def _locked(path: Path) -> int:
     except BlockingIOError:
         os.close(file)
         raise DirectoryInUse(
-            f"{path} is another service's on the same Qdrant server: give each a --data of its own"
+            f"{path} is another service's: give each service a --data of its own"
         ) from None
     return file
 

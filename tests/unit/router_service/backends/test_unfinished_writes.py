@@ -61,8 +61,8 @@ def opened(server: QdrantStandIn) -> Iterator[Opened]:
     """Backends as services have them."""
     with ExitStack() as stack:
 
-        def open_one(directory: Path | None = None) -> ServerBackend:
-            backend = ServerBackend(Connection(ServerOptions(server.url)), directory)
+        def open_one(directory: Path | None = None, url: str = server.url) -> ServerBackend:
+            backend = ServerBackend(Connection(ServerOptions(url)), directory)
             stack.callback(backend.close)
             return backend
 
@@ -297,7 +297,7 @@ class TestOnDisk:
         data_dir: Path,
         fast_dir: Path,
     ) -> None:
-        """After a kill: the file is as it was then, perhaps with half a record at its end."""
+        """After a kill, with another URL of the same server: perhaps with half a record at the file's end."""
         fault = breaking(server)
         broken = breaking(server, "Delete")
         with pytest.raises(BackendUnavailable):
@@ -312,7 +312,7 @@ class TestOnDisk:
         shutil.copytree(data_dir, killed := fast_dir / "killed")
         [file] = killed.iterdir()
         file.write_bytes(file.read_bytes() + b"\x01half")
-        again = opened(killed).open("law/layer-000", SPEC)
+        again = opened(killed, f"{server.url}/").open("law/layer-000", SPEC)
         unfinished = again.info().unfinished
         assert unfinished is not None
         assert unfinished.ids == [0, 1, 2, *range(5, 16)]
