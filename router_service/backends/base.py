@@ -451,22 +451,29 @@ class Hurried(Protocol):
 class Renaming(Protocol):
     """A Backend in which collections take the names of others. Raises StorageError."""
 
-    def rename(self, names: Mapping[str, str]) -> None:
+    def rename(self, names: Mapping[str, str], own: Sequence[str] = ()) -> None:
         """Lets each of the names lead to the collection of the other name, which leads nowhere from then on.
 
-        Collections that are open stay those that they are. No error where the other name is not there: then that is
-        done already.
+        `own`: their own names in a backend that pins them. Collections that are open stay those that they are. No error
+        where the other name is not there: then that is done already, or the collection is not made yet.
         """
         ...
 
-    def drop_replaced(self, name: str) -> None:
-        """Removes the collection that `name` led to before rename(). Lookups that are on their way there fail."""
+    def drop_replaced(self, names: Iterable[str]) -> None:
+        """Removes the collections that names led to before rename(). Lookups that are on their way there fail."""
         ...
 
 
 @runtime_checkable
 class Pinning(Protocol):
     """A Backend whose names others may lead elsewhere, while a collection's own name stays. Raises StorageError."""
+
+    def planned(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Own names for new collections that names are to lead to. Each is made when its first entry comes.
+
+        Until then open_behind() gives it as an empty one.
+        """
+        ...
 
     def behind(self, names: Iterable[str]) -> dict[str, str]:
         """The own names of the collections that names lead to now; names that lead nowhere are left out."""

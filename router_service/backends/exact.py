@@ -7,7 +7,7 @@ a query is close to a long key. Nothing is written to disk.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -173,12 +173,12 @@ class ExactBackend(Backend, Renaming):
         return collection
 
     @override
-    def rename(self, names: Mapping[str, str]) -> None:
+    def rename(self, names: Mapping[str, str], own: Sequence[str] = ()) -> None:
         for name, other in names.items():
             self._collections[name] = self._collections.pop(other)
 
     @override
-    def drop_replaced(self, name: str) -> None:
+    def drop_replaced(self, names: Iterable[str]) -> None:
         """Nobody holds them any more."""
 
     @override

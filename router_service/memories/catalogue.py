@@ -62,8 +62,8 @@ class Catalogue(Protocol):
         """What there is."""
         ...
 
-    def begin(self, record: MemoryRecord) -> None:
-        """Before the first collection of a new memory. Raises MemoryExists or Busy."""
+    def begin(self, record: MemoryRecord, *, whole: bool = False) -> None:
+        """Before the first collection of a new memory; `whole`: which exists at once. Raises MemoryExists or Busy."""
         ...
 
     def commit(self, record: MemoryRecord) -> None:
@@ -98,7 +98,7 @@ class RamCatalogue(Catalogue, SwapCatalogue):
         return Catalogued([], {}, [])
 
     @override
-    def begin(self, record: MemoryRecord) -> None: ...
+    def begin(self, record: MemoryRecord, *, whole: bool = False) -> None: ...
 
     commit = retire = remove = begin
 
@@ -132,7 +132,7 @@ class FileCatalogue(Catalogue):
         return found
 
     @override
-    def begin(self, record: MemoryRecord) -> None:
+    def begin(self, record: MemoryRecord, *, whole: bool = False) -> None:
         begin_creation(self._of(record))
 
     @override

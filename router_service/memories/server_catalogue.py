@@ -6,9 +6,10 @@ it knows which entries its settings are for, whatever aliases lead to at the tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from typing_extensions import override
 
@@ -36,6 +37,8 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         )
         self._records = Records(connection, f"{options.prefix}~memories")
         self._records.ensure()
+        backend.made.ensure()
+        backend.owned = self._owns
 
     @override
     def away(self) -> list[str]:
@@ -44,6 +47,7 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
     @override
     def read(self) -> Catalogued:
         self._records.mend()
+        self._backend.made.mend()
         found = Catalogued([], {}, [])
         for payload in self._records.all():
             name, state = payload.get("name", ""), payload.get("state")
@@ -78,7 +82,7 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         return pinned
 
     @override
-    def begin(self, record: MemoryRecord) -> None:
+    def begin(self, record: MemoryRecord, *, whole: bool = False) -> None:
         """Raises Busy while another service makes or removes a memory of that name."""
         if (payload := self._records.read(record.name)) is not None:
             if payload.get("state") == READY:
@@ -86,7 +90,9 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
             if age_ms(payload) <= _PATIENCE_MS:
                 problem = f"another service is {payload.get('state')} memory {record.name!r}"
                 raise Busy(f"{problem}; try again in {_PATIENCE_MS // 1000} s at the latest")
-        self._write(record, CREATING)
+        self._write(record, READY if whole else CREATING, new=payload is None)
+        if (payload := self._records.read(record.name)) is None or not _is_of(payload, record):
+            raise MemoryExists(record.name)  # another service was first
 
     @override
     def begin_swap(self, swap: Swap) -> None:
@@ -127,9 +133,25 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         if not record.collections:
             self.commit(self._pinned([record])[0])
 
-    def _write(self, record: MemoryRecord, state: str) -> None:
+    def _owns(self, memory: str, collection: str, settled: bool) -> bool:
+        """Whether a memory has this collection. `settled`: and no other is about to take its place."""
+        payload = self._records.read(memory)
+        if payload is None or payload.get("state") != READY or not _names(payload, collection):
+            return False
+        coming = (each for each in self._records.all() if each.get("becomes") == memory)
+        return not settled or all(_names(each, collection) for each in coming)
+
+    def _write(self, record: MemoryRecord, state: str, *, new: bool = False) -> None:
         fields = {"name": record.name, "state": state, "record": record_to_json(record)}
-        self._records.write(record.name, fields)
+        self._records.write(record.name, fields, new=new)
 
     def _where(self, name: str) -> str:
         return f"the record of memory {name!r} in collection {self._records.name!r}"
+
+
+def _is_of(payload: Mapping[str, Any], record: MemoryRecord) -> bool:
+    return bool(payload.get("record") == record_to_json(record))
+
+
+def _names(payload: Mapping[str, Any], collection: str) -> bool:
+    return f'"{collection}"' in str(payload.get("record"))

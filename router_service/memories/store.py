@@ -54,8 +54,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = re.compile(rf"(?i:LOCK|CURRENT|gen-.*|.*{re.escape(DOOMED)})")
 # Between two looks at a shared catalogue for a name that is not known.
 _LOOK_AGAIN_S = 0.2
-# Layers of a new memory: a server, of which each takes 0.2 s, makes as many side by side.
-_MADE_TOGETHER = 8
+# Layers of a new memory that are made side by side, and of an old one that are removed.
+_MADE_TOGETHER, _DROPPED_TOGETHER = 8, 64
 
 
 class MemoryStore:
@@ -316,7 +316,12 @@ class MemoryStore:
             raise failures[0]
 
     def _build(self, record: MemoryRecord, check: Callable[[], None]) -> RoutingMemory:
-        """Collections first, several at a time, the manifest last."""
+        """Collections first, several at a time, the manifest last; or the record, and collections as needed."""
+        check()
+        if isinstance(self._backend, Pinning):
+            record = replace(record, collections=self._backend.planned(collection_names(record)))
+            self._catalogue.begin(record, whole=True)
+            return RoutingMemory(record, self.open_layers(record))
 
         def make(number: int, name: str) -> None:
             check()
@@ -332,9 +337,6 @@ class MemoryStore:
                 each.result()
             check()
             layers.sort(key=lambda layer: layer.layer)
-            if isinstance(self._backend, Pinning):
-                led = self._backend.behind(collection_names(record))
-                record = replace(record, collections=tuple(led.values()))
             self._catalogue.commit(record)
         except BaseException:
             self.discard_layers(record.name, layers)
@@ -397,8 +399,7 @@ class MemoryStore:
 
     def _sweep(self, record: MemoryRecord) -> None:
         log.warning("removing memory %s: its deletion or creation never ended", record.name)
-        for name in collection_names(record):
-            self._backend.drop(name)
+        self._drop_collections(collection_names(record))
         self._catalogue.remove(record)
 
     def _discard(self, memory: RoutingMemory) -> None:
@@ -410,9 +411,15 @@ class MemoryStore:
         self._catalogue.remove(memory.record)
 
     def _drop(self, home: str, layers: Sequence[LayerMemory]) -> None:
+        self._drop_collections([collection_name(home, layer.layer) for layer in layers])
         for layer in layers:
-            self._backend.drop(collection_name(home, layer.layer))
             layer.hits.remove()
+
+    def _drop_collections(self, names: Sequence[str]) -> None:
+        """Side by side: a cluster takes a while for each."""
+        with ThreadPoolExecutor(_DROPPED_TOGETHER, thread_name_prefix="drop") as pool:
+            for _ in pool.map(self._backend.drop, names):
+                pass
 
     def _layer(
         self, record: MemoryRecord, home: str, number: int, collection: Collection

@@ -62,8 +62,7 @@ class NameSwaps:
             before = record.created_unix_ms < swap.record.created_unix_ms
             if record.name == swap.record.name and before:  # by who changed its settings just then
                 self._catalogue.commit(swap.record)
-        for name in _names(swap):
-            backend.drop_replaced(name)
+        backend.drop_replaced(_names(swap))
         self._catalogue.remove(replace(swap.record, name=swap.by))
 
     def finished(self, let_go: Callable[[str], None], *, stale_only: bool = False) -> Catalogued:
@@ -85,14 +84,14 @@ class NameSwaps:
         log.warning("memory %s takes the place of %s at last", swap.by, swap.record.name)
         backend, _ = self._able()
         committed = any(_same_memory(record, swap.record) for record in records)
-        backend.rename(_names(swap))
+        backend.rename(_names(swap), swap.record.collections)
         if not committed:
             self._catalogue.commit(swap.record)
         self.end(swap)
 
     def _switch(self, backend: Renaming, swap: Swap, other: MemoryRecord) -> None:
         try:
-            backend.rename(_names(swap))
+            backend.rename(_names(swap), swap.record.collections)
         except BackendUnavailable:  # who knows what it did: what is announced is finished
             raise
         except BaseException:

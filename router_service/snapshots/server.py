@@ -23,6 +23,7 @@ from router_service.backends.base import Report, Versions
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.rest import SnapshotFile
 from router_service.backends.qdrant_server.snapshots import CollectionSnapshots, Tick
+from router_service.backends.qdrant_server.unwritten import UnwrittenCollection
 from router_service.errors import (
     BackendUnavailable,
     Busy,
@@ -398,6 +399,9 @@ class ServerSnapshotStore(Swept):
         self._store.refresh()
         served = self._store.get(memory)
         collections = served.record.collections
+        for layer in served.layers:  # Qdrant has no snapshot of what is not there
+            if isinstance(layer.collection, UnwrittenCollection):
+                layer.collection.make()
         for collection in collections:
             self._snapshots.require_whole(collection)
         with self._apart(memory):

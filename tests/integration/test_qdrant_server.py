@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -21,9 +22,6 @@ from typer.testing import CliRunner
 
 from router_service.cli.admin import app as admin
 from router_service.cli.serve import app
-from router_service.memories import server_catalogue
-from router_service.settings import QdrantSettings
-from router_service.storage import opened_store
 from tests import qdrant_standin
 from tests.integration.server_snapshots import answer_of, until
 from tests.qdrant_standin import QdrantCluster, QdrantStandIn
@@ -36,7 +34,6 @@ from tests.sidecar import (
     LOGIT_DELTA,
     Sidecar,
     exported,
-    make_fingerprint,
     probe,
     random_entries,
     random_keys,
@@ -246,23 +243,27 @@ class TestSharing:
         assert names(service) == ["law"]
         assert len(exported(service, "law", 2)[0].provenance) == ENTRIES
 
-    def test_what_a_killed_creation_left_is_removed(
-        self, server: QdrantStandIn, data: Path, monkeypatch: pytest.MonkeyPatch
+    def test_what_a_killed_first_write_left_is_gone_on_with(
+        self, server: QdrantStandIn, data: Path
     ) -> None:
         with Sidecar(data, backend=server.url) as service:
             fill(service)
+            service.create("tax")
             indexes = server.faults.calls["CreateFieldIndex"]
             fault = server.faults.black_hole("CreateFieldIndex")
-            request = admin_pb.CreateMemoryRequest(name="tax", fingerprint=make_fingerprint())
-            call = service.admin.CreateMemory.future(request)
-            until(lambda: server.faults.calls["CreateFieldIndex"] > indexes)
-            service.kill()
-            call.cancel()
+            with ThreadPoolExecutor(1) as pool:
+                entries = random_entries(LOGIT_DELTA, 5)
+                call = pool.submit(service.upsert, "tax", 1, entries)
+                until(lambda: server.faults.calls["CreateFieldIndex"] > indexes)
+                service.kill()
+                assert call.exception() is not None
         fault.lift()
         assert any("~tax~" in name for name in collections_of(server))
-        monkeypatch.setattr(server_catalogue, "_PATIENCE_MS", -1)
-        with opened_store(server.url, QdrantSettings()) as store:
-            assert store.names() == ["law"]
+        with running_sidecar(data, backend=server.url) as again:
+            assert [layer.entries for layer in again.describe("tax").layers] == [0, 0, 0]
+            again.upsert("tax", 1, entries)
+            assert [layer.entries for layer in again.describe("tax").layers] == [0, 5, 0]
+            again.admin.DeleteMemory(admin_pb.DeleteMemoryRequest(memory="tax"))
         assert not any("~tax~" in name for name in collections_of(server))
 
 

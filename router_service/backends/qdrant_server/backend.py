@@ -9,8 +9,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from router_service.backends.qdrant_server.connection import (
     WRITE_TIMEOUT_S,
     Connection,
 )
+from router_service.backends.qdrant_server.consensus import agree
+from router_service.backends.qdrant_server.records import Records
 from router_service.backends.qdrant_server.unfinished_writes import UnfinishedWrites
+from router_service.backends.qdrant_server.unwritten import UnwrittenCollection
 from router_service.backends.qdrant_server.wire import REPLACED, q
 from router_service.errors import (
     CollectionClosed,
@@ -40,18 +45,29 @@ def replaced(alias: str) -> str:
     return f"{alias}{REPLACED}"
 
 
-def moved(moves: Mapping[str, str], aliases: Mapping[str, str]) -> list[Any]:
-    """Actions of one UpdateAliases: each alias leads to where another one leads, which goes.
+def moved(
+    moves: Mapping[str, str],
+    own: Mapping[str, str],
+    aliases: Mapping[str, str],
+    collections: Collection[str],
+) -> list[Any]:
+    """Actions of one UpdateAliases: each alias leads to the collection that another one leads to, which goes.
 
-    The last action makes an alias that was not there. `aliases`: all there are, with what they lead to. Nothing for a
-    move whose other alias is not there.
+    `own`: by alias, what each is to lead to; where it is not there, which is not yet made, the alias goes. What an
+    alias led to before has its replaced(). `aliases`, `collections`: all there are. Nothing where that is done already.
     """
     actions = []
     for alias, other in moves.items():
+        target, before = own.get(alias, aliases.get(other)), aliases.get(alias)
+        if target is None:
+            continue
+        # What is applied a second time, late, must not leave an alias out: so it is not deleted before it is made.
+        if before != target:
+            made = target in collections
+            actions += [_create(alias, target) if made else delete(alias)]
+            actions += [] if before is None else [_create(replaced(alias), before)]
         if other in aliases:
-            actions += [delete(alias), delete(other), _create(alias, aliases[other])]
-            if alias in aliases:
-                actions.append(_create(replaced(alias), aliases[alias]))
+            actions.append(delete(other))
     return actions
 
 
@@ -69,6 +85,11 @@ def _create(alias: str, collection: str) -> Any:
 _HNSW_LINKS = 24
 _HNSW_BUILD_EF = 128
 _GENERATION = "~~"
+_FIELDS = ("source", "example")
+# In the own name of a collection that is made when its first entry comes.
+_LATER = "later-"
+# Layers, each of which a cluster takes a while for.
+_AT_ONCE = 64
 
 
 class ServerBackend(Backend, Renaming, Pinning):
@@ -81,6 +102,10 @@ class ServerBackend(Backend, Renaming, Pinning):
         self._open: dict[str, ServerCollection] = {}
         self._lock = threading.Lock()
         self._unfinished = UnfinishedWrites(connection, directory, self._changed)
+        # A record for each planned collection that was made; the catalogue of memories makes their collection.
+        self.made = Records(connection, f"{connection.options.prefix}~layers")
+        # Whether the memory of that name has a collection; and, if asked, is not about to be replaced.
+        self.owned: Callable[[str, str, bool], bool] = lambda memory, collection, settled: True
 
     @property
     def version(self) -> str:
@@ -95,14 +120,19 @@ class ServerBackend(Backend, Renaming, Pinning):
                 f"the Qdrant server already holds a collection {alias!r}, another service may be making the memory: "
                 "try again, or choose another name"
             )
-        collection = self._create_unnamed(name, spec)
+        collection = self.fresh_name(name)
+        self.create_unnamed(collection, spec)
         self.publish({name: collection})
         self.connection.wait_for(alias)
         return self._opened(name, spec, collection)
 
-    def _create_unnamed(self, name: str, spec: CollectionSpec) -> str:
-        """A new collection that is not yet what `name` leads to; see publish(). Returns its own name."""
-        collection, options = self.fresh_name(name), self._options
+    def create_unnamed(self, collection: str, spec: CollectionSpec) -> None:
+        """A new collection of that own name, see fresh_name(), to which no name leads yet; see publish()."""
+        self._create(collection, spec)
+        self.index_fields(collection)
+
+    def _create(self, collection: str, spec: CollectionSpec) -> None:
+        options = self._options
         request = q.CreateCollection(
             collection_name=collection,
             vectors_config=messages.vector_params(spec, options.on_disk),
@@ -111,29 +141,93 @@ class ServerBackend(Backend, Renaming, Pinning):
             replication_factor=options.replication_factor,
             write_consistency_factor=options.write_consistency_factor,
         )
-        # Nobody else uses this name: one that is there was made by a try before.
+        # Who else uses this name means the same: one that is there was made by a try before, or by another service.
         with suppress(CollectionExists):
-            self._call("collections", "Create", request)
+            agree(
+                self.connection,
+                "collections",
+                "Create",
+                request,
+                lambda: self.connection.exists(collection),
+            )
         self.connection.wait_for(collection)
-        self.index_fields(collection)
-        return collection
 
     def fresh_name(self, name: str) -> str:
         """What a new collection for `name` is to be called."""
         moment = f"{time.time_ns() // 1_000_000:x}{secrets.token_hex(2)}"
         return f"{self._alias(name)}{_GENERATION}{moment}"
 
+    @override
+    def planned(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(
+            self.fresh_name(name).replace(_GENERATION, f"{_GENERATION}{_LATER}") for name in names
+        )
+
+    def make(self, collection: str, alias: str, spec: CollectionSpec) -> None:
+        """See Making. What a kill leaves of it the next call goes on with."""
+        made, led = self.was_made(collection), self._aliases().get(alias) == collection
+        if made and led:
+            return
+        self._require_settled(collection, alias)
+        if not made:
+            self._create(collection, spec)
+        steps = [] if made else [partial(self._index_field, collection, each) for each in _FIELDS]
+        if not led:
+            steps.append(partial(self._change_aliases, [_create(alias, collection)]))
+        self.together(steps)
+        self.connection.wait_for(alias)
+        try:
+            # Who begins to replace the memory after this finds the alias.
+            self._require_settled(collection, alias)
+        except CollectionClosed:
+            if self._aliases().get(alias) == collection:
+                self._change_aliases([delete(alias)])
+            raise
+        if not made:
+            self.made.write(collection, {"collection": collection})
+
+    def was_made(self, collection: str) -> bool:
+        """See Making."""
+        return self.made.read(collection) is not None
+
+    def is_current(self, collection: str, alias: str) -> bool:
+        """See Making."""
+        return self.owned(self._memory_of(alias), collection, False)
+
+    def _require_settled(self, collection: str, alias: str) -> None:
+        if not self.owned(self._memory_of(alias), collection, True):
+            raise CollectionClosed(f"collection {collection!r}, which was {alias!r},")
+
+    def _memory_of(self, alias: str) -> str:
+        return alias.removeprefix(f"{self._options.prefix}~").split("~")[0]
+
     def index_fields(self, collection: str) -> None:
         """Sees to it that entries are found by source and example."""
-        for field in ("source", "example"):
-            index = q.CreateFieldIndexCollection(
-                collection_name=collection,
-                wait=True,
-                field_name=field,
-                field_type=q.FieldType.FieldTypeKeyword,
-                field_index_params=_keyword_index(self._options.on_disk),
-            )
-            self._call("points", "CreateFieldIndex", index)
+        self.together([partial(self._index_field, collection, field) for field in _FIELDS])
+
+    def _index_field(self, collection: str, field: str) -> None:
+        index = q.CreateFieldIndexCollection(
+            collection_name=collection,
+            wait=True,
+            field_name=field,
+            field_type=q.FieldType.FieldTypeKeyword,
+            field_index_params=_keyword_index(self._options.on_disk),
+        )
+        info = q.GetCollectionInfoRequest(collection_name=collection)
+        agree(
+            self.connection,
+            "points",
+            "CreateFieldIndex",
+            index,
+            lambda: field in self._call("collections", "Get", info).result.payload_schema,
+        )
+
+    def together(self, steps: Sequence[Callable[[], None]]) -> None:
+        """Takes steps side by side, for a cluster makes each wait. Raises the first error after all have ended."""
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="collections") as pool:
+            taken = [pool.submit(step) for step in steps]
+        for each in taken:
+            each.result()
 
     @override
     def behind(self, names: Iterable[str]) -> dict[str, str]:
@@ -149,27 +243,24 @@ class ServerBackend(Backend, Renaming, Pinning):
     def publish(self, collections: dict[str, str]) -> list[str]:
         """Lets names lead to collections from one call to the next; returns those that they led to, to be dropped."""
         aliases = self._aliases()
-        actions, before = [], []
-        for name, collection in collections.items():
-            alias = self._alias(name)
-            if alias in aliases:
-                actions.append(delete(alias))
-                before.append(aliases[alias])
-            actions.append(_create(alias, collection))
-        self._change_aliases(actions)
-        return before
+        leads = {self._alias(name): collection for name, collection in collections.items()}
+        self._change_aliases([_create(alias, own) for alias, own in leads.items()])
+        return [before for alias in leads if (before := aliases.get(alias)) is not None]
 
     @override
-    def rename(self, names: Mapping[str, str]) -> None:
+    def rename(self, names: Mapping[str, str], own: Sequence[str] = ()) -> None:
         """One call moves every alias."""
         moves = {self._alias(name): self._alias(other) for name, other in names.items()}
-        aliases = self._aliases()
-        if actions := moved(moves, aliases):
-            for name, other in names.items():
-                if self._alias(other) in aliases:
-                    self.drop_replaced(name)  # what a swap before this one left
+        targets = dict(zip(moves, own, strict=True)) if own else {}
+        actions = moved(moves, targets, self._aliases(), self._collections())
+        if actions:
+            left = [each for each in names if replaced(self._alias(each)) in self._aliases()]
+            self.drop_replaced(left)  # of a swap before this one
             self._change_aliases(actions)
-            self.connection.wait_for(actions[-1].create_alias.alias_name)
+            for made in [each.create_alias for each in actions if each.HasField("create_alias")][
+                -1:
+            ]:
+                self.connection.wait_for(made.alias_name)
         with self._lock:
             for name, other in names.items():
                 if (each := self._open.pop(other, None)) is not None:
@@ -177,15 +268,24 @@ class ServerBackend(Backend, Renaming, Pinning):
                     self._open[name] = each
 
     @override
-    def drop_replaced(self, name: str) -> None:
+    def drop_replaced(self, names: Iterable[str]) -> None:
         aliases = self._aliases()
-        collection = aliases.pop(replaced(self._alias(name)), None)
-        if collection is not None and collection not in aliases.values():
-            self.drop_unnamed(collection)
+        found = [aliases.pop(replaced(self._alias(name)), None) for name in names]
+        gone = {each for each in found if each is not None} - set(aliases.values())
+        self.together([partial(self.drop_unnamed, each) for each in sorted(gone)])
 
     def drop_unnamed(self, collection: str) -> None:
         """Removes a collection that no name leads to. No error when it is not there."""
-        self._call("collections", "Delete", q.DeleteCollection(collection_name=collection))
+        request = q.DeleteCollection(collection_name=collection)
+        agree(
+            self.connection,
+            "collections",
+            "Delete",
+            request,
+            lambda: not self.connection.exists(collection),
+        )
+        if _is_planned(collection):
+            self.made.remove(collection)
 
     @override
     def open(self, name: str, spec: CollectionSpec) -> ServerCollection:
@@ -203,7 +303,8 @@ class ServerBackend(Backend, Renaming, Pinning):
         try:
             self.require_spec(collection, spec)
         except CollectionClosed:
-            raise self._missing(name, spec, collection) from None
+            if not _is_planned(collection) or self.was_made(collection):
+                raise self._missing(name, spec, collection) from None
         return self._opened(name, spec, collection)
 
     def _missing(self, name: str, spec: CollectionSpec, collection: str) -> CorruptMemory:
@@ -248,9 +349,9 @@ class ServerBackend(Backend, Renaming, Pinning):
                 each.versions.advance()
 
     def _opened(self, name: str, spec: CollectionSpec, collection: str) -> ServerCollection:
-        opened = ServerCollection(
-            self.connection, collection, self._alias(name), spec, self._unfinished
-        )
+        rest = self.connection, collection, self._alias(name), spec, self._unfinished
+        planned = _is_planned(collection)
+        opened = UnwrittenCollection(self, *rest) if planned else ServerCollection(*rest)
         with self._lock:
             self._open[name] = opened
         return opened
@@ -283,7 +384,19 @@ class ServerBackend(Backend, Renaming, Pinning):
         return {each.alias_name: each.collection_name for each in reply.aliases}
 
     def _change_aliases(self, actions: Sequence[Any]) -> None:
-        self._call("collections", "UpdateAliases", q.ChangeAliases(actions=actions))
+        wanted: dict[str, str | None] = {}
+        for action in actions:
+            if action.HasField("create_alias"):
+                wanted[action.create_alias.alias_name] = action.create_alias.collection_name
+            else:
+                wanted[action.delete_alias.alias_name] = None
+
+        def done() -> bool:
+            aliases = self._aliases()
+            return all(aliases.get(alias) == own for alias, own in wanted.items())
+
+        request = q.ChangeAliases(actions=actions)
+        agree(self.connection, "collections", "UpdateAliases", request, done)
 
     def _collections(self) -> set[str]:
         """Of the whole server."""
@@ -299,6 +412,11 @@ class ServerBackend(Backend, Renaming, Pinning):
         quick = method in ("Get", "List", "ListAliases")
         timeout_s = WRITE_TIMEOUT_S if quick else ADMIN_TIMEOUT_S
         return self.connection.call(service, method, request, timeout_s)
+
+
+def _is_planned(collection: str) -> bool:
+    """Whether a collection is made when its first entry comes."""
+    return f"{_GENERATION}{_LATER}" in collection
 
 
 def _keyword_index(on_disk: bool | None) -> Any:

@@ -128,7 +128,7 @@ class Connection:
             failure = failure_of(error)
             if self.nodes.several and failure.meaning in (Meaning.UNREACHABLE, Meaning.LATE):
                 self.nodes.set_aside(node, f"it does not answer: {failure.text}")
-            elif failure.meaning is not Meaning.NOT_THERE:
+            elif failure.meaning not in (Meaning.NOT_THERE, Meaning.PASSING):  # or not yet active
                 raise error_of(failure, self.options, timeout_s, node.target) from error
             return False
         return True

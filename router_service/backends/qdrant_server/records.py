@@ -7,21 +7,19 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from router_service.backends.qdrant_server.connection import (
-    ADMIN_TIMEOUT_S,
-    WRITE_TIMEOUT_S,
-    Connection,
-)
+from router_service.backends.qdrant_server.connection import WRITE_TIMEOUT_S, Connection
+from router_service.backends.qdrant_server.consensus import agree
 from router_service.backends.qdrant_server.wire import q
-from router_service.errors import StorageError
+from router_service.errors import CollectionExists, StorageError
 
 log = logging.getLogger(__name__)
 
 _PAGE = 256
-_STRONG = q.WriteOrdering(type=q.WriteOrderingType.Strong)
+# One node orders the writes of a record. With strong ordering none is written while the node is away that is to do so.
+_ORDERED = q.WriteOrdering(type=q.WriteOrderingType.Medium)
 
 
 class Records:
@@ -36,23 +34,23 @@ class Records:
         """Makes the collection when it is not there."""
         if self.exist():
             return
-        try:
+        with suppress(CollectionExists):  # another service was first
             self._create()
-        except StorageError:
-            if not self.exist():  # another service may have been first
-                raise
         self.connection.wait_for(self.name)
 
     def exist(self) -> bool:
         """Whether the collection is there."""
         return self.connection.exists(self.name)
 
-    def write(self, key: str, fields: Mapping[str, str]) -> None:
-        """Puts a record in the place of the one with this key, if there is one."""
+    def write(self, key: str, fields: Mapping[str, str], *, new: bool = False) -> None:
+        """Puts a record in the place of the one with this key, if there is one; `new`: then that one stays.
+
+        A server before 1.16 replaces it all the same.
+        """
         payload = {name: q.Value(string_value=text) for name, text in fields.items()}
         payload["changed"] = q.Value(integer_value=_now_ms())
         with self._changing(key):
-            self._put(key, payload)
+            self._put(key, payload, new=new)
 
     def mend(self) -> None:
         """Makes replicas of a record alike that a failed change left different: as the one is that answers.
@@ -77,13 +75,14 @@ class Records:
             yield
             self._torn.discard(key)
 
-    def _put(self, key: str, payload: Mapping[str, Any]) -> None:
+    def _put(self, key: str, payload: Mapping[str, Any], *, new: bool = False) -> None:
         vector = q.Vectors(vector=q.Vector(dense=q.DenseVector(data=[1.0])))
         request = q.UpsertPoints(
             collection_name=self.name,
             wait=True,
             points=[q.PointStruct(id=_point_id(key), vectors=vector, payload=payload)],
-            ordering=_STRONG,
+            ordering=_ORDERED,
+            update_mode=q.UpdateMode.InsertOnly if new else None,
         )
         self.connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
 
@@ -127,7 +126,7 @@ class Records:
             collection_name=self.name,
             wait=True,
             points=q.PointsSelector(points=q.PointsIdsList(ids=[_point_id(key)])),
-            ordering=_STRONG,
+            ordering=_ORDERED,
         )
         self.connection.call("points", "Delete", request, WRITE_TIMEOUT_S)
 
@@ -141,7 +140,7 @@ class Records:
             replication_factor=options.replication_factor,
             write_consistency_factor=options.write_consistency_factor,
         )
-        self.connection.call("collections", "Create", request, ADMIN_TIMEOUT_S, repeat=False)
+        agree(self.connection, "collections", "Create", request, self.exist)
 
 
 def age_ms(fields: Mapping[str, Any]) -> int:
