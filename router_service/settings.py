@@ -103,13 +103,6 @@ class QdrantSettings(BaseSettings):
         description="Connections to the Qdrant server, or to all nodes of a cluster together (to each at least one), "
         "e.g. 8.",
     )
-    rest_port: int | None = Field(
-        None,
-        ge=1,
-        le=65_535,
-        description="REST port of the Qdrant server, which the files of snapshots pass, e.g. 6333; the one before its "
-        "gRPC port when not given.",
-    )
 
     def options(self, url: str, named_by: str = BACKEND_SETTING) -> ServerOptions:
         """For what is at `url`, which `named_by` named. Raises InvalidField on a file that cannot be read."""
@@ -159,6 +152,11 @@ class ServiceSettings(BaseSettings):
         description="Where entries are kept: edge (Qdrant Edge, embedded, in --data), exact (NumPy in RAM, nothing is "
         "kept), or the URL of a Qdrant server, e.g. http://localhost:6334, or those of the nodes of a cluster, e.g. "
         "http://a:6334,http://b:6334.",
+    )
+    snapshot_dir: Path | None = Field(
+        None,
+        description="Directory that snapshots are kept in, e.g. /backup/snapshots, which services may share; "
+        "DATA/snapshots when not given.",
     )
     pack_dir: Path | None = Field(
         None,
@@ -228,6 +226,21 @@ class ServiceSettings(BaseSettings):
     def on_disk(self, name: str) -> Path | None:
         """A directory under `data`; None where memories are not kept there."""
         return self.data / name if self.data is not None and self.backend == EDGE else None
+
+    @property
+    def snapshots(self) -> Path | None:
+        """Where snapshots are kept; None: nowhere."""
+        return self._beside_data(self.snapshot_dir, "snapshots")
+
+    @property
+    def packs(self) -> Path | None:
+        """Where archives of snapshots are written; None: nowhere."""
+        return self._beside_data(self.pack_dir, "packs")
+
+    def _beside_data(self, given: Path | None, name: str) -> Path | None:
+        if self.backend == EXACT:
+            return None
+        return given or (None if self.data is None else self.data / name)
 
     @property
     def min_free_bytes(self) -> int | None:

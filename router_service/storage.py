@@ -11,7 +11,6 @@ from router_service.backends.base import Backend
 from router_service.backends.qdrant_server.options import BACKEND_SETTING, ServerOptions, is_url
 from router_service.memories.store import MemoryStore
 from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
-from router_service.snapshots.base import Swept
 from router_service.snapshots.local import LocalSnapshotStore
 
 
@@ -43,20 +42,18 @@ def make_store(
     return backend, MemoryStore(backend, memories)
 
 
-def make_snapshot_store(settings: ServiceSettings, backend: Backend, store: MemoryStore) -> Swept:
+def make_snapshot_store(
+    settings: ServiceSettings, backend: Backend, store: MemoryStore
+) -> LocalSnapshotStore:
     """Where the snapshots of make_store()'s memories are kept."""
+    directory, packs = settings.snapshots, settings.packs
     if not is_url(settings.backend):
-        return LocalSnapshotStore(
-            store,
-            settings.on_disk("snapshots"),
-            settings.min_free_bytes,
-            settings.pack_dir,
-        )
+        return LocalSnapshotStore(store, directory, settings.min_free_bytes, packs)
     from router_service.backends.qdrant_server.backend import ServerBackend
     from router_service.snapshots.server import ServerSnapshotStore
 
     assert isinstance(backend, ServerBackend)  # noqa: S101  # by make_store()
-    return ServerSnapshotStore(store, backend)
+    return ServerSnapshotStore(store, backend, directory, settings.min_free_bytes, packs)
 
 
 @contextmanager

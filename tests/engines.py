@@ -37,7 +37,6 @@ REMOTE, SERVERS = NAMES[2:], ENGINES[2:]
 TURBO_SINCE = (1, 18)
 _exercised: dict[str, str] = {}
 _missing: dict[str, str] = {}
-_rest_ports: dict[str, int] = {}  # by URL, where it is not the one before gRPC's
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +73,6 @@ def server_url() -> Iterator[str]:
         stack.enter_context(container)
         host = container.get_container_host_ip()
         url = f"http://{host}:{container.get_exposed_port(6334)}"
-        _rest_ports[url] = int(container.get_exposed_port(6333))
         _exercised["server"] = QDRANT_IMAGE
         yield url
 
@@ -120,8 +118,7 @@ def _docker_problem() -> str:
 def options_for(url: str, prefix: str) -> ServerOptions:
     """How tests talk to a server."""
     key = os.environ.get(API_KEY) if url == _given_url() else None
-    rest_port = _rest_ports.get(url)
-    return ServerOptions(url=url, api_key=key, prefix=prefix, timeout_s=30.0, rest_port=rest_port)
+    return ServerOptions(url=url, api_key=key, prefix=prefix, timeout_s=30.0)
 
 
 def fresh_prefix() -> str:

@@ -94,7 +94,6 @@ Ordering = Annotated[
 Wait = Annotated[bool | None, typer.Option("--qdrant-wait/--no-qdrant-wait", help=_help("wait"))]
 Timeout = Annotated[float | None, typer.Option("--qdrant-timeout-s", help=_help("timeout_s"))]
 Connections = Annotated[int | None, typer.Option("--qdrant-connections", help=_help("connections"))]
-RestPort = Annotated[int | None, typer.Option("--qdrant-rest-port", help=_help("rest_port"))]
 
 
 def qdrant_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,9 @@ def serve(
     data: Annotated[Path | None, typer.Option(help=_help("data"), show_default=False)] = None,
     listen: Annotated[str | None, typer.Option(help=_help("listen"))] = None,
     backend: Annotated[str | None, typer.Option(help=_help("backend"))] = None,
+    snapshot_dir: Annotated[
+        Path | None, typer.Option(help=_help("snapshot_dir"), show_default=False)
+    ] = None,
     pack_dir: Annotated[
         Path | None, typer.Option(help=_help("pack_dir"), show_default=False)
     ] = None,
@@ -95,7 +98,6 @@ def serve(
     qdrant_write_ordering: options.Ordering = None,
     qdrant_timeout_s: options.Timeout = None,
     qdrant_connections: options.Connections = None,
-    qdrant_rest_port: options.RestPort = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
 ) -> None:

@@ -48,8 +48,8 @@ def create(
 ) -> None:
     """Copy a memory, all layers as they are at one moment, to the service's directory of snapshots.
 
-    Lookups go on; writes wait while the files are copied. Of a memory on a Qdrant server, the server makes and keeps a
-    snapshot of each layer: each at a moment of its own, and writes go on too.
+    Lookups go on; writes wait while the files are copied. Of a memory on a Qdrant server the entries are copied while
+    writes go on too, and at the end these wait while what is there is listed once more, unless none came meanwhile.
 
     Example:
       router-admin snapshot create bible --as monday
@@ -96,7 +96,7 @@ def list_snapshots(
 
 @app.command("verify", cls=ExampleCommand)
 def verify(context: typer.Context, name: MemoryName, snapshot: SnapshotOrPath) -> None:
-    """Read all of a snapshot and compare it with its manifest, or with what the Qdrant server made.
+    """Read all of a snapshot and compare it with its manifest.
 
     Example:
       router-admin snapshot verify bible monday
@@ -137,7 +137,7 @@ def restore(
 
     It is checked first: a damaged, truncated or foreign one is refused, and nothing changes. A snapshot from another
     machine is given by its path on the service's machine: copy its directory there, or the archive that `pack` made.
-    On a Qdrant server new collections are filled through the server's REST port, then all layers change over at once.
+    On a Qdrant server new collections are filled and indexed beside what serves, then all layers change over at once.
 
     Example:
       router-admin snapshot restore bible monday --as bible-monday
@@ -151,7 +151,10 @@ def restore(
     request = pb.RestoreSnapshotRequest(
         snapshot=_ref(name, snapshot), as_memory=target, replace=replace
     )
-    memory = _result(session, session.client.snapshots.RestoreSnapshot, request, "memory")
+    reply = _last(session, session.client.snapshots.RestoreSnapshot, request, "memory")
+    memory = reply.memory
+    if reply.remark:
+        session.output.remark(reply.remark)
     entries = sum(layer.entries for layer in memory.layers)
     line = f"restored {target} from {snapshot} ({entries} entries)"
     session.output.line(plain(memory), line)
@@ -173,8 +176,6 @@ def pack(
     ],
 ) -> None:
     """Write a snapshot to one file, to carry it to another machine; prints the file's path on the service's machine.
-
-    Not of a memory on a Qdrant server, whose snapshots are the server's: use export, or migrate.
 
     Example:
       router-admin snapshot pack bible monday monday.tar
@@ -230,5 +231,4 @@ def _last(session: Session, method: Any, request: Any, field: str) -> Any:
 def _emit(session: Session, verb: str, snapshot: pb.SnapshotDescription) -> None:
     mib = snapshot.content_bytes / 2**20
     line = f"{verb} {snapshot.memory} {snapshot.name}: {snapshot.entries} entries, {mib:.1f} MiB, {snapshot.path}"
-    note = f"\nnote: {snapshot.remark}" if snapshot.remark else ""
-    session.output.line(plain(snapshot), line + note)
+    session.output.line(plain(snapshot), line)

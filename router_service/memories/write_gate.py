@@ -1,4 +1,4 @@
-"""Keeps apart those who write entries and those who delete what they looked at a while ago."""
+"""Keeps apart those who write entries, those who delete what they looked at a while ago, and those who copy all."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from router_service.arrays import U64
 
 
 class WriteGate:
-    """Of one layer. A write holds nothing up, and waits only for the deletion of one batch."""
+    """Of one layer. A write holds nothing up, and waits only for the deletion of one batch, or while it is closed."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self._changed = threading.Condition(self.lock)  # what follows
         self._under_way: dict[int, U64] = {}
+        self._closed = 0
         self._watches: list[Watch] = []
         self._writes = 0
 
     @contextmanager
     def writing(self, ids: U64) -> Iterator[None]:
         """Around a write of these entries: from its beginning on, no watch that is open deletes them."""
-        with self._lock:
+        with self.lock:
+            self.wait_until_open()
             self._writes += 1
             number = self._writes
             self._under_way[number] = ids
@@ -32,27 +35,50 @@ class WriteGate:
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 del self._under_way[number]
+                self._changed.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Inside, no write and no deletion is under way: those that come wait, and those that were there have ended."""
+        with self.lock:
+            self._closed += 1
+        try:
+            with self.lock:
+                self._changed.wait_for(lambda: not self._under_way)
+            yield
+        finally:
+            with self.lock:
+                self._closed -= 1
+                self._changed.notify_all()
+
+    def under_way(self) -> list[U64]:
+        """The ids of each write that has begun and not ended; for who holds the lock."""
+        return list(self._under_way.values())
+
+    def wait_until_open(self) -> None:
+        """For who holds the lock, which is given up meanwhile."""
+        self._changed.wait_for(lambda: not self._closed)
 
     @contextmanager
     def watched(self) -> Iterator[Watch]:
-        """Around looking at entries and deleting some of them."""
-        with self._lock:
-            watch = Watch(self._lock, list(self._under_way.values()))
+        """Around looking at entries and deleting some of them, or copying them."""
+        with self.lock:
+            watch = Watch(self, self.under_way())
             self._watches.append(watch)
         try:
             yield watch
         finally:
-            with self._lock:
+            with self.lock:
                 self._watches.remove(watch)
 
 
 class Watch:
     """Which entries were written since it was opened."""
 
-    def __init__(self, lock: threading.Lock, under_way: list[U64]) -> None:
-        self._lock = lock
+    def __init__(self, gate: WriteGate, under_way: list[U64]) -> None:
+        self._gate = gate
         self.written = under_way
 
     def delete(self, ids: U64, delete: Callable[[U64], int]) -> tuple[int, int]:
@@ -60,8 +86,18 @@ class Watch:
 
         A write that begins meanwhile waits, and so comes after the deletion.
         """
-        with self._lock:
+        with self._gate.lock:
+            self._gate.wait_until_open()
             if self.written:
                 self.written = [np.unique(np.concatenate(self.written))]
             still = ids[~np.isin(ids, self.written[0])] if self.written else ids
             return (delete(still) if len(still) else 0), len(ids) - len(still)
+
+    def taken(self) -> U64:
+        """The ids [n] of what was written since it was opened, or since they were last taken; ascending, each once.
+
+        What is still being written is among them, and is again the next time.
+        """
+        with self._gate.lock:
+            written, self.written = self.written, self._gate.under_way()
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *written]))

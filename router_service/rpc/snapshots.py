@@ -13,13 +13,14 @@ from router_service.errors import InvalidField
 from router_service.operations import Operations
 from router_service.rpc import codec
 from router_service.rpc.operations import encoded
-from router_service.snapshots.base import Packing, SnapshotInfo, SnapshotRef, SnapshotStore
+from router_service.snapshots.base import SnapshotInfo, SnapshotRef
+from router_service.snapshots.local import LocalSnapshotStore
 
 
 class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
     """Create, list, verify, restore, pack, delete."""
 
-    def __init__(self, snapshots: SnapshotStore, operations: Operations) -> None:
+    def __init__(self, snapshots: LocalSnapshotStore, operations: Operations) -> None:
         self._snapshots, self._operations = snapshots, operations
 
     def CreateSnapshot(  # noqa: N802
@@ -65,25 +66,19 @@ class SnapshotService(snapshots_pb2_grpc.SnapshotServiceServicer):
             lambda report: self._snapshots.restore(ref, name, replace, report),
         )
         return encoded(
-            steps, pb.RestoreSnapshotResponse, lambda made: {"memory": codec.encode_memory(made)}
+            steps,
+            pb.RestoreSnapshotResponse,
+            lambda made: {"memory": codec.encode_memory(made.memory), "remark": made.remark},
         )
 
     def PackSnapshot(  # noqa: N802
         self, request: pb.PackSnapshotRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.PackSnapshotResponse]:
         """Writes one to a file."""
-        snapshots = self._snapshots
-        if not isinstance(snapshots, Packing):
-            raise InvalidField(
-                "path",
-                request.path,
-                "a service whose snapshots are files: those of a Qdrant server are the server's; to carry a memory "
-                "elsewhere use `router-admin export` or `router-admin migrate`",
-            )
         steps = self._operations.run(
             "snapshot-pack",
             request.memory,
-            lambda report: snapshots.pack(request.memory, request.name, request.path, report),
+            lambda report: self._snapshots.pack(request.memory, request.name, request.path, report),
             exclusive=False,
         )
         return encoded(
@@ -111,4 +106,4 @@ def _snapshot(info: SnapshotInfo) -> dict[str, Any]:
 
 
 def _encode(info: SnapshotInfo) -> pb.SnapshotDescription:
-    return codec.filled(pb.SnapshotDescription, info, path=str(info.path))
+    return codec.filled(pb.SnapshotDescription, info, path=str(info.path), remark="")

@@ -11,16 +11,15 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-
-from typing_extensions import override
 
 from router_service import __version__, checks
 from router_service.backends.base import FileCollection, FrozenFiles, Report
 from router_service.backends.disk import (
+    DirectoryLock,
     FreeSpace,
     disk_bytes,
     fsync_tree,
@@ -30,6 +29,7 @@ from router_service.backends.disk import (
 )
 from router_service.errors import (
     CorruptMemory,
+    DirectoryInUse,
     InvalidField,
     KeysNotFound,
     SnapshotInvalid,
@@ -40,13 +40,7 @@ from router_service.memories.memory import MemoryRecord, RoutingMemory
 from router_service.memories.store import MemoryStore
 from router_service.memories.swap import RETIRE_AFTER_S, require_room, retire, staging, swap_in
 from router_service.snapshots.archive import pack, sweep_packed, unpack
-from router_service.snapshots.base import (
-    PackedSnapshot,
-    Packing,
-    SnapshotInfo,
-    SnapshotRef,
-    Swept,
-)
+from router_service.snapshots.base import PackedSnapshot, Restored, SnapshotInfo, SnapshotRef
 from router_service.snapshots.files import (
     OnFile,
     check_contents,
@@ -93,12 +87,31 @@ def create(
     """
     memory = store.get(memory_name)
     collections = _collections_of(memory)
-    with exclusive(snapshots_dir / memory_name) as home:
+    needed = sum(layer.info().disk_bytes or 0 for layer in memory.layers)
+
+    def copy(partial: Path, name: str) -> SnapshotManifest:
+        return _copy(memory, collections, partial, name, on_file)
+
+    return make(memory, snapshots_dir, snapshot_name, copy, needed, min_free_bytes)
+
+
+def make(
+    memory: RoutingMemory,
+    snapshots_dir: Path,
+    snapshot_name: str | None,
+    copy: Callable[[Path, str], SnapshotManifest],
+    needed_bytes: int,
+    min_free_bytes: int | None,
+) -> SnapshotInfo:
+    """What `copy` makes in an empty directory becomes the snapshot of a name, or of one of time and version.
+
+    Raises as create(), and what `copy` raises; then nothing is left behind.
+    """
+    with exclusive(snapshots_dir / memory.record.name) as home:
         target = home / free_name(home, snapshot_name, memory.version)
-        needed = sum(layer.info().disk_bytes or 0 for layer in memory.layers)
-        FreeSpace(home, min_free_bytes).require(needed)
+        FreeSpace(home, min_free_bytes).require(needed_bytes)
         with unfinished(home, target.name) as partial:
-            manifest = _copy(memory, collections, partial, target.name, on_file)
+            manifest = copy(partial, target.name)
             write_manifest(partial, manifest)
             finish(partial, target)
     pause_ms, entries = manifest.write_pause_ms, sum(manifest.entries)
@@ -206,12 +219,18 @@ def _collections_of(memory: RoutingMemory) -> Sequence[FileCollection]:
     return files
 
 
-# Archives while they are unpacked; no memory's name begins with a dot.
+# What archives are unpacked in, and layers are read in; no memory's name begins with a dot.
 _UNPACKING = ".unpacking-"
 
 
-class LocalSnapshotStore(Swept, Packing):
-    """Snapshots in one directory. Without one (memories in RAM) every call raises InvalidField."""
+_PACK_DIR = "start the service with --pack-dir DIR (ROUTER_SERVICE_PACK_DIR)"
+
+
+class LocalSnapshotStore:
+    """Makes snapshots of memories and memories of snapshots, in one directory that services may share.
+
+    Without a directory every call raises InvalidField. Iterators yield one result at their end.
+    """
 
     def __init__(
         self,
@@ -222,85 +241,101 @@ class LocalSnapshotStore(Swept, Packing):
     ) -> None:
         """`min_free_bytes`: see create.
 
-        `pack_dir`: the only directory that archives are written to; `packs` beside `directory` for None.
+        `pack_dir`: the only directory that archives are written to; with None there is none.
         """
         self._store, self._directory, self._min_free_bytes = store, directory, min_free_bytes
-        if pack_dir is None and directory is not None:
-            pack_dir = directory.with_name("packs")
         self._pack_dir = None if pack_dir is None else pack_dir.absolute()
 
-    @override
     def sweep(self) -> None:
-        """Archives may have been half unpacked, or half packed."""
+        """Removes what is left of work that was killed. Raises StorageError."""
         if self._directory is not None and self._directory.is_dir():
             with storage_call(f"open {self._directory}"):
                 private_directory(self._directory)
             for leftover in self._directory.glob(f"{_UNPACKING}*"):
-                remove_tree(leftover)
+                _remove_unless_in_use(leftover)
         if self._pack_dir is not None:
             sweep_packed(self._pack_dir)
 
-    @override
     def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
+        """Copies a memory; without a name, one is made of time and version.
+
+        Raises MemoryNotFound, InvalidField, Busy or StorageError; then nothing is left behind.
+        """
         yield create(
             self._store,
             memory,
-            self._home(),
+            self.home(),
             name or None,
             min_free_bytes=self._min_free_bytes,
-            on_file=_counting(report),
+            on_file=counting(report),
         )
 
-    @override
     def list(self, memory: str) -> list[SnapshotInfo]:
-        return list_snapshots(self._home(), memory or None)
+        """Those of a memory, or with an empty name of all; those that cannot be used say why."""
+        return list_snapshots(self.home(), memory or None)
 
-    @override
     def verify(self, ref: SnapshotRef, report: Report) -> Iterator[SnapshotInfo]:
-        with self._opened(ref, report) as path:
-            info = verify(path, on_file=_counting(report))
+        """Reads all of one. Raises SnapshotNotFound, SnapshotInvalid or StorageError."""
+        with self.opened(ref, report) as path:
+            info = verify(path, on_file=counting(report))
             yield replace(info, path=Path(ref.path or path))  # an archive's own directory goes away
 
-    @override
     def restore(
         self, ref: SnapshotRef, as_memory: str, replacing: bool, report: Report
-    ) -> Iterator[RoutingMemory]:
-        with self._opened(ref, report) as path:
-            yield restore(
+    ) -> Iterator[Restored]:
+        """Serves a copy as a memory, or in the place of one; that one serves until the copy has been checked.
+
+        Raises SnapshotNotFound, SnapshotInvalid, MemoryExists, ModelMismatch, KindMismatch, InvalidField, Busy or
+        StorageError; then nothing has changed.
+        """
+        with self.opened(ref, report) as path:
+            memory = restore(
                 self._store,
                 path,
                 as_memory,
                 replacing=replacing,
                 min_free_bytes=self._min_free_bytes,
-                on_file=_counting(report),
+                on_file=counting(report),
             )
+            yield Restored(memory)
 
-    @override
     def pack(self, memory: str, name: str, file: str, report: Report) -> Iterator[PackedSnapshot]:
-        path = find(self._home(), memory, name)
+        """Writes one to the new file of that name in the directory of archives, or of that path directly in it.
+
+        Raises SnapshotNotFound, InvalidField or StorageError.
+        """
+        path = self.find(memory, name)
         target = self._packed(file)
-        pack(path, target, on_file=_counting(report))
+        pack(path, target, on_file=counting(report))
         yield PackedSnapshot(describe(path), target)
 
     def _packed(self, file: str) -> Path:
         """The archive that a client names: directly in the directory of archives."""
-        assert self._pack_dir is not None  # noqa: S101  # where there are snapshots, by _home()
         checks.require_text("path", file)
+        if self._pack_dir is None:
+            raise InvalidField(
+                "path", file, f"a service that has a directory of archives: {_PACK_DIR}"
+            )
         path = self._pack_dir / file
         if path.parent != self._pack_dir or not NAME.fullmatch(path.name):
             raise InvalidField(
                 "path",
                 file,
                 f"the name of a file in {self._pack_dir}, e.g. monday.tar: letters, digits, '.', '_' or '-'; to pack "
-                "into another directory start the service with --pack-dir DIR (ROUTER_SERVICE_PACK_DIR)",
+                f"into another directory {_PACK_DIR}",
             )
         return path
 
-    @override
     def delete(self, memory: str, name: str) -> SnapshotInfo:
-        return remove(find(self._home(), memory, name))
+        """Raises SnapshotNotFound or StorageError."""
+        return remove(self.find(memory, name))
 
-    def _home(self) -> Path:
+    def find(self, memory: str, name: str) -> Path:
+        """The directory of a snapshot. Raises SnapshotNotFound."""
+        return find(self.home(), memory, name)
+
+    def home(self) -> Path:
+        """The directory, there and private."""
         if self._directory is None:
             expected = (
                 "edge: memories that are kept in RAM have no snapshots; start the service with --backend edge, or with "
@@ -312,23 +347,47 @@ class LocalSnapshotStore(Swept, Packing):
         return self._directory
 
     @contextmanager
-    def _opened(self, ref: SnapshotRef, report: Report) -> Iterator[Path]:
+    def opened(self, ref: SnapshotRef, report: Report) -> Iterator[Path]:
         """The directory of a snapshot; that of an archive is gone at the end."""
-        home = self._home()
+        home = self.home()
         if not ref.path:
-            yield find(home, ref.memory, ref.name)
+            yield self.find(ref.memory, ref.name)
             return
         path = _absolute(ref.path)
         if stat.S_ISDIR(_mode(path)):
             yield path
             return
-        with tempfile.TemporaryDirectory(prefix=_UNPACKING, dir=home) as unpacked:
-            yield self._unpack(path, Path(unpacked), report)
+        with scratch(home) as unpacked:
+            yield self._unpack(path, unpacked, report)
 
     def _unpack(self, packed: Path, target: Path, report: Report) -> Path:
-        on_file = _counting(report, "unpack ")
+        on_file = counting(report, "unpack ")
         info = unpack(packed, target, min_free_bytes=self._min_free_bytes, on_file=on_file)
         return Path(info.path)
+
+
+@contextmanager
+def scratch(home: Path) -> Iterator[Path]:
+    """A directory below that of the snapshots, gone at the end; services that share it leave each other's alone."""
+    while True:
+        with storage_call(f"create a directory in {home}"):
+            directory = Path(tempfile.mkdtemp(prefix=_UNPACKING, dir=home))
+        with suppress(FileNotFoundError, DirectoryInUse):  # a sweep came just then
+            lock = DirectoryLock(directory)
+            break
+    try:
+        with storage_call(f"create {directory}"):
+            (inner := directory / "files").mkdir()
+        yield inner
+    finally:
+        lock.release()
+        remove_tree(directory)
+
+
+def _remove_unless_in_use(directory: Path) -> None:
+    with storage_call(f"sweep {directory}"), suppress(DirectoryInUse, FileNotFoundError):
+        DirectoryLock(directory).release()
+        remove_tree(directory)
 
 
 def _absolute(text: str) -> Path:
@@ -361,7 +420,7 @@ def _mode(path: Path) -> int:
     return mode
 
 
-def _counting(report: Report, verb: str = "") -> OnFile:
+def counting(report: Report, verb: str = "") -> OnFile:
     """Reports each file, and how many came before it."""
     before, done = "", -1
 

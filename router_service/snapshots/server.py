@@ -1,40 +1,47 @@
-"""Snapshots that a Qdrant server keeps: made layer by layer, read, and restored beside what serves, then switched to.
+"""Snapshots of memories on a Qdrant server: the files of the embedded backend, made and read entry by entry.
 
-Before each step the intent is written down in the book (see server_book) and renewed while it lasts, so that whoever
-comes after a kill knows what to finish or to undo.
+A restore writes new collections beside what serves, and lets the names lead to them when they are right. Before each
+step the intent is written down on the server (see server_book) and renewed while it lasts, so that whoever comes after
+a kill knows what to finish or to undo.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 from typing_extensions import override
 
 from router_service import __version__
-from router_service.backends.base import Report, Versions
+from router_service.arrays import U64
+from router_service.backends.base import CollectionReader, Compression, Report, Versions, pages
+from router_service.backends.disk import FreeSpace, disk_bytes, remove_tree
+from router_service.backends.edge.backend import ISOLATE_ABOVE_BYTES, EdgeBackend
+from router_service.backends.edge.ledger import rest_digests
 from router_service.backends.qdrant_server.backend import ServerBackend
-from router_service.backends.qdrant_server.rest import SnapshotFile
-from router_service.backends.qdrant_server.snapshots import CollectionSnapshots, Tick
-from router_service.backends.qdrant_server.unwritten import UnwrittenCollection
+from router_service.backends.qdrant_server.collection import ServerCollection
+from router_service.backends.qdrant_server.snapshots import remove_snapshot
 from router_service.errors import (
     BackendUnavailable,
     Busy,
     Cancelled,
-    ForeignCollection,
+    CollectionClosed,
+    CorruptMemory,
     InvalidField,
     MemoryExists,
     RoutingServiceError,
     SnapshotInvalid,
+    SnapshotNotFound,
     StorageError,
 )
+from router_service.memories.known_keys import require_found
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import (
     MemoryRecord,
@@ -46,94 +53,32 @@ from router_service.memories.memory import (
 from router_service.memories.server_catalogue import ServerCatalogue
 from router_service.memories.store import MemoryStore, check_name
 from router_service.memories.swap import RETIRE_AFTER_S, require_same_model
-from router_service.snapshots.base import SnapshotInfo, SnapshotRef, Swept
-from router_service.snapshots.files import require_name, timed_name
+from router_service.snapshots.base import Restored, SnapshotInfo, SnapshotRef
+from router_service.snapshots.copying import Tick, bytes_of, copy_memory, side_by_side
+from router_service.snapshots.files import (
+    check_contents,
+    check_listing,
+    contents_of,
+    copy_files,
+)
+from router_service.snapshots.local import LocalSnapshotStore, counting, make, scratch
+from router_service.snapshots.manifest import SnapshotManifest, layer_directory, read_manifest
 from router_service.snapshots.server_book import (
     LEFT,
     RENEW_S,
-    LayerSnapshot,
+    EarlierSnapshot,
     Restoring,
-    ServerSnapshot,
     SnapshotBook,
 )
 
 log = logging.getLogger(__name__)
 
-# As Qdrant names them: COLLECTION-PEER-2026-01-31-23-59-59.snapshot, in UTC.
-_MOMENT = re.compile(r"-(\d{4}(?:-\d{2}){5})\.snapshot")
-# How far the clocks of service and server may be apart.
-_CLOCKS_S = 60.0
-
-
-class SnapshotDraft:
-    """A snapshot that is being made, layer by layer."""
-
-    def __init__(
-        self, book: SnapshotBook, snapshots: CollectionSnapshots, started: ServerSnapshot
-    ) -> None:
-        self._book, self._snapshots, self.snapshot = book, snapshots, started
-        self._kept = time.monotonic()
-
-    def add(self, memory: RoutingMemory, collection: str, report: Tick) -> None:
-        """The next layer. Raises StorageError, Busy, and what `report` raises."""
-        before = tuple(file.name for file in self._snapshots.list(collection))
-        now = time.time_ns() // 1_000_000
-        self._keep(replace(self.snapshot, making=collection, making_since_ms=now, before=before))
-        version, entries = memory.version, self._snapshots.count(collection)
-        file = self._snapshots.create(collection, lambda: self._tick(report))
-        if file.name in before:
-            raise Busy(
-                f"the server has put it in the place of {file.name!r}, made in the same second; make it again"
-            )
-        after = self._snapshots.count(collection)
-        layer = LayerSnapshot(file, after, exact=(version, entries) == (memory.version, after))
-        self._keep(
-            replace(self.snapshot, layers=(*self.snapshot.layers, layer), making="", before=())
-        )
-
-    def _keep(self, snapshot: ServerSnapshot) -> None:
-        self._book.keep(snapshot)
-        self.snapshot, self._kept = snapshot, time.monotonic()
-
-    def _tick(self, report: Tick) -> None:
-        report()
-        if time.monotonic() > self._kept + RENEW_S:
-            self._keep(self.snapshot)
-
-
-@contextmanager
-def making(
-    book: SnapshotBook, snapshots: CollectionSnapshots, started: ServerSnapshot
-) -> Iterator[SnapshotDraft]:
-    """A snapshot that is whole at the end; when something is raised inside, nothing is left of it."""
-    book.begin(started)
-    draft = SnapshotDraft(book, snapshots, started)
-    try:
-        yield draft
-        book.commit(draft.snapshot)
-    except BaseException as error:
-        with left_to_the_next_sweep(started):
-            discard_files(book, snapshots, draft.snapshot)
-            if outcome_unknown(error):
-                book.leave(draft.snapshot)
-            else:
-                book.remove(draft.snapshot)
-        raise
-
-
-def discard_files(
-    book: SnapshotBook, snapshots: CollectionSnapshots, snapshot: ServerSnapshot
-) -> None:
-    """Removes what the server keeps of a snapshot. Raises StorageError."""
-    for layer in snapshot.layers:
-        with snapshots.reachable(layer.file.collection):
-            snapshots.delete(layer.file.collection, layer.file.name)
-    if snapshot.making:
-        known = book.files(but=snapshot)
-        with snapshots.reachable(snapshot.making):
-            for file in snapshots.list(snapshot.making):
-                if file not in known and _is_stray(file, snapshot):
-                    snapshots.delete(file.collection, file.name)
+_PAGE_ENTRIES = 1024
+_QUANTIZE = "`router-admin quantize` builds what it has"
+_EARLIER = (
+    "made by router-service 0.1.0, and kept by the Qdrant server as files of its own: restore it with that version, or "
+    "by Qdrant's own means, and make another one; `snapshot delete` removes it from the server"
+)
 
 
 @contextmanager
@@ -152,44 +97,47 @@ def outcome_unknown(error: BaseException) -> bool:
     )
 
 
-def _is_stray(file: SnapshotFile, snapshot: ServerSnapshot) -> bool:
-    """Whether a file is what the server made when the service did not hear of it, and not another program's."""
-    moment = _MOMENT.search(file.name)
-    if file.name in snapshot.before or moment is None:
-        return False
-    made = datetime.strptime(moment[1], "%Y-%m-%d-%H-%M-%S").replace(tzinfo=UTC)
-    return abs(made.timestamp() - snapshot.making_since_ms / 1000) < _CLOCKS_S
-
-
 class Restorer:
     """Of one server. What was killed is finished when its names were switched already, else undone: by sweep()."""
 
-    def __init__(
-        self,
-        store: MemoryStore,
-        backend: ServerBackend,
-        snapshots: CollectionSnapshots,
-        book: SnapshotBook,
-    ) -> None:
-        self._store, self._backend, self._snapshots, self._book = store, backend, snapshots, book
+    def __init__(self, store: MemoryStore, backend: ServerBackend, book: SnapshotBook) -> None:
+        self._store, self._backend, self._book = store, backend, book
         self._catalogue = ServerCatalogue(backend)
 
     def restore(
-        self, snapshot: ServerSnapshot, as_memory: str, replacing: bool, report: Report
-    ) -> RoutingMemory:
-        """As SnapshotStore.restore."""
-        record = replace(snapshot.record, name=as_memory, collections=())
+        self, path: Path, files: Path, as_memory: str, replacing: bool, report: Report
+    ) -> Restored:
+        """As LocalSnapshotStore.restore(), of the snapshot at `path`. `files`: an empty directory, for copies."""
+        manifest = read_manifest(path)
+        record = replace(manifest.record, name=as_memory, collections=())
         self._require_room(record, replacing)
+        check_listing(path, manifest)
+        check_contents(path, manifest, counting(report, "check "))
         with self._under_way(record) as draft:
-            for number, layer in enumerate(snapshot.layers):
-                self._fill(draft, number, layer, report)
+            own = [self._backend.fresh_name(name) for name in collection_names(record)]
+            draft.keep(collections=tuple(own))
+            layers = [
+                _LayerFill(self._backend, record, own[n], path, files / str(n), manifest, n)
+                for n in range(len(own))
+            ]
+
+            def tick() -> None:
+                draft.renew()
+                report("copy entries", sum(each.done for each in layers), sum(manifest.entries))
+
+            side_by_side([layer.run for layer in layers], tick)
             self._publish(draft, replacing)
         self._retire(draft.restoring)
-        return self._store.get(as_memory)
+        remark = "; ".join(filter(None, (each.lacks for each in layers)))
+        if remark:
+            remark += (
+                f": this server does not have that, and searches the keys themselves; {_QUANTIZE}"
+            )
+        return Restored(self._store.get(as_memory), remark)
 
     def sweep(self) -> None:
         """Finishes or undoes what was killed. Raises StorageError."""
-        _, killed = self._book.unfinished()
+        killed = self._book.killed()
         for restoring in self._book.restores():
             if restoring in killed:
                 log.warning("%s was never finished", restoring)
@@ -229,29 +177,6 @@ class Restorer:
             if isinstance(error, BackendUnavailable):
                 self._store.unfinished.append(partial(self._finish, draft.restoring))
             raise
-
-    def _fill(self, draft: _Draft, number: int, layer: LayerSnapshot, report: Report) -> None:
-        """A collection with the entries of a layer, checked."""
-        file, record = layer.file, draft.restoring.record
-        target = self._backend.fresh_name(collection_name(record.name, number))
-        draft.keep(collections=(*draft.restoring.collections, target))
-
-        def tick(done: int = 0) -> None:
-            _report_bytes(report, f"restore layer {number}", file, done)
-            draft.renew()
-
-        with self._snapshots.reachable(file.collection):
-            self._snapshots.require_listed(file)
-            self._snapshots.restore(file, target, tick)
-        self._backend.connection.wait_for(target)
-        self._snapshots.require_whole(target)
-        try:
-            self._backend.require_spec(target, spec_of(record))
-        except ForeignCollection as error:
-            raise SnapshotInvalid(f"layer {number} is not what its record says: {error}") from error
-        self._backend.index_fields(target)
-        if layer.exact:
-            self._snapshots.require_count(target, layer.entries, tick)
 
     def _publish(self, draft: _Draft, replacing: bool) -> None:
         """From here on it is the memory, for this service and all others."""
@@ -368,160 +293,212 @@ def _pinned(restoring: Restoring, present: MemoryRecord | None) -> MemoryRecord:
     return replace(restoring.record, created_unix_ms=created, collections=restoring.collections)
 
 
-# Qdrant names a snapshot by the second, and a second one within it would take its place.
-_APART_S = 1.1
+class _LayerFill:
+    """A layer of a snapshot on its way into a collection that no name leads to."""
+
+    def __init__(
+        self,
+        backend: ServerBackend,
+        record: MemoryRecord,
+        collection: str,
+        path: Path,
+        files: Path,
+        manifest: SnapshotManifest,
+        number: int,
+    ) -> None:
+        self._backend, self._record, self._collection = backend, record, collection
+        self._path, self._files, self._manifest = path, files, manifest
+        self._name, self._number = layer_directory(number), number
+        self.done = 0  # entries that were written
+        self.lacks = ""  # what the server does not have
+
+    def run(self, tick: Tick) -> None:
+        """Raises SnapshotInvalid, CorruptMemory or StorageError."""
+        self._copy_files(tick)
+        spec = spec_of(self._record)
+        large = self._manifest.entries[self._number] * 4 * spec.dimension > ISOLATE_ABOVE_BYTES
+        engine = EdgeBackend(
+            self._files, min_free_bytes=0, isolate_above_bytes=-1 if large else ISOLATE_ABOVE_BYTES
+        )
+        try:
+            try:
+                source = engine.open(self._name, spec)
+                compression, entries = source.info().compression, source.info().entries
+                if entries != self._manifest.entries[self._number]:
+                    raise CorruptMemory(f"it has {entries} entries")
+            except CorruptMemory as error:
+                raise SnapshotInvalid(
+                    f"{self._path} is whole but layer {self._number} cannot be opened ({error}); use another snapshot, "
+                    f"or the version of router-service that wrote it ({self._manifest.service_version})"
+                ) from error
+            self._backend.create_unnamed(self._collection, spec)
+            name = collection_name(self._record.name, self._number)
+            target = self._backend.unopened(name, spec, self._collection)
+            self._require_same(self._written(source, target, tick), target, tick)
+        finally:
+            engine.close()
+            remove_tree(self._files)
+        self._quantize(target, compression)
+        # What it replaces may be indexed, and be asked more than a search of all entries can answer.
+        target.optimize(report=lambda *_: tick())
+        require_found(target, f"layer {self._number} of memory {self._record.name!r}")
+
+    def _copy_files(self, tick: Tick) -> None:
+        """The engine writes to what it opens, so the snapshot's own files are never opened."""
+        own = {p: c for p, c in self._manifest.files.items() if p.startswith(f"{self._name}/")}
+
+        def on_file(_: str) -> None:
+            tick()
+
+        copy_files(self._path, own, self._files, on_file)
+        part = replace(self._manifest, files=own)
+        check_contents(self._files, part, on_file, named=self._path)
+
+    def _written(
+        self, source: CollectionReader, target: ServerCollection, tick: Tick
+    ) -> tuple[U64, U64]:
+        """Writes every entry; returns ids and digests of all but the keys."""
+        ids, digests = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        for page in pages(source, target.entries_per_page, with_keys=True):
+            tick()
+            target.fill(page)
+            ids.append(page.ids)
+            digests.append(rest_digests(page))
+            self.done += len(page)
+        return np.concatenate(ids), np.concatenate(digests)
+
+    def _require_same(self, written: tuple[U64, U64], target: ServerCollection, tick: Tick) -> None:
+        """Raises CorruptMemory unless a collection lists what was written, and nothing else."""
+        ids, digests = written
+        start = 0
+        for page in pages(target, _PAGE_ENTRIES, with_keys=False):
+            tick()
+            rows = slice(start, start + len(page))
+            same = np.array_equal(ids[rows], page.ids)
+            if not same or not np.array_equal(digests[rows], rest_digests(page)):
+                raise self._differs(start, len(ids))
+            start += len(page)
+        if start < len(ids):
+            raise self._differs(start, len(ids))
+
+    def _differs(self, right: int, written: int) -> CorruptMemory:
+        return CorruptMemory(
+            f"the server's collection {self._collection!r} does not hold what was written to it: of {written} entries "
+            f"the first {right} are right; look at the server's disks and log, and restore again"
+        )
+
+    def _quantize(self, target: ServerCollection, wanted: Compression) -> None:
+        """As the layer was, if the server can."""
+        if wanted.apart or not target.quantize(wanted):
+            self.lacks = f"layer {self._number} was quantized as {wanted.label}"
 
 
-class ServerSnapshotStore(Swept):
-    """Several services may share the server, and so its snapshots."""
+class ServerSnapshotStore(LocalSnapshotStore):
+    """Files like those of the embedded backend; and what version 0.1.0 left on the server, to be seen and removed."""
 
-    def __init__(self, store: MemoryStore, backend: ServerBackend) -> None:
-        self._store, self._backend = store, backend
-        self._snapshots = CollectionSnapshots(backend.connection)
+    def __init__(
+        self,
+        store: MemoryStore,
+        backend: ServerBackend,
+        directory: Path | None,
+        min_free_bytes: int | None = None,
+        pack_dir: Path | None = None,
+    ) -> None:
+        super().__init__(store, directory, min_free_bytes, pack_dir)
         self._book = SnapshotBook(backend.connection)
-        self._restorer = Restorer(store, backend, self._snapshots, self._book)
-        self._made: dict[str, float] = {}  # when the last one of a memory was
+        self.backend = backend
+        self._restorer = Restorer(store, backend, self._book)
 
     @override
     def sweep(self) -> None:
         """What cannot be removed now is logged, and left to the next time."""
+        super().sweep()
         self._restorer.sweep()
-        for snapshot in self._book.unfinished()[0]:
-            log.warning("removing %s: its creation or deletion never ended", snapshot)
-            with left_to_the_next_sweep(snapshot):
-                discard_files(self._book, self._snapshots, snapshot)
-                self._book.remove(snapshot)
+
+    @override
+    def home(self) -> Path:
+        if self._directory is None:
+            expected = (
+                "a directory for snapshots: start the service with --snapshot-dir DIR (ROUTER_SERVICE_SNAPSHOT_DIR), "
+                "or with --data DIR, whose directory `snapshots` it is then"
+            )
+            raise InvalidField("--snapshot-dir", "nothing", expected)
+        return super().home()
 
     @override
     def create(self, memory: str, name: str, report: Report) -> Iterator[SnapshotInfo]:
-        """Raises BackendMisconfigured on a cluster of which a node does not hold all shards."""
-        self.sweep()
+        """Writes wait for the last listing only, and not at all while none come."""
+        home = self.home()
+        self._restorer.sweep()
         self._store.refresh()
         served = self._store.get(memory)
-        collections = served.record.collections
-        for layer in served.layers:  # Qdrant has no snapshot of what is not there
-            if isinstance(layer.collection, UnwrittenCollection):
-                layer.collection.make()
-        for collection in collections:
-            self._snapshots.require_whole(collection)
-        with self._apart(memory):
-            snapshot = self._make(served, name, collections, report)
-        yield self._info(snapshot)
+        entries = sum(layer.info().entries for layer in served.layers)
+
+        def current() -> MemoryRecord:
+            self._store.refresh()
+            if self._store.get(memory) is not served:
+                raise Busy(
+                    f"memory {memory!r} was replaced or deleted while it was copied; make the snapshot again"
+                )
+            return served.record
+
+        def copy(directory: Path, snapshot: str) -> SnapshotManifest:
+            try:
+                made = copy_memory(served, directory, current, report, self._min_free_bytes)
+            except CollectionClosed:
+                current()  # says so better
+                raise
+            return SnapshotManifest(
+                snapshot,
+                __version__,
+                made.created_unix_ms,
+                made.write_pause_ms,
+                replace(made.record, collections=()),
+                made.entries,
+                contents_of(directory, counting(report, "sum ")),
+            )
+
+        needed = bytes_of(served.record, entries)
+        yield make(served, home, name or None, copy, needed, self._min_free_bytes)
 
     @override
     def list(self, memory: str) -> list[SnapshotInfo]:
-        """Whether the server still has the files is for verify()."""
-        if memory:
-            require_name("memory", memory)
-        self.sweep()
-        whole, broken = self._book.snapshots(memory)
-        infos = [self._info(each) for each in whole]
+        infos = super().list(memory)
+        self._restorer.sweep()
         infos += [
-            SnapshotInfo(owner, name, self._book.location, problem=why)
-            for (owner, name), why in broken.items()
+            SnapshotInfo(each.memory, each.name, self._book.location, problem=_EARLIER)
+            for each in self._book.earlier(memory)
         ]
         return sorted(infos, key=lambda info: (info.memory, info.created_unix_ms, info.name))
 
     @override
-    def verify(self, ref: SnapshotRef, report: Report) -> Iterator[SnapshotInfo]:
-        """What the server lists is compared, and every byte that it hands out."""
-        snapshot = self._find(ref)
-        for number, layer in enumerate(snapshot.layers):
-            tick = partial(_report_bytes, report, f"read layer {number}", layer.file)
-            with self._snapshots.reachable(layer.file.collection):
-                self._snapshots.require_listed(layer.file)
-                self._snapshots.read(layer.file, tick)
-        yield self._info(snapshot)
-
-    @override
     def restore(
         self, ref: SnapshotRef, as_memory: str, replacing: bool, report: Report
-    ) -> Iterator[RoutingMemory]:
+    ) -> Iterator[Restored]:
         """Writes that come while it is under way are lost."""
-        self.sweep()
-        yield self._restorer.restore(self._find(ref), as_memory, replacing, report)
+        self._restorer.sweep()
+        with self.opened(ref, report) as path, scratch(self.home()) as files:
+            FreeSpace(files, self._min_free_bytes).require(disk_bytes(path))
+            yield self._restorer.restore(path, files, as_memory, replacing, report)
 
     @override
     def delete(self, memory: str, name: str) -> SnapshotInfo:
-        snapshot = self._book.find(memory, name)
-        self._book.keep(snapshot)  # from here on it is gone
-        discard_files(self._book, self._snapshots, snapshot)
-        self._book.remove(snapshot)
-        return self._info(snapshot)
+        earlier = self._earlier(memory, name)
+        if earlier is None or name in (each.name for each in super().list(memory)):
+            return super().delete(memory, name)
+        for collection, file in earlier.files:
+            remove_snapshot(self.backend.connection, collection, file)
+        self._book.remove(earlier)
+        return SnapshotInfo(memory, name, self._book.location, problem=_EARLIER)
 
-    @contextmanager
-    def _apart(self, memory: str) -> Iterator[None]:
-        """Begins in another second than the last one of a memory ended, however that was."""
-        last = self._made.get(memory, -_APART_S)
-        time.sleep(max(0.0, last + _APART_S - time.monotonic()))
+    def _earlier(self, memory: str, name: str) -> EarlierSnapshot | None:
+        return next((each for each in self._book.earlier(memory) if each.name == name), None)
+
+    @override
+    def find(self, memory: str, name: str) -> Path:
         try:
-            yield
-        finally:
-            self._made[memory] = time.monotonic()
-
-    def _make(
-        self, memory: RoutingMemory, name: str, collections: Sequence[str], report: Report
-    ) -> ServerSnapshot:
-        now, name = time.time_ns() // 1_000_000, self._free_name(memory, name)
-        started = ServerSnapshot(name, memory.record, __version__, now)
-        with making(self._book, self._snapshots, started) as draft:
-            for number, collection in enumerate(collections):
-                tick = partial(report, "layers", number, len(collections))
-                draft.add(memory, collection, tick)
-        return draft.snapshot
-
-    def _find(self, ref: SnapshotRef) -> ServerSnapshot:
-        if ref.path:
-            raise InvalidField(
-                "path",
-                ref.path,
-                "the name of a snapshot: those of a Qdrant server are the server's, not files of this service; to "
-                "carry a memory elsewhere use `router-admin export` or `router-admin migrate`",
-            )
-        return self._book.find(ref.memory, ref.name)
-
-    def _free_name(self, memory: RoutingMemory, asked: str) -> str:
-        """The name asked for, or one of time and version."""
-        if asked:
-            require_name("snapshot", asked)
-            return asked
-        taken = {each.name for each in self._book.snapshots(memory.record.name)[0]}
-        return timed_name(memory.version, taken.__contains__)
-
-    def _info(self, snapshot: ServerSnapshot) -> SnapshotInfo:
-        return SnapshotInfo(
-            snapshot.record.name,
-            snapshot.name,
-            self._book.location,
-            snapshot.created_unix_ms,
-            0,
-            sum(layer.entries for layer in snapshot.layers),
-            sum(layer.file.content_bytes for layer in snapshot.layers),
-            snapshot.service_version,
-            snapshot.record,
-            remark=_remark(snapshot),
-        )
-
-
-def _report_bytes(report: Report, stage: str, file: SnapshotFile, done: int) -> None:
-    report(stage, done, file.content_bytes)
-
-
-def _remark(snapshot: ServerSnapshot) -> str:
-    """What is known less well about it."""
-    unsure = [number for number, layer in enumerate(snapshot.layers) if not layer.exact]
-    unsummed = [number for number, layer in enumerate(snapshot.layers) if not layer.file.sha256]
-    said = []
-    if unsure:
-        said.append(
-            f"entries came or went while layers {_listed(unsure)} were copied: about so many"
-        )
-    if unsummed:
-        said.append(
-            f"the server gave no checksum of layers {_listed(unsummed)}: only their sizes are known"
-        )
-    return "; ".join(said)
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+            return super().find(memory, name)
+        except SnapshotNotFound:
+            if self._earlier(memory, name) is None:
+                raise
+        raise SnapshotInvalid(f"snapshot {name!r} of memory {memory!r} was {_EARLIER}")

@@ -1,31 +1,20 @@
-"""Which snapshots of memories a server keeps, and which restores are under way: records that services share."""
+"""What services that share a server know of restores under way; and which snapshots version 0.1.0 left there."""
 
 from __future__ import annotations
 
 import json
 import logging
-import secrets
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.records import Records, age_ms
-from router_service.backends.qdrant_server.rest import SnapshotFile
-from router_service.errors import (
-    Busy,
-    CorruptMemory,
-    InvalidField,
-    SnapshotInvalid,
-    SnapshotNotFound,
-    shorten,
-)
+from router_service.errors import Busy, CorruptMemory, SnapshotInvalid
 from router_service.memories.manifest import record_from_json, record_to_json
 from router_service.memories.memory import MemoryRecord
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FORMAT = 1
 READY, UNFINISHED, LEFT = "ready", "unfinished", "left"
@@ -33,33 +22,15 @@ SNAPSHOT, RESTORE = "snapshot", "restore"
 # Work under way writes its record again more often than this; what does not was killed.
 PATIENCE_MS = 120_000
 RENEW_S = 20.0
-_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSnapshot:
-    """The snapshot of a layer; `exact`: no writes came meanwhile, else `entries` are those afterwards."""
+class EarlierSnapshot:
+    """One that 0.1.0 made, or was making: `files` are collections with names of Qdrant's own snapshots of them."""
 
-    file: SnapshotFile
-    entries: int
-    exact: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSnapshot:
-    """A snapshot of a memory; the fields after `layers` are of one that is unfinished."""
-
+    memory: str
     name: str
-    record: MemoryRecord
-    service_version: str
-    created_unix_ms: int
-    layers: tuple[LayerSnapshot, ...] = ()
-    making: str = ""  # the collection whose snapshot is being made
-    making_since_ms: int = 0
-    before: tuple[str, ...] = ()  # the snapshots that it had then
-
-    def __str__(self) -> str:
-        return f"snapshot {self.name!r} of memory {self.record.name!r}"
+    files: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,67 +53,14 @@ class SnapshotBook:
         self._records = Records(connection, f"{connection.options.prefix}~snapshots")
         self.location = f"Qdrant at {connection.options.url}"
 
-    def snapshots(
-        self, memory: str = ""
-    ) -> tuple[list[ServerSnapshot], dict[tuple[str, str], str]]:
-        """Whole ones, of one memory or of all; and why others cannot be used, by memory and name."""
-        found, broken = [], {}
-        for fields in self._all(SNAPSHOT):
-            if fields["state"] != READY or memory not in ("", fields["memory"]):
-                continue
-            try:
-                found.append(_snapshot(fields))
-            except SnapshotInvalid as error:
-                broken[fields["memory"], fields["name"]] = str(error)
-        return found, broken
+    def earlier(self, memory: str = "") -> list[EarlierSnapshot]:
+        """What 0.1.0 left, of one memory or of all; but for what it may be at work on."""
+        found = [each for each in self._all(SNAPSHOT) if memory in ("", each["memory"])]
+        return [_earlier(each) for each in found if not _fresh(each)]
 
-    def find(self, memory: str, name: str) -> ServerSnapshot:
-        """Raises SnapshotNotFound, or SnapshotInvalid when its record cannot be read."""
-        fields = self._read(_key(SNAPSHOT, memory, name))
-        if fields is not None and fields["state"] == READY:
-            return _snapshot(fields)
-        have = sorted(each.name for each in self.snapshots(memory)[0])[-_MOST_NAMED:]
-        known = ", ".join(have) or "none; make one first"
-        raise SnapshotNotFound(
-            f"snapshot {shorten(name)} not found; memory {memory!r} has on the server: {known}"
-        )
-
-    def begin(self, snapshot: ServerSnapshot) -> None:
-        """Before the first layer. Raises InvalidField when the name is taken, or Busy while another is being made."""
-        memory, name = snapshot.record.name, snapshot.name
-        self._records.ensure()
-        fields = self._read(_key(SNAPSHOT, memory, name))
-        if fields is not None and fields["state"] == READY:
-            raise InvalidField("snapshot", name, "a name that no snapshot of the memory has")
-        if any(each["memory"] == memory and _fresh(each) for each in self._all(SNAPSHOT)):
-            raise Busy(
-                f"another snapshot of {memory!r} is being made or removed; try again when it is done, or in "
-                f"{PATIENCE_MS // 1000} s should its service have been killed"
-            )
-        self.keep(snapshot)
-
-    def keep(self, snapshot: ServerSnapshot) -> None:
-        """How far one is that is being made or removed; from here on it is not listed."""
-        self._write(snapshot, UNFINISHED)
-
-    def commit(self, snapshot: ServerSnapshot) -> None:
-        """It is whole from here on."""
-        self._write(snapshot, READY)
-
-    def leave(self, snapshot: ServerSnapshot) -> None:
-        """It failed, and the server may still be at work on it: a later sweep looks again. The name is free."""
-        self._write(replace(snapshot, name=f".left-{secrets.token_hex(4)}"), LEFT)
-        self.remove(snapshot)
-
-    def remove(self, snapshot: ServerSnapshot) -> None:
+    def remove(self, snapshot: EarlierSnapshot) -> None:
         """Nothing is left of it."""
-        self._records.remove(_key(SNAPSHOT, snapshot.record.name, snapshot.name))
-
-    def files(self, but: ServerSnapshot) -> set[SnapshotFile]:
-        """What all snapshots but one are made of, also of those that are being made."""
-        own = but.record.name, but.name
-        others = [each for each in self._all(SNAPSHOT) if (each["memory"], each["name"]) != own]
-        return {layer.file for each in others for layer in _snapshot(each).layers}
+        self._records.remove(_key(SNAPSHOT, snapshot.memory, snapshot.name))
 
     def begin_restore(self, restoring: Restoring) -> None:
         """Before the first collection. Raises Busy while another service restores a memory of that name."""
@@ -169,38 +87,18 @@ class SnapshotBook:
         """Nothing is left to be done for it."""
         self._records.remove(_key(RESTORE, restoring.record.name, restoring.token))
 
-    def unfinished(self) -> tuple[list[ServerSnapshot], list[Restoring]]:
-        """What was killed; records that cannot be read are logged."""
-        old = [
-            each for each in self._all() if each["state"] != READY and age_ms(each) > PATIENCE_MS
-        ]
-        snapshots = _readable(_snapshot, (each for each in old if each["kind"] == SNAPSHOT))
-        restores = _readable(_restoring, (each for each in old if each["kind"] == RESTORE))
-        return snapshots, restores
+    def killed(self) -> list[Restoring]:
+        """Restores that nobody works on any more; records that cannot be read are logged."""
+        old = (each for each in self._all(RESTORE) if age_ms(each) > PATIENCE_MS)
+        return _readable(old)
 
     def restores(self) -> list[Restoring]:
-        """Every restore that is under way, or was when its service was killed; as in unfinished()."""
-        return _readable(_restoring, self._all(RESTORE))
+        """Every restore that is under way, or was when its service was killed; as in killed()."""
+        return _readable(self._all(RESTORE))
 
-    def _all(self, kind: str = "") -> Iterator[dict[str, Any]]:
+    def _all(self, kind: str) -> Iterator[dict[str, Any]]:
         if self._records.exist():
-            yield from (each for each in self._records.all() if kind in ("", each["kind"]))
-
-    def _read(self, key: str) -> dict[str, Any] | None:
-        return self._records.read(key) if self._records.exist() else None
-
-    def _write(self, snapshot: ServerSnapshot, state: str) -> None:
-        body = {
-            "format": FORMAT,
-            "record": record_to_json(snapshot.record),
-            "service_version": snapshot.service_version,
-            "created_unix_ms": snapshot.created_unix_ms,
-            "layers": [asdict(layer) for layer in snapshot.layers],
-            "making": snapshot.making,
-            "making_since_ms": snapshot.making_since_ms,
-            "before": snapshot.before,
-        }
-        self._put(SNAPSHOT, snapshot.record.name, snapshot.name, state, body)
+            yield from (each for each in self._records.all() if each["kind"] == kind)
 
     def _put(self, kind: str, memory: str, name: str, state: str, body: dict[str, Any]) -> None:
         fields = {"kind": kind, "memory": memory, "name": name, "state": state}
@@ -211,12 +109,12 @@ def _key(*parts: str) -> str:
     return "/".join(parts)
 
 
-def _readable(decode: Callable[[dict[str, Any]], T], records: Iterable[dict[str, Any]]) -> list[T]:
+def _readable(records: Iterable[dict[str, Any]]) -> list[Restoring]:
     """What can be read: a service of another version may have written the others."""
     found = []
     for fields in records:
         try:
-            found.append(decode(fields))
+            found.append(_restoring(fields))
         except SnapshotInvalid as error:
             log.warning("%s; it is left as it is", error)
     return found
@@ -227,25 +125,14 @@ def _fresh(fields: dict[str, Any]) -> bool:
     return fields["state"] == UNFINISHED and age_ms(fields) <= PATIENCE_MS
 
 
-def _snapshot(fields: dict[str, Any]) -> ServerSnapshot:
-    body, record = _body(fields)
+def _earlier(fields: dict[str, Any]) -> EarlierSnapshot:
     try:
-        layers = [
-            LayerSnapshot(SnapshotFile(**each["file"]), each["entries"], each["exact"])
-            for each in body["layers"]
-        ]
-        return ServerSnapshot(
-            fields["name"],
-            record,
-            body["service_version"],
-            body["created_unix_ms"],
-            tuple(layers),
-            body["making"],
-            body["making_since_ms"],
-            tuple(body["before"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise _damaged(fields, error) from error
+        found = [each["file"] for each in json.loads(fields["body"])["layers"]]
+        files = tuple((str(each["collection"]), str(each["name"])) for each in found)
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("which files it has: %s", _damaged(fields, error))
+        files = ()
+    return EarlierSnapshot(fields["memory"], fields["name"], files)
 
 
 def _restoring(fields: dict[str, Any]) -> Restoring:

@@ -13,8 +13,8 @@ import pytest
 from knnmoe.v1 import snapshots_pb2 as pb
 from knnmoe.v1 import snapshots_pb2_grpc
 
-from router_service.errors import Busy
 from router_service.snapshots import server_book
+from router_service.snapshots.base import SnapshotRef
 from tests.congruence.fast_dir import fast_dir
 from tests.integration.server_snapshots import (
     KEY,
@@ -22,9 +22,8 @@ from tests.integration.server_snapshots import (
     LAYERS,
     Admin,
     collections_of,
-    files_of,
     fill,
-    opened_shelf,
+    opened_snapshots,
     records_of,
     serve,
     until,
@@ -36,6 +35,7 @@ from tests.sidecar import Sidecar
 __all__ = ["fast_dir"]
 
 MEMORY = "bible"
+MONDAY = SnapshotRef(MEMORY, "monday")
 REF = pb.SnapshotRef(memory=MEMORY, name="monday")
 
 
@@ -87,41 +87,39 @@ def stub(service: Sidecar) -> snapshots_pb2_grpc.SnapshotServiceStub:
     return snapshots_pb2_grpc.SnapshotServiceStub(service.channel)
 
 
-def snapshots_of(server: QdrantStandIn) -> list[Path]:
-    return [path for path in files_of(server, MEMORY) if path.suffix == ".snapshot"]
-
-
+@pytest.mark.parametrize(
+    ("method", "times"), [("Points/Scroll", 1), ("Points/Scroll", 6), ("ListCollectionAliases", 1)]
+)
 def test_while_a_snapshot_is_made(
-    server: QdrantStandIn, service: Sidecar, monkeypatch: pytest.MonkeyPatch
+    server: QdrantStandIn, service: Sidecar, method: str, times: int
 ) -> None:
+    """At its pages, at its listings, at its end: nothing is listed, and the next one can be made."""
     request = pb.CreateSnapshotRequest(memory=MEMORY, name="monday")
-    calls = 1 + LAYERS  # the first makes the collection of records
-    kill_at(server, service, "Snapshots/Create", stub(service).CreateSnapshot, request, calls)
-    until(lambda: len(snapshots_of(server)) == LAYERS)
-    with opened_shelf(server) as (snapshot_store, _):
-        snapshot_store.sweep()
-        assert snapshot_store.list("") == []
-        with pytest.raises(Busy, match="another snapshot of 'bible' is being made"):
-            list(snapshot_store.create(MEMORY, "monday", lambda *_: None))
-        assert len(snapshots_of(server)) == LAYERS  # it could be another service's
-        monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
-        snapshot_store.sweep()
-        assert (files_of(server, MEMORY), records_of(server)) == ([], 0)
-        [made] = snapshot_store.create(MEMORY, "monday", lambda *_: None)
-        assert snapshot_store.list(MEMORY) == [made]
+    kill_at(server, service, method, stub(service).CreateSnapshot, request, times)
+    with opened_snapshots(server, service.data) as (snapshots, _):
+        snapshots.sweep()
+        assert snapshots.list("") == []
+        home = service.data / "snapshots" / MEMORY
+        assert {path.name for path in home.glob("*")} <= {"LOCK"}
+        [made] = snapshots.create(MEMORY, "monday", lambda *_: None)
+        assert snapshots.list(MEMORY) == list(snapshots.verify(MONDAY, lambda *_: None)) == [made]
 
 
 @pytest.mark.usefixtures("changed", "much_later")
-def test_while_collections_are_filled(server: QdrantStandIn, service: Sidecar) -> None:
+@pytest.mark.parametrize(("method", "times"), [("CreateFieldIndex", 1), ("Points/Upsert", 4)])
+def test_while_collections_are_filled(
+    server: QdrantStandIn, service: Sidecar, method: str, times: int
+) -> None:
     """What served before serves on."""
     request = pb.RestoreSnapshotRequest(snapshot=REF, as_memory=MEMORY, replace=True)
     before = collections_of(server, MEMORY)
-    kill_at(server, service, "CreateFieldIndex", stub(service).RestoreSnapshot, request)
-    assert len(collections_of(server, MEMORY)) == LAYERS + 1
-    with opened_shelf(server) as (snapshot_store, store):
+    kill_at(server, service, method, stub(service).RestoreSnapshot, request, times)
+    assert len(collections_of(server, MEMORY)) > LAYERS
+    with opened_snapshots(server, service.data) as (snapshot_store, store):
         snapshot_store.sweep()
         assert store.get(MEMORY).record.settings.gamma == (0.5,)
-        assert (collections_of(server, MEMORY), records_of(server)) == (before, 1)
+        assert (collections_of(server, MEMORY), records_of(server)) == (before, 0)
+        assert [path.name for path in (service.data / "snapshots").iterdir()] == [MEMORY]
 
 
 @pytest.mark.usefixtures("changed")
@@ -132,7 +130,7 @@ def test_between_the_names_and_the_record(
     request = pb.RestoreSnapshotRequest(snapshot=REF, as_memory=MEMORY, replace=True)
     before = set(collections_of(server, MEMORY))
     kill_at(server, service, "UpdateAliases", stub(service).RestoreSnapshot, request)
-    with opened_shelf(server) as (snapshot_store, store):
+    with opened_snapshots(server, service.data) as (snapshot_store, store):
         snapshot_store.sweep()
         assert store.get(MEMORY).record.settings.gamma == (0.05,)
         monkeypatch.setattr(server_book, "PATIENCE_MS", -1)
@@ -140,6 +138,6 @@ def test_between_the_names_and_the_record(
         now = set(collections_of(server, MEMORY))
         assert len(now) == LAYERS
         assert now.isdisjoint(before)
-        assert records_of(server) == 1
+        assert records_of(server) == 0
         [info] = snapshot_store.list(MEMORY)
         assert info.entries == sum(layer.info().entries for layer in store.get(MEMORY).layers)

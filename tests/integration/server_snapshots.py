@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from router_service.cli.admin import app
 from router_service.memories.store import MemoryStore
 from router_service.settings import ServiceSettings
-from router_service.snapshots.base import SnapshotStore
+from router_service.snapshots.local import LocalSnapshotStore
 from router_service.storage import make_snapshot_store, make_store
 from tests.qdrant_standin import QdrantStandIn
 from tests.sidecar import (
@@ -35,7 +35,7 @@ KEY = "secret"
 KEY_VARIABLE = "ROUTER_SERVICE_QDRANT_API_KEY"
 LAYERS, ENTRIES = 2, 40
 PATIENCE_S = 60.0
-_METADATA = (("api-key", KEY),)
+METADATA = (("api-key", KEY),)
 
 
 class Admin:
@@ -104,9 +104,11 @@ def until(happened: Callable[[], object]) -> None:
 
 
 @contextmanager
-def opened_shelf(server: QdrantStandIn) -> Iterator[tuple[SnapshotStore, MemoryStore]]:
-    """As a service that starts has it, before it sweeps."""
-    where: dict[str, Any] = {"backend": server.url, "data": None}
+def opened_snapshots(
+    server: QdrantStandIn, data: Path
+) -> Iterator[tuple[LocalSnapshotStore, MemoryStore]]:
+    """As a service that starts has them, before it sweeps."""
+    where: dict[str, Any] = {"backend": server.url, "data": data}
     settings = ServiceSettings(**where)
     backend, store = make_store(settings)
     store.open_all()
@@ -116,27 +118,26 @@ def opened_shelf(server: QdrantStandIn) -> Iterator[tuple[SnapshotStore, MemoryS
 
 
 @contextmanager
-def _channel(server: QdrantStandIn) -> Iterator[grpc.Channel]:
+def channel_of(server: QdrantStandIn) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield channel
 
 
 def collections_of(server: QdrantStandIn, memory: str) -> list[str]:
     """Names of the collections that were made for a memory."""
-    with _channel(server) as channel:
+    with channel_of(server) as channel:
         stub = q.CollectionsStub(channel)
-        reply = stub.List(q.ListCollectionsRequest(), metadata=_METADATA)
+        reply = stub.List(q.ListCollectionsRequest(), metadata=METADATA)
     return sorted(each.name for each in reply.collections if f"~{memory}~" in each.name)
 
 
-def files_of(server: QdrantStandIn, memory: str) -> list[Path]:
-    """What the server keeps of a memory's snapshots, with the checksums."""
-    found = (server.directory / "snapshots").glob(f"*~{memory}~*/*")
-    return sorted(found)
-
-
 def records_of(server: QdrantStandIn) -> int:
-    """How many snapshots and restores are written down."""
-    request = q.CountPoints(collection_name="knnmoe~snapshots", exact=True)
-    with _channel(server) as channel:
-        return int(q.PointsStub(channel).Count(request, metadata=_METADATA).result.count)
+    """How many restores are written down."""
+    name = "knnmoe~snapshots"  # made at its first use
+    with channel_of(server) as channel:
+        there = q.CollectionExistsRequest(collection_name=name)
+        reply = q.CollectionsStub(channel).CollectionExists(there, metadata=METADATA)
+        if not reply.result.exists:
+            return 0
+        request = q.CountPoints(collection_name=name, exact=True)
+        return int(q.PointsStub(channel).Count(request, metadata=METADATA).result.count)

@@ -95,12 +95,14 @@ class RestoreSnapshotRequest(_message.Message):
     def __init__(self, snapshot: _Optional[_Union[SnapshotRef, _Mapping]] = ..., as_memory: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
 
 class RestoreSnapshotResponse(_message.Message):
-    __slots__ = ("operation", "memory")
+    __slots__ = ("operation", "memory", "remark")
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    REMARK_FIELD_NUMBER: _ClassVar[int]
     operation: _operations_pb2.Operation
     memory: _routing_pb2.MemoryDescription
-    def __init__(self, operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
+    remark: str
+    def __init__(self, operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ..., remark: _Optional[str] = ...) -> None: ...
 
 class PackSnapshotRequest(_message.Message):
     __slots__ = ("memory", "name", "path")

@@ -73,7 +73,7 @@ class SnapshotServiceServicer:
 
     def CreateSnapshot(self, request, context):
         """Copies all layers as they are at one moment. Writes wait while files are copied; lookups go on. On a Qdrant server
-        each layer is copied at a moment of its own, and writes go on too.
+        they wait for the last listing of the entries only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -387,12 +387,15 @@ class EdgeBackend(Backend, Hurried):
             self._directory_lock = DirectoryLock(data_dir)
 
     @override
-    def create(self, name: str, spec: CollectionSpec) -> EdgeCollection:
+    def create(
+        self, name: str, spec: CollectionSpec, compression: Compression | None = None
+    ) -> EdgeCollection:
+        """`compression`: what optimize() builds; not one apart, whose search keys are there from the beginning."""
         files = self._files(name)
         with self._lock:
             if files.exists():
                 raise StorageError(f"{files.directory} already holds a collection")
-            pointer = Pointer(0, spec, Compression())
+            pointer = Pointer(0, spec, compression or Compression())
             self._create_files(files, pointer)
             return self._opened(name, files, pointer)
 

@@ -348,6 +348,12 @@ class ServerBackend(Backend, Renaming, Pinning):
             if each.name == collection:
                 each.versions.advance()
 
+    def unopened(self, name: str, spec: CollectionSpec, collection: str) -> ServerCollection:
+        """The collection of that own name, to which `name` is to lead; close() leaves it alone."""
+        return ServerCollection(
+            self.connection, collection, self._alias(name), spec, self._unfinished
+        )
+
     def _opened(self, name: str, spec: CollectionSpec, collection: str) -> ServerCollection:
         rest = self.connection, collection, self._alias(name), spec, self._unfinished
         planned = _is_planned(collection)

@@ -116,6 +116,7 @@ _QUERIES_PER_CALL = 64
 _FLOATS_PER_UPDATE = 1 << 19
 _FLOATS_PER_PAGE = 1 << 20
 _MOST_PER_CALL = 1024
+_MOST_LISTED = 4096
 _POLL_S = 0.2
 _BUT_VALUES = q.WithPayloadSelector(exclude=q.PayloadExcludeSelector(fields=[VALUE]))
 # Of a layer that is scanned (2,048 x 2,048), for the codes of a small one miss neighbours (docs/recall.md).
@@ -226,24 +227,34 @@ class ServerCollection(Collection):
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:  # the server's matter
         """What a return means is the server's write consistency, not fsync."""
         self._require_open()
+        requests = self._upserts(entries, wait=self._options.wait)
+        with self._changing(), self._unfinished.writing(requests) as acknowledged:
+            for request in requests:
+                self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
+                acknowledged()
+
+    def fill(self, entries: Entries) -> None:
+        """Writes entries before any name leads here: nobody goes on with what fails, for the collection goes then."""
+        self._require_open()
+        for request in self._upserts(entries, wait=True):
+            self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
+
+    def _upserts(self, entries: Entries, *, wait: bool) -> list[Any]:
+        """Requests that write entries, of repeated ids the last. Raises InvalidField on a zero vector under cosine."""
         keys = as_stored(entries.keys, self._spec.metric, "keys")
         _, last = np.unique(entries.ids[::-1], return_index=True)
         kept = np.sort(len(entries) - 1 - last)
         points = messages.points_of(replace(entries, keys=keys).take(kept))
         step = min(max(_FLOATS_PER_UPDATE // self._spec.dimension, 8), _MOST_PER_CALL)
-        requests = [
+        return [
             q.UpsertPoints(
                 collection_name=self._name,
-                wait=self._options.wait,
+                wait=wait,
                 points=points[start : start + step],
                 ordering=self._ordering,
             )
             for start in range(0, len(points), step)
         ]
-        with self._changing(), self._unfinished.writing(requests) as acknowledged:
-            for request in requests:
-                self._connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
-                acknowledged()
 
     @override
     def delete(self, ids: U64, *, fsync: bool = False) -> int:  # the server's matter
@@ -260,7 +271,7 @@ class ServerCollection(Collection):
                     self._delete(versions)
                 deleted += len(found)
         if not deleted:
-            self._require_led_to()
+            self.require_led_to()
         return deleted
 
     def _delete(self, versions: Sequence[Version]) -> None:
@@ -287,9 +298,10 @@ class ServerCollection(Collection):
         finally:
             self.versions.advance()  # what fails may have been done all the same
             self._recount_at = -math.inf
-        self._require_led_to()
+        self.require_led_to()
 
-    def _require_led_to(self) -> None:
+    def require_led_to(self) -> None:
+        """Raises CollectionClosed when another collection has come into its place."""
         request = q.ListCollectionAliasesRequest(collection_name=self._name)
         found = self._connection.call(
             "collections", "ListCollectionAliases", request, WRITE_TIMEOUT_S
@@ -314,15 +326,46 @@ class ServerCollection(Collection):
         return Entries.concat(pages, dimension, self._spec.value_width)
 
     def _page(self, after: int | None, size: int, dimension: int) -> Entries:
+        found = self._scrolled(after, size, keys=bool(dimension))
+        return messages.entries_from(found, dimension, self._spec.value_width)
+
+    def _scrolled(self, after: int | None, size: int, *, keys: bool) -> list[Any]:
         request = q.ScrollPoints(
             collection_name=self._name,
             offset=None if after is None else q.PointId(num=after + 1),
             limit=size,
             with_payload=q.WithPayloadSelector(enable=True),
-            with_vectors=q.WithVectorsSelector(enable=bool(dimension)),
+            with_vectors=q.WithVectorsSelector(enable=keys),
         )
-        found = self._connection.call("points", "Scroll", request, WRITE_TIMEOUT_S).result
-        return messages.entries_from(found, dimension, self._spec.value_width)
+        return list(self._connection.call("points", "Scroll", request, WRITE_TIMEOUT_S).result)
+
+    def copied(self, after: int | None) -> tuple[Entries, U64]:
+        """The next page of entries above an id, and their digests; empty after the last."""
+        self._require_open()
+        return self._digested(self._scrolled(after, self.entries_per_page, keys=True))
+
+    def copied_ids(self, ids: U64) -> tuple[Entries, U64]:
+        """Those of these ids that are there, in any order, and their digests; as many as a page has at most."""
+        self._require_open()
+        return self._digested(self._get(ids, q.WithPayloadSelector(enable=True), keys=True))
+
+    def listed(self, after: int | None) -> tuple[U64, U64]:
+        """Ids [n] and digests [n] of the next entries above an id; an eighth of the time of scroll() without keys."""
+        self._require_open()
+        most = max(_FLOATS_PER_PAGE // self._spec.value_width, 16)
+        found = self._scrolled(after, min(most, _MOST_LISTED), keys=False)
+        ids = np.fromiter((point.id.num for point in found), np.uint64, len(found))
+        return ids, messages.digests_from(found)
+
+    @property
+    def entries_per_page(self) -> int:
+        """Of copied()."""
+        wide = max(self._spec.dimension, self._spec.value_width)
+        return min(max(_FLOATS_PER_PAGE // wide, 16), _MOST_PER_CALL)
+
+    def _digested(self, points: Sequence[Any]) -> tuple[Entries, U64]:
+        entries = messages.entries_from(points, self._spec.dimension, self._spec.value_width)
+        return entries, messages.digests_from(points)
 
     @override
     def provenance(self, ids: U64) -> dict[int, Provenance]:
@@ -333,13 +376,13 @@ class ServerCollection(Collection):
                 found[point.id.num] = provenance_of(messages.payload_from(point))
         return found
 
-    def _get(self, ids: U64, payload: Any) -> list[Any]:
+    def _get(self, ids: U64, payload: Any, *, keys: bool = False) -> list[Any]:
         """Points of these ids with some of their payload (WithPayloadSelector)."""
         request = q.GetPoints(
             collection_name=self._name,
             ids=messages.point_ids(ids),
             with_payload=payload,
-            with_vectors=q.WithVectorsSelector(enable=False),
+            with_vectors=q.WithVectorsSelector(enable=keys),
         )
         return list(self._connection.call("points", "Get", request, WRITE_TIMEOUT_S).result)
 
@@ -368,26 +411,28 @@ class ServerCollection(Collection):
         if not self._optimizing.acquire(blocking=False):
             raise Busy(f"{self._name} is being optimized; try again when that is done")
         try:
-            self._quantize(compression)
+            if compression is not None and not self.quantize(compression):
+                raise BackendMisconfigured(
+                    f"Qdrant {self._connection.version} at {self._options.url} does not know {compression.label}; "
+                    "upgrade it, or choose another quantization"
+                )
             self._wait_until_optimized(report)
         finally:
             self._optimizing.release()
 
-    def _quantize(self, wanted: Compression | None) -> None:
-        if wanted is None:
-            return
+    def quantize(self, wanted: Compression) -> bool:
+        """Tells the server what is wanted; False when it does not know it.
+
+        Raises InvalidField for search keys apart.
+        """
         require_own(wanted)
         if compression_from(self._state().config) == wanted:
-            return
+            return True
         diff = quantization_diff(wanted.quantization)
         request = q.UpdateCollection(collection_name=self._name, quantization_config=diff)
         self._connection.call("collections", "Update", request, ADMIN_TIMEOUT_S)
         # An older server skips what it does not know
-        if compression_from(self._state().config) != wanted:
-            raise BackendMisconfigured(
-                f"Qdrant {self._connection.version} at {self._options.url} does not know {wanted.label}; "
-                "upgrade it, or choose another quantization"
-            )
+        return compression_from(self._state().config) == wanted
 
     def _wait_until_optimized(self, report: Report) -> None:
         """Until the server says so twice: it may not have begun at the first time."""

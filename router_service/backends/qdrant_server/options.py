@@ -42,7 +42,6 @@ class ServerOptions:
     ordering: WriteOrdering = WriteOrdering.WEAK
     timeout_s: float = 1.0  # of a lookup
     connections: int = 4
-    rest_port: int | None = None  # None: the one before gRPC's
     named_by: str = BACKEND_SETTING  # what errors tell to change
 
     @property

@@ -33,7 +33,8 @@ from router_service.memories.swap import replace_memory
 from router_service.operations import Operations
 from router_service.settings import QdrantSettings, ServiceSettings
 from router_service.snapshots import server as server_snapshots
-from router_service.snapshots.base import SnapshotRef, SnapshotStore
+from router_service.snapshots.base import SnapshotRef
+from router_service.snapshots.local import LocalSnapshotStore
 from router_service.storage import make_snapshot_store, make_store, opened_store
 from tests.qdrant_standin import QdrantStandIn
 from tests.unit.router_service.numbered_memory import (
@@ -234,10 +235,12 @@ RESTORED = SnapshotRef("bible", "monday"), "bible", True, quiet
 
 @pytest.fixture
 def restoring(
-    server: QdrantStandIn, store: MemoryStore
-) -> Iterator[tuple[MemoryStore, SnapshotStore]]:
+    server: QdrantStandIn, store: MemoryStore, fast_dir: Path
+) -> Iterator[tuple[MemoryStore, LocalSnapshotStore]]:
     """Another service and its snapshots: `monday` of `bible`, which has other entries and settings since."""
-    settings = ServiceSettings(backend=server.url, data=None, qdrant=QDRANT)
+    settings = ServiceSettings(
+        backend=server.url, data=None, snapshot_dir=fast_dir / "snapshots", qdrant=QDRANT
+    )
     backend, made = make_store(settings)
     made.open_all()
     snapshots = make_snapshot_store(settings, backend, made)
@@ -252,7 +255,7 @@ def restoring(
 
 def test_a_memory_that_is_restored_in_place(
     store: MemoryStore,
-    restoring: tuple[MemoryStore, SnapshotStore],
+    restoring: tuple[MemoryStore, LocalSnapshotStore],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     restorer, snapshots = restoring
@@ -328,7 +331,7 @@ def test_who_began_it_finishes_it(
 
 
 def test_a_server_that_goes_away_before_the_record_of_what_is_restored_is_written(
-    server: QdrantStandIn, store: MemoryStore, restoring: tuple[MemoryStore, SnapshotStore]
+    server: QdrantStandIn, store: MemoryStore, restoring: tuple[MemoryStore, LocalSnapshotStore]
 ) -> None:
     restorer, snapshots = restoring
     old = asked(store)

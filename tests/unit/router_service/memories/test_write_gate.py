@@ -71,3 +71,50 @@ def test_a_write_that_begins_during_a_deletion_comes_after_it() -> None:
         assert watch.delete(_ids(1), delete) == (1, 0)
     writer.join()
     assert events == ["deleted", "written"]
+
+
+def test_closed_until_it_is_open_again() -> None:
+    """Who was at work ends first; writes and deletions that come wait."""
+    gate, events = WriteGate(), list[str]()
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with gate.writing(_ids(1)):
+            inside.set()
+            leave.wait()
+            events.append("first")
+
+    def write() -> None:
+        with gate.writing(_ids(2)):
+            events.append("later")
+
+    def delete() -> None:
+        with gate.watched() as watch:
+            watch.delete(_ids(3), lambda ids: events.append("later") or len(ids))
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    inside.wait()
+    threading.Timer(0.05, leave.set).start()
+    with gate.closed():
+        assert events == ["first"]
+        threads += [threading.Thread(target=write), threading.Thread(target=delete)]
+        for thread in threads[1:]:
+            thread.start()
+        threads[1].join(0.05)
+        assert events == ["first"]
+    for thread in threads:
+        thread.join()
+    assert events == ["first", "later", "later"]
+
+
+def test_what_was_written_is_taken_once_it_has_ended() -> None:
+    gate = WriteGate()
+    with gate.watched() as watch:
+        with gate.writing(_ids(1)):
+            with gate.writing(_ids(7, 5)):
+                pass
+            assert watch.taken().tolist() == [1, 5, 7]
+            assert watch.taken().tolist() == [1]  # it is still being written
+        assert watch.taken().tolist() == [1]
+        assert watch.taken().tolist() == []

@@ -24,7 +24,7 @@ from tests.unit.router_service.numbered_memory import answers, assert_same_answe
 
 @pytest.fixture
 def brought(store: MemoryStore, snapshot_store: Path) -> LocalSnapshotStore:
-    return LocalSnapshotStore(store, snapshot_store, min_free_bytes=0)
+    return LocalSnapshotStore(store, snapshot_store, 0, snapshot_store.with_name("packs"))
 
 
 def _packed(snapshot: SnapshotInfo, directory: Path) -> Path:
@@ -52,7 +52,7 @@ def test_an_archive_leaves_nothing_behind(
     ref = SnapshotRef(path=str(_packed(snapshot, tmp_path)))
     [info] = brought.verify(ref, say_nothing)
     assert info.path == tmp_path / "monday.tar"
-    [copy] = brought.restore(ref, "copy", False, say_nothing)
+    [(copy, _)] = brought.restore(ref, "copy", False, say_nothing)
     assert_same_answers(answers(copy), expected)
     assert [path.name for path in snapshot_store.iterdir()] == ["bible"]
 
@@ -103,6 +103,18 @@ def test_what_a_killed_service_left_is_swept(
     brought.sweep()
     assert [path.name for path in snapshot_store.iterdir()] == ["bible"]
     LocalSnapshotStore(brought._store, snapshot_store / "nowhere").sweep()
+
+
+def test_services_that_share_the_directory(
+    brought: LocalSnapshotStore, store: MemoryStore, snapshot: SnapshotInfo, snapshot_store: Path
+) -> None:
+    """What one of them is at work on is not swept by another that starts."""
+    other = LocalSnapshotStore(store, snapshot_store, 0)
+    with local.scratch(snapshot_store) as directory:
+        (directory / "file").touch()
+        other.sweep()
+        assert (directory / "file").exists()
+    assert [path.name for path in snapshot_store.iterdir()] == ["bible"]
 
 
 @pytest.mark.parametrize("path", ["relative", "a\0b", "/x" * 2000, "/" + "x" * 300])
@@ -272,5 +284,5 @@ def test_hits_of_a_replaced_memory_go_on(
     answers(memory)
     before = memory.layer(0).hits.summary()
     assert before.total > 0
-    [restored] = brought.restore(SnapshotRef("bible", "monday"), "bible", True, say_nothing)
+    [(restored, _)] = brought.restore(SnapshotRef("bible", "monday"), "bible", True, say_nothing)
     assert restored.layer(0).hits.summary() == before
