@@ -30,8 +30,7 @@ class WriteGate:
             self._writes += 1
             number = self._writes
             self._under_way[number] = ids
-            for watch in self._watches:
-                watch.written.append(ids)
+            self.changing(ids)
         try:
             yield
         finally:
@@ -52,6 +51,12 @@ class WriteGate:
             with self.lock:
                 self._closed -= 1
                 self._changed.notify_all()
+
+    def changing(self, ids: U64, but: Watch | None = None) -> None:
+        """Tells every watch but one; for who holds the lock."""
+        for watch in self._watches:
+            if watch is not but:
+                watch.written.append(ids)
 
     def under_way(self) -> list[U64]:
         """The ids of each write that has begun and not ended; for who holds the lock."""
@@ -75,7 +80,7 @@ class WriteGate:
 
 
 class Watch:
-    """Which entries were written since it was opened."""
+    """Which entries were written since it was opened, or deleted by others."""
 
     def __init__(self, gate: WriteGate, under_way: list[U64]) -> None:
         self._gate = gate
@@ -91,6 +96,7 @@ class Watch:
             if self.written:
                 self.written = [np.unique(np.concatenate(self.written))]
             still = ids[~np.isin(ids, self.written[0])] if self.written else ids
+            self._gate.changing(still, but=self)
             return (delete(still) if len(still) else 0), len(ids) - len(still)
 
     def taken(self) -> U64:
@@ -100,4 +106,13 @@ class Watch:
         """
         with self._gate.lock:
             written, self.written = self.written, self._gate.under_way()
-        return np.unique(np.concatenate([np.empty(0, np.uint64), *written]))
+        return _each_once(written)
+
+    def seen(self) -> U64:
+        """What taken() would return now."""
+        with self._gate.lock:
+            return _each_once(self.written)
+
+
+def _each_once(ids: list[U64]) -> U64:
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *ids]))

@@ -3,14 +3,16 @@
 Entries are copied while lookups and writes go on. Then each layer is listed again without its keys, and what is no
 longer as it was copied is copied again, until a listing finds nothing: then each entry was the same from its copy to
 that listing, so the copy is the memory of the moment at which the listing began. While this service's own writes keep
-it from that, they wait for the last listing. What it cannot see is what another service changed and changed back
-between two listings, and a key that came without another creation time.
+it from that, they wait until those before them are copied too; that is the moment then, and what they write after it is
+left out of the listing. What it cannot see is what another service changed and changed back, or this service wrote
+over, between two listings, and a key that another service changed without another creation time.
 
 In RAM are 16 bytes per entry, the value rows of the layers under way, and the entries that the last listing found.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +38,8 @@ T = TypeVar("T")
 
 # Layers that are copied at a time, each with an engine process when they are large.
 _TOGETHER = 4
-# How often a layer is listed while writes go on, and while they wait.
-_LISTINGS, _LISTINGS_IN_PAUSE = 8, 4
+# How often a layer is listed while writes go on; and then after writes have waited.
+_LISTINGS, _PAUSES = 8, 4
 # What is copied between two flushes of the engine, whose log would hold all of it once more.
 _FLUSHED_BYTES = 256 << 20
 _LOOK_S = 0.05
@@ -136,8 +138,13 @@ class LayerCopy:
                 self.done += len(page)
             self._ids, self._digests = np.concatenate(ids), np.concatenate(digests)
 
-    def changes(self, written: U64, tick: Tick) -> Changes:
-        """Lists the layer. `written`: ids of what is read again whatever the listing says."""
+    def changes(
+        self, written: U64, tick: Tick, but: Callable[[], U64] = lambda: _NO_IDS
+    ) -> Changes:
+        """Lists the layer. `written`: ids of what is read again whatever the listing says.
+
+        `but`: asked for after it, ids of what stays as it was copied.
+        """
         ids, digests, after = [_NO_IDS], [_NO_IDS], None
         while True:
             tick()
@@ -153,7 +160,8 @@ class LayerCopy:
         same = known.copy()
         same[known] = self._digests[rows[known]] == marks[known]
         gone = self._ids[~np.isin(self._ids, listed)]
-        return self.read(np.unique(np.concatenate([listed[~same], gone, written])), tick)
+        changed = np.setdiff1d(np.concatenate([listed[~same], gone, written]), but())
+        return self.read(changed, tick)
 
     def read(self, ids: U64, tick: Tick) -> Changes:
         """The entries of these ids as they are now; from here on they count as copied, see apply()."""
@@ -255,7 +263,7 @@ class _Copying:
     ) -> None:
         self._memory, self._layers, self._watches = memory, layers, watches
         self._current, self._report = current, report
-        self._record, self._listed_ms = memory.record, 0  # at the beginning of the last listing
+        self._record, self._moment_ms = memory.record, 0  # of which the copy is
         self._entries = sum(layer.info().entries for layer in memory.layers)
 
     def run(self) -> Copied:
@@ -273,30 +281,36 @@ class _Copying:
         self._each("check the copy", [layer.require_led_to for layer in self._layers])
         self._current()
         entries = tuple(layer.entries for layer in self._layers)
-        return Copied(self._record, self._listed_ms, pause_ms, entries)
+        return Copied(self._record, self._moment_ms, pause_ms, entries)
 
     def _paused(self) -> int:
-        """The last listings, while this service's writes wait; how long they did, in ms."""
-        started, rounds = time.monotonic(), list[list[Changes]]()
-        with ExitStack() as pause:
-            for layer in self._memory.layers:
-                pause.enter_context(layer.gate.closed())
-            # What was written here since the last listing began is known: the first of these may find nothing then.
-            rounds.append(self._each("read what was written", self._jobs(LayerCopy.read)))
-            for _ in range(_LISTINGS_IN_PAUSE):
-                rounds.append(self._changes())
-                if not any(map(len, rounds[-1])):
-                    break
-            else:
-                self._refuse(sum(map(len, rounds[-1])))
-        pause_ms = round(1000 * (time.monotonic() - started))
+        """A moment up to which all is copied that this service wrote; how long its writes waited at the most, in ms."""
+        rounds, longest_s = list[list[Changes]](), 0.0
+        for _ in range(_PAUSES):
+            started = time.monotonic()
+            with ExitStack() as pause:
+                for layer in self._memory.layers:
+                    pause.enter_context(layer.gate.closed())
+                self._look()
+                rounds.append(self._each("read what was written", self._jobs(LayerCopy.read)))
+            longest_s = max(longest_s, time.monotonic() - started)
+            pairs = zip(self._layers, self._watches, strict=True)
+            jobs = [partial(layer.changes, _NO_IDS, but=watch.seen) for layer, watch in pairs]
+            rounds.append(self._each("list entries", jobs))
+            if not any(map(len, rounds[-1])):
+                break
+        else:
+            self._refuse(sum(map(len, rounds[-1])))
         self._apply(list(zip(*rounds, strict=True)))
-        return pause_ms
+        return math.ceil(1000 * longest_s)
 
     def _changes(self) -> list[Changes]:
         """Of each layer, by a listing that begins now."""
-        self._record, self._listed_ms = self._current(), time.time_ns() // 1_000_000
+        self._look()
         return self._each("list entries", self._jobs(LayerCopy.changes))
+
+    def _look(self) -> None:
+        self._record, self._moment_ms = self._current(), time.time_ns() // 1_000_000
 
     def _jobs(
         self, read: Callable[[LayerCopy, U64, Tick], Changes]
@@ -321,7 +335,7 @@ class _Copying:
 
     def _refuse(self, changed: int) -> None:
         raise Busy(
-            f"memory {self._record.name!r} is written to by others than this service: {changed} entries changed within "
-            f"the last of {_LISTINGS_IN_PAUSE} listings while its own writes waited; pause the other writers while it "
-            "is copied, or try again"
+            f"memory {self._record.name!r} is written to by others than this service: {changed} entries changed before "
+            f"the last of {_LISTINGS} to {_LISTINGS + _PAUSES} listings ended; pause the other writers while it is "
+            "copied, or try again"
         )

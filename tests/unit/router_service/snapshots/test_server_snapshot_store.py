@@ -28,6 +28,7 @@ from router_service.errors import (
     SnapshotNotFound,
     StorageError,
 )
+from router_service.memories.deletion import delete_entries
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.settings import Similarity
 from router_service.snapshots import copying
@@ -79,8 +80,8 @@ def after(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], object])
     """Acts whenever a copy has done a step of the first layer."""
     original = getattr(copying.LayerCopy, step)
 
-    def then_act(layer: copying.LayerCopy, *arguments: Any) -> Any:
-        done = original(layer, *arguments)
+    def then_act(layer: copying.LayerCopy, *arguments: Any, **named: Any) -> Any:
+        done = original(layer, *arguments, **named)
         if layer.name == "layer-000":
             act()
         return done
@@ -276,6 +277,49 @@ def test_all_layers_are_of_one_moment(service: Service) -> None:
             assert len(first) == len(second) == 1
             assert before <= second.pop() <= first.pop() <= second_of(found) + 1
     assert counts(store.get("bible")) == [100, 100]
+
+
+def test_writes_go_on_while_the_last_listing_lasts(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes during it is not in the snapshot, nor half of it."""
+    store, snapshot_store = service
+    memory, generation = store.get("bible"), iter(range(1, 10**6))
+
+    def write() -> None:
+        number = next(generation)
+        for layer in range(MODEL.num_layers):
+            memory.upsert(layer, MODEL.digest(), numbered(number, layer))
+
+    after(monkeypatch, "fill", write)
+    after(monkeypatch, "changes", write)
+    [made] = snapshot_store.create("bible", "monday", quiet)
+    monkeypatch.undo()
+    assert made.write_pause_ms > 0
+    [(copy, _)] = snapshot_store.restore(MONDAY, "copy", False, quiet)
+    found = [set(stored(copy, layer).values[:5].ravel().tolist()) for layer in (0, 1)]
+    [first], [second] = found
+    assert first == second < next(generation) - 1
+
+
+def test_a_deletion_while_the_last_listing_lasts(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, snapshot_store = service
+    memory, numbers = store.get("bible"), iter(range(1, 100))
+
+    def forget() -> None:
+        delete_entries(memory, memory.layers, np.array([next(numbers)], np.uint64))
+
+    after(monkeypatch, "fill", forget)
+    after(monkeypatch, "changes", forget)
+    [made] = snapshot_store.create("bible", "monday", quiet)
+    monkeypatch.undo()
+    assert made.write_pause_ms > 0
+    [(copy, _)] = snapshot_store.restore(MONDAY, "copy", False, quiet)
+    gone = [set(range(100)) - set(stored(copy, layer).ids.tolist()) for layer in (0, 1)]
+    assert gone[0] == gone[1] == set(range(1, 1 + len(gone[0])))
+    assert len(gone[0]) < next(numbers) - 1
 
 
 def second_of(found: list[Any]) -> float:
