@@ -60,6 +60,28 @@ def test_nodes_lost_in_turn(cluster: QdrantCluster, fast_dir: Path, writes: int)
             service.stop_cleanly()
 
 
+@pytest.mark.parametrize("loss", LOSSES[:2], ids=["killed", "hung"])
+def test_a_memory_made_while_a_node_is_lost(
+    cluster: QdrantCluster, fast_dir: Path, loss: Loss
+) -> None:
+    lose, bring_back = loss
+    with ExitStack() as stack:
+        services = [
+            stack.enter_context(Sidecar(fast_dir / f"data-{n}", **options(cluster, n, 1)))
+            for n in range(2)
+        ]
+        lose(cluster.peers[2])
+        with Load(services) as load:
+            load.wait_for_more(acknowledged=20, lookups=10)
+            bring_back(cluster.peers[2])
+            load.wait_for_more(acknowledged=10, lookups=10)
+            with load.at_rest():
+                wait_until_equal(cluster)
+                load.check()
+        for service in services:
+            service.stop_cleanly()
+
+
 def options(cluster: QdrantCluster, first: int, writes: int) -> dict[str, object]:
     """Of a service that is given all nodes, one of them first."""
     urls = cluster.urls[first:] + cluster.urls[:first]
