@@ -320,8 +320,15 @@ class MemoryStore:
         check()
         if isinstance(self._backend, Pinning):
             record = replace(record, collections=self._backend.planned(collection_names(record)))
-            self._catalogue.begin(record, whole=True)
-            return RoutingMemory(record, self.open_layers(record))
+            planned = self.open_layers(record)
+            try:
+                self._catalogue.begin(
+                    record, whole=True
+                )  # the memory is there with that, and nothing can fail
+            except BaseException:
+                close_all(planned)
+                raise
+            return RoutingMemory(record, planned)
 
         def make(number: int, name: str) -> None:
             check()

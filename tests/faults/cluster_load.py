@@ -30,6 +30,8 @@ from tests.sidecar import LOGIT_DELTA, Sidecar
 NAME, LAYERS = "law", 2
 MODEL = {"num_layers": LAYERS, "hidden_size": DIMENSION, "num_experts": EXPERTS}
 CALL_S, WAIT_S = 30.0, 60.0
+# Until a node that is cut off is set aside, on a busy machine.
+_LAG_S = 10.0
 _IDS_PER_WRITER = 150
 _SOURCE = "load"
 # What a client may be told while a cluster changes: to try again.
@@ -104,6 +106,8 @@ class Load:
         self.wrong: list[str] = []
         self._changed = threading.Condition()  # of the three above
         self._stamp = 0
+        self.phase = "whole"  # what happens to the cluster, for who reads what went wrong
+        self.cut_off = False  # whether a node is, or was a moment ago
         self._resting = self._ended = False
         self._busy = 0
         count = len(self._callers)
@@ -192,8 +196,8 @@ class Load:
             self.expected.begin(layer, facts)
         if self._done("upserts", lambda: self._callers[service].upsert(layer, ids, stamps)):
             self._acknowledge(layer, facts)
-            for caller in self._callers:
-                self._check_found(caller, layer, ids, key_of(ids, stamps))
+            for number in range(len(self._callers)):
+                self._check_found(number, layer, ids, key_of(ids, stamps), own=number == service)
 
     def _delete(self, service: int, layer: int, ids: list[int]) -> None:
         gone: dict[int, Fact | None] = dict.fromkeys(ids)
@@ -203,8 +207,8 @@ class Load:
         if self._done("deletes", lambda: self._callers[service].delete(layer, ids)):
             self._acknowledge(layer, gone)
             known = {i: fact.stamp for i, fact in before.items() if fact is not None}
-            for caller in self._callers if known else ():
-                self._check_gone(caller, layer, known)
+            for number in range(len(self._callers)) if known else ():
+                self._check_gone(number, layer, known, own=number == service)
 
     def _acknowledge(self, layer: int, facts: dict[int, Fact | None]) -> None:
         with self._changed:
@@ -212,17 +216,38 @@ class Load:
             self.done["acknowledged"] += 1
             self._changed.notify_all()
 
-    def _check_found(self, caller: Caller, layer: int, ids: list[int], keys: Any) -> None:
-        found: list[list[int]] = []
-        looked = self._done("checks", lambda: found.append(caller.nearest(layer, keys)))
-        if looked and found[0] != ids:
-            self._blame(f"layer {layer}: {ids} were acknowledged, {found[0]} found")
+    def _check_found(
+        self, number: int, layer: int, ids: list[int], keys: Any, *, own: bool
+    ) -> None:
+        wrong = self._asked(number, layer, keys, own, lambda found: found != ids)
+        if wrong:
+            self._blame(f"layer {layer}: {ids} were acknowledged, {wrong} found by {number}")
 
-    def _check_gone(self, caller: Caller, layer: int, known: dict[int, int]) -> None:
-        keys, found = key_of(known, known.values()), list[list[int]]()
-        looked = self._done("checks", lambda: found.append(caller.nearest(layer, keys)))
-        if looked and set(found[0]) & set(known):
-            self._blame(f"layer {layer}: {list(known)} were deleted, {found[0]} found")
+    def _check_gone(self, number: int, layer: int, known: dict[int, int], *, own: bool) -> None:
+        keys = key_of(known, known.values())
+        wrong = self._asked(number, layer, keys, own, lambda found: bool(set(found) & set(known)))
+        if wrong:
+            self._blame(f"layer {layer}: {list(known)} were deleted, {wrong} found by {number}")
+
+    def _asked(
+        self, number: int, layer: int, keys: Any, own: bool, is_wrong: Callable[[list[int]], bool]
+    ) -> list[int]:
+        """What a service finds, if that is wrong.
+
+        What was written through one service another may miss for a while, should it ask a node that is cut off from the
+        others and has not been set aside yet; see docs/qdrant-server.md.
+        """
+        found: list[int] = []
+
+        def look() -> None:
+            found[:] = self._callers[number].nearest(layer, keys)
+
+        may_lag, end = self.cut_off and not own, time.monotonic() + _LAG_S
+        while self._done("checks", look) and is_wrong(found):
+            if not may_lag or time.monotonic() > end:
+                return found
+            time.sleep(0.05)
+        return []
 
     def _look(self, service: int) -> None:
         rng = np.random.default_rng(100 + service)
@@ -249,7 +274,7 @@ class Load:
 
     def _blame(self, problem: str) -> None:
         with self._changed:
-            self.wrong.append(problem)
+            self.wrong.append(f"{self.phase}: {problem}")
             self._changed.notify_all()
 
     @contextmanager

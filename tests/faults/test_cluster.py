@@ -1,7 +1,7 @@
 """Nodes of a Qdrant cluster are lost in turn while two services write and look up.
 
-No acknowledged write is lost, nothing stale is found, nothing is INTERNAL, lookups go on, and in the end all replicas
-hold the same.
+No acknowledged write is lost, nothing stale is found (but by another service than the one that wrote, for a moment,
+while a node is cut off), nothing is INTERNAL, lookups go on, and in the end all replicas hold the same.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ def test_nodes_lost_in_turn(cluster: QdrantCluster, fast_dir: Path, writes: int)
             load.wait_for_more(acknowledged=20, lookups=10)
             for number, (lose, bring_back) in enumerate(LOSSES):
                 peer = cluster.peers[2 - number % 3]
+                load.cut_off = lose is Peer.cut_off
+                load.phase = f"{lose.__name__} of node {2 - number % 3}"
                 lose(peer)
                 load.wait_for_more(**{"ended writes": 8 // writes}, lookups=20)
+                load.phase = f"after {load.phase}"
                 bring_back(peer)
                 cluster.wait_whole()
                 load.wait_for_more(acknowledged=10, lookups=10)

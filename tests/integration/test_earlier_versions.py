@@ -214,7 +214,9 @@ def unpacked(archive: Path, root: Path, directory: str) -> Path:
     """One of the directories of an archive; holes in files stay holes."""
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.name.split("/")[0] == directory]
-        tar.extractall(root, members, filter="data")
+        # Python before 3.11.4, Debian 12's for one, has no filters.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(root, members)  # noqa: S202
     return root / directory
 
 

@@ -148,7 +148,9 @@ def _end_of_data(file: int, size: int) -> int:
 
 def _unpack(path: Path, directory: Path) -> None:
     with tarfile.open(path) as archive:
-        archive.extractall(directory, filter="data")
+        # Python before 3.11.4, Debian 12's for one, has no filters.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(directory)  # noqa: S202
         for member in archive.getmembers():
             if _LENGTH in member.pax_headers:
                 os.truncate(directory / member.name, int(member.pax_headers[_LENGTH]))
