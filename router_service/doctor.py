@@ -108,14 +108,20 @@ def diagnose_directory(data: Path, min_free_bytes: int | None, *, deep: bool) ->
 def diagnose_store(store: MemoryStore, min_free_bytes: int | None, *, deep: bool) -> Findings:
     """What a running service says about itself and its files. Raises StorageError."""
     yield from check_versions()
-    yield from check_entries(store, deep=deep)
     if store.directory is None:
         yield fine("data", store.location)
         for away in store.away():
             yield warning("nodes", f"{away}; start it again, the others serve meanwhile", "")
+        try:
+            if risk := store.at_risk():
+                yield warning("copies", risk, "")
+            yield from check_entries(store, deep=deep)
+        except StorageError as failed:  # what is known of the nodes is said all the same
+            yield error("data", str(failed), "")
         for memory in store.memories():
             yield from check_settings(memory.record)
         return
+    yield from check_entries(store, deep=deep)
     data = store.directory.parent
     yield check_space(store.directory, min_free_bytes)
     with store.exclusive():  # no memory appears or goes meanwhile

@@ -141,7 +141,7 @@ class ServiceSettings(BaseSettings):
     data: Path | None = Field(
         None,
         description="Directory of the memories, e.g. /var/lib/knnmoe; made when it is not there. With a Qdrant server "
-        "optional: only this service's hit counts are kept there.",
+        "optional: hit counts, unfinished writes, snapshots and packs are kept there.",
     )
     listen: str = Field(
         "127.0.0.1:50051",

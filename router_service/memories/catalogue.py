@@ -58,6 +58,10 @@ class Catalogue(Protocol):
         """Nodes of the storage that get no work at this moment, and why."""
         return []
 
+    def at_risk(self) -> str:
+        """What the loss of one node makes unreadable, and the remedy; empty: nothing, or there is one node only."""
+        return ""
+
     def read(self) -> Catalogued:
         """What there is."""
         ...

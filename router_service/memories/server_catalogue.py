@@ -22,6 +22,7 @@ from router_service.memories.memory import MemoryRecord, collection_names
 
 READY, CREATING, DELETING, MOVING = "ready", "creating", "deleting", "moving"
 # A creation or deletion that takes longer was killed.
+_MOST_NAMED = 5
 _PATIENCE_MS = 120_000
 
 
@@ -43,6 +44,18 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
     @override
     def away(self) -> list[str]:
         return self._backend.connection.nodes.away()
+
+    @override
+    def at_risk(self) -> str:
+        if not (found := self._backend.uncopied()):
+            return ""
+        more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+        return (
+            f"{', '.join(found[:_MOST_NAMED])}{more}: kept in fewer copies than asked for, or in one; with the node "
+            "that has it nothing of that can be read, and without the records (...~memories, ...~layers) no memory at all. "
+            "Give --qdrant-replication-factor 2 from the first start on; for what is there add replicas with Qdrant's "
+            "own means (POST /collections/NAME/cluster, replicate_shard), or migrate to another --qdrant-prefix"
+        )
 
     @override
     def read(self) -> Catalogued:

@@ -104,6 +104,10 @@ class MemoryStore:
         """Nodes of the storage that get no work at this moment, and why."""
         return self._catalogue.away()
 
+    def at_risk(self) -> str:
+        """What the loss of one node of the storage makes unreadable, and the remedy. Raises StorageError."""
+        return self._catalogue.at_risk()
+
     def exclusive(self) -> AbstractContextManager[bool]:
         """Inside, no other thread makes or removes a memory; lookups and writes go on."""
         return self._lock
@@ -322,9 +326,8 @@ class MemoryStore:
             record = replace(record, collections=self._backend.planned(collection_names(record)))
             planned = self.open_layers(record)
             try:
-                self._catalogue.begin(
-                    record, whole=True
-                )  # the memory is there with that, and nothing can fail
+                # With that the memory is there: what can fail was done before.
+                self._catalogue.begin(record, whole=True)
             except BaseException:
                 close_all(planned)
                 raise

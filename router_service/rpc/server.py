@@ -82,6 +82,8 @@ class RoutingServer:
     def start(self) -> None:
         """Raises StorageError when the data cannot be opened or the address is taken."""
         self._store.open_all()
+        if risk := self._store.at_risk():
+            log.warning("%s", risk)
         self._snapshots.sweep()
         self.address = self._bind()
         self._grpc.start()

@@ -404,6 +404,20 @@ class ServerBackend(Backend, Renaming, Pinning):
         request = q.ChangeAliases(actions=actions)
         agree(self.connection, "collections", "UpdateAliases", request, done)
 
+    def uncopied(self) -> list[str]:
+        """Collections of this prefix that a cluster of several nodes keeps fewer copies of than it is to, or one."""
+        if not self.connection.nodes.several:
+            return []
+        wanted, prefix = max(2, self._options.replication_factor or 2), f"{self._options.prefix}~"
+        found = []
+        for name in sorted(each for each in self._collections() if each.startswith(prefix)):
+            with suppress(CollectionClosed):  # gone meanwhile
+                request = q.GetCollectionInfoRequest(collection_name=name)
+                params = self._call("collections", "Get", request).result.config.params
+                if params.replication_factor < wanted:
+                    found.append(name)
+        return found
+
     def _collections(self) -> set[str]:
         """Of the whole server."""
         reply = self._call("collections", "List", q.ListCollectionsRequest())

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +431,16 @@ class TestVersions:
         page = Path(__file__).parents[4].joinpath("docs/qdrant-server.md").read_text()
         for version, change in SUPPORTED.items():
             assert f"| {version} | {change} |" in page
+
+
+def test_what_has_one_copy_is_named(cluster: QdrantCluster) -> None:
+    with connected(replace(options_of(*cluster.urls), replication_factor=None)) as connection:
+        alone = ServerBackend(connection)
+        alone.create("layer", SPEC)
+        assert [name.split("~~")[0] for name in alone.uncopied()] == ["knnmoe~layer"]
+    with connected(options_of(*cluster.urls, prefix="copied")) as connection:
+        backend = ServerBackend(connection)
+        backend.create("layer", SPEC)
+        assert backend.uncopied() == []
+    with connected(replace(options_of(cluster.urls[0]), replication_factor=None)) as connection:
+        assert ServerBackend(connection).uncopied() == []  # nobody asked for several nodes
