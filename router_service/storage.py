@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from router_service.backends.base import Backend
+from router_service.backends.disk import private_directory, storage_call
 from router_service.backends.qdrant_server.options import BACKEND_SETTING, ServerOptions, is_url
 from router_service.memories.store import MemoryStore
 from router_service.settings import EDGE, EXACT, QdrantSettings, ServiceSettings
@@ -45,8 +46,11 @@ def make_store(
 def make_snapshot_store(
     settings: ServiceSettings, backend: Backend, store: MemoryStore
 ) -> LocalSnapshotStore:
-    """Where the snapshots of make_store()'s memories are kept."""
+    """Where the snapshots of make_store()'s memories are kept. Raises StorageError when that cannot be made."""
     directory, packs = settings.snapshots, settings.packs
+    if settings.snapshot_dir is not None and directory is not None:
+        with storage_call(f"use --snapshot-dir {directory}"):
+            private_directory(directory)
     if not is_url(settings.backend):
         return LocalSnapshotStore(store, directory, settings.min_free_bytes, packs)
     from router_service.backends.qdrant_server.backend import ServerBackend

@@ -52,7 +52,7 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
         return (
             f"{', '.join(found[:_MOST_NAMED])}{more}: kept in fewer copies than asked for, or in one; with the node "
-            "that has it nothing of that can be read, and without the records (...~memories, ...~layers) no memory at all. "
+            "that has it nothing of that can be read, and without the records (~memories, ~layers) no memory. "
             "Give --qdrant-replication-factor 2 from the first start on; for what is there add replicas with Qdrant's "
             "own means (POST /collections/NAME/cluster, replicate_shard), or migrate to another --qdrant-prefix"
         )

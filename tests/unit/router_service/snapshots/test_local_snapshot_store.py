@@ -14,11 +14,19 @@ import pytest
 
 from router_service.backends.base import say_nothing
 from router_service.backends.disk import copy_file, read_content
-from router_service.errors import Cancelled, InvalidField, SnapshotInvalid, SnapshotNotFound
+from router_service.errors import (
+    Cancelled,
+    InvalidField,
+    SnapshotInvalid,
+    SnapshotNotFound,
+    StorageError,
+)
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
+from router_service.settings import ServiceSettings
 from router_service.snapshots import local
 from router_service.snapshots.local import LocalSnapshotStore, SnapshotInfo, SnapshotRef
+from router_service.storage import make_snapshot_store, make_store
 from tests.unit.router_service.numbered_memory import answers, assert_same_answers, fill
 
 
@@ -286,3 +294,14 @@ def test_hits_of_a_replaced_memory_go_on(
     assert before.total > 0
     [(restored, _)] = brought.restore(SnapshotRef("bible", "monday"), "bible", True, say_nothing)
     assert restored.layer(0).hits.summary() == before
+
+
+def test_a_directory_that_cannot_be_used_is_named_at_the_start(tmp_path: Path) -> None:
+    (taken := tmp_path / "taken").touch()
+    settings = ServiceSettings(backend="edge", data=tmp_path / "data", snapshot_dir=taken)
+    backend, store = make_store(settings)
+    try:
+        with pytest.raises(StorageError, match=f"--snapshot-dir {taken}"):
+            make_snapshot_store(settings, backend, store)
+    finally:
+        backend.close()
