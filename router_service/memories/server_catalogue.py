@@ -39,7 +39,7 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         self._records = Records(connection, f"{options.prefix}~memories")
         self._records.ensure()
         backend.made.ensure()
-        backend.owned = self._owns
+        backend.owned, backend.named, backend.due = self._owns, self._is_named, self._due
 
     @override
     def away(self) -> list[str]:
@@ -130,6 +130,9 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
 
     @override
     def remove(self, record: MemoryRecord) -> None:
+        payload = self._records.read(record.name)
+        if payload is not None and payload.get("state") == DELETING:
+            self._backend.forget_lost(record.collections)  # what is there was dropped
         self._records.remove(record.name)
 
     def find(self, name: str) -> MemoryRecord | None:
@@ -140,6 +143,27 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         with suppress(CorruptMemory):
             return record_from_json(payload.get("record", ""), name, self._where(name))
         return None
+
+    def due(self, name: str) -> MemoryRecord | None:
+        """As find(); but of a memory whose place another one is about to take, that one's record."""
+        own = self.find(name)
+        found = [] if own is None else [own]
+        for payload in self._records.all():
+            if payload.get("becomes") == name:
+                with suppress(CorruptMemory):
+                    where = self._where(payload.get("name", ""))
+                    found.append(record_from_json(payload.get("record", ""), name, where))
+        return max(found, key=lambda record: record.created_unix_ms, default=None)
+
+    def _is_named(self, collection: str) -> bool:
+        has = (each for each in self._records.all() if each.get("state") in (READY, MOVING))
+        return any(_names(each, collection) for each in has)
+
+    def _due(self, memory: str) -> dict[str, str]:
+        record = self.due(memory)
+        if record is None or not record.collections:
+            return {}
+        return dict(zip(collection_names(record), record.collections, strict=True))
 
     def _pin(self, record: MemoryRecord) -> None:
         """Before aliases lead elsewhere, a record of an earlier version names what they led to."""

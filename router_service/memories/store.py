@@ -100,6 +100,11 @@ class MemoryStore:
         """Where the memories are, human-readable."""
         return self._catalogue.location
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """Where it is written down which memories there are."""
+        return self._catalogue
+
     def away(self) -> list[str]:
         """Nodes of the storage that get no work at this moment, and why."""
         return self._catalogue.away()

@@ -102,7 +102,9 @@ class Restorer:
 
     def __init__(self, store: MemoryStore, backend: ServerBackend, book: SnapshotBook) -> None:
         self._store, self._backend, self._book = store, backend, book
-        self._catalogue = ServerCatalogue(backend)
+        catalogue = store.catalogue
+        assert isinstance(catalogue, ServerCatalogue)  # noqa: S101  # as for any store on a server
+        self._catalogue = catalogue
 
     def restore(
         self, path: Path, files: Path, as_memory: str, replacing: bool, report: Report
@@ -194,6 +196,8 @@ class Restorer:
                 self._store.serve(self._successor(record))
             self._store.broken.pop(record.name, None)
             self._store.refresh()
+            with left_to_the_next_sweep(draft.restoring):
+                self._backend.forget_lost(() if present is None else present.collections)
 
     def _successor(self, record: MemoryRecord) -> RoutingMemory:
         """The restored memory in the place of the one that serves: versions go on, what was counted stays counted."""
@@ -211,17 +215,16 @@ class Restorer:
             time.sleep(RETIRE_AFTER_S)
         with left_to_the_next_sweep(restoring):
             if self._catalogue.find(restoring.record.name) is not None:
-                self._write_down(
-                    restoring
-                )  # again, should others have changed its settings just then
-            self._drop(restoring.replaced)
+                # Again, should others have changed its settings just then.
+                self._write_down(restoring)
+            self._complete(restoring)
             self._book.remove_restore(restoring)
 
     def _settle(self, restoring: Restoring) -> None:
-        """Either all names lead to the new collections, and the others go; or none does, and the new ones go."""
-        if self._is_led_to(restoring):
+        """Either the memory has the new collections, and the others go; or it has not, and the new ones go."""
+        if self._is_done(restoring):
             self._commit(restoring)
-            self._drop(restoring.replaced)
+            self._complete(restoring)
             return
         self._lead_back(restoring)
         self._drop(restoring.collections)
@@ -233,6 +236,22 @@ class Restorer:
         names = collection_names(restoring.record)
         led = self._backend.behind(names)
         return [led.get(name) for name in names] == list(restoring.collections)
+
+    def _is_done(self, restoring: Restoring) -> bool:
+        """Whether the record names the new collections, or all names lead there, which comes before."""
+        return self._is_recorded(restoring) or self._is_led_to(restoring)
+
+    def _is_recorded(self, restoring: Restoring) -> bool:
+        record = self._catalogue.due(restoring.record.name)
+        return record is not None and record.collections == restoring.collections != ()
+
+    def _complete(self, restoring: Restoring) -> None:
+        """Removes what was replaced; also what a first write made meanwhile, which took a name for itself."""
+        taken: list[str] = []
+        if self._is_recorded(restoring) and not self._is_led_to(restoring):
+            names = collection_names(restoring.record)
+            taken = self._backend.publish(dict(zip(names, restoring.collections, strict=True)))
+        self._drop((*restoring.replaced, *taken))
 
     def _finish(self, restoring: Restoring) -> None:
         """Nothing but the record may be missing: then writes are refused until it is there."""
@@ -263,8 +282,10 @@ class Restorer:
                     self._backend.drop(name)
 
     def _drop(self, collections: tuple[str, ...]) -> None:
+        """Those that no alias leads to, and no memory's record names."""
         for collection in self._backend.unled(filter(None, collections)):
-            self._backend.drop_unnamed(collection)
+            if not self._backend.named(collection):
+                self._backend.drop_unnamed(collection)
 
 
 class _Draft:

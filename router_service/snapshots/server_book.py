@@ -98,6 +98,7 @@ class SnapshotBook:
 
     def _all(self, kind: str) -> Iterator[dict[str, Any]]:
         if self._records.exist():
+            self._records.mend()
             yield from (each for each in self._records.all() if each["kind"] == kind)
 
     def _put(self, kind: str, memory: str, name: str, state: str, body: dict[str, Any]) -> None:

@@ -106,6 +106,10 @@ class ServerBackend(Backend, Renaming, Pinning):
         self.made = Records(connection, f"{connection.options.prefix}~layers")
         # Whether the memory of that name has a collection; and, if asked, is not about to be replaced.
         self.owned: Callable[[str, str, bool], bool] = lambda memory, collection, settled: True
+        # Whether any memory has that collection, or is about to get it.
+        self.named: Callable[[str], bool] = lambda collection: False
+        # By name, the collections that the memory of that name has, or is about to get.
+        self.due: Callable[[str], Mapping[str, str]] = lambda memory: {}
 
     @property
     def version(self) -> str:
@@ -168,6 +172,17 @@ class ServerBackend(Backend, Renaming, Pinning):
         made, led = self.was_made(collection), self._aliases().get(alias) == collection
         if made and led:
             return
+        try:
+            self._make(collection, alias, spec, made=made, led=led)
+        except CollectionClosed:
+            self._give_back(collection, alias, made=made)
+            raise
+        if not made:
+            self.made.write(collection, {"collection": collection})
+
+    def _make(
+        self, collection: str, alias: str, spec: CollectionSpec, *, made: bool, led: bool
+    ) -> None:
         self._require_settled(collection, alias)
         if not made:
             self._create(collection, spec)
@@ -176,15 +191,21 @@ class ServerBackend(Backend, Renaming, Pinning):
             steps.append(partial(self._change_aliases, [_create(alias, collection)]))
         self.together(steps)
         self.connection.wait_for(alias)
-        try:
-            # Who begins to replace the memory after this finds the alias.
-            self._require_settled(collection, alias)
-        except CollectionClosed:
-            if self._aliases().get(alias) == collection:
-                self._change_aliases([delete(alias)])
-            raise
-        if not made:
-            self.made.write(collection, {"collection": collection})
+        # Who begins to replace the memory after this finds the alias.
+        self._require_settled(collection, alias)
+
+    def _give_back(self, collection: str, alias: str, *, made: bool) -> None:
+        """Undoes make() when the memory has got other collections meanwhile: its alias leads to the one it has."""
+        due = self.due(self._memory_of(alias))
+        own = next((own for name, own in due.items() if self._alias(name) == alias), None)
+        if own == collection:
+            return
+        if self._aliases().get(alias) == collection:
+            there = own is not None and self.connection.exists(own)
+            self._change_aliases([_create(alias, own) if own and there else delete(alias)])
+        if not made and not self.was_made(collection) and not self.named(collection):
+            for each in self.unled([collection]):
+                self.drop_unnamed(each)
 
     def was_made(self, collection: str) -> bool:
         """See Making."""
@@ -286,6 +307,14 @@ class ServerBackend(Backend, Renaming, Pinning):
         )
         if _is_planned(collection):
             self.made.remove(collection)
+
+    def forget_lost(self, collections: Iterable[str]) -> None:
+        """Of those that no memory has any more, removes the notes that they were made, where they are not there."""
+        planned = list(filter(_is_planned, collections))
+        there = self._collections() if planned else set()
+        for each in planned:
+            if each not in there:
+                self.made.remove(each)
 
     @override
     def open(self, name: str, spec: CollectionSpec) -> ServerCollection:
