@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from router_service.backends.qdrant_server.wire import q as pb
-from tests.qdrant_standin.errors import unimplemented, validation
+from tests.qdrant_standin.errors import invalid, unimplemented, validation
 
 _LONGEST_NAME = 255
 _UNSAFE_IN_NEW_NAMES = '<>:"/\\|?*\0\x1f'
@@ -32,6 +32,24 @@ def at_least(request: Any, field: str, least: float, most: float | None = None) 
         raise validation(field, f"value {value} invalid, must be {least} or larger")
     if most is not None and not least <= value <= most:
         raise validation(field, f"value {value} invalid, must be from {least} to {most}")
+
+
+def strict_update(info: pb.CollectionInfo, condition: pb.Filter) -> None:
+    """Raises ApiError when strict mode wants indexes of what a write filters by, and one is missing."""
+    strict = info.config.strict_mode_config
+    if not strict.HasField("unindexed_filtering_update") or strict.unindexed_filtering_update:
+        return
+    for each in (*condition.must, *condition.should, *condition.must_not):
+        kind = each.WhichOneof("condition_one_of")
+        if kind == "filter":
+            strict_update(info, each.filter)
+        elif kind in ("field", "is_empty", "is_null"):
+            key = getattr(each, kind).key
+            if key not in info.payload_schema:
+                raise invalid(
+                    f'Bad request: Index required but not found for "{key}" of one of the following types: '
+                    "[integer]. Help: Create an index for this key or use a different filter."
+                )
 
 
 def create_collection(request: pb.CreateCollection) -> None:

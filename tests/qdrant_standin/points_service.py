@@ -145,6 +145,9 @@ class PointsService(pb.PointsServicer):
             missing = {"points": "PointSelector is missing"}
             raise invalid(missing.get(field, f"{field} is expected"))
         started, collection = self._begin(request)
+        info = collection.info()
+        if info.config.strict_mode_config.enabled:
+            checks.strict_update(info, getattr(request, field).filter)
         write = selected(getattr(request, field), name, *rest)
         return self._write(collection, write, request, started)
 

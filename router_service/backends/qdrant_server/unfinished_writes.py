@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +49,8 @@ _SEND_S = 5.0
 # For so long nothing is found to lead to a collection: a node that comes back does not know of its alias at first.
 _GONE_S = 15.0
 _MOST_NAMED = 5
+# Of a collection in one round, before the others of it are left to the next.
+_MOST_REFUSED = 64
 _CREATED = "created"
 # A request names so many points by different times; more are left to what is read before.
 _MOST_TIMES = 64
@@ -66,6 +68,7 @@ class Write:
         self.ids = _ids_of(request)  # of which it is still to be sent
         self.busy = True  # under way, by who writes or by who finishes
         self.problem = ""
+        self.failures = 0  # of sending it again
         self.unled_since: float | None = None  # of time.monotonic()
 
     @property
@@ -290,10 +293,13 @@ class UnfinishedWrites:
             pause_s = _FIRST_PAUSE_S if done else min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _round(self, waiting: Sequence[Write]) -> bool:
-        """Tries each write, of a collection only as long as they succeed; returns whether one did."""
-        stuck, done = set[str](), False
-        for write in waiting:
-            if write.collection in stuck or not self._take(write):
+        """Tries each write, those last that failed most often; returns whether one succeeded.
+
+        Of a collection only as long as it answers: a refusal may be of that write alone.
+        """
+        failed, done = Counter[str](), False
+        for write in sorted(waiting, key=lambda each: each.failures):
+            if failed[write.collection] >= _MOST_REFUSED or not self._take(write):
                 continue
             try:
                 changed = self._sent_again(write)
@@ -303,9 +309,11 @@ class UnfinishedWrites:
                     log.exception("a write of %s is not finished", write.collection)
                 with self._freed:
                     write.problem = str(error) or type(error).__name__
+                    write.failures += 1
                     write.busy = False
                     self._freed.notify_all()
-                stuck.add(write.collection)
+                refused = isinstance(error, (BackendMisconfigured, ForeignCollection))
+                failed[write.collection] += 1 if refused else _MOST_REFUSED
                 continue
             done = True
             if changed:
@@ -337,13 +345,32 @@ class UnfinishedWrites:
         request = write.rest()
         if isinstance(request, q.UpsertPoints):
             return self._upsert_again(write, request)
-        self._connection.call("points", "Delete", request, _SEND_S, repeat=False)
+        return self._delete_again(write, request)
+
+    def _delete_again(self, write: Write, request: Any) -> bool:
+        """Entries that were made anew, by another service, stay."""
+        try:
+            self._connection.call("points", "Delete", request, _SEND_S, repeat=False)
+        except BackendMisconfigured:  # strict mode: no filter on what has no index, or none so long
+            noted, there = set(_versions(request)), self._times_of(write)
+            # What is not where it was read may be on another replica.
+            ids = [n for n in sorted(write.ids) if n not in there or (n, there[n]) in noted]
+            if not ids:
+                return False
+            named = q.PointsIdsList(ids=[q.PointId(num=number) for number in ids])
+            by_id = q.DeletePoints(
+                collection_name=write.collection,
+                wait=True,
+                points=q.PointsSelector(points=named),
+                ordering=request.ordering,
+            )
+            self._connection.call("points", "Delete", by_id, _SEND_S, repeat=False)
         return True
 
     def _upsert_again(self, write: Write, request: Any) -> bool:
         """Entries that were made later, by another service, stay as they are."""
         there = self._times_of(write)
-        kept = [each for each in request.points if there.get(each.id.num, 0) <= _time_of(each)]
+        kept = [e for e in request.points if (there.get(e.id.num) or 0) <= _time_of(e)]
         if not kept:
             return False
         request = _of_points(request, kept)
@@ -354,7 +381,7 @@ class UnfinishedWrites:
         self._connection.call("points", "Upsert", request, _SEND_S, repeat=False)
         return True
 
-    def _times_of(self, write: Write) -> dict[int, int]:
+    def _times_of(self, write: Write) -> dict[int, int | None]:
         request = q.GetPoints(
             collection_name=write.collection,
             ids=[q.PointId(num=number) for number in sorted(write.ids)],
@@ -362,7 +389,7 @@ class UnfinishedWrites:
             with_vectors=q.WithVectorsSelector(enable=False),
         )
         found = self._connection.call("points", "Get", request, _SEND_S, repeat=False).result
-        return {point.id.num: _time_of(point) for point in found}
+        return dict(map(version_of, found))
 
     def _is_led_to(self, write: Write) -> bool:
         """Whether a memory's name leads to the collection. Raises StorageError, also while it is not certain."""

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from router_service.arrays import Entries
+from router_service.backends.base import UnfinishedEntries
 from router_service.backends.qdrant_server import failures, unfinished_writes
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.failures import Meaning
 from router_service.backends.qdrant_server.options import ServerOptions
+from router_service.backends.qdrant_server.wire import q
 from router_service.doctor import check_unfinished
 from router_service.errors import (
     BackendMisconfigured,
@@ -90,6 +92,13 @@ def entries(start: int, stop: int, created: int = NOW, factor: float = 1.0) -> E
 
 def breaking(server: QdrantStandIn, method: str = "Upsert") -> Fault:
     return server.faults.fail(grpc.StatusCode.INTERNAL, SHARDS, method)
+
+
+def strict(collection: ServerCollection) -> None:
+    """The server wants an index of what a write filters by."""
+    config = q.StrictModeConfig(enabled=True, unindexed_filtering_update=False)
+    request = q.UpdateCollection(collection_name=collection.name, strict_mode_config=config)
+    collection._connection.call("collections", "Update", request, 10.0)
 
 
 def values_of(collection: ServerCollection) -> dict[int, float]:
@@ -172,6 +181,46 @@ def test_what_was_written_since_is_not_deleted(
     found = values_of(collection)
     assert list(found) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
     assert [found[n] for n in (4, 5, 6)] == [24.0, 30.0, 36.0]
+
+
+def test_a_deletion_under_strict_mode(
+    server: QdrantStandIn, collection: ServerCollection, opened: Opened
+) -> None:
+    """Without an index of the time of creation; what another service made anew stays."""
+    other = opened().open("law/layer-000", SPEC)
+    strict(collection)
+    with breaking_until_done(server, collection, "Delete"):
+        with pytest.raises(BackendUnavailable):
+            collection.delete(np.arange(4, 8, dtype=np.uint64))
+        other.upsert(entries(5, 6, created=LATER, factor=3.0))
+    found = values_of(collection)
+    assert list(found) == [0, 1, 2, 3, 5, 8, 9]
+    assert found[5] == 30.0
+
+
+def test_a_write_that_is_refused_holds_up_no_other(
+    server: QdrantStandIn, collection: ServerCollection
+) -> None:
+    fault = breaking(server)
+    broken = breaking(server, "Delete")
+    with pytest.raises(BackendUnavailable):
+        collection.delete(np.array([1], np.uint64))
+    with pytest.raises(BackendUnavailable):
+        collection.upsert(entries(20, 30))
+    refusal = 'Bad request: Limit exceeded 10 > 5 for "delete". Help: Reduce it.'
+    refused = server.faults.fail(grpc.StatusCode.INVALID_ARGUMENT, refusal, "Delete")
+    broken.lift()
+
+    def unfinished() -> UnfinishedEntries:
+        found = collection.info().unfinished
+        assert found is not None
+        return found
+
+    fault.lift()
+    until(lambda: unfinished().ids == [1])
+    assert ids_of(collection) == [*range(10), *range(20, 30)]
+    refused.lift()
+    until_finished(collection)
 
 
 def test_what_was_deleted_since_does_not_come_back(
