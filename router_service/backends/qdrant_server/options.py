@@ -22,7 +22,7 @@ class WriteOrdering(StrEnum):
     STRONG = "strong"
 
 
-# What files of writes that are unfinished are called, before a digest of the server that they are for.
+# What files of writes that are unfinished are called, before the prefix that they are for.
 UNFINISHED = "unfinished-writes-"
 
 

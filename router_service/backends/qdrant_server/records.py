@@ -6,6 +6,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +19,7 @@ from router_service.errors import CollectionExists, StorageError
 log = logging.getLogger(__name__)
 
 _PAGE = 256
+_CHANGED = "changed"
 # One node orders the writes of a record. With strong ordering none is written while the node is away that is to do so.
 _ORDERED = q.WriteOrdering(type=q.WriteOrderingType.Medium)
 
@@ -28,7 +30,9 @@ class Records:
     def __init__(self, connection: Connection, name: str) -> None:
         self.connection, self.name = connection, name
         self._lock = threading.Lock()
-        self._torn: set[str] = set()  # keys of which the last change failed, perhaps half way
+        self._busy = Counter[str]()  # changes under way
+        # By key, of changes that failed, perhaps half way: the times that they have in `changed`; 0: none.
+        self._torn: dict[str, set[int]] = {}
 
     def ensure(self) -> None:
         """Makes the collection when it is not there."""
@@ -45,37 +49,62 @@ class Records:
     def write(self, key: str, fields: Mapping[str, str], *, new: bool = False) -> None:
         """Puts a record in the place of the one with this key, if there is one; `new`: then that one stays.
 
-        A server before 1.16 replaces it all the same.
+        A server before 1.17 replaces it all the same.
         """
         payload = {name: q.Value(string_value=text) for name, text in fields.items()}
-        payload["changed"] = q.Value(integer_value=_now_ms())
-        with self._changing(key):
+        changed = _now_ms()
+        payload[_CHANGED] = q.Value(integer_value=changed)
+        with self._changing(key, changed):
             self._put(key, payload, new=new)
 
     def mend(self) -> None:
         """Makes replicas of a record alike that a failed change left different: as the one is that answers.
 
-        Called now and then; what cannot be done yet is left for the next time.
+        Called now and then; what cannot be done yet is left for the next time. What another service changes meanwhile
+        stays (Qdrant 1.16 and later), unless it is made where there was none.
         """
-        for key in tuple(self._torn):
+        with self._lock:
+            idle = [key for key in self._torn if not self._busy[key]]
+        for key in idle:
             try:
-                with self._changing(key):
+                with self._changing(key) as torn:
                     found = self._point(key)
                     if found is None:
                         self._delete(key)
                     else:
-                        self._put(key, found.payload)
+                        self._put(key, found.payload, over=_not_after(found, torn))
             except StorageError as error:
                 log.warning("a change of %s in %s is still half done: %s", key, self.name, error)
 
     @contextmanager
-    def _changing(self, key: str) -> Iterator[None]:
+    def _changing(self, key: str, changed: int = 0) -> Iterator[set[int]]:
+        """Around a change; yields the times of those before it that failed: once it is done, it has mended them."""
         with self._lock:
-            self._torn.add(key)
-            yield
-            self._torn.discard(key)
+            self._busy[key] += 1
+            torn = set(self._torn.get(key, ()))
+        try:
+            yield torn
+        except BaseException:
+            with self._lock:
+                self._torn.setdefault(key, set()).add(changed)
+            raise
+        else:
+            with self._lock:
+                if left := self._torn.pop(key, set()) - torn:
+                    self._torn[key] = left
+        finally:
+            with self._lock:
+                self._busy[key] -= 1
 
-    def _put(self, key: str, payload: Mapping[str, Any], *, new: bool = False) -> None:
+    def _put(
+        self,
+        key: str,
+        payload: Mapping[str, Any],
+        *,
+        new: bool = False,
+        over: Any | None = None,
+    ) -> None:
+        """`new`: never over another record; `over`: only over those that a filter lets through."""
         vector = q.Vectors(vector=q.Vector(dense=q.DenseVector(data=[1.0])))
         request = q.UpsertPoints(
             collection_name=self.name,
@@ -83,6 +112,7 @@ class Records:
             points=[q.PointStruct(id=_point_id(key), vectors=vector, payload=payload)],
             ordering=_ORDERED,
             update_mode=q.UpdateMode.InsertOnly if new else None,
+            update_filter=over,
         )
         self.connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
 
@@ -145,7 +175,18 @@ class Records:
 
 def age_ms(fields: Mapping[str, Any]) -> int:
     """Milliseconds since a record was written."""
-    return _now_ms() - int(fields.get("changed", 0))
+    return _now_ms() - int(fields.get(_CHANGED, 0))
+
+
+def _not_after(point: Any, torn: set[int]) -> Any:
+    """The filter that lets through what is no newer than a record, or was changed at one of these times."""
+    until = float(point.payload[_CHANGED].integer_value) if _CHANGED in point.payload else 0.0
+    fields = [
+        q.FieldCondition(key=_CHANGED, range=q.Range(lte=until)),
+        *(q.FieldCondition(key=_CHANGED, match=q.Match(integer=each)) for each in torn),
+    ]
+    unmarked = q.Condition(is_empty=q.IsEmptyCondition(key=_CHANGED))
+    return q.Filter(should=[*(q.Condition(field=each) for each in fields), unmarked])
 
 
 def _now_ms() -> int:

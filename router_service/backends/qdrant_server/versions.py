@@ -8,8 +8,10 @@ from typing import Final
 # Since when, and what that changes here. docs/qdrant-server.md prints it.
 SUPPORTED: Final[dict[str, str]] = {
     "1.13": "the oldest; quantization int8, binary and product",
-    "1.17": "the indexes on `source` and `example` add no links to the graph (before: about 95 bytes an entry); "
-    "`read_fan_out_delay_ms` of a collection",
+    "1.16": "what is sent again, and comes late, undoes no newer write (`update_filter`)",
+    "1.17": "of two services that create a memory of one name at the same moment the first counts (before: the later; "
+    "`update_mode`); the indexes on `source` and `example` add no links to the graph (before: about 95 bytes an "
+    "entry); `read_fan_out_delay_ms` of a collection",
     "1.18": "quantization turbo4, turbo2 and turbo1; the suite has run on 1.18.3, a server and a cluster of three",
     "1.20": "the newest known: that of the images and of the messages (qdrant-client 1.20)",
 }
