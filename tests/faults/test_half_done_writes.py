@@ -18,6 +18,7 @@ from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import Connection
 from router_service.backends.qdrant_server.failures import Meaning
 from router_service.backends.qdrant_server.options import ServerOptions
+from router_service.backends.qdrant_server.records import Records
 from router_service.errors import BackendUnavailable
 from tests.congruence.fast_dir import fast_dir
 from tests.integration.admin_runs import admin_of
@@ -100,6 +101,31 @@ class TestBackend:
         cluster.peers[2].start()
         assert_equal(cluster, collection)
         assert collection.info().entries == 110
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_record(cluster: QdrantCluster, monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
+    """Mended by a node that took the change, or by one that did not: as that one has it, on all nodes."""
+    monkeypatch.setitem(failures._PAUSES_S, Meaning.PASSING, ())
+    writer, other = (Connection(ServerOptions(cluster.peers[n].url, **SHARDED)) for n in (0, asked))
+    own = Records(writer, "knnmoe~memories")
+    own.ensure()
+    own.write("law", {"text": "old"})
+    cluster.peers[1].kill()  # the last one orders writes
+    with pytest.raises(BackendUnavailable):
+        own.write("law", {"text": "new"})
+    cluster.peers[1].start()
+    cluster.wait_whole()
+    assert cluster.replicas_differ(own.name)
+    own.connection = other
+    there = own.read("law")
+    own.mend()
+    assert cluster.replicas_differ(own.name) == []
+    assert there is not None
+    assert there["text"] == ("old" if asked else "new")
+    assert own.read("law") == there
+    for each in (writer, other):
+        each.close()
 
 
 def assert_equal(cluster: QdrantCluster, collection: ServerCollection) -> None:
