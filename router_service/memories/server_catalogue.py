@@ -170,9 +170,9 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
         if not record.collections:
             self.commit(self._pinned([record])[0])
 
-    def _owns(self, memory: str, collection: str, settled: bool) -> bool:
+    def _owns(self, memory: str, collection: str, settled: bool, timeout_s: float) -> bool:
         """Whether a memory has this collection. `settled`: and no other is about to take its place."""
-        payload = self._records.read(memory)
+        payload = self._records.read(memory, timeout_s)
         if payload is None or payload.get("state") != READY or not _names(payload, collection):
             return False
         coming = (each for each in self._records.all() if each.get("becomes") == memory)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from router_service.arrays import U64
+from router_service.errors import Busy
+
+# How often who waits for those under way looks whether it is to go on.
+_LOOK_S = 0.05
 
 
 class WriteGate:
@@ -39,18 +44,36 @@ class WriteGate:
                 self._changed.notify_all()
 
     @contextmanager
-    def closed(self) -> Iterator[None]:
-        """Inside, no write and no deletion is under way: those that come wait, and those that were there have ended."""
-        with self.lock:
-            self._closed += 1
+    def closed(self, tick: Callable[[], None], until: float) -> Iterator[None]:
+        """Inside, no write and no deletion is under way: those that come wait, and those that were there have ended.
+
+        `tick`: called while they are waited for, what it raises ends that. `until`: of time.monotonic(), then Busy.
+        """
+
+        def look() -> None:
+            tick()
+            if time.monotonic() >= until:
+                raise Busy(
+                    "a write that was under way has not ended, and those that came after it are not held up any "
+                    "longer; try again when writes are acknowledged soon"
+                )
+
+        while not self.lock.acquire(timeout=_LOOK_S):  # a deletion holds it
+            look()
+        self._closed += 1
+        self.lock.release()
         try:
-            with self.lock:
-                self._changed.wait_for(lambda: not self._under_way)
+            while not self._ended(_LOOK_S):
+                look()
             yield
         finally:
             with self.lock:
                 self._closed -= 1
                 self._changed.notify_all()
+
+    def _ended(self, wait_s: float) -> bool:
+        with self.lock:
+            return self._changed.wait_for(lambda: not self._under_way, wait_s)
 
     def changing(self, ids: U64, but: Watch | None = None) -> None:
         """Tells every watch but one; for who holds the lock."""

@@ -40,6 +40,8 @@ T = TypeVar("T")
 _TOGETHER = 4
 # How often a layer is listed while writes go on; and then after writes have waited.
 _LISTINGS, _PAUSES = 8, 4
+# How long those that come may wait for writes under way, in all layers together.
+_WRITES_END_S = 5.0
 # What is copied between two flushes of the engine, whose log would hold all of it once more.
 _FLUSHED_BYTES = 256 << 20
 _LOOK_S = 0.05
@@ -216,7 +218,8 @@ def copy_memory(
     """Copies the layers of a memory on a server to `layer-LLL` in a directory.
 
     `current`: the memory's record as the server has it now; raises Busy when another memory has come into its place.
-    Raises Busy while other services keep writing, StorageError, and what `report` raises.
+    Raises Busy while other services keep writing, or a write of this one does not end; StorageError; and what
+    `report` raises.
     """
     sources = [_of_server(layer.collection) for layer in memory.layers]
     backend = EdgeBackend(
@@ -289,8 +292,9 @@ class _Copying:
         for _ in range(_PAUSES):
             started = time.monotonic()
             with ExitStack() as pause:
+                until = started + _WRITES_END_S
                 for layer in self._memory.layers:
-                    pause.enter_context(layer.gate.closed())
+                    pause.enter_context(layer.gate.closed(self._waiting, until))
                 self._look()
                 rounds.append(self._each("read what was written", self._jobs(LayerCopy.read)))
             longest_s = max(longest_s, time.monotonic() - started)
@@ -303,6 +307,9 @@ class _Copying:
             self._refuse(sum(map(len, rounds[-1])))
         self._apply(list(zip(*rounds, strict=True)))
         return math.ceil(1000 * longest_s)
+
+    def _waiting(self) -> None:
+        self._report("wait for writes", 0, self._entries)
 
     def _changes(self) -> list[Changes]:
         """Of each layer, by a listing that begins now."""

@@ -105,7 +105,7 @@ class ServerBackend(Backend, Renaming, Pinning):
         # A record for each planned collection that was made; the catalogue of memories makes their collection.
         self.made = Records(connection, f"{connection.options.prefix}~layers")
         # Whether the memory of that name has a collection; and, if asked, is not about to be replaced.
-        self.owned: Callable[[str, str, bool], bool] = lambda memory, collection, settled: True
+        self.owned: Callable[[str, str, bool, float], bool] = lambda *_: True
         # Whether any memory has that collection, or is about to get it.
         self.named: Callable[[str], bool] = lambda collection: False
         # By name, the collections that the memory of that name has, or is about to get.
@@ -207,16 +207,16 @@ class ServerBackend(Backend, Renaming, Pinning):
             for each in self.unled([collection]):
                 self.drop_unnamed(each)
 
-    def was_made(self, collection: str) -> bool:
+    def was_made(self, collection: str, timeout_s: float = WRITE_TIMEOUT_S) -> bool:
         """See Making."""
-        return self.made.read(collection) is not None
+        return self.made.read(collection, timeout_s) is not None
 
-    def is_current(self, collection: str, alias: str) -> bool:
+    def is_current(self, collection: str, alias: str, timeout_s: float) -> bool:
         """See Making."""
-        return self.owned(self._memory_of(alias), collection, False)
+        return self.owned(self._memory_of(alias), collection, False, timeout_s)
 
     def _require_settled(self, collection: str, alias: str) -> None:
-        if not self.owned(self._memory_of(alias), collection, True):
+        if not self.owned(self._memory_of(alias), collection, True, WRITE_TIMEOUT_S):
             raise CollectionClosed(f"collection {collection!r}, which was {alias!r},")
 
     def _memory_of(self, alias: str) -> str:

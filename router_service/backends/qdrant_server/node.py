@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from router_service.backends.qdrant_server.options import (
 from router_service.backends.qdrant_server.wire import q
 
 _KNOWS_TIMEOUT_S = 2.0
+# Collections that two nodes are asked for at a time, when they are compared.
+_COMPARED_TOGETHER = 16
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -114,9 +117,17 @@ class Node:
 
     def replicas(self, collection: str) -> Replicas | None:
         """Of a collection, as this node knows them; None when it does not know the collection."""
+        return self.replicas_from(self.begin_replicas(collection))
+
+    def begin_replicas(self, collection: str) -> Any:
+        """The call of replicas() under way; for replicas_from()."""
         request = q.CollectionClusterInfoRequest(collection_name=collection)
+        return self.stubs().collections.CollectionClusterInfo.future(request, **self._within)
+
+    def replicas_from(self, call: Any) -> Replicas | None:
+        """What replicas() returns, once the call has ended."""
         try:
-            info = self.stubs().collections.CollectionClusterInfo(request, **self._within)
+            info = call.result()
         except grpc.RpcError as error:
             if failure_of(error).meaning is Meaning.NOT_THERE:
                 return None
@@ -125,17 +136,30 @@ class Node:
         own = {(each.shard_id, info.peer_id): each.state for each in info.local_shards}
         return own | {(each.shard_id, each.peer_id): each.state for each in info.remote_shards}
 
-    def lacks(self, other: Node, prefix: str) -> str:
+    def lacks(self, other: Node, prefix: str, until: float) -> str:
         """What another node knows that this one does not, in words; empty when it knows all of it.
 
         One that was away may take its own replica for whole that missed writes meanwhile, and would answer from it.
+        `until`: of time.monotonic(), by which it is known.
         """
         names, aliases = other.names(), other.aliases()
         different = (names ^ self.names()) | (aliases ^ self.aliases())
         if ours := sorted(each for each in different if each.startswith(prefix)):
             return f"it and {other.target} differ in {ours[0]}"
-        for collection in sorted(each for each in names if each.startswith(prefix)):
-            theirs, own = other.replicas(collection), self.replicas(collection)
+        ours = sorted(each for each in names if each.startswith(prefix))
+        for start in range(0, len(ours), _COMPARED_TOGETHER):
+            if time.monotonic() >= until:
+                return f"it and {other.target} take long to say what they know"
+            if found := self._differs(other, ours[start : start + _COMPARED_TOGETHER]):
+                return found
+        return ""
+
+    def _differs(self, other: Node, collections: Sequence[str]) -> str:
+        asked = [
+            (each, other.begin_replicas(each), self.begin_replicas(each)) for each in collections
+        ]
+        for collection, *calls in asked:
+            theirs, own = other.replicas_from(calls[0]), self.replicas_from(calls[1])
             if theirs is None or own is None:
                 return f"it and {other.target} differ in {collection}"
             if are_apart(theirs, own):

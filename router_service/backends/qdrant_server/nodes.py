@@ -28,6 +28,7 @@ from router_service.backends.qdrant_server.failures import (
 )
 from router_service.backends.qdrant_server.node import (
     Node,
+    Replicas,
     active,
     addresses_of,
     are_apart,
@@ -47,6 +48,8 @@ _CONSENSUS_S = 10.0
 _LOOK_S = 0.1
 _HEARTBEAT_S, _HEARTBEAT_TIMEOUT_S = 1.0, 1.0
 _COMPARED_AT_ONCE = 4
+# Meanwhile nobody is looked at.
+_COMPARED_FOR_S = 5.0
 # Between tries of a node that is set aside: the first and the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 # Late answers in a row.
@@ -155,7 +158,7 @@ class Nodes:
 
     def compare(self, collection: str) -> None:
         """Sets aside those in use that take their own replica for active where most others do not."""
-        found = {node: self._ask(node, collection) for node in self.in_use}
+        found = self._ask(collection)
         views = {node: view for node, view in found.items() if view is not None}
         read = {node: active(view) for node, view in views.items()}
         stale = [
@@ -177,7 +180,7 @@ class Nodes:
         """
         deadline = time.monotonic() + _CONSENSUS_S
         while self.several:
-            found = {node: self._ask(node, collection) for node in self.in_use}
+            found = self._ask(collection)
             views = {node: view for node, view in found.items() if view is not None}
             apart = [
                 (one, other)
@@ -223,10 +226,17 @@ class Nodes:
             "under the same name (docker compose up --remove-orphans)"
         )
 
-    def _ask(self, node: Node, collection: str) -> Any:
-        """The replicas that it knows of; None also where it does not say so, and then it is set aside."""
+    def _ask(self, collection: str) -> dict[Node, Replicas | None]:
+        """The replicas that each in use knows of, asked side by side.
+
+        None also where one does not say so, and then it is set aside.
+        """
+        asked = {node: node.begin_replicas(collection) for node in self.in_use}
+        return {node: self._answer(node, call) for node, call in asked.items()}
+
+    def _answer(self, node: Node, call: Any) -> Replicas | None:
         try:
-            return node.replicas(collection)
+            return node.replicas_from(call)
         except grpc.RpcError as error:
             self.set_aside(node, f"it does not answer: {cause(error)}")
             return None
@@ -370,7 +380,8 @@ class Nodes:
         prefix = f"{self.options.prefix}~"
         try:
             self._require_version(node)
-            said = [node.lacks(other, prefix) for other in self.others([node])]
+            until = time.monotonic() + _COMPARED_FOR_S
+            said = [node.lacks(other, prefix, until) for other in self.others([node])]
             lacks = max(said, default="") if 2 * said.count("") < len(said) else ""
         except BackendMisconfigured as error:
             lacks = str(error)
@@ -388,9 +399,11 @@ class Nodes:
             return  # gRPC asks for it by itself
         known, addresses = {each.host for each in self.all}, addresses_of(node.named)
         fresh = [each for each in addresses if each not in known]
-        if node.host in addresses or not fresh:
+        if self._closed or node.host in addresses or not fresh:
             return
         log.info("%s leads to %s, no longer to %s", node.named, fresh[0], node.host)
         ports = [int(target.rpartition(":")[2]) for target in node.targets]
         node.lead_to(fresh[0], ports)
         node.open_pool()
+        if self._closed:
+            node.close()  # close() may have closed those before

@@ -116,18 +116,18 @@ class Records:
         )
         self.connection.call("points", "Upsert", request, WRITE_TIMEOUT_S)
 
-    def read(self, key: str) -> dict[str, Any] | None:
+    def read(self, key: str, timeout_s: float = WRITE_TIMEOUT_S) -> dict[str, Any] | None:
         """The record with this key, or None."""
-        found = self._point(key)
+        found = self._point(key, timeout_s)
         return None if found is None else _plain(found)
 
-    def _point(self, key: str) -> Any | None:
+    def _point(self, key: str, timeout_s: float = WRITE_TIMEOUT_S) -> Any | None:
         request = q.GetPoints(
             collection_name=self.name,
             ids=[_point_id(key)],
             with_payload=q.WithPayloadSelector(enable=True),
         )
-        found = self.connection.call("points", "Get", request, WRITE_TIMEOUT_S).result
+        found = self.connection.call("points", "Get", request, timeout_s).result
         return found[0] if found else None
 
     def all(self) -> Iterator[dict[str, Any]]:

@@ -10,22 +10,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from typing_extensions import override
 
-from router_service.arrays import F32, Entries, ExampleRef, Neighbours
+from router_service.arrays import Entries
 from router_service.backends.base import (
     Compression,
     Report,
-    SearchOptions,
     as_stored,
     say_nothing,
 )
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import Connection
+from router_service.backends.qdrant_server.failures import Failure, Meaning, error_of
 from router_service.backends.qdrant_server.wire import q
 from router_service.errors import CollectionClosed
 
@@ -42,11 +40,11 @@ class Making(Protocol):
         """On return it takes entries. Raises CollectionClosed when it is no memory's, or the memory is replaced now."""
         ...
 
-    def was_made(self, collection: str) -> bool:
+    def was_made(self, collection: str, timeout_s: float) -> bool:
         """Whether it may have had entries."""
         ...
 
-    def is_current(self, collection: str, alias: str) -> bool:
+    def is_current(self, collection: str, alias: str, timeout_s: float) -> bool:
         """Whether it is that of a layer of the memory that an alias is made of."""
         ...
 
@@ -61,16 +59,6 @@ class UnwrittenCollection(ServerCollection):
         as_empty: Any = _AsEmpty(connection, self)
         super().__init__(as_empty, name, alias, *rest)
         self._making, self._made, self._first = making, False, threading.Lock()
-
-    @override
-    def search(
-        self, queries: F32, k: int, options: SearchOptions, exclude: Sequence[ExampleRef] = ()
-    ) -> Neighbours:
-        ask, version = super().search, self.versions.now
-        nothing = replace(
-            Neighbours.empty(len(queries), k, self._spec.value_width), version=version
-        )
-        return self.or_empty(lambda: ask(queries, k, options, exclude), lambda: nothing)
 
     @override
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
@@ -101,23 +89,31 @@ class UnwrittenCollection(ServerCollection):
             self.make()
             super().optimize(compression, report)
 
-    def or_empty(self, ask: Callable[[], T], empty: Callable[[], T]) -> T:
-        """What `ask` returns, or `empty` while the collection was never made.
+    def or_empty(self, ask: Callable[[float], T], empty: Callable[[], T], timeout_s: float) -> T:
+        """What `ask` returns, given the seconds left, or `empty` while the collection was never made.
 
-        Raises CollectionClosed when it is no memory's any more, is lost, or the nodes asked do not learn of it in time.
+        Raises CollectionClosed when it is no memory's any more, is lost, or the nodes asked do not learn of it in time;
+        BackendUnavailable when `timeout_s` ends before one knows which.
         """
-        until = time.monotonic() + min(_LEARNS_S, self._options.timeout_s)
+        began = time.monotonic()
+
+        def left() -> float:
+            if (left_s := began + timeout_s - time.monotonic()) > 0:
+                return left_s
+            late = Failure(Meaning.LATE, "DEADLINE_EXCEEDED", f"{self.name!r} is not there yet")
+            raise error_of(late, self._options, timeout_s)
+
         while True:
             try:
-                return ask()
+                return ask(left())
             except CollectionClosed:
-                if self.closed or not self._making.is_current(self.name, self.alias):
+                if self.closed or not self._making.is_current(self.name, self.alias, left()):
                     raise
-                if not self._making.was_made(self.name):
+                if not self._making.was_made(self.name, left()):
                     return empty()
-                if time.monotonic() >= until:
+                if time.monotonic() >= began + _LEARNS_S:
                     raise
-            time.sleep(_LOOK_S)
+            time.sleep(min(_LOOK_S, left()))
 
 
 class _AsEmpty:
@@ -126,23 +122,33 @@ class _AsEmpty:
     def __init__(self, connection: Connection, collection: UnwrittenCollection) -> None:
         self._connection, self._collection = connection, collection
         self.options, self.version = connection.options, connection.version
-        self.begin, self.together = connection.begin, connection.together
+        self.begin = connection.begin
 
     def call(self, service: str, method: str, request: Any, timeout_s: float) -> Any:
         """See Connection."""
+        own, alias = self._collection.name, self._collection.alias
 
-        def ask() -> Any:
-            reply = self._connection.call(service, method, request, timeout_s)
+        def ask(left_s: float) -> Any:
+            reply = self._connection.call(service, method, request, left_s)
             if method == "ListCollectionAliases" and not reply.aliases:
-                raise CollectionClosed(
-                    f"collection {self._collection.name!r}, which was {self._collection.alias!r},"
-                )
+                raise CollectionClosed(f"collection {own!r}, which was {alias!r},")
             return reply
 
         empty = _EMPTY.get((service, method))
         if empty is None:
-            return ask()
-        return self._collection.or_empty(ask, partial(empty, request, self._collection.alias))
+            return ask(timeout_s)
+        return self._collection.or_empty(ask, lambda: empty(request, alias), timeout_s)
+
+    def together(
+        self, service: str, method: str, requests: Sequence[Any], timeout_s: float
+    ) -> list[Any]:
+        """See Connection."""
+        empty, alias = _EMPTY[service, method], self._collection.alias
+        return self._collection.or_empty(
+            lambda left_s: self._connection.together(service, method, requests, left_s),
+            lambda: [empty(request, alias) for request in requests],
+            timeout_s,
+        )
 
 
 _EMPTY: dict[tuple[str, str], Callable[[Any, str], Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from router_service.backends.qdrant_server import calls, nodes
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.connection import Connection
+from router_service.backends.qdrant_server.node import Node
 from router_service.backends.qdrant_server.options import ServerOptions, urls_of
 from router_service.backends.qdrant_server.versions import SUPPORTED
 from router_service.backends.qdrant_server.wire import q
@@ -192,6 +194,43 @@ class TestWork:
         assert_holds(collection, ENTRIES + 20)
         peer.join()
         until(lambda: peer.url in used(backend))
+
+    def test_nodes_are_compared_side_by_side(
+        self,
+        backend: ServerBackend,
+        collection: ServerCollection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A write that met trouble is acknowledged after that: a node that is late does not add to another."""
+        events, here = list[str](), threading.get_ident()
+        begin, end = Node.begin_replicas, Node.replicas_from
+
+        def begun(node: Node, name: str) -> Any:
+            if threading.get_ident() == here:
+                events.append("asked")
+            return begin(node, name)
+
+        def ended(node: Node, call: Any) -> Any:
+            if threading.get_ident() == here:
+                events.append("waited for")
+            return end(node, call)
+
+        monkeypatch.setattr(Node, "begin_replicas", begun)
+        monkeypatch.setattr(Node, "replicas_from", ended)
+        several = len(backend.connection.nodes.in_use)
+        backend.connection.nodes.compare(collection.name)
+        assert events == ["asked"] * several + ["waited for"] * several
+
+    def test_a_name_is_not_followed_after_the_end(
+        self, cluster: QdrantCluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with connected(options_of(*cluster.urls)) as connection:
+            known = connection.nodes
+        node = known.all[0]
+        node.named, pool = "qdrant.example", node.pool
+        monkeypatch.setattr(nodes, "addresses_of", lambda _: ["192.0.2.1"])
+        known._follow_name(node)
+        assert node.pool is pool
 
     def test_a_failure_of_one_node_is_not_noticed(
         self, cluster: QdrantCluster, backend: ServerBackend, collection: ServerCollection

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from qdrant_client import grpc as q
 
-from router_service.backends.base import Compression, Quantization
-from router_service.errors import CollectionClosed, CorruptMemory, MemoryExists, StorageError
+from router_service.backends.base import Compression, Quantization, SearchOptions
+from router_service.backends.qdrant_server import unwritten
+from router_service.backends.qdrant_server.backend import ServerBackend
+from router_service.backends.qdrant_server.unwritten import UnwrittenCollection
+from router_service.errors import (
+    BackendUnavailable,
+    CollectionClosed,
+    CorruptMemory,
+    MemoryExists,
+    StorageError,
+)
 from router_service.memories.store import MemoryStore
 from router_service.memories.swap import replace_memory
 from router_service.operations import Operations
@@ -197,3 +209,30 @@ def test_replaced_while_layers_are_not_made(
     assert counts(store.get("bible")) == counts(other.get("bible")) == [n + 2 for n in expected]
     store.delete("bible")
     assert layers_of(server) == []
+
+
+def test_a_lookup_keeps_its_deadline_while_a_layer_is_not_known_yet(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node that is asked knows that the layer was made, and does not have it: no call is given more time."""
+    collection = store.create("bible", MODEL, SETTINGS).layer(1).collection
+    assert isinstance(collection, UnwrittenCollection)
+    backend = store._backend
+    assert isinstance(backend, ServerBackend)
+    backend.made.write(collection.name, {"collection": collection.name})
+    given: list[float] = []
+    call = backend.connection.call
+
+    def noted(service: str, method: str, request: Any, timeout_s: float) -> Any:
+        given.append(timeout_s)
+        return call(service, method, request, timeout_s)
+
+    monkeypatch.setattr(backend.connection, "call", noted)
+    monkeypatch.setattr(unwritten, "_LEARNS_S", math.inf)
+    keys, deadline_s = np.ones((1, MODEL.hidden_size), np.float32), 1.5
+    options = SearchOptions(deadline=time.monotonic() + deadline_s)
+    with pytest.raises(BackendUnavailable, match="did not answer within"):
+        collection.search(keys, 3, options)
+    assert len(given) > 1
+    assert given == sorted(given, reverse=True)
+    assert max(given) <= deadline_s

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from router_service.arrays import U64
+from router_service.errors import Busy, Cancelled
 from router_service.memories.write_gate import WriteGate
 
 
@@ -96,7 +100,7 @@ def test_closed_until_it_is_open_again() -> None:
     threads[0].start()
     inside.wait()
     threading.Timer(0.05, leave.set).start()
-    with gate.closed():
+    with gate.closed(lambda: None, math.inf):
         assert events == ["first"]
         threads += [threading.Thread(target=write), threading.Thread(target=delete)]
         for thread in threads[1:]:
@@ -106,6 +110,41 @@ def test_closed_until_it_is_open_again() -> None:
     for thread in threads:
         thread.join()
     assert events == ["first", "later", "later"]
+
+
+def _leave() -> None:
+    raise Cancelled("the caller left")
+
+
+@pytest.mark.parametrize(
+    ("tick", "until", "error"), [(_leave, math.inf, Cancelled), (lambda: None, 0.0, Busy)]
+)
+def test_a_write_that_hangs_holds_nobody_up_for_ever(
+    tick: Callable[[], None], until: float, error: type[Exception]
+) -> None:
+    """Who waits for it can leave, and does at a limit; then others write and delete again."""
+    gate, deleted = WriteGate(), Deleted()
+    with gate.writing(_ids(1)):
+        with pytest.raises(error), gate.closed(tick, until):
+            pass
+        with gate.writing(_ids(2)):
+            pass
+        with gate.watched() as watch:
+            assert watch.delete(_ids(3), deleted) == (1, 0)
+
+
+def test_a_deletion_that_hangs_can_be_left() -> None:
+    gate = WriteGate()
+
+    def delete(ids: U64) -> int:
+        with pytest.raises(Cancelled), gate.closed(_leave, math.inf):
+            pass
+        return len(ids)
+
+    with gate.watched() as watch:
+        assert watch.delete(_ids(3), delete) == (1, 0)
+    with gate.writing(_ids(3)):
+        pass
 
 
 def test_what_was_written_is_taken_once_it_has_ended() -> None:

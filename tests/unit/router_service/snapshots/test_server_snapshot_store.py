@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -320,6 +321,29 @@ def test_a_deletion_while_the_last_listing_lasts(
     gone = [set(range(100)) - set(stored(copy, layer).ids.tolist()) for layer in (0, 1)]
     assert gone[0] == gone[1] == set(range(1, 1 + len(gone[0])))
     assert len(gone[0]) < next(numbers) - 1
+
+
+def test_a_write_that_hangs_holds_no_other_up_for_long(
+    service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the other layers wait for it the snapshot can be cancelled, and gives up at a limit."""
+    store, snapshot_store = service
+    memory = store.get("bible")
+
+    def leave() -> None:
+        raise Cancelled("the caller left")
+
+    with memory.layers[1].gate.writing(np.array([1], np.uint64)):
+        monkeypatch.setattr(copying, "_WRITES_END_S", math.inf)
+        with pytest.raises(Cancelled, match="the caller left"):
+            list(snapshot_store.create("bible", "monday", at("wait for writes", leave)))
+        monkeypatch.setattr(copying, "_WRITES_END_S", 0.0)
+        with pytest.raises(Busy, match="has not ended"):
+            list(snapshot_store.create("bible", "monday", quiet))
+        fill(memory, 100, 110)
+    assert counts(memory) == [110, 110]
+    assert snapshot_store.list("bible") == []
+    assert list(directory.glob("**/layer-*")) == []
 
 
 def second_of(found: list[Any]) -> float:
