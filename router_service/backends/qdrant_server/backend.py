@@ -278,10 +278,9 @@ class ServerBackend(Backend, Renaming, Pinning):
             left = [each for each in names if replaced(self._alias(each)) in self._aliases()]
             self.drop_replaced(left)  # of a swap before this one
             self._change_aliases(actions)
-            for made in [each.create_alias for each in actions if each.HasField("create_alias")][
-                -1:
-            ]:
-                self.connection.wait_for(made.alias_name)
+            made = [each.create_alias for each in actions if each.HasField("create_alias")]
+            if made:
+                self.connection.wait_for(made[-1].alias_name)
         with self._lock:
             for name, other in names.items():
                 if (each := self._open.pop(other, None)) is not None:
@@ -438,14 +437,18 @@ class ServerBackend(Backend, Renaming, Pinning):
         if not self.connection.nodes.several:
             return []
         wanted, prefix = max(2, self._options.replication_factor or 2), f"{self._options.prefix}~"
-        found = []
-        for name in sorted(each for each in self._collections() if each.startswith(prefix)):
+        found: list[str] = []
+
+        def look(name: str) -> None:
             with suppress(CollectionClosed):  # gone meanwhile
                 request = q.GetCollectionInfoRequest(collection_name=name)
                 params = self._call("collections", "Get", request).result.config.params
                 if params.replication_factor < wanted:
                     found.append(name)
-        return found
+
+        own = [each for each in self._collections() if each.startswith(prefix)]
+        self.together([partial(look, each) for each in own])
+        return sorted(found)
 
     def _collections(self) -> set[str]:
         """Of the whole server."""

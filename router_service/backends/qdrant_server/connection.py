@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -90,7 +89,7 @@ class Connection:
         return Calls(self.nodes, self.lateness, service, method, timeout_s).replies(requests)
 
     def begin(self, service: str, method: str, request: Any, timeout_s: float) -> Any:
-        """A call under way, without a further try; `result()` of what it returns within `failures()`."""
+        """A call under way, without a further try: a grpc.Future, whose result() raises grpc.RpcError."""
         node = self.nodes.pick()
         stub = getattr(node.stubs(), service)
         return getattr(stub, method).future(request, timeout=timeout_s, metadata=node.metadata)
@@ -132,14 +131,6 @@ class Connection:
                 raise error_of(failure, self.options, timeout_s, node.target) from error
             return False
         return True
-
-    @contextmanager
-    def failures(self, timeout_s: float) -> Iterator[None]:
-        """Maps what a call raises inside."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise error_of(failure_of(error), self.options, timeout_s) from error
 
     def close(self) -> None:
         """Closing twice is allowed."""
