@@ -16,6 +16,7 @@ from knnmoe.v1.types_pb2 import (
     DTYPE_BF16,
     DTYPE_F16,
     DTYPE_F32,
+    DTYPE_I8,
     DTYPE_I32,
     DTYPE_U8,
     DTYPE_U64,
@@ -32,6 +33,7 @@ _NUMPY_OF: dict[Dtype, np.dtype[Any]] = {
     DTYPE_I32: np.dtype("<i4"),
     DTYPE_U64: np.dtype("<u8"),
     DTYPE_U8: np.dtype("u1"),
+    DTYPE_I8: np.dtype("i1"),
 }
 _WIRE_OF = {dtype: wire for wire, dtype in _NUMPY_OF.items() if wire != DTYPE_BF16}
 FLOATS = frozenset({DTYPE_F32, DTYPE_F16, DTYPE_BF16})
@@ -50,7 +52,7 @@ def dtype_name(wire: int) -> str:
 
 
 def to_tensor(array: Array, *, bf16: bool = False) -> Tensor:
-    """Packs an array (f32, f16, i32, u64 or u8; `bf16` rounds f32 to bf16). Raises TensorError on other dtypes."""
+    """Packs an array (f32, f16, i32, u64, u8 or i8; `bf16` rounds f32 to bf16). Raises TensorError on other dtypes."""
     if bf16:
         bits = _round_to_bf16(np.asarray(array, dtype=np.float32))
         return Tensor(dtype=DTYPE_BF16, shape=array.shape, data=bits.tobytes())

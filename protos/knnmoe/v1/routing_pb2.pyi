@@ -36,7 +36,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, memory: _Optional[_Union[MemoryDescription, _Mapping]] = ..., service_version: _Optional[str] = ...) -> None: ...
 
 class MemoryDescription(_message.Message):
-    __slots__ = ("name", "fingerprint", "model_digest", "settings", "layers", "created_unix_ms", "version")
+    __slots__ = ("name", "fingerprint", "model_digest", "settings", "layers", "created_unix_ms", "version", "epoch")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class MemoryDescription(_message.Message):
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: _types_pb2.ModelFingerprint
     model_digest: str
@@ -51,7 +52,8 @@ class MemoryDescription(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[LayerDescription]
     created_unix_ms: int
     version: int
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.ModelFingerprint, _Mapping]] = ..., model_digest: _Optional[str] = ..., settings: _Optional[_Union[_types_pb2.MemorySettings, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerDescription, _Mapping]]] = ..., created_unix_ms: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    epoch: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.ModelFingerprint, _Mapping]] = ..., model_digest: _Optional[str] = ..., settings: _Optional[_Union[_types_pb2.MemorySettings, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerDescription, _Mapping]]] = ..., created_unix_ms: _Optional[int] = ..., version: _Optional[int] = ..., epoch: _Optional[str] = ...) -> None: ...
 
 class LayerDescription(_message.Message):
     __slots__ = ("layer", "entries", "indexed_entries", "quantization")

@@ -16,6 +16,7 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_I32: _ClassVar[Dtype]
     DTYPE_U64: _ClassVar[Dtype]
     DTYPE_U8: _ClassVar[Dtype]
+    DTYPE_I8: _ClassVar[Dtype]
 
 class MemoryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -41,6 +42,7 @@ DTYPE_BF16: Dtype
 DTYPE_I32: Dtype
 DTYPE_U64: Dtype
 DTYPE_U8: Dtype
+DTYPE_I8: Dtype
 MEMORY_KIND_UNSPECIFIED: MemoryKind
 MEMORY_KIND_ASSIGNMENT: MemoryKind
 MEMORY_KIND_LOGIT_DELTA: MemoryKind
