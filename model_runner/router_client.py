@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import torch
 from knnmoe.client import (
     NO_PAUSES_S,
     PAUSES_S,
@@ -45,6 +46,10 @@ WARN_EVERY_S = 30.0
 CONNECT_TIMEOUT_S = {"fall_back": 0.5, "raise": 10.0}
 # A prompt's tokens are looked up in one go, at about a millisecond each in a large memory.
 TIMEOUT_S_PER_MORE_TOKEN = 0.002
+# The one place where the runner cuts a lookup: tokens beyond this many bytes of router inputs and logits go in another
+# request. A quarter of channels.MAX_MESSAGE_BYTES: the rest is for examples to exclude, the own assignment and a reply
+# as large as the request, and for a service whose limit is set lower.
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
 class OnError(StrEnum):
@@ -193,10 +198,34 @@ class RouterClient:
         router_logits: Tensor,
         own: Assignment,
         *,
+        valid: Tensor | None = None,
         exclude: Sequence[ExampleRef] = (),
     ) -> Retrieved | FellBack:
-        """route(), as tensors on the host; or why the own router stands."""
-        response = self._routed(layer, router_input, router_logits, own, {"exclude": exclude})
+        """See Retriever. Padding is not sent; what does not go in one message goes in several.
+
+        A lookup of which one part fails falls back; so does one that is not finite somewhere, without being sent.
+        """
+        self._count_lookup()
+        rows = _rows_to_ask(valid)
+        asked = _Asked(router_input, router_logits, own).take(rows)
+        if not (torch.isfinite(asked.inputs).all() and torch.isfinite(asked.logits).all()):
+            return self._fell_back(layer, "not_finite")
+        refs = _per_token(exclude, len(router_input), rows)
+        answers: list[Retrieved] = []
+        most = tokens_per_request(router_input, router_logits)
+        for start in range(0, len(asked.inputs), most):
+            part = slice(start, start + most)
+            found = self._ask(layer, asked.take(part), refs[part])
+            if isinstance(found, FellBack):
+                return found
+            answers.append(found)
+        return _joined(answers, _Asked(router_input, router_logits, own), rows)
+
+    def _ask(
+        self, layer: int, asked: _Asked, exclude: Sequence[ExampleRef]
+    ) -> Retrieved | FellBack:
+        """One message, as tensors on the host."""
+        response = self._routed(layer, asked.inputs, asked.logits, asked.own, {"exclude": exclude})
         if isinstance(response, FellBack):
             return response
         blended: Assignment | Logits | None = None
@@ -231,6 +260,7 @@ class RouterClient:
             "with_neighbours": with_neighbours,
             "neighbours": neighbours,
         }
+        self._count_lookup()
         response = self._routed(layer, router_input, router_logits, own, options)
         return None if isinstance(response, FellBack) else response
 
@@ -242,10 +272,6 @@ class RouterClient:
         own: Assignment,
         options: Mapping[str, Any],
     ) -> pb.RouteResponse | FellBack:
-        self._client.require_usable()  # before any lock: in a forked process it may be held for ever
-        with self._lock:
-            self._lookups += 1
-
         def looked_up() -> pb.RouteResponse:
             timeout_s = self.timeout_s + TIMEOUT_S_PER_MORE_TOKEN * (len(router_input) - 1)
             started_s = time.monotonic()
@@ -275,6 +301,11 @@ class RouterClient:
         self._breaker.succeeded()
         return response
 
+    def _count_lookup(self) -> None:
+        self._client.require_usable()  # before any lock: in a forked process it may be held for ever
+        with self._lock:
+            self._lookups += 1
+
     def _described(self, timeout_s: float | None) -> pb.MemoryDescription:
         found = self._client.describe(timeout_s)
         self._was_found = True
@@ -294,3 +325,92 @@ class RouterClient:
 
 def _wants_logits(described: pb.MemoryDescription) -> bool:
     return described.settings.kind == MEMORY_KIND_LOGIT_DELTA
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Tokens of one layer: inputs [T, d], logits [T, N], their own assignment [T, k]."""
+
+    inputs: Tensor
+    logits: Tensor
+    own: Assignment
+
+    def take(self, rows: Tensor | slice | None) -> _Asked:
+        """Those of `rows`; None: all of them, without a copy."""
+        if rows is None:
+            return self
+        own = Assignment(self.own.weights[rows], self.own.experts[rows])
+        return _Asked(self.inputs[rows], self.logits[rows], own)
+
+
+def _rows_to_ask(valid: Tensor | None) -> Tensor | None:
+    """Row numbers int64 [n] that are not padding; None: all."""
+    return None if valid is None or bool(valid.all()) else valid.nonzero().flatten()
+
+
+def _per_token(
+    exclude: Sequence[ExampleRef], tokens: int, rows: Tensor | None
+) -> Sequence[ExampleRef]:
+    """The example of each row's sequence; none when none is left out."""
+    if not exclude:
+        return ()
+    each = tokens // len(exclude)
+    return [exclude[row // each] for row in (range(tokens) if rows is None else rows.tolist())]
+
+
+def tokens_per_request(router_input: Tensor, router_logits: Tensor) -> int:
+    """Tokens [T, d] and logits [T, N] that go in one request: as many as MAX_REQUEST_BYTES hold, one at least."""
+    token_bytes = sum(t.shape[1] * t.element_size() for t in (router_input, router_logits))
+    return max(1, MAX_REQUEST_BYTES // token_bytes)
+
+
+def _joined(answers: Sequence[Retrieved], asked: _Asked, rows: Tensor | None) -> Retrieved:
+    """One answer for all tokens of `asked`, from those for parts of `rows`: the rest keeps its own routing."""
+    if rows is None and len(answers) == 1:
+        (found,) = answers
+        return found
+    tokens = len(asked.inputs)
+    every = torch.arange(tokens) if rows is None else rows.cpu()
+    lambdas = torch.zeros(tokens)
+    abstained = torch.zeros(tokens, dtype=torch.bool)
+    blended: Assignment | Logits | None = None
+    start = 0
+    for found in answers:
+        part = every[start : start + len(found.lambdas)]
+        start += len(part)
+        lambdas[part], abstained[part] = found.lambdas, found.abstained
+        blended = _merged(blended, asked, found.blended, part)
+    counts = [len(every), int(abstained.sum()), float(lambdas.sum(dtype=torch.float64)), 0]
+    return Retrieved(lambdas, abstained, blended, torch.tensor(counts, dtype=torch.float64))
+
+
+def _merged(
+    before: Assignment | Logits | None,
+    asked: _Asked,
+    blended: Assignment | Logits | None,
+    rows: Tensor,
+) -> Assignment | Logits | None:
+    """`before`, or the own routing where there is none, with `blended` in `rows`."""
+    if blended is None:
+        return before
+    if isinstance(blended, Logits):
+        own = before.router_logits if isinstance(before, Logits) else asked.logits
+        return Logits(_with_rows(own, blended.router_logits, rows))
+    own_routing = before if isinstance(before, Assignment) else asked.own
+    width = blended.experts.shape[1]
+    return Assignment(
+        _with_rows(_widened(own_routing.weights, width), blended.weights, rows),
+        _with_rows(_widened(own_routing.experts, width), blended.experts, rows),
+    )
+
+
+def _widened(own: Tensor, width: int) -> Tensor:
+    """Own columns [T, k] padded to `width` with zeros: expert 0 at weight 0."""
+    return torch.nn.functional.pad(own, (0, max(0, width - own.shape[1])))
+
+
+def _with_rows(own: Tensor, blended: Tensor, rows: Tensor) -> Tensor:
+    """`own` with `rows` replaced; on the device of `own`."""
+    merged = own.clone()
+    merged[rows.to(own.device)] = blended.to(own)
+    return merged

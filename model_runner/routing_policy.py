@@ -18,26 +18,24 @@ from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits, RouterCall
 
-# The one place where the runner cuts a lookup: tokens beyond this many bytes of router inputs and logits go in another
-# request. A quarter of channels.MAX_MESSAGE_BYTES: the rest is for examples to exclude, the own assignment and a reply
-# as large as the request, and for a service whose limit is set lower.
-MAX_REQUEST_BYTES = 16 * 1024 * 1024
-
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """What a memory says about T tokens of one layer.
+    """What a memory says about T tokens of one layer. Padding is not looked up, and keeps its own routing.
 
     Attributes:
-        lambdas: f32 [T], the weight of the memory; 0 for a token that abstained.
-        abstained: bool [T].
-        blended: [T, ...] of the memory's kind; None when every token abstained.
+        lambdas: f32 [T], the weight of the memory; 0 for a token that abstained or was not looked up.
+        abstained: bool [T]; False for a token that was not looked up.
+        blended: [T, ...] of the memory's kind; None when the own routing of all tokens stands.
+        counts: f64 [4], on the device of the answer: tokens looked up, those of them that abstained, their lambdas'
+            sum, and tokens left out since their router input or logits are not finite. None: all T were looked up.
 
     """
 
     lambdas: Tensor
     abstained: Tensor
     blended: Assignment | Logits | None
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Lookups:
     """How often a memory was asked, and how often the model's own router stood because it gave no answer.
 
     Attributes:
-        total: all lookups; a forward pass makes one at each layer, more where its tokens do not go in one message.
+        total: all lookups; a forward pass makes one at each layer.
         fell_back: of these, by reason.
 
     """
@@ -75,7 +73,7 @@ class Lookups:
 
 
 class Retriever(Protocol):
-    """Where a memory's answers come from: a sidecar (RouterClient), or anything that answers as one.
+    """Where a memory's answers come from: a sidecar (RouterClient), a replica beside the model (ReplicaRetriever).
 
     A policy that several threads use asks from all of them.
     """
@@ -87,54 +85,79 @@ class Retriever(Protocol):
         router_logits: Tensor,
         own: Assignment,
         *,
+        valid: Tensor | None = None,
         exclude: Sequence[ExampleRef] = (),
     ) -> Retrieved | FellBack | None:
         """T tokens: router_input [T, d], logits [T, N], own assignment [T, k]; None: it fell back, without a reason.
 
-        `exclude`: none, or one example per token whose entries are not read.
+        valid: bool [T], False on padding, which may hold anything; None: all valid. exclude: none, or one example per
+        sequence, in the order of the tokens, whose entries are not read (T is a multiple of their number).
         """
         ...
 
 
 @dataclass(slots=True)
 class LayerUse:
-    """What a memory did at one layer: tokens that it answered for, those that abstained, lambda summed over the tokens.
+    """What a memory did at one layer. Numbers of tokens lie where the lookups were made until they are read.
 
     Attributes:
         lookups: all, with those that fell back.
-        fell_back: by reason; `not_finite`: not asked, since a router input or logit was not finite.
+        fell_back: lookups, by reason; `not_finite`: not asked, since a router input or logit was not finite.
+        counts: as in Retrieved, of all lookups that gave an answer; None before the first.
 
     """
 
-    tokens: int = 0
-    abstained: int = 0
-    lambda_sum: float = 0.0
     lookups: int = 0
     fell_back: Counter[str] = field(default_factory=Counter)
+    counts: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the memory answered for."""
+        return int(self._read()[0])
+
+    @property
+    def abstained(self) -> int:
+        """Of these, the ones that kept their own routing."""
+        return int(self._read()[1])
+
+    @property
+    def lambda_sum(self) -> float:
+        """Lambda summed over the tokens."""
+        return self._read()[2]
 
     @property
     def not_finite(self) -> int:
-        """Calls that were not asked about: a router input or logit was not finite."""
-        return self.fell_back["not_finite"]
+        """What was left out since a router input or logit was not finite: lookups in a sidecar, tokens in a replica."""
+        return self.fell_back["not_finite"] + int(self._read()[3])
 
     @property
     def lambda_mean(self) -> float:
         """Mean lambda; 0 before the first token."""
-        return self.lambda_sum / max(1, self.tokens)
+        tokens, _, lambda_sum, _ = self._read()
+        return lambda_sum / max(1.0, tokens)
 
-    def count(self, found: Retrieved) -> None:
-        """Counts the tokens of an answer that is used."""
-        self.tokens += len(found.lambdas)
-        self.abstained += int(found.abstained.count_nonzero())
-        self.lambda_sum += float(found.lambdas.sum())
+    def count(self, found: Retrieved | FellBack) -> None:
+        """Counts one lookup."""
+        self.lookups += 1
+        if isinstance(found, FellBack):
+            self.fell_back[found.reason] += 1
+            return
+        counts = _counts(found) if found.counts is None else found.counts
+        if self.counts is None:
+            self.counts = counts.clone()
+        else:
+            self.counts += counts
 
-    def add(self, other: LayerUse) -> None:
-        """Counts what `other` counted."""
-        self.tokens += other.tokens
-        self.abstained += other.abstained
-        self.lambda_sum += other.lambda_sum
-        self.lookups += other.lookups
-        self.fell_back += other.fell_back
+    def _read(self) -> list[float]:
+        return [0.0] * 4 if self.counts is None else self.counts.tolist()
+
+
+def _counts(found: Retrieved) -> Tensor:
+    """Retrieved.counts of an answer for which every token was looked up."""
+    columns = (torch.ones_like(found.lambdas), found.abstained, found.lambdas)
+    counts = torch.stack([column.sum(dtype=torch.float64) for column in columns])
+    return torch.nn.functional.pad(counts, (0, 1))
 
 
 Refs = tuple[ExampleRef, ...]
@@ -187,111 +210,28 @@ class RetrievalPolicy:
 
     def __call__(self, call: RouterCall) -> Assignment | Logits | None:
         """The blended routing, or None when the model's own stands."""
-        answers: list[Answer] = []
-        counted = LayerUse()
-        try:
-            for rows in _rows_to_ask(call):  # padding is left out, and may hold anything
-                counted.lookups += 1
-                found = self._ask(call, rows)
-                if isinstance(found, FellBack):
-                    counted.fell_back[found.reason] += 1
-                    return None
-                answers.append((rows, found))
-            for _, found in answers:
-                counted.count(found)
-        finally:
-            with self._lock:
-                self.use.setdefault(call.site.layer, LayerUse()).add(counted)
-        return _reply(answers, call)
+        found = self.client.lookup(
+            call.site.layer,
+            call.router_input,
+            call.router_logits,
+            Assignment(call.weights, call.experts),
+            valid=call.valid,
+            exclude=self._excluded(call),
+        )
+        if found is None:
+            found = FellBack("no_answer")
+        with self._lock:
+            use = self.use.get(call.site.layer)
+            if use is None:
+                use = self.use[call.site.layer] = LayerUse()
+            use.count(found)
+        return None if isinstance(found, FellBack) else found.blended
 
-    def _ask(self, call: RouterCall, rows: Tensor | None) -> Retrieved | FellBack:
-        inputs, logits, own = _select(call, rows)
-        if not (torch.isfinite(inputs).all() and torch.isfinite(logits).all()):
-            return FellBack("not_finite")
-        exclude = self._excluded(call, rows)
-        found = self.client.lookup(call.site.layer, inputs, logits, own, exclude=exclude)
-        return FellBack("no_answer") if found is None else found
-
-    def _excluded(self, call: RouterCall, rows: Tensor | None) -> list[ExampleRef]:
+    def _excluded(self, call: RouterCall) -> Refs:
         exclude = self._exclude.get()
-        if not exclude:
-            return []
-        tokens_each, left_over = divmod(len(call.router_input), len(exclude))
-        if left_over:
+        if exclude and len(call.router_input) % len(exclude):
             raise BadInput(
                 f"excluding: got {len(exclude)} examples for {len(call.router_input)} tokens, "
                 "expected one per sequence of the batch"
             )
-        every = [ref for ref in exclude for _ in range(tokens_each)]
-        return every if rows is None else [every[row] for row in rows.tolist()]
-
-
-# Rows [n] of a call (None = all of them), and what the memory said about them.
-Answer = tuple[Tensor | None, Retrieved]
-
-
-def _rows_to_ask(call: RouterCall) -> Sequence[Tensor | None]:
-    """Row numbers [n] int64 that are not padding, a tensor per request; None = all rows, which needs no copy."""
-    most = tokens_per_request(call.router_input, call.router_logits)
-    if call.valid is not None and not bool(call.valid.all()):
-        valid = call.valid.nonzero().flatten()
-        return torch.split(valid, most) if len(valid) else ()
-    tokens = len(call.router_input)
-    if tokens <= most:
-        return [None]
-    return torch.split(torch.arange(tokens, device=call.router_input.device), most)
-
-
-def tokens_per_request(router_input: Tensor, router_logits: Tensor) -> int:
-    """Tokens [T, d] and logits [T, N] that go in one request: as many as MAX_REQUEST_BYTES hold, one at least."""
-    token_bytes = sum(t.shape[1] * t.element_size() for t in (router_input, router_logits))
-    return max(1, MAX_REQUEST_BYTES // token_bytes)
-
-
-def _select(call: RouterCall, rows: Tensor | None) -> tuple[Tensor, Tensor, Assignment]:
-    own = Assignment(call.weights, call.experts)
-    if rows is None:
-        return call.router_input, call.router_logits, own
-    return (
-        call.router_input[rows],
-        call.router_logits[rows],
-        Assignment(own.weights[rows], own.experts[rows]),
-    )
-
-
-def _reply(answers: Sequence[Answer], call: RouterCall) -> Assignment | Logits | None:
-    """The own routing with the answered rows in it; None when every token abstained."""
-    reply: Assignment | Logits | None = None
-    for rows, found in answers:
-        if isinstance(found.blended, Logits):
-            own = reply.router_logits if isinstance(reply, Logits) else call.router_logits
-            reply = Logits(_merged(own, found.blended.router_logits, rows))
-        elif found.blended is not None:
-            before = reply if isinstance(reply, Assignment) else None
-            reply = _with_rows(before, call, found.blended, rows)
-    return reply
-
-
-def _with_rows(
-    before: Assignment | None, call: RouterCall, blended: Assignment, rows: Tensor | None
-) -> Assignment:
-    own = before or Assignment(call.weights, call.experts)
-    width = blended.experts.shape[1]
-    return Assignment(
-        _merged(_widened(own.weights, width), blended.weights, rows),
-        _merged(_widened(own.experts, width), blended.experts, rows),
-    )
-
-
-def _widened(own: Tensor, width: int) -> Tensor:
-    """Own columns [T, k] padded to `width` with zeros: expert 0 at weight 0."""
-    return torch.nn.functional.pad(own, (0, max(0, width - own.shape[1])))
-
-
-def _merged(own: Tensor, blended: Tensor, rows: Tensor | None) -> Tensor:
-    """`own` with `rows` replaced; on the device of `own`."""
-    if rows is None:
-        return blended.to(own.device)
-    merged = own.clone()
-    merged[rows] = blended.to(own)
-    return merged
+        return exclude

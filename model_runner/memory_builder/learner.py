@@ -22,8 +22,7 @@ from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, Tra
 from model_runner.memory_builder.entries import LayerEntries
 from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import Recipe, assignment_values, recipe_of
-from model_runner.router_client import RouterClient
-from model_runner.routing_policy import tokens_per_request
+from model_runner.router_client import RouterClient, tokens_per_request
 from model_runner.texts import Window, batched, distinct
 from model_runner.wire import decode_tensor
 

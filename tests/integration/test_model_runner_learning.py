@@ -9,7 +9,7 @@ import pytest
 from knnmoe.client import AdminClient, ModelMismatch, ServiceRefused
 from knnmoe.v1.types_pb2 import MemorySettings
 
-from model_runner import routing_policy
+from model_runner import router_client
 from model_runner.errors import BadInput, HooksInUse
 from model_runner.evaluation.nll import score
 from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner
@@ -149,7 +149,7 @@ def test_known_tokens_are_left_out(
 def test_known_tokens_are_looked_up_in_parts(
     edge_sidecar: Sidecar, admin: AdminClient, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 1)  # a token per lookup
+    monkeypatch.setattr(router_client, "MAX_REQUEST_BYTES", 1)  # a token per lookup
     create(admin, name)
     copy = [replace(w, ref=replace(w.ref, example="copy")) for w in ONE]
     with (

@@ -151,14 +151,18 @@ class InProcess:
         router_logits: Tensor,
         own: Assignment,
         *,
+        valid: Tensor | None = None,
         exclude: Sequence[ExampleRef] = (),
     ) -> Retrieved:
-        shift = torch.zeros(len(router_input), 1)
-        for row, ref in enumerate(exclude):
-            shift[row] = float(ref.example) / 8
+        tokens = len(router_input)
+        shift = torch.zeros(tokens, 1)
+        for sequence, ref in enumerate(exclude):
+            shift.view(len(exclude), -1)[sequence] = float(ref.example) / 8
         blended = self._blend(router_logits + shift * router_input[:, :1], router_input, own)
-        lambdas = torch.full((len(router_input),), 0.5)
-        return Retrieved(lambdas, lambdas < 0, blended)
+        lambdas = torch.full((tokens,), 0.5)
+        asked = float(tokens if valid is None else valid.sum())
+        counts = torch.tensor([asked, 0, asked / 2, 0], dtype=torch.float64)
+        return Retrieved(lambdas, lambdas < 0, blended, counts)
 
 
 def shifted_logits(logits: Tensor, inputs: Tensor, own: Assignment) -> Logits:

@@ -13,7 +13,6 @@ import torch
 from knnmoe.client import ExampleRef
 from torch import Tensor
 
-from model_runner import routing_policy
 from model_runner.architectures import Assignment, RouterSite, find_router_sites
 from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits, RouterCall
@@ -21,6 +20,7 @@ from model_runner.routing_policy import FellBack, Lookups, RetrievalPolicy, Retr
 from tests.families import shared_model
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 32, 8, 2
+VALID = [False, True, True, False, False, True]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Asked:
     router_input: Tensor
     router_logits: Tensor
     own: Assignment
+    valid: Tensor | None
     exclude: Sequence[ExampleRef]
 
 
@@ -48,9 +49,10 @@ class CannedClient:
         router_logits: Tensor,
         own: Assignment,
         *,
+        valid: Tensor | None = None,
         exclude: Sequence[ExampleRef] = (),
     ) -> Retrieved | FellBack | None:
-        self.asked.append(Asked(layer, router_input, router_logits, own, exclude))
+        self.asked.append(Asked(layer, router_input, router_logits, own, valid, exclude))
         return self.answer(self.asked[-1])
 
 
@@ -97,13 +99,8 @@ def beside_expert_7(asked: Asked) -> Retrieved:
     return replace(response(len(own.experts)), blended=blended)
 
 
-def dense(assignment: Assignment) -> Tensor:
-    empty = torch.zeros(len(assignment.experts), EXPERTS)
-    return empty.scatter_add(1, assignment.experts, assignment.weights.float())
-
-
 def test_asks_what_the_router_saw() -> None:
-    client, call = CannedClient(abstains), call_of()
+    client, call = CannedClient(abstains), call_of(VALID)
     RetrievalPolicy(client)(replace(call, site=site(2)))
     (asked,) = client.asked
     assert asked.layer == 2
@@ -111,6 +108,7 @@ def test_asks_what_the_router_saw() -> None:
     assert torch.equal(asked.router_logits, call.router_logits)
     assert torch.equal(asked.own.weights, call.weights)
     assert torch.equal(asked.own.experts, call.experts)
+    assert asked.valid is call.valid
     assert list(asked.exclude) == []
 
 
@@ -134,54 +132,6 @@ def test_without_a_reply_the_own_router_stands(
     answer: Callable[[Asked], Retrieved | None],
 ) -> None:
     assert RetrievalPolicy(CannedClient(answer))(call_of()) is None
-
-
-VALID = [False, True, True, False, False, True]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_is_not_asked_about_and_keeps_its_logits(dtype: torch.dtype) -> None:
-    client, call = CannedClient(halved_logits), call_of(VALID, dtype=dtype)
-    reply = RetrievalPolicy(client)(call)
-    assert torch.equal(client.asked[0].router_input, call.router_input[call.valid])
-    assert isinstance(reply, Logits)
-    assert torch.equal(reply.router_logits[call.valid], call.router_logits[call.valid] / 2)
-    assert torch.equal(reply.router_logits[~call.valid], call.router_logits[~call.valid])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_keeps_its_assignment_at_any_width(dtype: torch.dtype) -> None:
-    client, call = CannedClient(beside_expert_7), call_of(VALID, dtype=dtype)
-    reply = RetrievalPolicy(client)(call)
-    assert isinstance(reply, Assignment)
-    assert reply.experts.shape == reply.weights.shape == (TOKENS, TOP_K + 1)
-    assert 0 <= int(reply.experts.min()) <= int(reply.experts.max()) < EXPERTS
-    own = dense(Assignment(call.weights, call.experts))
-    assert torch.equal(dense(reply)[~call.valid], own[~call.valid])
-    assert not torch.equal(dense(reply)[call.valid], own[call.valid])
-
-
-def test_all_padding_asks_nothing() -> None:
-    client = CannedClient(halved_logits)
-    assert RetrievalPolicy(client)(call_of([False] * TOKENS)) is None
-    assert client.asked == []
-
-
-@pytest.mark.parametrize("where", ["router_input", "router_logits"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_not_asked_about(where: str, value: float) -> None:
-    client, call = CannedClient(halved_logits), call_of()
-    policy = RetrievalPolicy(client)
-    getattr(call, where)[3, 1] = value
-    assert policy(call) is None
-    assert client.asked == []
-    assert (policy.use[0].not_finite, policy.use[0].tokens) == (1, 0)
-
-
-def test_padding_may_hold_anything() -> None:
-    client, call = CannedClient(halved_logits), call_of(VALID)
-    call.router_input[~call.valid] = torch.nan
-    assert isinstance(RetrievalPolicy(client)(call), Logits)
 
 
 def test_counts_by_layer() -> None:
@@ -209,7 +159,7 @@ def test_nothing_is_counted_when_the_sidecar_is_gone() -> None:
 A, B = ExampleRef("s", "a"), ExampleRef("s", "b")
 
 
-def test_excluded_examples_are_named_token_by_token() -> None:
+def test_excluded_examples_are_named_sequence_by_sequence() -> None:
     client = CannedClient(abstains)
     policy = RetrievalPolicy(client)
     with policy.excluding([A, B]):
@@ -220,8 +170,7 @@ def test_excluded_examples_are_named_token_by_token() -> None:
         policy(call_of())
     policy(call_of())
     named = [list(asked.exclude) for asked in client.asked]
-    both = [A, A, A, B, B, B]
-    assert named == [both, [A, A, B], both[::-1], both, []]
+    assert named == [[A, B], [A, B], [B, A], [A, B], []]
 
 
 def test_excluded_examples_must_be_one_per_sequence() -> None:
@@ -248,7 +197,7 @@ def test_another_threads_exclusions_are_not_applied() -> None:
             pool.submit(with_b).result()
         policy(call_of())
     named = [list(asked.exclude) for asked in client.asked]
-    assert named == [[], [], [B] * TOKENS, [A] * TOKENS]
+    assert named == [[], [], [B], [A]]
 
 
 def test_exclusions_go_along_with_an_asyncio_task() -> None:
@@ -304,56 +253,17 @@ def test_lookups_are_counted_by_reason() -> None:
     policy = RetrievalPolicy(CannedClient(lambda asked: next(replies)(asked)))
     for _ in range(3):
         policy(call_of())
-    call = call_of()
-    call.router_input[0, 0] = torch.nan
-    policy(call)
-    assert policy.lookups.total == 4
-    assert policy.lookups.fell_back == {"deadline": 1, "no_answer": 1, "not_finite": 1}
+    assert policy.lookups == Lookups(3, {"deadline": 1, "no_answer": 1})
 
 
-@pytest.mark.parametrize("valid", [None, VALID * 2])
-@pytest.mark.parametrize("answer", [halved_logits, beside_expert_7])
-def test_many_tokens_are_asked_about_in_parts(
-    monkeypatch: pytest.MonkeyPatch,
-    answer: Callable[[Asked], Retrieved],
-    valid: list[bool] | None,
-) -> None:
-    call, whole = call_of(valid, tokens=12), CannedClient(answer)
-    uncut = RetrievalPolicy(whole)
-    with uncut.excluding([A, B]):
-        at_once = uncut(call)
-    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 5)
-    client = CannedClient(answer)
-    policy = RetrievalPolicy(client)
-    with policy.excluding([A, B]):
-        in_parts = policy(call)
-    expected = [5, 5, 2] if valid is None else [5, 1]
-    assert [len(asked.router_input) for asked in client.asked] == expected
-    named = [ref for asked in client.asked for ref in asked.exclude]
-    assert named == list(whole.asked[0].exclude)
-    assert policy.use[0].tokens == sum(expected)
-    if isinstance(at_once, Logits):
-        assert torch.equal(in_parts.router_logits, at_once.router_logits)
-    else:
-        assert torch.equal(dense(in_parts), dense(at_once))
-
-
-def test_a_part_without_a_reply_leaves_the_whole_call_to_the_own_router(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 4)
-    replies = iter([halved_logits, lambda asked: None])
-    policy = RetrievalPolicy(CannedClient(lambda asked: next(replies)(asked)))
-    assert policy(call_of()) is None
-    assert policy.use[0].tokens == 0
-
-
-def test_a_part_that_abstains_keeps_its_own_routing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing_policy, "MAX_REQUEST_BYTES", 4 * (HIDDEN + EXPERTS) * 4)
-    call = call_of()
-    replies = iter([abstains, beside_expert_7])
-    reply = RetrievalPolicy(CannedClient(lambda asked: next(replies)(asked)))(call)
-    assert isinstance(reply, Assignment)
-    own = dense(Assignment(call.weights, call.experts))
-    assert torch.equal(dense(reply)[:4], own[:4])
-    assert not torch.equal(dense(reply)[4:], own[4:])
+def test_tokens_that_were_not_looked_up_do_not_count() -> None:
+    counts = torch.tensor([3.0, 1.0, 0.75, 2.0], dtype=torch.float64)
+    policy = RetrievalPolicy(
+        CannedClient(lambda asked: replace(halved_logits(asked), counts=counts))
+    )
+    for _ in range(2):
+        policy(call_of())
+    use = policy.use[0]
+    assert (use.tokens, use.abstained, use.lambda_sum, use.not_finite) == (6, 2, 1.5, 4)
+    assert (use.lambda_mean, use.lookups) == (0.25, 2)
+    assert counts.tolist() == [3.0, 1.0, 0.75, 2.0]

@@ -1,0 +1,1 @@
+"""A copy of a routing memory beside the model, which answers lookups there. Needs torch, nothing of transformers."""
