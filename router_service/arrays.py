@@ -6,8 +6,9 @@ neighbour contributes: N logit deltas, or k expert ids followed by k weights (id
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -218,3 +219,34 @@ def entry_bytes(entries: Entries) -> Iterator[bytes]:
 def _text(text: str) -> bytes:
     encoded = text.encode()
     return len(encoded).to_bytes(4, "little") + encoded
+
+
+# Columns of the digests [n, 2] of entries, each BLAKE2b of 8 bytes: of the key, and of all else.
+OF_KEY, OF_REST = 0, 1
+_DIGEST_BYTES = 8
+
+
+def key_digests(keys: F32) -> U64:
+    """Digests [n] of keys [n, d]."""
+    return _digests(np.ascontiguousarray(keys, "<f4"))
+
+
+def rest_digests(entries: Entries) -> U64:
+    """Digests [n] of all of the entries but their keys."""
+    count = len(entries)
+    return _digests(entry_bytes(replace(entries, keys=np.empty((count, 0), np.float32))))
+
+
+def digests_of(entries: Entries) -> U64:
+    """Both digests [n, 2] of entries."""
+    return np.stack([key_digests(entries.keys), rest_digests(entries)], axis=1)
+
+
+def combined_digests(digests: U64) -> U64:
+    """One digest [n] of both [n, 2]: equal for equal entries, whatever backend has them."""
+    return _split_mix(digests[:, OF_KEY] ^ _split_mix(digests[:, OF_REST]))
+
+
+def _digests(rows: Iterable[bytes] | F32) -> U64:
+    hashed = (hashlib.blake2b(row, digest_size=_DIGEST_BYTES).digest() for row in rows)
+    return np.frombuffer(b"".join(hashed), "<u8").astype(np.uint64)

@@ -17,6 +17,7 @@ RoutingServiceError
 ├── Cancelled                 somebody ended a long operation
 ├── OperationNotFound
 ├── SnapshotNotFound
+├── ReplicaBehind             a copy's position is not known any more
 ├── ShuttingDown
 └── StorageError              the engine or the file system failed
     ├── DiskFull
@@ -129,6 +130,13 @@ class OperationNotFound(RoutingServiceError):
 
 class SnapshotNotFound(RoutingServiceError):
     """No snapshot of that name, or nothing at that path."""
+
+
+class ReplicaBehind(RoutingServiceError):
+    """A copy cannot go on from where it is."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}; ask again with the entries that the copy holds")
 
 
 class ShuttingDown(RoutingServiceError):

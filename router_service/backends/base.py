@@ -262,7 +262,28 @@ class CollectionReader(Protocol):
         ...
 
 
-class Collection(CollectionReader, Protocol):
+class Replicable(Protocol):
+    """The entries of one layer, for copies that are kept in step."""
+
+    def entries(self, ids: U64) -> Entries:
+        """Those of these ids, ascending and each once, that are there, with their keys."""
+        ...
+
+    def digests(self, after: int | None, limit: int) -> tuple[U64, U64]:
+        """Ids [n] of up to `limit` entries above an id, in their order, and arrays.combined_digests() [n] of them."""
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A Collection that others than this process write to."""
+
+    def listed(self, after: int | None) -> tuple[U64, U64]:
+        """Ids [n] of the next entries above an id, and marks [n] that are others when all but a key has changed."""
+        ...
+
+
+class Collection(CollectionReader, Replicable, Protocol):
     """The entries of one layer. Callers pass validated arrays: finite f32, right widths, ids below 2^63."""
 
     versions: Versions  # moves on with every change, in the moment in which lookups see it

@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+from router_service.arrays import (
+    F32,
+    U64,
+    Entries,
+    ExampleRef,
+    Neighbours,
+    Provenance,
+    combined_digests,
+    digests_of,
+)
 from router_service.backends.base import (
     Backend,
     Collection,
@@ -108,6 +117,16 @@ class ExactCollection(Collection):
         page = entries.slice(start, start + limit)
         keys = page.keys.copy() if with_keys else np.empty((len(page), 0), np.float32)
         return Entries(page.ids.copy(), keys, page.values.copy(), page.provenance)
+
+    @override
+    def entries(self, ids: U64) -> Entries:
+        entries = self._open_entries()
+        return entries.take(np.flatnonzero(np.isin(entries.ids, ids)))
+
+    @override
+    def digests(self, after: int | None, limit: int) -> tuple[U64, U64]:
+        page = self.scroll(after, limit)
+        return page.ids, combined_digests(digests_of(page))
 
     @override
     def provenance(self, ids: U64) -> dict[int, Provenance]:

@@ -32,6 +32,7 @@ from router_service.backends.base import (
     stays,
 )
 from router_service.errors import DeadlineTooShort
+from router_service.memories.changes import ChangeLog
 from router_service.memories.hit_counts import HitCounter
 from router_service.memories.settings import Kind, MemorySettings, Similarity
 from router_service.memories.write_gate import WriteGate
@@ -92,6 +93,14 @@ class LayerCounters:
             self.lambda_sum += float(answer.lambdas.sum())
             self.search_ns += answer.search_ns
 
+    def add_found(self, requests: int, tokens: int, abstained: int, lambda_sum: float) -> None:
+        """Counts what lookups in a copy of the layer did."""
+        with self.lock:
+            self.requests += requests
+            self.tokens += tokens
+            self.abstained += abstained
+            self.lambda_sum += lambda_sum
+
     def read(self) -> LayerCounters:
         """A copy, consistent in itself."""
         with self.lock:
@@ -114,6 +123,7 @@ class LayerMemory:
         self.counters = LayerCounters()
         self.hits = hits or HitCounter()
         self.gate = WriteGate()
+        self.changes = ChangeLog(collection.versions)  # the memory's, see RoutingMemory
         self._num_experts, self._top_k = num_experts, top_k
 
     def route(self, query: RouteQuery, settings: MemorySettings) -> RouteAnswer:
@@ -148,7 +158,7 @@ class LayerMemory:
 
     def upsert(self, entries: Entries, *, fsync: bool = False) -> None:
         """Writes validated entries; see Collection.upsert."""
-        with self.gate.writing(entries.ids):
+        with self.gate.writing(entries.ids), self.changes.changing(self.layer, entries.ids):
             self.collection.upsert(entries, fsync=fsync)
 
     def info(self) -> CollectionInfo:
@@ -157,7 +167,8 @@ class LayerMemory:
 
     def delete(self, ids: U64, *, fsync: bool = False) -> int:
         """Removes entries; see Collection.delete."""
-        deleted = self.collection.delete(ids, fsync=fsync)
+        with self.changes.changing(self.layer, ids):
+            deleted = self.collection.delete(ids, fsync=fsync)
         self.hits.forget(ids)
         return deleted
 

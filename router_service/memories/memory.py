@@ -26,6 +26,7 @@ from router_service.errors import (
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings as memory_settings
 from router_service.memories.calibration import LayerCalibration, Queries, calibrated
+from router_service.memories.changes import SETTINGS, ChangeLog
 from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
 from router_service.memories.settings import Kind, MemorySettings, Similarity
 
@@ -96,13 +97,15 @@ class RoutingMemory:
         record: MemoryRecord,
         layers: Sequence[LayerMemory],
         versions: Versions | None = None,
+        changes: ChangeLog | None = None,
     ) -> None:
-        """`versions`: where those of another memory go on; None: from 1."""
+        """`versions`: where those of another memory go on; None: from 1. `changes`: of its layers; None: a new log."""
         self.layers = tuple(layers)
         self.versions = versions or Versions()
         self._reading = _Reading(record, self.versions.now)
+        self.changes = changes or ChangeLog(self.versions)
         for layer in self.layers:
-            layer.versions = self.versions
+            layer.versions, layer.changes = self.versions, self.changes
 
     @property
     def record(self) -> MemoryRecord:
@@ -150,7 +153,7 @@ class RoutingMemory:
 
     def change_settings(self, record: MemoryRecord) -> None:
         """Reads by other settings from the next Route on."""
-        with self.versions.changing() as number:
+        with self.changes.changing(SETTINGS), self.versions.changing() as number:
             self._reading = _Reading(record, number)
 
     def calibrate(

@@ -236,7 +236,7 @@ class MemoryStore:
             self.refresh()
             memory = self.get(name)
             entries = sum(layer.info().entries for layer in memory.layers)
-            del self._memories[name]
+            self.release(name)
             self._discard(memory)
         return entries
 
@@ -261,12 +261,22 @@ class MemoryStore:
 
     def serve(self, memory: RoutingMemory) -> None:
         """Lets lookups go to a memory, and no longer to the one that had its name."""
+        before = self._memories.get(memory.record.name)
         self._memories[memory.record.name] = memory
         self.broken.pop(memory.record.name, None)
+        if before is not None:
+            before.changes.wake()
 
-    def release(self, name: str) -> None:
+    def release(self, name: str) -> RoutingMemory | None:
         """Lets no lookup go to a memory any more; it stays open."""
-        self._memories.pop(name, None)
+        memory = self._memories.pop(name, None)
+        if memory is not None:
+            memory.changes.wake()
+        return memory
+
+    def serves(self, memory: RoutingMemory) -> bool:
+        """Whether it has its name still."""
+        return self._memories.get(memory.record.name) is memory
 
     def hits_path(self, home: str, layer: int) -> Path | None:
         """Where the hit counts of a layer are kept; `home` as in home_of()."""
@@ -374,7 +384,7 @@ class MemoryStore:
         self.serve(RoutingMemory(record, opened, versions))
 
     def _set_aside(self, name: str, reason: str) -> None:
-        self._memories.pop(name, None)
+        self.release(name)
         if self.broken.get(name) != reason:
             log.error("memory %s is set aside: %s", name, reason)
         self.broken[name] = reason
@@ -409,7 +419,7 @@ class MemoryStore:
                 self.unfinished.remove(finish)
 
     def _let_go(self, name: str) -> None:
-        if (memory := self._memories.pop(name, None)) is not None:
+        if (memory := self.release(name)) is not None:
             close_all(memory.layers)
 
     def _sweep(self, record: MemoryRecord) -> None:

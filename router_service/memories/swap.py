@@ -291,8 +291,9 @@ def _by_names(store: MemoryStore, old: RoutingMemory, coming: RoutingMemory) -> 
     record = replace(coming.record, name=name, created_unix_ms=created)
     swap = Swap(record, coming.record.name)
     store.swaps.begin(swap, coming.record)
-    memory = RoutingMemory(record, coming.layers, coming.versions)
+    memory = RoutingMemory(record, coming.layers, coming.versions, coming.changes)
     _continue(memory, old, coming)
+    memory.changes.restart()
     store.serve(memory)
     store.release(coming.record.name)
     with _logged(f"the hit counts of {name} are not in their place"):

@@ -164,20 +164,22 @@ def _decode_values(message: admin_pb.Entries, kind: Kind) -> F32:
 
 def encode_entries(entries: Entries, kind: Kind) -> admin_pb.Entries:
     """Inverse of decode_entries."""
-    message = admin_pb.Entries(
+    return admin_pb.Entries(
         ids=tensors.to_tensor(entries.ids),
         keys=tensors.to_tensor(entries.keys),
         provenance=[encode_provenance(p) for p in entries.provenance],
+        **encode_values(entries.values, kind),
     )
+
+
+def encode_values(values: F32, kind: Kind) -> dict[str, Any]:
+    """Value rows [n, W] as the field of a message with entries that the kind of the memory needs."""
     if kind is Kind.LOGIT_DELTA:
-        message.logit_deltas.CopyFrom(tensors.to_tensor(entries.values))
-    else:
-        half = entries.values.shape[1] // 2
-        message.assignments.experts.CopyFrom(
-            tensors.to_tensor(entries.values[:, :half].astype(np.int32))
-        )
-        message.assignments.weights.CopyFrom(tensors.to_tensor(entries.values[:, half:]))
-    return message
+        return {"logit_deltas": tensors.to_tensor(values)}
+    half = values.shape[1] // 2
+    experts = tensors.to_tensor(values[:, :half].astype(np.int32))
+    weights = tensors.to_tensor(values[:, half:])
+    return {"assignments": types_pb.SparseAssignment(experts=experts, weights=weights)}
 
 
 def decode_provenance(message: types_pb.Provenance) -> Provenance:
@@ -269,6 +271,7 @@ def encode_memory(memory: RoutingMemory) -> routing_pb.MemoryDescription:
         layers=[encode_layer(memory, number) for number in range(len(memory.layers))],
         created_unix_ms=record.created_unix_ms,
         version=memory.version,
+        epoch=memory.changes.epoch,
     )
 
 

@@ -42,6 +42,7 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.Cancelled: (code_pb2.CANCELLED, reasons.ERROR_REASON_CANCELLED),
     errors.OperationNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_OPERATION_NOT_FOUND),
     errors.SnapshotNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND),
+    errors.ReplicaBehind: (code_pb2.OUT_OF_RANGE, reasons.ERROR_REASON_REPLICA_BEHIND),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
     errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
     errors.CollectionExists: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),

@@ -35,6 +35,9 @@ _IN_LINE, _WAITING = 4, 4
 _LINE_SHARE, _LINE_S = 0.25, 0.25
 # Threads beside those of calls that work or wait: for calls that are being refused or ended.
 _SPARE_THREADS = 8
+# Copies that are kept in step, each of which has a permit or waits until its client has taken a message, and reports of
+# theirs: twice as many as there may be copies, so that all may be of one memory.
+_COPIES = 128
 # Health checks at a time, and those who watch.
 _HEALTH_CHECKS, _WATCHERS = 32, 128
 
@@ -330,9 +333,10 @@ class Planes:
         """`most` calls at work on the data plane, and on the admin plane; `within_s`: see Plane."""
         self._routing = Plane("routing", most, within_s)
         self._admin = Plane("admin", most, within_s)
+        self._copies = Plane("copies", _COPIES, within_s)
         self._health = Plane("health", _HEALTH_CHECKS, within_s)
         self._watchers = Plane("watchers", _WATCHERS, within_s)
-        self._all = (self._routing, self._admin, self._health, self._watchers)
+        self._all = (self._routing, self._admin, self._copies, self._health, self._watchers)
 
     @property
     def in_flight(self) -> int:
@@ -343,6 +347,8 @@ class Planes:
         """That of a method, e.g. `/knnmoe.v1.RoutingService/Route`."""
         if method.startswith("/grpc.health."):
             return self._watchers if method.endswith("/Watch") else self._health
+        if method.startswith("/knnmoe.v1.ReplicationService/"):
+            return self._copies
         return self._routing if method.startswith("/knnmoe.v1.RoutingService/") else self._admin
 
     def end_overdue(self) -> None:
@@ -352,6 +358,6 @@ class Planes:
 
     def close(self) -> None:
         """Refuses new calls, except for health checks, and ends those that have not said what they want."""
-        for plane in (self._routing, self._admin):
+        for plane in (self._routing, self._admin, self._copies):
             plane.permits.close()
             plane.room.close()

@@ -19,6 +19,9 @@ from knnmoe.v1.operations_pb2_grpc import add_OperationServiceServicer_to_server
 from knnmoe.v1.quantization_pb2_grpc import (
     add_QuantizationServiceServicer_to_server as add_quantization,
 )
+from knnmoe.v1.replication_pb2_grpc import (
+    add_ReplicationServiceServicer_to_server as add_replication,
+)
 from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server as add_retention
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
@@ -31,6 +34,7 @@ from router_service.rpc.memory_admin import DoctorService, MemoryAdminService
 from router_service.rpc.operations import OperationService
 from router_service.rpc.planes import Planes
 from router_service.rpc.quantization import QuantizationService
+from router_service.rpc.replication import ReplicationService
 from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
@@ -54,6 +58,7 @@ _SERVICE_NAMES = (
     "Snapshot",
     "Doctor",
     "Quantization",
+    "Replication",
 )
 _SERVICES = ("", *(f"knnmoe.v1.{name}Service" for name in _SERVICE_NAMES))
 _ROUTING = _SERVICES[1]
@@ -70,6 +75,7 @@ class RoutingServer:
         self._operations = Operations()
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = health.HealthServicer()
+        self._replication = ReplicationService(self._store)
         self._grpc = self._make_server()
         self._stopping = threading.Event()
         self._auto_optimizer = AutoOptimizer(
@@ -100,6 +106,7 @@ class RoutingServer:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._planes.close()
         self._operations.close()
+        self._replication.stop()
         self._drain()
         if isinstance(self._backend, Hurried):
             self._backend.hurry()
@@ -131,6 +138,7 @@ class RoutingServer:
             ],
         )
         routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingService(self._store), server)
+        add_replication(self._replication, server)
         admin = MemoryAdminService(self._store, self._operations, self._planes)
         memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
         doctor = DoctorService(self._store, self.settings.min_free_bytes)

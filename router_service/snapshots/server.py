@@ -20,11 +20,10 @@ import numpy as np
 from typing_extensions import override
 
 from router_service import __version__
-from router_service.arrays import U64
+from router_service.arrays import U64, rest_digests
 from router_service.backends.base import CollectionReader, Compression, Report, Versions, pages
 from router_service.backends.disk import FreeSpace, disk_bytes, remove_tree
 from router_service.backends.edge.backend import ISOLATE_ABOVE_BYTES, EdgeBackend
-from router_service.backends.edge.ledger import rest_digests
 from router_service.backends.qdrant_server.backend import ServerBackend
 from router_service.backends.qdrant_server.collection import ServerCollection
 from router_service.backends.qdrant_server.snapshots import remove_snapshot

@@ -7,11 +7,13 @@ from knnmoe.client.errors import (
     KindMismatch,
     MemoryNotFound,
     ModelMismatch,
+    ReplicaBehind,
     ServiceError,
     ServiceRefused,
     ServiceUnavailable,
     service_error,
 )
+from knnmoe.client.replication import ReplicaStream, ReplicationClient
 from knnmoe.client.routing import ExampleRef, RoutingClient
 
 __all__ = [
@@ -23,6 +25,9 @@ __all__ = [
     "KindMismatch",
     "MemoryNotFound",
     "ModelMismatch",
+    "ReplicaBehind",
+    "ReplicaStream",
+    "ReplicationClient",
     "RoutingClient",
     "ServiceError",
     "ServiceRefused",

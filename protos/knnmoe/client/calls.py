@@ -93,13 +93,14 @@ def replies(call: Any, timeout_s: float | None, target: str) -> Generator[Any, N
     Reads no further than it is asked, so that what is not needed yet waits at the service. Raises ServiceError.
     """
     try:
-        while (reply := _next(call, timeout_s, target)) is not None:
+        while (reply := next_reply(call, timeout_s, target)) is not None:
             yield reply
     finally:
         call.cancel()
 
 
-def _next(call: Any, timeout_s: float | None, target: str) -> Any:
+def next_reply(call: Any, timeout_s: float | None, target: str) -> Any:
+    """The next reply of a started streaming call, None after the last. Raises ServiceError."""
     expired = threading.Event()
 
     def expire() -> None:

@@ -6,6 +6,7 @@
             +-- ModelMismatch    the memory is another model's
             +-- KindMismatch     the memory holds the other kind of values
             +-- MemoryNotFound   there is no memory of that name
+            +-- ReplicaBehind    a copy's position is not known any more
       +-- ClientClosed           the call was made through a client that is closed, or another process's
 
 Clients branch on the class, or on `reason`; never on a message. gRPC's own exceptions never leave knnmoe.client.
@@ -107,6 +108,10 @@ class MemoryNotFound(ServiceRefused):
     """The service holds no memory of that name."""
 
 
+class ReplicaBehind(ServiceRefused):
+    """A copy cannot go on from where it is: ask again with what it holds."""
+
+
 class ClientClosed(ServiceError):
     """The client was closed, before the call or during it; or it was made before this process was forked."""
 
@@ -135,6 +140,7 @@ BY_REASON: dict[int, type[ServiceError]] = {
     reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND: ServiceRefused,
     reasons.ERROR_REASON_BACKEND_UNAVAILABLE: ServiceUnavailable,
     reasons.ERROR_REASON_BACKEND_MISCONFIGURED: ServiceUnavailable,
+    reasons.ERROR_REASON_REPLICA_BEHIND: ReplicaBehind,
 }
 # Every status that comes without a reason: from gRPC itself, a proxy, or a program that is not the service.
 BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {

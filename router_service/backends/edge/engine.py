@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import qdrant_edge as qe
 
-from router_service.arrays import F32, NO_ID, U64, Entries, ExampleRef
+from router_service.arrays import (
+    F32,
+    NO_ID,
+    OF_KEY,
+    OF_REST,
+    U64,
+    Entries,
+    ExampleRef,
+    key_digests,
+    rest_digests,
+)
 from router_service.backends.base import (
     INT8_QUANTILE,
     CollectionSpec,
@@ -24,13 +34,7 @@ from router_service.backends.base import (
     SearchOptions,
 )
 from router_service.backends.disk import storage_call
-from router_service.backends.edge.ledger import (
-    OF_KEY,
-    OF_REST,
-    UNREADABLE,
-    key_digests,
-    rest_digests,
-)
+from router_service.backends.edge.ledger import UNREADABLE
 from router_service.backends.edge.search_keys import SearchKeys
 from router_service.backends.points import (
     GENERATION,

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_service.arrays import F32, NO_ID, U64, Bool, Entries, rows_of
+from router_service.arrays import (
+    F32,
+    NO_ID,
+    OF_KEY,
+    U64,
+    Bool,
+    Entries,
+    combined_digests,
+    rows_of,
+)
 from router_service.backends.base import CollectionSpec
 from router_service.backends.disk import (
     FreeSpace,
@@ -26,7 +35,6 @@ from router_service.backends.disk import (
 from router_service.backends.edge.engine import Audit, ShardCounts
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.ledger import (
-    OF_KEY,
     UNREADABLE,
     Damage,
     Known,
@@ -137,6 +145,12 @@ class ValueTable:
         found = _unknown(len(ids))
         found[known] = self._rows.digests[self._row_of[rows[known]]]
         return found
+
+    def digests_above(self, after: int | None, limit: int) -> tuple[U64, U64]:
+        """The next ids [n] above an id, at most `limit`, and the digests of their entries [n], both in one."""
+        start = 0 if after is None else int(np.searchsorted(self._ids, np.uint64(after), "right"))
+        rows = np.s_[start : start + limit]
+        return self._ids[rows], combined_digests(self._rows.digests[self._row_of[rows]])
 
     @staticmethod
     def empty(spec: CollectionSpec) -> ValueTable:

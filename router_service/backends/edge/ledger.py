@@ -5,19 +5,18 @@
     gen-NNNNNN/writes.log   there while the collection is open, and after an unclean stop: each write, before it is made
     gen-NNNNNN/sums.json    SHA-256 of the shard's files: of those that never change again; after a close, of all
 
-A digest is BLAKE2b of 8 bytes: one of the key, one of all else (arrays.entry_bytes). 0: not known.
+Digests are those of arrays.digests_of(). 0: not known.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from importlib import metadata
 from itertools import pairwise
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from router_service.arrays import F32, U64, Entries, entry_bytes
+from router_service.arrays import U64
 from router_service.backends.disk import (
     Content,
     fsync_directory,
@@ -36,33 +35,10 @@ from router_service.backends.disk import (
 from router_service.backends.edge.files import CollectionFiles
 from router_service.errors import CorruptMemory
 
-OF_KEY, OF_REST = 0, 1  # columns of digests [n, 2]
 # Of a key or a payload that the engine cannot read; BLAKE2b gives it once in 2^64.
 UNREADABLE = np.uint64(2**64 - 1)
-_DIGEST_BYTES = 8
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MOST_NAMED = 5
-
-
-def key_digests(keys: F32) -> U64:
-    """Digests [n] of keys [n, d]."""
-    return _digests(np.ascontiguousarray(keys, "<f4"))
-
-
-def rest_digests(entries: Entries) -> U64:
-    """Digests [n] of all of the entries but their keys."""
-    count = len(entries)
-    return _digests(entry_bytes(replace(entries, keys=np.empty((count, 0), np.float32))))
-
-
-def _digests(rows: Iterable[bytes] | F32) -> U64:
-    hashed = (hashlib.blake2b(row, digest_size=_DIGEST_BYTES).digest() for row in rows)
-    return np.frombuffer(b"".join(hashed), "<u8").astype(np.uint64)
-
-
-def digests_of(entries: Entries) -> U64:
-    """Both digests [n, 2] of entries."""
-    return np.stack([key_digests(entries.keys), rest_digests(entries)], axis=1)
 
 
 class Kind(IntEnum):

@@ -1,0 +1,242 @@
+"""What a copy of a memory is sent: the entries once, and then what changes, from one version to the next.
+
+A copy is sent the present entries of the ids that changed, until at one moment nothing changes and nothing that changed
+is left to be sent: what it has then is the memory of that moment's version. While writes follow each other so fast that
+there is no such moment, they are held off for as long as the last few are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from router_service.arrays import U64, Entries, combined_digests, digests_of, rows_of
+from router_service.backends.base import Collection, Maintained
+from router_service.errors import Busy
+from router_service.memories.changes import SETTINGS, Position
+from router_service.memories.layer import LayerMemory
+from router_service.memories.memory import RoutingMemory
+from router_service.memories.settings import MemorySettings
+
+T = TypeVar("T")
+
+# How often what changed is sent while there is no moment at which nothing changes; then writes are held off.
+_ROUNDS = 8
+# Entries that are read while writes are held off, at the most, and how long those under way are waited for.
+_MOST_HELD_OFF, _HOLD_OFF_S = 1024, 1.0
+# Ids and digests that are looked at together.
+_IDS_PER_PAGE = 4096
+# A copy rests so many times as long as it read while the layer is searched: it takes a quarter of the engine.
+_REST = 3.0
+_NO_IDS: U64 = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Upserted:
+    """Entries of a layer, and their digests [n]."""
+
+    layer: int
+    entries: Entries
+    digests: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """Entries that are gone, if they were there. None of them: nothing has happened, but something will."""
+
+    layer: int
+    ids: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """What was sent is the memory of a position. Again at the same one: nothing has changed."""
+
+    position: Position
+
+
+Event = Upserted | Deleted | MemorySettings | Synced
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a copy of a layer has: ids [n] ascending, digests [n]."""
+
+    ids: U64
+    digests: U64
+
+
+class Feed:
+    """Of one copy."""
+
+    def __init__(
+        self,
+        memory: RoutingMemory,
+        layers: Iterable[LayerMemory],
+        page_entries: int,
+        heartbeat_s: float,
+        why_over: Callable[[], Exception | None],
+    ) -> None:
+        """`page_entries`: of one Upserted, at most. `why_over`: what it returns ends the feed; asked between reads."""
+        self._memory, self._log = memory, memory.changes
+        self._layers = {layer.layer: layer for layer in layers}
+        self._page_entries, self._heartbeat_s = page_entries, heartbeat_s
+        self._why_over = why_over
+        self._place = self._log.end
+        self._first: Iterator[Event] = iter(())
+        self._sent = time.monotonic()
+        self._rest_until = 0.0
+
+    def copy(self, held: Mapping[int, Held]) -> int:
+        """Begins with all entries, or of the layers that are held with what differs; returns how many, about."""
+        self._first = self._copied(held)
+        return sum(layer.info().entries for layer in self._layers.values())
+
+    def go_on(self, after: Position) -> int:
+        """Begins with what changed after a position; returns how many entries that are. Raises ReplicaBehind."""
+        self._place = self._log.place_of(after)
+        changed, _ = self._log.since(self._place)
+        return sum(len(ids) for layer, ids in changed.items() if layer in self._layers)
+
+    def events(self) -> Iterator[Event]:
+        """Without end. Raises ReplicaBehind, StorageError, and what `why_over` returns."""
+        for event in self._made():
+            self._sent = time.monotonic()
+            yield event
+
+    def _made(self) -> Iterator[Event]:
+        yield from self._first
+        while True:
+            synced = yield from self._updated()
+            yield synced
+            while not self._log.wait(self._place, self._is_over, self._heartbeat_s):
+                yield synced
+
+    def _is_over(self) -> bool:
+        return self._why_over() is not None
+
+    def _require(self) -> None:
+        """Raises what ends the feed."""
+        if (error := self._why_over()) is not None:
+            raise error
+
+    def _read(self, collection: Collection, read: Callable[[], T]) -> T:
+        """What `read` returns, after a rest when the layer is searched and something was read just before."""
+        time.sleep(max(0.0, self._rest_until - time.monotonic()))
+        self._require()
+        started = time.monotonic()
+        found = read()
+        if isinstance(collection, Maintained) and collection.pacing.being_searched:
+            self._rest_until = time.monotonic() + _REST * (time.monotonic() - started)
+        return found
+
+    def _copied(self, held: Mapping[int, Held]) -> Iterator[Event]:
+        for number, layer in self._layers.items():
+            if number in held:
+                yield from self._differences(layer, held[number])
+            else:
+                yield from self._all_of(layer)
+
+    def _all_of(self, layer: LayerMemory) -> Iterator[Event]:
+        after: int | None = None
+        while True:
+            read = partial(layer.collection.scroll, after, self._page_entries)
+            page = self._read(layer.collection, read)
+            if not len(page):
+                return
+            yield _upserted(layer, page)
+            after = int(page.ids[-1])
+
+    def _differences(self, layer: LayerMemory, held: Held) -> Iterator[Event]:
+        """In one pass over both, in the order of ids."""
+        after, start = None, 0
+        while True:
+            self._require()
+            ids, digests = layer.collection.digests(after, _IDS_PER_PAGE)
+            stop = len(held.ids)
+            if len(ids):
+                stop = int(np.searchsorted(held.ids, ids[-1], "right"))
+            ours, theirs = held.ids[start:stop], held.digests[start:stop]
+            yield from self._deleted(layer, np.setdiff1d(ours, ids, assume_unique=True))
+            if not len(ids):
+                return
+            rows, known = rows_of(ours, ids)
+            same = known.copy()
+            same[known] = theirs[rows[known]] == digests[known]
+            yield from self._present(layer, ids[~same])
+            yield from self._alive()
+            after, start = int(ids[-1]), stop
+
+    def _updated(self) -> Generator[Event, None, Synced]:
+        """What changed, up to a moment of which the copy is then, which is returned."""
+        rounds = 0
+        while True:
+            self._require()
+            if (position := self._log.settled(self._place, self._layers)) is not None:
+                return Synced(position)
+            changed, place = self._log.since(self._place)
+            if place == self._place:  # a write goes on
+                if not self._log.wait(self._place, self._is_over, self._heartbeat_s):
+                    yield from self._nothing()
+                continue
+            wanted = sum(map(len, changed.values()))
+            rounds += 1
+            if rounds > _ROUNDS and wanted <= _MOST_HELD_OFF:
+                found, position = self._held_off()
+                yield from found
+                if position is not None:
+                    return Synced(position)
+                continue
+            self._place = place
+            yield from self._changes(changed)
+
+    def _held_off(self) -> tuple[list[Event], Position | None]:
+        """What changed, and where a copy is then; None if a write does not end soon."""
+        until = time.monotonic() + _HOLD_OFF_S
+        found: list[Event] = []
+        with ExitStack() as held_off:
+            try:
+                for layer in self._layers.values():
+                    held_off.enter_context(layer.gate.closed(self._require, until))
+            except Busy:
+                return found, None
+            changed, self._place = self._log.since(self._place)
+            found += self._changes(changed)
+            return found, self._log.settled(self._place, self._layers)
+
+    def _changes(self, changed: Mapping[int, U64]) -> Iterator[Event]:
+        for number, ids in changed.items():
+            if number == SETTINGS:
+                yield self._memory.record.settings
+            elif number in self._layers:
+                yield from self._present(self._layers[number], ids)
+
+    def _present(self, layer: LayerMemory, ids: U64) -> Iterator[Event]:
+        """What has become of the entries of these ids [n], ascending."""
+        for start in range(0, len(ids), self._page_entries):
+            part = ids[start : start + self._page_entries]
+            found = self._read(layer.collection, partial(layer.collection.entries, part))
+            yield from self._deleted(layer, np.setdiff1d(part, found.ids, assume_unique=True))
+            if len(found):
+                yield _upserted(layer, found)
+
+    def _deleted(self, layer: LayerMemory, ids: U64) -> Iterator[Event]:
+        if len(ids):
+            yield Deleted(layer.layer, ids)
+
+    def _alive(self) -> Iterator[Event]:
+        if time.monotonic() >= self._sent + self._heartbeat_s:
+            yield from self._nothing()
+
+    def _nothing(self) -> Iterator[Event]:
+        yield Deleted(next(iter(self._layers)), _NO_IDS)
+
+
+def _upserted(layer: LayerMemory, entries: Entries) -> Upserted:
+    return Upserted(layer.layer, entries, combined_digests(digests_of(entries)))
