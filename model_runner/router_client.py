@@ -380,7 +380,7 @@ def _joined(answers: Sequence[Retrieved], asked: _Asked, rows: Tensor | None) ->
         start += len(part)
         lambdas[part], abstained[part] = found.lambdas, found.abstained
         blended = _merged(blended, asked, found.blended, part)
-    counts = [len(every), int(abstained.sum()), float(lambdas.sum(dtype=torch.float64)), 0]
+    counts = [len(every), int(abstained.sum()), 0, float(lambdas.sum(dtype=torch.float64))]
     return Retrieved(lambdas, abstained, blended, torch.tensor(counts, dtype=torch.float64))
 
 

@@ -27,8 +27,8 @@ class Retrieved:
         lambdas: f32 [T], the weight of the memory; 0 for a token that abstained or was not looked up.
         abstained: bool [T]; False for a token that was not looked up.
         blended: [T, ...] of the memory's kind; None when the own routing of all tokens stands.
-        counts: f64 [4], on the device of the answer: tokens looked up, those of them that abstained, their lambdas'
-            sum, and tokens left out since their router input or logits are not finite. None: all T were looked up.
+        counts: f64 [4], on the device of the answer: tokens looked up, those of them that abstained, tokens left out
+            since their router input or logits are not finite, and the sum of lambda. None: all T were looked up.
 
     """
 
@@ -124,17 +124,17 @@ class LayerUse:
     @property
     def lambda_sum(self) -> float:
         """Lambda summed over the tokens."""
-        return self._read()[2]
+        return self._read()[3]
 
     @property
     def not_finite(self) -> int:
         """What was left out since a router input or logit was not finite: lookups in a sidecar, tokens in a replica."""
-        return self.fell_back["not_finite"] + int(self._read()[3])
+        return self.fell_back["not_finite"] + int(self._read()[2])
 
     @property
     def lambda_mean(self) -> float:
         """Mean lambda; 0 before the first token."""
-        tokens, _, lambda_sum, _ = self._read()
+        tokens, _, _, lambda_sum = self._read()
         return lambda_sum / max(1.0, tokens)
 
     def count(self, found: Retrieved | FellBack) -> None:
@@ -155,9 +155,8 @@ class LayerUse:
 
 def _counts(found: Retrieved) -> Tensor:
     """Retrieved.counts of an answer for which every token was looked up."""
-    columns = (torch.ones_like(found.lambdas), found.abstained, found.lambdas)
-    counts = torch.stack([column.sum(dtype=torch.float64) for column in columns])
-    return torch.nn.functional.pad(counts, (0, 1))
+    numbers = [len(found.lambdas), int(found.abstained.sum()), 0, float(found.lambdas.sum())]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 Refs = tuple[ExampleRef, ...]

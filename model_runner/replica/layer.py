@@ -103,6 +103,7 @@ class LayerReplica:
         values: f32 [capacity, W].
         examples: int64 [capacity], the number of the example that an entry came from.
         hits: int32 [capacity], counted by lookups, see `take_hits`.
+        counts: f64 [4], counted by lookups, see `take_counts`.
         rows: all rows in use are below it.
         row_versions: int64 NumPy [capacity], the version in which a row was last shown or hidden.
         version: rises with every commit that changed something.
@@ -135,7 +136,10 @@ class LayerReplica:
         self._staged: dict[int, int] = {}
         self._free: list[int] = []  # the lowest last: rows in use stay close together
         self._hits_of_gone = Counter[int]()
+        # Of what lookups count.
         self._counting = threading.Lock()
+        self.counts = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._lookups = 0
 
     def __len__(self) -> int:
         """Entries that lookups find."""
@@ -254,10 +258,15 @@ class LayerReplica:
         """Ids of the entries in rows [...]; of a free row, what was there last."""
         return self._row_ids[rows]
 
-    def count_hits(self, rows: Tensor, counted: Tensor) -> None:
-        """Adds `counted` (int32 [n]: 1 or 0) to the hits of rows int64 [n]; by lookups, within the lock."""
+    def count(self, rows: Tensor, hit: Tensor, counts: Tensor) -> None:
+        """Counts a lookup: a hit for rows int64 [n] where hit [n] bool; counts as in routing_policy.Retrieved, f64 [4].
+
+        Within the lock.
+        """
         with self._counting:  # two threads that add in place would lose some
-            self.hits.index_add_(0, rows, counted)
+            self.hits.index_add_(0, rows, hit.to(torch.int32))
+            self.counts += counts
+            self._lookups += 1
 
     def take_hits(self) -> tuple[U64, U64]:
         """(ids, hits) of the entries that were hit since it was last called; those of entries that are gone too."""
@@ -273,6 +282,15 @@ class LayerReplica:
             np.fromiter(taken.keys(), np.uint64, len(taken)),
             np.fromiter(taken.values(), np.uint64, len(taken)),
         )
+
+    def take_counts(self) -> tuple[int, int, int, float]:
+        """(lookups, tokens, tokens that abstained, their lambdas' sum) since it was last called."""
+        with self._counting:
+            counts, lookups = self.counts.clone(), self._lookups
+            self.counts.zero_()
+            self._lookups = 0
+        tokens, abstained, _, lambda_sum = counts.tolist()
+        return lookups, int(tokens), int(abstained), lambda_sum
 
     def _keep_hits(self, flip: Flip) -> None:
         """Those of rows that are about to be used for others."""

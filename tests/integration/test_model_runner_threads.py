@@ -161,7 +161,7 @@ class InProcess:
         blended = self._blend(router_logits + shift * router_input[:, :1], router_input, own)
         lambdas = torch.full((tokens,), 0.5)
         asked = float(tokens if valid is None else valid.sum())
-        counts = torch.tensor([asked, 0, asked / 2, 0], dtype=torch.float64)
+        counts = torch.tensor([asked, 0, 0, asked / 2], dtype=torch.float64)
         return Retrieved(lambdas, lambdas < 0, blended, counts)
 
 

@@ -257,7 +257,7 @@ def test_lookups_are_counted_by_reason() -> None:
 
 
 def test_tokens_that_were_not_looked_up_do_not_count() -> None:
-    counts = torch.tensor([3.0, 1.0, 0.75, 2.0], dtype=torch.float64)
+    counts = torch.tensor([3.0, 1.0, 2.0, 0.75], dtype=torch.float64)
     policy = RetrievalPolicy(
         CannedClient(lambda asked: replace(halved_logits(asked), counts=counts))
     )
@@ -266,4 +266,4 @@ def test_tokens_that_were_not_looked_up_do_not_count() -> None:
     use = policy.use[0]
     assert (use.tokens, use.abstained, use.lambda_sum, use.not_finite) == (6, 2, 1.5, 4)
     assert (use.lambda_mean, use.lookups) == (0.25, 2)
-    assert counts.tolist() == [3.0, 1.0, 0.75, 2.0]
+    assert counts.tolist() == [3.0, 1.0, 2.0, 0.75]

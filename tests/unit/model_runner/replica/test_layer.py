@@ -129,7 +129,8 @@ def test_hits_follow_the_ids() -> None:
 
     def hit(number: float, times: int) -> None:
         rows, _ = nearest(layer, torch.full((1, D), float(number)), 1)
-        layer.count_hits(rows[0].expand(times), torch.ones(times, dtype=torch.int32))
+        counts = torch.tensor([times, 0, 0, 0.5], dtype=torch.float64)
+        layer.count(rows[0].expand(times), torch.ones(times, dtype=torch.bool), counts)
 
     def taken() -> dict[int, int]:
         ids, hits = layer.take_hits()
@@ -146,6 +147,8 @@ def test_hits_follow_the_ids() -> None:
     stage(layer, u64(8, 9))  # in the rows that 1 and 2 had
     layer.commit()
     assert taken() == {1: 6, 2: 4}
+    assert layer.take_counts() == (5, 15, 0, 2.5)
+    assert layer.take_counts() == (0, 0, 0, 0.0)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -1,0 +1,224 @@
+"""The retriever beside the model: lookups in a replica of a memory, without a sidecar on the way.
+
+From router input to blended routing nothing waits for the host, shapes are static, and tensors stay at their addresses
+while no layer grows: on CUDA a graph may hold lookups, and be replayed across commits. A graph goes on with what it has
+captured of the host: K, kind, support, the layers that the memory speaks for, and that the replica could be used; it
+counts hits and tokens. `LayerReplica.growths` and the log say when graphs must be captured again; reserve enough rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import grpc
+import torch
+from knnmoe.client import ExampleRef, MemoryNotFound, ServiceUnavailable
+from knnmoe.v1.types_pb2 import MEMORY_KIND_LOGIT_DELTA, MemorySettings
+from torch import Tensor
+
+from model_runner.architectures.families import Assignment
+from model_runner.replica import arithmetic
+from model_runner.replica.arithmetic import SMALLEST, LayerSettings
+from model_runner.replica.layer import INFINITY, LayerReplica, LookupLock
+from model_runner.replica.search import nearest
+from model_runner.router_client import OnError
+from model_runner.router_hooks import Logits
+from model_runner.routing_policy import FellBack, Retrieved
+
+# As the sidecar counts them: a neighbour counts when it is at least this similar.
+MIN_SIMILARITY = 0.01
+# The number of an example that no entry came from.
+_NO_EXAMPLE = -1
+
+
+class Copy(Protocol):
+    """What a replica is; whoever fills it changes it within `lock.committing()`.
+
+    Attributes:
+        layers: by number; those that the settings speak for, all of them on `lock`.
+        settings: every field is set.
+        examples: the number of each example that an entry came from.
+        complete: whether it may be used.
+
+    """
+
+    layers: dict[int, LayerReplica]
+    settings: MemorySettings
+    examples: dict[ExampleRef, int]
+    complete: bool
+    lock: LookupLock
+
+
+def no_obstacle() -> None:
+    """Of a copy that nobody follows: it never grows old."""
+
+
+class ReplicaRetriever:
+    """Answers lookups from a copy: see routing_policy.Retriever. Threads may share it.
+
+    A token whose router input or logits are not finite keeps its own routing, as padding does; so does one whose router
+    input is longer than 1.8e19, or of length 0 under cosine. They count as `not_finite`.
+
+    Args:
+        copy: the replica.
+        num_experts: of the model.
+        obstacle: why lookups must not use the copy now (it is too old, or closed); None: they may.
+        on_error: what a lookup then does. FALL_BACK: the own router stands, with the error's cause as the reason, in
+            an outage (ServiceUnavailable, MemoryNotFound); RAISE, and other errors: the error is raised.
+
+    """
+
+    def __init__(
+        self,
+        copy: Copy,
+        num_experts: int,
+        *,
+        obstacle: Callable[[], Exception | None] = no_obstacle,
+        on_error: OnError | str = OnError.FALL_BACK,
+    ) -> None:
+        self.copy, self.num_experts, self.on_error = copy, num_experts, OnError(on_error)
+        self._obstacle = obstacle
+        self._settings: dict[int, tuple[MemorySettings, LayerSettings]] = {}
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the memory blends router logits rather than assignments."""
+        return self.copy.settings.kind == MEMORY_KIND_LOGIT_DELTA
+
+    def width(self, top_k: int) -> int | None:
+        """Experts per token of blended assignments, for a model of this top-k; None before the copy is complete."""
+        if not self.copy.complete:
+            return None
+        return LayerSettings.of(self.copy.settings, 0).width(top_k, self.num_experts)
+
+    def lookup(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        *,
+        valid: Tensor | None = None,
+        exclude: Sequence[ExampleRef] = (),
+    ) -> Retrieved | FellBack:
+        """See Retriever; the answer is on the device of the replica."""
+        obstacle = self._obstacle()  # before the lock: in a forked process it may be held for ever
+        if obstacle is not None:
+            return self._fell_back(obstacle)
+        with torch.no_grad(), self.copy.lock:
+            settings, entries = self._settings_of(layer), self.copy.layers.get(layer)
+            if not self.copy.complete or (settings.speaks and entries is None):
+                return self._fell_back(_copied_anew())
+            if entries is None or not settings.speaks or _is_empty(entries):
+                return _all_abstained(router_input, valid)
+            asked = _Asked(router_input, router_logits, own, valid)
+            left_out = self._left_out(exclude, len(router_input), entries.device)
+            return _answer(asked, entries, settings, left_out, self.num_experts)
+
+    def _settings_of(self, layer: int) -> LayerSettings:
+        settings = self.copy.settings
+        cached = self._settings.get(layer)
+        if cached is None or cached[0] is not settings:
+            cached = self._settings[layer] = settings, LayerSettings.of(settings, layer)
+        return cached[1]
+
+    def _left_out(
+        self, exclude: Sequence[ExampleRef], tokens: int, device: torch.device
+    ) -> Tensor | None:
+        """int64 [T]: for each token the number of the example whose entries it must not find."""
+        if not exclude:
+            return None
+        numbers = [self.copy.examples.get(ref, _NO_EXAMPLE) for ref in exclude]
+        of_sequences = torch.tensor(numbers, device=device)
+        return of_sequences.repeat_interleave(tokens // len(exclude))
+
+    def _fell_back(self, error: Exception) -> FellBack:
+        if self.on_error is OnError.FALL_BACK and isinstance(
+            error, ServiceUnavailable | MemoryNotFound
+        ):
+            return FellBack(error.cause)
+        raise error
+
+
+class _Asked(NamedTuple):
+    """Tokens of one layer: input [T, d], logits [T, N], their own assignment [T, k], padding [T]."""
+
+    router_input: Tensor
+    router_logits: Tensor
+    own: Assignment
+    valid: Tensor | None
+
+
+def _answer(
+    asked: _Asked,
+    entries: LayerReplica,
+    settings: LayerSettings,
+    left_out: Tensor | None,
+    num_experts: int,
+) -> Retrieved:
+    queries, looked_up = _queries(asked, settings, entries.device)
+    rows, distances = nearest(entries, queries, settings.neighbours, left_out)
+    near = arithmetic.similarities(distances, settings)
+    lambdas, shares = arithmetic.weights_of_memory(near, settings)
+    answered = (lambdas > settings.min_lambda) & looked_up
+    lambdas = torch.where(answered, lambdas, 0.0)
+    flat_rows = rows.view(-1)
+    values = entries.values.index_select(0, flat_rows).view(*rows.shape, -1)
+    blended: Assignment | Logits
+    if settings.logit_deltas:
+        own = asked.router_logits.to(entries.device)
+        logits = arithmetic.blended_logits(own, values, shares).to(own.dtype)
+        blended = Logits(torch.where(answered.unsqueeze(1), logits, own))
+    else:
+        blended = arithmetic.blended_assignment(
+            asked.own, values, shares, lambdas, num_experts, settings
+        )
+    abstained = looked_up ^ answered
+    counts = _counts(looked_up, abstained, lambdas, asked.valid)
+    hits = (near >= MIN_SIMILARITY) & answered.unsqueeze(1)
+    entries.count(flat_rows, hits.view(-1), counts)
+    return Retrieved(lambdas, abstained, blended, counts)
+
+
+def _queries(asked: _Asked, settings: LayerSettings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is searched for, f32 [T, d], and which tokens are looked up [T]; the others search for the zero vector."""
+    queries = asked.router_input.to(device, torch.float32)
+    lengths = torch.linalg.vector_norm(queries, dim=1)
+    # A sum is finite if all its parts are.
+    sums = lengths + asked.router_logits.to(device).sum(1, dtype=torch.float32)
+    looked_up = sums.abs_() < INFINITY
+    if settings.cosine:
+        looked_up &= lengths > 0
+        queries = queries / lengths.clamp_min(SMALLEST).unsqueeze(1)
+    if asked.valid is not None:
+        looked_up &= asked.valid.to(device)
+    return torch.where(looked_up.unsqueeze(1), queries, 0.0), looked_up
+
+
+def _counts(looked_up: Tensor, abstained: Tensor, lambdas: Tensor, valid: Tensor | None) -> Tensor:
+    """Retrieved.counts."""
+    not_finite = ~looked_up if valid is None else looked_up ^ valid.to(looked_up.device)
+    tokens = torch.stack((looked_up, abstained, not_finite)).sum(1, dtype=torch.float64)
+    return torch.cat((tokens, lambdas.sum(0, keepdim=True, dtype=torch.float64)))
+
+
+def _all_abstained(router_input: Tensor, valid: Tensor | None) -> Retrieved:
+    """Nothing is near, or the memory does not speak: the own routing stands."""
+    lambdas = torch.zeros(len(router_input), device=router_input.device)
+    abstained = lambdas == 0 if valid is None else valid
+    return Retrieved(lambdas, abstained, None, _counts(abstained, abstained, lambdas, valid))
+
+
+def _is_empty(entries: LayerReplica) -> bool:
+    """Whether there is nothing to look for; a CUDA graph could not rely on that when it is replayed."""
+    return not len(entries) and entries.device.type == "cpu"
+
+
+def _copied_anew() -> ServiceUnavailable:
+    return ServiceUnavailable(
+        "the replica is copied anew",
+        code=grpc.StatusCode.UNAVAILABLE,
+        reason="replica_incomplete",
+        target="",
+    )
