@@ -19,12 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## watch a frozen MoE get better on text it was not trained for (writes demo-results/)
 	$(BIN)/model-runner demo --out demo-results --seed 0
 
-WORKERS ?= 2
-test: setup ## every test that runs here, WORKERS=2 at a time
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+# Three on two cores: a third of a run is waiting. Modules in the order of tests/conftest.py, not of how many tests they have.
+WORKERS ?= 3
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: setup ## every test that runs here, WORKERS=3 at a time
+	$(PYTEST)
 
 test-fast: setup ## unit and contract tests, in under 2 minutes: no engines side by side, no real services
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile tests/unit tests/contract
+	$(PYTEST) tests/unit tests/contract
 
 lint: setup ## ruff, import contracts, protos
 	$(BIN)/ruff check .

@@ -25,6 +25,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_LONG_MODULES = ("tests/faults/", "tests/integration/", "tests/congruence/")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rooms of long modules, which wait more than they work, come first: the end of a run keeps all workers busy."""
+    rooms = {room: number for number, room in enumerate(_LONG_MODULES)}
+    items.sort(
+        key=lambda item: next(
+            (n for r, n in rooms.items() if item.nodeid.startswith(r)), len(rooms)
+        )
+    )
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells its engines to the process that sums up."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from knnmoe import tensors
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from typer.testing import CliRunner
 
+from router_service.backends.disk import copy_tree
 from router_service.cli.admin import app
-from tests.congruence.fast_dir import fast_dir
+from tests.congruence.fast_dir import fast_dir, ram_dir
 from tests.sidecar import (
     EXPERTS,
     LOGIT_DELTA,
@@ -33,10 +35,38 @@ __all__ = ["fast_dir"]
 FLAGS = ["--optimize-above-mib", "0", "--isolate-above-mib", "0", "--flush-interval-s", "3600"]
 
 
+class Killed(NamedTuple):
+    """What it left, and the logits of a lookup by memory and layer."""
+
+    data: Path
+    answers: dict[tuple[str, int], bytes]
+
+
 def _admin(target: str, *words: object, code: int = 0) -> Any:
     result = CliRunner().invoke(app, ["--json", "--target", target, *map(str, words)])
     assert result.exit_code == code, result.output
     return json.loads(result.stdout) if result.stdout else result.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
+    """A service that was killed after it was filled; each test has a copy of its files."""
+    with ram_dir(tmp_path_factory.mktemp("killed")) as directory:
+        with Sidecar(directory / "data", flags=FLAGS) as sidecar:
+            _fill(sidecar)
+            answers = {
+                (memory, layer): sidecar.route(_route(sidecar, memory, layer)).router_logits.data
+                for memory in ("bible", "koran")
+                for layer in (0, 1)
+            }
+            sidecar.kill()
+        yield Killed(directory / "data", answers)
+
+
+@pytest.fixture
+def data(killed: Killed, fast_dir: Path) -> Path:
+    copy_tree(killed.data, fast_dir / "data")
+    return fast_dir / "data"
 
 
 def _fill(sidecar: Sidecar) -> None:
@@ -79,19 +109,12 @@ def _file_of(data: Path, name: str) -> Path:
         ("vector_index/links_compressed.bin", "links_compressed.bin has other content"),
     ],
 )
-def test_the_layer_is_set_apart_and_the_rest_goes_on(fast_dir: Path, name: str, words: str) -> None:
-    data = fast_dir / "data"
-    with Sidecar(data, flags=FLAGS) as sidecar:
-        _fill(sidecar)
-        expected = {
-            (memory, layer): sidecar.route(_route(sidecar, memory, layer)).router_logits.data
-            for memory in ("bible", "koran")
-            for layer in (0, 1)
-        }
-        sidecar.kill()
+def test_the_layer_is_set_apart_and_the_rest_goes_on(
+    data: Path, killed: Killed, name: str, words: str
+) -> None:
     _flip(_file_of(data, name), 1000)
     with running_sidecar(data, flags=FLAGS) as sidecar:
-        for (memory, layer), logits in expected.items():
+        for (memory, layer), logits in killed.answers.items():
             if (memory, layer) != ("bible", 1):
                 answer = sidecar.route(_route(sidecar, memory, layer))
                 assert answer.router_logits.data == logits
@@ -120,16 +143,12 @@ def test_the_layer_is_set_apart_and_the_rest_goes_on(fast_dir: Path, name: str, 
 
         _admin(sidecar.target, "snapshot", "restore", "bible", "monday", "--replace", "--yes")
         answer = sidecar.route(_route(sidecar, "bible", 1))
-        assert answer.router_logits.data == expected["bible", 1]
+        assert answer.router_logits.data == killed.answers["bible", 1]
     with running_sidecar(data, flags=FLAGS) as sidecar:
         assert sum(len(tensors.to_array(page.ids)) for page in exported(sidecar, "bible", 1)) == 620
 
 
-def test_the_damage_stays_until_it_is_mended(fast_dir: Path) -> None:
-    data = fast_dir / "data"
-    with Sidecar(data, flags=FLAGS) as sidecar:
-        _fill(sidecar)
-        sidecar.kill()
+def test_the_damage_stays_until_it_is_mended(data: Path) -> None:
     _flip(_file_of(data, "vector_storage/vectors/chunk_0.mmap"), 1000)
     for _ in range(2):  # the first is stopped cleanly
         with running_sidecar(data, flags=FLAGS) as sidecar:
@@ -142,10 +161,8 @@ def test_the_damage_stays_until_it_is_mended(fast_dir: Path) -> None:
         sidecar.route(_route(sidecar, "bible", 1))
 
 
-def test_the_doctor_compares_everything_when_asked_to(fast_dir: Path) -> None:
-    data = fast_dir / "data"
+def test_the_doctor_compares_everything_when_asked_to(data: Path) -> None:
     with running_sidecar(data, flags=FLAGS) as sidecar:
-        _fill(sidecar)
         found = _admin(sidecar.target, "doctor", "--deep")["findings"]
         assert "1240 entries compared: they are what was written" in {
             each["what"] for each in found
@@ -161,10 +178,10 @@ def test_the_doctor_compares_everything_when_asked_to(fast_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vector_storage/vectors/chunk_0.mmap", "id_tracker.versions"])
-def test_the_doctor_compares_the_files_of_a_closed_directory(fast_dir: Path, name: str) -> None:
-    data = fast_dir / "data"
+def test_the_doctor_compares_the_files_of_a_closed_directory(data: Path, name: str) -> None:
     with running_sidecar(data, flags=FLAGS) as sidecar:
-        _fill(sidecar)
+        for layer in (0, 1):
+            sidecar.route(_route(sidecar, "bible", layer))
     found = _admin("unix:/nowhere", "doctor", "--data", data, "--deep")["findings"]
     assert {finding["severity"] for finding in found} == {"ok"}
     [path] = (path for path in [_file_of(data, name)])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.engines import REMOTE, clean_server, url_of
+from router_service.backends.qdrant_server.options import ServerOptions
+from tests.engines import clean_server, url_of
 from tests.integration.filled_memories import MemoryOf, filled_memories
 from tests.integration.refusals import Memories, fill
 from tests.integration.server_snapshots import KEY_VARIABLE
@@ -43,23 +45,57 @@ def data(fast_dir: Path) -> Iterator[Path]:
     shutil.rmtree(parent)
 
 
+@pytest.fixture(scope="session")
+def exact_service(fast_dir: Path) -> Iterator[Sidecar]:
+    with _service_on(fast_dir / "exact", "exact") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def edge_service(fast_dir: Path) -> Iterator[Sidecar]:
+    with _service_on(fast_dir / "edge", "edge") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def standin_service(
+    request: pytest.FixtureRequest, standin_url: str, fast_dir: Path
+) -> Iterator[Sidecar]:
+    with (
+        clean_server(url_of("standin", request)) as options,
+        _service_on(fast_dir / "standin", options) as running,
+    ):
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server_service(server_url: str, fast_dir: Path) -> Iterator[Sidecar]:
+    with clean_server(server_url) as options, _service_on(fast_dir / "server", options) as running:
+        yield running
+
+
+@contextmanager
+def _service_on(data: Path, backend: str | ServerOptions) -> Iterator[Sidecar]:
+    """On TCP; it must end cleanly after the last test, and leaves nothing in RAM."""
+    flags, environment = [], dict(os.environ)
+    if isinstance(backend, ServerOptions):
+        flags = ["--qdrant-prefix", backend.prefix, "--qdrant-timeout-s", "30"]
+        environment |= {KEY_VARIABLE: backend.api_key} if backend.api_key else {}
+        backend = backend.url
+    try:
+        with running_sidecar(data, backend=backend, flags=flags, env=environment) as running:
+            yield running
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
 @pytest.fixture(
-    scope="session",
-    params=["exact", "edge", "standin", pytest.param("server", marks=pytest.mark.docker)],
+    params=["exact", "edge", "standin", pytest.param("server", marks=pytest.mark.docker)]
 )
-def sidecar(request: pytest.FixtureRequest, fast_dir: Path) -> Iterator[Sidecar]:
-    """A service on each backend, on TCP; it must end cleanly after the last test, and leaves nothing in RAM."""
-    data = fast_dir / request.param
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, data, ignore_errors=True)
-        backend, flags, environment = request.param, [], dict(os.environ)
-        if request.param in REMOTE:
-            options = stack.enter_context(clean_server(url_of(request.param, request)))
-            backend = options.url
-            flags = ["--qdrant-prefix", options.prefix, "--qdrant-timeout-s", "30"]
-            environment |= {KEY_VARIABLE: options.api_key} if options.api_key else {}
-        service = running_sidecar(data, backend=backend, flags=flags, env=environment)
-        yield stack.enter_context(service)
+def sidecar(request: pytest.FixtureRequest) -> Sidecar:
+    """A service on each backend: one for the whole session, and not of it, or each module would start all anew."""
+    running: Sidecar = request.getfixturevalue(f"{request.param}_service")
+    return running
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +119,15 @@ def name() -> str:
 
 
 @pytest.fixture(scope="session")
-def made(sidecar: Sidecar) -> Memories:
+def fill_once() -> Callable[[Sidecar], Memories]:
     """Memories for bad requests; see `memories`."""
-    return fill(sidecar)
+    return cache(fill)
 
 
 @pytest.fixture
-def memories(made: Memories) -> Iterator[Memories]:
+def memories(sidecar: Sidecar, fill_once: Callable[[Sidecar], Memories]) -> Iterator[Memories]:
     """Two filled memories; afterwards nothing has changed and both answer."""
+    made = fill_once(sidecar)
     before = made.state()
     yield made
     assert made.state() == before
@@ -98,6 +135,12 @@ def memories(made: Memories) -> Iterator[Memories]:
 
 
 @pytest.fixture(scope="session")
-def memory_of(sidecar: Sidecar) -> MemoryOf:
+def read_memories() -> Callable[[Sidecar], MemoryOf]:
+    """See `memory_of`."""
+    return cache(filled_memories)
+
+
+@pytest.fixture
+def memory_of(sidecar: Sidecar, read_memories: Callable[[Sidecar], MemoryOf]) -> MemoryOf:
     """Filled memories by kind and similarity, read as asked."""
-    return filled_memories(sidecar)
+    return read_memories(sidecar)

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
-from router_service.backends.qdrant_server import failures
+from router_service.backends.qdrant_server import consensus, failures
 from router_service.backends.qdrant_server.failures import Meaning
 from router_service.errors import RoutingServiceError
 from router_service.memories.store import MemoryStore
@@ -51,9 +51,10 @@ Action = Callable[[MemoryStore, str], None]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is tried twice within a call."""
+    """Nothing is tried twice within a call, but what all nodes must agree on, for a second."""
     for meaning in (Meaning.PASSING, Meaning.UNREACHABLE):
         monkeypatch.setitem(failures._PAUSES_S, meaning, ())
+    monkeypatch.setattr(consensus, "ADMIN_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture
