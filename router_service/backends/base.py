@@ -14,7 +14,16 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from router_service.arrays import F32, U64, Entries, ExampleRef, Neighbours, Provenance
+from router_service.arrays import (
+    F32,
+    U64,
+    Entries,
+    ExampleRef,
+    Neighbours,
+    Provenance,
+    combined_digests,
+    digests_of,
+)
 from router_service.errors import Cancelled, DeadlineTooShort, InvalidField
 
 
@@ -263,14 +272,22 @@ class CollectionReader(Protocol):
 
 
 class Replicable(Protocol):
-    """The entries of one layer, for copies that are kept in step."""
+    """The entries of one layer, for copies that are kept in step; their digests are arrays.combined_digests()."""
+
+    def all_entries(self, page_entries: int) -> Iterator[tuple[Entries, U64]]:
+        """Entries with their keys and their digests [n], in any order, at most `page_entries` at a time.
+
+        Each that has been there from the beginning comes once, as it is then or was since, or, when it is written
+        meanwhile, as a mixture of the two.
+        """
+        ...
 
     def entries(self, ids: U64) -> Entries:
         """Those of these ids, ascending and each once, that are there, with their keys."""
         ...
 
     def digests(self, after: int | None, limit: int) -> tuple[U64, U64]:
-        """Ids [n] of up to `limit` entries above an id, in their order, and arrays.combined_digests() [n] of them."""
+        """Ids [n] of up to `limit` entries above an id, in their order, and their digests [n]."""
         ...
 
 
@@ -328,6 +345,14 @@ def pages(collection: CollectionReader, page_entries: int, *, with_keys: bool) -
     while len(page := collection.scroll(after, page_entries, with_keys=with_keys)):
         yield page
         after = int(page.ids[-1])
+
+
+def pages_with_digests(
+    collection: CollectionReader, page_entries: int
+) -> Iterator[tuple[Entries, U64]]:
+    """Replicable.all_entries() of a collection that is read in the order of ids."""
+    for page in pages(collection, page_entries, with_keys=True):
+        yield page, combined_digests(digests_of(page))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ a query is close to a long key. Nothing is written to disk.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +36,7 @@ from router_service.backends.base import (
     SearchOptions,
     Versions,
     as_stored,
+    pages_with_digests,
     per_query,
     require_name,
     say_nothing,
@@ -117,6 +118,10 @@ class ExactCollection(Collection):
         page = entries.slice(start, start + limit)
         keys = page.keys.copy() if with_keys else np.empty((len(page), 0), np.float32)
         return Entries(page.ids.copy(), keys, page.values.copy(), page.provenance)
+
+    @override
+    def all_entries(self, page_entries: int) -> Iterator[tuple[Entries, U64]]:
+        return pages_with_digests(self, page_entries)
 
     @override
     def entries(self, ids: U64) -> Entries:

@@ -18,7 +18,7 @@ import numpy as np
 
 from router_service.arrays import U64, Entries, combined_digests, digests_of, rows_of
 from router_service.backends.base import Collection, Maintained
-from router_service.errors import Busy
+from router_service.errors import Busy, CollectionClosed
 from router_service.memories.changes import SETTINGS, Position
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory
@@ -106,9 +106,12 @@ class Feed:
 
     def events(self) -> Iterator[Event]:
         """Without end. Raises ReplicaBehind, StorageError, and what `why_over` returns."""
-        for event in self._made():
-            self._sent = time.monotonic()
-            yield event
+        try:
+            for event in self._made():
+                self._sent = time.monotonic()
+                yield event
+        except CollectionClosed as error:
+            raise (self._why_over() or error) from error
 
     def _made(self) -> Iterator[Event]:
         yield from self._first
@@ -144,14 +147,9 @@ class Feed:
                 yield from self._all_of(layer)
 
     def _all_of(self, layer: LayerMemory) -> Iterator[Event]:
-        after: int | None = None
-        while True:
-            read = partial(layer.collection.scroll, after, self._page_entries)
-            page = self._read(layer.collection, read)
-            if not len(page):
-                return
-            yield _upserted(layer, page)
-            after = int(page.ids[-1])
+        pages = layer.collection.all_entries(self._page_entries)
+        while (page := self._read(layer.collection, partial(next, pages, None))) is not None:
+            yield Upserted(layer.layer, *page)
 
     def _differences(self, layer: LayerMemory, held: Held) -> Iterator[Event]:
         """In one pass over both, in the order of ids."""

@@ -36,6 +36,7 @@ from router_service.backends.base import (
     Versions,
     as_stored,
     numbers_of_scan,
+    pages_with_digests,
     per_query,
     say_nothing,
 )
@@ -348,6 +349,10 @@ class ServerCollection(Collection, Shared):
             with_vectors=q.WithVectorsSelector(enable=keys),
         )
         return list(self._connection.call("points", "Scroll", request, WRITE_TIMEOUT_S).result)
+
+    @override
+    def all_entries(self, page_entries: int) -> Iterator[tuple[Entries, U64]]:
+        return pages_with_digests(self, page_entries)
 
     @override
     def entries(self, ids: U64) -> Entries:
