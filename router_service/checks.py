@@ -37,6 +37,10 @@ def require_matrix(field: str, array: AnyArray, rows: int | None, columns: int, 
 
 def require_finite(field: str, rows: F32) -> None:
     """Raises NotFinite unless every row [n, d] is finite and so is its squared norm in f32."""
+    if np.isfinite(
+        np.vdot(rows, rows)
+    ):  # then each row's is, too; a quarter of the time that all norms take
+        return
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.einsum("nd,nd->n", rows, rows)
     bad = np.flatnonzero(~np.isfinite(norms))

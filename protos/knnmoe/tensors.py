@@ -53,14 +53,26 @@ def dtype_name(wire: int) -> str:
 
 def to_tensor(array: Array, *, bf16: bool = False) -> Tensor:
     """Packs an array (f32, f16, i32, u64, u8 or i8; `bf16` rounds f32 to bf16). Raises TensorError on other dtypes."""
+    packed = Tensor()
+    pack(packed, array, bf16=bf16)
+    return packed
+
+
+def pack(tensor: Tensor, array: Array, *, bf16: bool = False) -> None:
+    """to_tensor() into an empty message, e.g. the field of another: setting a field to a message copies its data."""
+    wire = DTYPE_BF16 if bf16 else _wire_of(array.dtype)
     if bf16:
-        bits = _round_to_bf16(np.asarray(array, dtype=np.float32))
-        return Tensor(dtype=DTYPE_BF16, shape=array.shape, data=bits.tobytes())
-    wire = _WIRE_OF.get(array.dtype.newbyteorder("<"))
+        array = _round_to_bf16(np.asarray(array, dtype=np.float32))
+    tensor.dtype = wire
+    tensor.shape.extend(array.shape)
+    tensor.data = array.astype(_NUMPY_OF[wire], copy=False).tobytes()
+
+
+def _wire_of(dtype: np.dtype[Any]) -> Dtype:
+    wire = _WIRE_OF.get(dtype) or _WIRE_OF.get(dtype.newbyteorder("<"))
     if wire is None:
-        raise TensorError(f"no wire dtype for {array.dtype}")
-    little = array.astype(_NUMPY_OF[wire], copy=False)
-    return Tensor(dtype=wire, shape=array.shape, data=little.tobytes())
+        raise TensorError(f"no wire dtype for {dtype}")
+    return wire
 
 
 def to_array(tensor: Tensor) -> Array:
@@ -76,14 +88,14 @@ def to_array(tensor: Tensor) -> Array:
         )
     if len(tensor.shape) > MAX_DIMENSIONS:
         raise TensorError(f"{len(tensor.shape)} dimensions, expected at most {MAX_DIMENSIONS}")
-    shape = tuple(tensor.shape)
+    shape, data = tuple(tensor.shape), tensor.data  # a copy each time it is read
     expected = prod(shape) * dtype.itemsize
-    if len(tensor.data) != expected:
+    if len(data) != expected:
         raise TensorError(
-            f"{len(tensor.data)} bytes, expected {expected} for shape {list(shape)} of {dtype_name(tensor.dtype)}"
+            f"{len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype_name(tensor.dtype)}"
         )
     try:
-        array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+        array = np.frombuffer(data, dtype=dtype).reshape(shape)
     except ValueError as error:  # no elements, yet dimensions beyond what NumPy can address
         raise TensorError(f"shape {list(shape)}, expected smaller dimensions") from error
     return widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
@@ -91,7 +103,8 @@ def to_array(tensor: Tensor) -> Array:
 
 def widen_bf16(bits: Array) -> Array:
     """f32 of bf16 bits in u16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    return np.left_shift(wide, 16, out=wide).view(np.float32)
 
 
 def _round_to_bf16(array: Array) -> Array:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -171,10 +171,6 @@ class SearchOptions:
         if self.deadline is None:
             return _LOOK_S
         return min(_LOOK_S, max(0.0, self.deadline - time.monotonic()))
-
-    def for_engine(self) -> SearchOptions:
-        """Without what only this process knows."""
-        return replace(self, left=stays)
 
 
 # What an entry costs a scan besides the numbers of its key: that much a short key costs.

@@ -135,14 +135,7 @@ class LayerMemory:
         else:
             nothing, version = Neighbours.empty(len(query.router_inputs), k), self.versions.now
             found = replace(nothing, version=version)
-        searched = time.perf_counter_ns()
-        answer = self._blend(query.own, found, settings)
-        answer = replace(
-            answer,
-            search_ns=searched - started,
-            blend_ns=time.perf_counter_ns() - searched,
-            version=found.version,
-        )
+        answer = self._blend(query.own, found, settings, started)
         self.counters.add(answer)
         self.hits.note(found.ids, answer.similarities, answer.abstained == Abstain.NO)
         return answer
@@ -196,8 +189,10 @@ class LayerMemory:
         return self.collection.search(query.router_inputs, k, options, query.exclude)
 
     def _blend(
-        self, own: Assignment | F32, found: Neighbours, settings: MemorySettings
+        self, own: Assignment | F32, found: Neighbours, settings: MemorySettings, started: int
     ) -> RouteAnswer:
+        """`started`: the search, in time.perf_counter_ns()."""
+        searched = time.perf_counter_ns()
         similarities = self._similarities(found.distances, settings)
         lambdas = (
             kernels.mean_lambda(similarities)
@@ -209,7 +204,16 @@ class LayerMemory:
         blended = None
         if (abstained == Abstain.NO).any():
             blended = self._blended(own, found, similarities, lambdas, settings)
-        return RouteAnswer(blended, lambdas, abstained, found, similarities, 0, 0)
+        return RouteAnswer(
+            blended,
+            lambdas,
+            abstained,
+            found,
+            similarities,
+            searched - started,
+            time.perf_counter_ns() - searched,
+            found.version,
+        )
 
     def _similarities(self, distances: F32, settings: MemorySettings) -> F32:
         if settings.similarity is Similarity.RBF:

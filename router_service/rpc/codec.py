@@ -16,6 +16,7 @@ from knnmoe.v1 import types_pb2 as types_pb
 
 from router_service import __version__
 from router_service.arrays import F32, U64, AnyArray, Assignment, Entries, ExampleRef, Provenance
+from router_service.backends.base import stays
 from router_service.blending import Support
 from router_service.errors import InvalidField, InvalidTensor
 from router_service.fingerprint import ModelFingerprint
@@ -81,8 +82,12 @@ def decode_assignment(field: str, message: types_pb.SparseAssignment) -> Assignm
     return Assignment(experts, weights)
 
 
-def decode_query(request: routing_pb.RouteRequest) -> RouteQuery:
-    """What a RouteRequest asks."""
+def decode_query(
+    request: routing_pb.RouteRequest,
+    deadline: float | None = None,
+    left: Callable[[], bool] = stays,
+) -> RouteQuery:
+    """What a RouteRequest asks, with what else a RouteQuery has."""
     own: Assignment | F32
     if request.WhichOneof("own") == "assignment":
         own = decode_assignment("assignment", request.assignment)
@@ -97,6 +102,8 @@ def decode_query(request: routing_pb.RouteRequest) -> RouteQuery:
         own,
         request.neighbours if request.HasField("neighbours") else None,
         [ExampleRef(e.source, e.example) for e in request.exclude],
+        deadline,
+        left,
     )
 
 
@@ -105,19 +112,17 @@ def encode_answer(
 ) -> routing_pb.RouteResponse:
     """The response to a RouteRequest; logits and weights in the dtype of the request."""
     response = routing_pb.RouteResponse(
-        request_id=request.request_id,
-        lambdas=tensors.to_tensor(answer.lambdas),
-        abstained=tensors.to_tensor(answer.abstained),
-        times=routing_pb.StageTimes(search_ns=answer.search_ns, blend_ns=answer.blend_ns),
-        memory_version=answer.version,
+        request_id=request.request_id, memory_version=answer.version
     )
+    tensors.pack(response.lambdas, answer.lambdas)
+    tensors.pack(response.abstained, answer.abstained)
+    response.times.search_ns, response.times.blend_ns = answer.search_ns, answer.blend_ns
     if isinstance(answer.blended, Assignment):
-        response.assignment.experts.CopyFrom(tensors.to_tensor(answer.blended.experts))
-        response.assignment.weights.CopyFrom(
-            _in_dtype(answer.blended.weights, request.assignment.weights.dtype)
-        )
+        tensors.pack(response.assignment.experts, answer.blended.experts)
+        dtype = request.assignment.weights.dtype
+        _pack_as(response.assignment.weights, answer.blended.weights, dtype)
     elif answer.blended is not None:
-        response.router_logits.CopyFrom(_in_dtype(answer.blended, request.router_logits.dtype))
+        _pack_as(response.router_logits, answer.blended, request.router_logits.dtype)
     return response
 
 
@@ -133,11 +138,12 @@ def encode_neighbours(
     )
 
 
-def _in_dtype(array: F32, dtype: int) -> types_pb.Tensor:
+def _pack_as(message: types_pb.Tensor, array: F32, dtype: int) -> None:
     # Logits beyond f16 saturate: an infinity would poison a softmax
     if dtype == types_pb.DTYPE_F16:
-        return tensors.to_tensor(np.clip(array, -_F16_MAX, _F16_MAX).astype(np.float16))
-    return tensors.to_tensor(array, bf16=dtype == types_pb.DTYPE_BF16)
+        tensors.pack(message, np.clip(array, -_F16_MAX, _F16_MAX).astype(np.float16))
+    else:
+        tensors.pack(message, array, bf16=dtype == types_pb.DTYPE_BF16)
 
 
 def decode_entries(message: admin_pb.Entries, kind: Kind) -> Entries:

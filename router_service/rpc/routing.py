@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import grpc
@@ -74,9 +73,7 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         started = time.perf_counter_ns()
         # A name that is not there is said before what else is wrong
         self._memories.get(request.memory)
-        query = replace(
-            decode_query(request), deadline=deadline, left=lambda: not context.is_active()
-        )
+        query = decode_query(request, deadline, lambda: not context.is_active())
         decoded = time.perf_counter_ns()
 
         def route(memory: RoutingMemory) -> tuple[RouteAnswer, dict[int, Provenance]]:

@@ -164,15 +164,17 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
         step: int,
     ) -> Neighbours | None:
         """An engine call for every `step` queries; None when entries changed between two of them."""
+        part, changes = self._search_part(stored[:step], k, options, excluded[:step])
+        if len(stored) <= step and part.ids.shape[1] == k:
+            return part
+        version = part.version
         found = Neighbours.empty(len(stored), k, self._spec.value_width)
-        version, changes = self.versions.now, None
         for start in range(0, len(stored), step):
             rows = np.s_[start : start + step]
-            part, seen = self._search_part(stored[rows], k, options, excluded[rows])
-            if changes is None:
-                version, changes = part.version, seen
-            elif changes != seen:
-                return None
+            if start:
+                part, seen = self._search_part(stored[rows], k, options, excluded[rows])
+                if changes != seen:
+                    return None
             width = part.ids.shape[1]
             found.ids[rows, :width] = part.ids
             found.distances[rows, :width] = part.distances
@@ -201,7 +203,7 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
             if not limit:
                 nothing = Neighbours.empty(len(stored), 0, self._spec.value_width)
                 return replace(nothing, version=version), changes
-            ids, scores = generation.shard.search(stored, limit, options.for_engine(), excluded)
+            ids, scores = generation.shard.search(stored, limit, options, excluded)
         return Neighbours(ids, self._distances(scores), table.gather(ids), version), changes
 
     def _distances(self, scores: F32) -> F32:

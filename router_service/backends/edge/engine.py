@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -114,23 +114,20 @@ def search_request(
     A query with an exclusion looks at every entry: a graph search cannot step over what it may not see, and loses its
     way when that is much of the layer, or all that is near (docs/recall.md).
     """
-    with storage_call("prepare queries"):
-        rows = list(map(FLOATS, queries))
-        refused = {ref: _without(ref) for ref in set(excluded)}
-        if options.exact or None not in refused:
-            made = [
-                _exact(row, limit, refused[ref]) for row, ref in zip(rows, excluded, strict=True)
-            ]
-            return qe.QueryBatchRequest(made)
-        if search_keys is None:
-            indexed = _one_stage(rows, limit, options)
-        else:
-            indexed = _two_stages(rows, queries, limit, options, search_keys)
-        made = [
-            on_index if ref is None else _exact(row, limit, refused[ref])
-            for row, ref, on_index in zip(rows, excluded, indexed, strict=True)
-        ]
+    rows = list(map(FLOATS, queries))
+    refused = {ref: _without(ref) for ref in set(excluded)}
+    if options.exact or None not in refused:
+        made = [_exact(row, limit, refused[ref]) for row, ref in zip(rows, excluded, strict=True)]
         return qe.QueryBatchRequest(made)
+    if search_keys is None:
+        indexed = _one_stage(rows, limit, options)
+    else:
+        indexed = _two_stages(rows, queries, limit, options, search_keys)
+    made = [
+        on_index if ref is None else _exact(row, limit, refused[ref])
+        for row, ref, on_index in zip(rows, excluded, indexed, strict=True)
+    ]
+    return qe.QueryBatchRequest(made)
 
 
 def _exact(query: Any, limit: int, refuse: Any) -> Any:
@@ -142,11 +139,16 @@ def _exact(query: Any, limit: int, refuse: Any) -> Any:
 
 
 def _one_stage(queries: Sequence[Any], limit: int, options: SearchOptions) -> Iterator[Any]:
-    quantized = qe.QuantizationSearchParams(rescore=True, oversampling=options.oversampling)
-    params = qe.SearchParams(options.hnsw_ef, False, quantized)
+    params = _rescoring(options.hnsw_ef, options.oversampling)
     nearest, request = qe.Query.Nearest, qe.QueryRequest
     for query in queries:
         yield request(limit, None, nearest(query), None, False, False, None, None, params)
+
+
+@lru_cache(maxsize=64)
+def _rescoring(hnsw_ef: int, oversampling: float) -> Any:
+    quantized = qe.QuantizationSearchParams(rescore=True, oversampling=oversampling)
+    return qe.SearchParams(hnsw_ef, False, quantized)
 
 
 def _two_stages(
@@ -257,13 +259,11 @@ def _equals(field: str, value: str) -> Any:
 
 def read_hits(hits: Sequence[Sequence[Any]], k: int) -> tuple[U64, F32]:
     """Ids and engine scores [t, k] of a search, best first; NO_ID and inf where there are fewer than k."""
-    flat = list(chain.from_iterable(hits))
-    found = np.fromiter(map(len, hits), np.intp, len(hits))
-    filled = np.arange(k) < found[:, None]
     ids = np.full((len(hits), k), NO_ID, np.uint64)
     scores = np.full((len(hits), k), np.inf, np.float32)
-    ids[filled] = np.fromiter(map(attrgetter("id"), flat), np.uint64, len(flat))
-    scores[filled] = np.fromiter(map(attrgetter("score"), flat), np.float32, len(flat))
+    for row, found in enumerate(hits):
+        ids[row, : len(found)] = [hit.id for hit in found]
+        scores[row, : len(found)] = [hit.score for hit in found]
     return ids, scores
 
 
@@ -335,16 +335,17 @@ class EngineShard:
     ) -> tuple[U64, F32]:
         """Ids and engine scores [t, limit] of the nearest entries, best first; NO_ID and inf where there are fewer."""
         with storage_call(f"search {self._directory}"):
-            there = {ref: ref if self._has(ref) else None for ref in set(excluded)}
-        hidden = [there[ref] for ref in excluded]
-        request = search_request(queries, limit, options, hidden, self._search_keys)
-        with storage_call(f"search {self._directory}"):
+            hidden = self._hidden(excluded) if any(excluded) else excluded
+            request = search_request(queries, limit, options, hidden, self._search_keys)
             return read_hits(self._shard.query_batch(request), limit)
 
-    def _has(self, ref: ExampleRef | None) -> bool:
+    def _hidden(self, excluded: Sequence[ExampleRef | None]) -> Sequence[ExampleRef | None]:
+        """Without the examples that have no entries."""
+        there = {ref: ref if ref and self._has(ref) else None for ref in set(excluded)}
+        return [there[ref] for ref in excluded]
+
+    def _has(self, ref: ExampleRef) -> bool:
         """Whether there are entries of an example; 5 us, whatever their number."""
-        if ref is None:
-            return False
         found, _ = self._shard.scroll(qe.ScrollRequest(None, 1, _of_example(ref), False, False))
         return bool(found)
 

@@ -6,6 +6,7 @@ end is closed, so it does not outlive the service.
 
 from __future__ import annotations
 
+import pickle
 import signal
 import sys
 from contextlib import suppress
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from router_service.backends.edge.engine import EngineShard
+from router_service.backends.edge.frames import found_frame, read_call
 from router_service.errors import StorageError
 
 
@@ -26,7 +28,7 @@ def main(descriptor: str, directory: str) -> None:
 
 
 def _serve(connection: Connection, directory: Path) -> None:
-    _, spec, compression = connection.recv()
+    _, (spec, compression), _ = read_call(connection.recv_bytes())
     try:
         shard = EngineShard.load(directory, spec, compression)
     except StorageError as error:
@@ -35,14 +37,18 @@ def _serve(connection: Connection, directory: Path) -> None:
     try:
         connection.send((None, None))
         while True:
-            call, arguments, keywords = connection.recv()
-            try:
-                answer, failure = getattr(shard, call)(*arguments, **keywords), None
-            except StorageError as error:
-                answer, failure = None, error
-            connection.send((answer, failure))
+            connection.send_bytes(_answer(shard, connection.recv_bytes()))
     finally:
         shard.close()
+
+
+def _answer(shard: EngineShard, frame: bytes) -> bytes:
+    call, arguments, keywords = read_call(frame)
+    try:
+        found = getattr(shard, call)(*arguments, **keywords)
+    except StorageError as error:
+        return pickle.dumps((None, error))
+    return found_frame(*found) if call == "search" else pickle.dumps((found, None))
 
 
 if __name__ == "__main__":

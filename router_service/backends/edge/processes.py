@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
-from router_service.backends.base import CollectionSpec, Compression
+from router_service.arrays import F32, U64, ExampleRef
+from router_service.backends.base import CollectionSpec, Compression, SearchOptions
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
+from router_service.backends.edge.frames import read_answer, search_frame
 from router_service.errors import DirectoryInUse, EngineStopped
 
 log = logging.getLogger(__name__)
@@ -88,7 +92,7 @@ def _forwarded(
     def call(
         shard: HostedShard, /, *arguments: _Arguments.args, **keywords: _Arguments.kwargs
     ) -> _Result:
-        found: _Result = shard.exchange((name, arguments, keywords))
+        found: _Result = shard.exchange(name, pickle.dumps((name, arguments, keywords)))
         return found
 
     return call
@@ -97,7 +101,6 @@ def _forwarded(
 class HostedShard:
     """An EngineShard in a process of its own, see engine_host. One call at a time."""
 
-    search = _forwarded(EngineShard.search)
     upsert = _forwarded(EngineShard.upsert)
     delete = _forwarded(EngineShard.delete)
     scroll = _forwarded(EngineShard.scroll)
@@ -126,9 +129,11 @@ class HostedShard:
             descriptor = theirs.fileno()
             arguments = [str(descriptor), str(directory)]
             self._process = start_module(_HOST, arguments, stderr=None, pass_fds=[descriptor])
+        self._readable = select.poll()  # kept: Connection.poll() makes one for each look
+        self._readable.register(self._connection, select.POLLIN)
         watch(self)
         try:
-            self.exchange(("open", spec, wanted))
+            self.exchange("open", pickle.dumps(("open", (spec, wanted), {})))
         except BaseException:
             self._end()
             raise
@@ -157,25 +162,38 @@ class HostedShard:
         finally:
             self._wait_s = None
 
-    def exchange(self, message: tuple[Any, ...]) -> Any:
-        """One question and its answer, pickled: both ends are the same program and nobody else has the pipe."""
+    def search(
+        self,
+        queries: F32,
+        limit: int,
+        options: SearchOptions,
+        excluded: Sequence[ExampleRef | None],
+    ) -> tuple[U64, F32]:
+        """See EngineShard; without pickling."""
+        found: tuple[U64, F32] = self.exchange(
+            "search", search_frame(queries, limit, options, excluded)
+        )
+        return found
+
+    def exchange(self, call: str, frame: bytes) -> Any:
+        """One question, see frames, and its answer; `call`: the method that it asks for."""
         try:
             while self._owed:
                 self._receive()
-            self._call, self._still_since = message[0], time.monotonic()
+            self._call, self._still_since = call, time.monotonic()
             self._owed += 1
-            self._connection.send(message)
-            found, error = self._receive()
+            self._connection.send_bytes(frame)
+            found, error = read_answer(self._receive())
         except (OSError, EOFError) as gone:
             raise self._died() from gone
         if error is not None:
             raise error
         return found
 
-    def _receive(self) -> Any:
-        while self._wait_s is not None and not self._connection.poll(self._wait_s()):
+    def _receive(self) -> bytes:
+        while self._wait_s is not None and not self._readable.poll(1000 * self._wait_s()):
             pass
-        answer = self._connection.recv()
+        answer = self._connection.recv_bytes()
         self._owed -= 1
         return answer
 
