@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from knnmoe import tensors
 from knnmoe.v1 import types_pb2
@@ -34,7 +35,7 @@ def encode_by_layer(tensors_by_layer: Mapping[int, Tensor]) -> dict[int, WireTen
 def decode_floats(message: WireTensor) -> Tensor:
     """A float tensor on the host, in the dtype of the message. Raises BadInput on a malformed one."""
     tensor = decode_tensor(message, *tensors.FLOATS)
-    return tensor.bfloat16() if message.dtype == DTYPE_BF16 else tensor
+    return tensor.view(torch.bfloat16) if message.dtype == DTYPE_BF16 else tensor
 
 
 def encode_assignment(assignment: Assignment) -> SparseAssignment:
@@ -52,10 +53,12 @@ def decode_assignment(message: SparseAssignment) -> Assignment:
 
 
 def decode_tensor(message: WireTensor, *dtypes: types_pb2.Dtype) -> Tensor:
-    """A tensor on the host, bf16 widened to f32. Raises BadInput on a malformed one or another dtype."""
+    """A tensor on the host, of bf16 the bits in int16. Raises BadInput on a malformed one or another dtype."""
     if message.dtype not in dtypes:
         raise BadInput(f"a reply of the sidecar: dtype {tensors.dtype_name(message.dtype)}")
     try:
-        return torch.tensor(tensors.to_array(message))
+        bits = tensors.to_bits(message)
+        # A copy: what is read may not be written. torch has no u16
+        return torch.tensor(bits.view(np.int16) if message.dtype == DTYPE_BF16 else bits)
     except tensors.TensorError as error:
         raise BadInput(f"a reply of the sidecar: {error}") from error

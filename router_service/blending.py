@@ -59,7 +59,7 @@ def blend_logits(
     # Scaled before they meet the deltas: without a null neighbour, 1 / total alone can be beyond f32.
     shares = (scale[:, None] * similarities).astype(np.float32)
     blended = own + np.einsum("tk,tkn->tn", shares, deltas)
-    return np.where(retrieved[:, None], blended, own)
+    return blended if retrieved.all() else np.where(retrieved[:, None], blended, own)
 
 
 def scatter_dense(experts: I32, weights: F32, num_experts: int) -> F32:

@@ -29,6 +29,8 @@ def mean_lambda(similarities: F32) -> F32:
 def shrunk_lambda(similarities: F32, null_weight: float) -> F32:
     """Lambda [T] of similarities [T, K]: sum / (sum + s0), the weight left beside a null neighbour of weight s0."""
     total = similarities.sum(axis=1, dtype=np.float64)
+    if null_weight > 0:
+        return (total / (total + null_weight)).astype(np.float32)
     share = np.divide(total, total + null_weight, out=np.zeros_like(total), where=total > 0)
     return share.astype(np.float32)
 

@@ -61,11 +61,10 @@ def to_tensor(array: Array, *, bf16: bool = False) -> Tensor:
 def pack(tensor: Tensor, array: Array, *, bf16: bool = False) -> None:
     """to_tensor() into an empty message, e.g. the field of another: setting a field to a message copies its data."""
     wire = DTYPE_BF16 if bf16 else _wire_of(array.dtype)
-    if bf16:
-        array = _round_to_bf16(np.asarray(array, dtype=np.float32))
+    bits = _round_to_bf16(array.astype(np.float32, copy=False)) if bf16 else array
     tensor.dtype = wire
     tensor.shape.extend(array.shape)
-    tensor.data = array.astype(_NUMPY_OF[wire], copy=False).tobytes()
+    tensor.data = bits.astype(_NUMPY_OF[wire], copy=False).tobytes()
 
 
 def _wire_of(dtype: np.dtype[Any]) -> Dtype:
@@ -76,7 +75,13 @@ def _wire_of(dtype: np.dtype[Any]) -> Dtype:
 
 
 def to_array(tensor: Tensor) -> Array:
-    """The array of a tensor: a read-only view (bf16: a new f32 array).
+    """The array of a tensor: a read-only view (bf16: a new f32 array). Raises TensorError as to_bits()."""
+    array = to_bits(tensor)
+    return widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
+
+
+def to_bits(tensor: Tensor) -> Array:
+    """The array of a tensor, a read-only view; of bf16 its bits in u16.
 
     Raises TensorError when the dtype is unknown, the shape has more than 4 dimensions, or the byte count is not
     prod(shape) * itemsize.
@@ -95,10 +100,9 @@ def to_array(tensor: Tensor) -> Array:
             f"{len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype_name(tensor.dtype)}"
         )
     try:
-        array = np.frombuffer(data, dtype=dtype).reshape(shape)
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
     except ValueError as error:  # no elements, yet dimensions beyond what NumPy can address
         raise TensorError(f"shape {list(shape)}, expected smaller dimensions") from error
-    return widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
 
 
 def widen_bf16(bits: Array) -> Array:
@@ -111,4 +115,5 @@ def _round_to_bf16(array: Array) -> Array:
     """Round to nearest even, as torch does; NaN stays NaN."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+    nan = np.isnan(array)
+    return np.where(nan, np.uint16(0x7FC0), rounded) if nan.any() else rounded

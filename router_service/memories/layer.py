@@ -200,9 +200,11 @@ class LayerMemory:
             else kernels.shrunk_lambda(similarities, settings.null_weight)
         )
         abstained = self._abstentions(found, lambdas, settings)
-        lambdas = np.where(abstained == Abstain.NO, lambdas, np.float32(0))
+        answered = abstained == Abstain.NO
+        if not answered.all():
+            lambdas = np.where(answered, lambdas, np.float32(0))
         blended = None
-        if (abstained == Abstain.NO).any():
+        if answered.any():
             blended = self._blended(own, found, similarities, lambdas, settings)
         return RouteAnswer(
             blended,
@@ -223,8 +225,10 @@ class LayerMemory:
     def _abstentions(self, found: Neighbours, lambdas: F32, settings: MemorySettings) -> U8:
         if not settings.speaks_for(self.layer):
             return np.full(len(lambdas), Abstain.LAYER_OFF, dtype=np.uint8)
-        empty = np.isinf(found.distances).all(axis=1)
         too_far = lambdas <= settings.min_lambda
+        if not too_far.any():  # a token without a neighbour has lambda 0
+            return np.full(len(lambdas), Abstain.NO, dtype=np.uint8)
+        empty = np.isinf(found.distances).all(axis=1)
         far_or_not = np.where(too_far, np.uint8(Abstain.TOO_FAR), np.uint8(Abstain.NO))
         return np.where(empty, np.uint8(Abstain.EMPTY), far_or_not)
 

@@ -130,7 +130,7 @@ def _refusing(error: RoutingServiceError) -> Any:
 
 def _unary(handler: Any, method: str, plane: Plane) -> Any:
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with _errors_to_status(context, method):
+        with errors_to_status(context, method):
             request = plane.first(map(_well_formed, requests), context)
             with plane.working(request, context):
                 return handler.unary_unary(request, context)
@@ -145,7 +145,7 @@ def _streaming(handler: Any, method: str, plane: Plane) -> Any:
         return handler.unary_stream(turns.only_message(requests), context)
 
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        with _errors_to_status(context, method), Turns(plane, context) as turns:
+        with errors_to_status(context, method), Turns(plane, context) as turns:
             for answer in answers(map(_well_formed, requests), context, turns):
                 turns.wait(plane.room.going_on(context))
                 yield answer
@@ -172,7 +172,8 @@ def _well_formed(request: Any) -> Any:
 
 
 @contextmanager
-def _errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lack context.code()
+def errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lack context.code()
+    """What a handler raises ends its call with a status; what is none of the service's errors is logged."""
     try:
         yield
     except RoutingServiceError as error:

@@ -343,6 +343,11 @@ class Planes:
         """Calls at work on memories."""
         return self._routing.permits.in_flight + self._admin.permits.in_flight
 
+    @property
+    def routing(self) -> Plane:
+        """Of lookups."""
+        return self._routing
+
     def of(self, method: str) -> Plane:
         """That of a method, e.g. `/knnmoe.v1.RoutingService/Route`."""
         if method.startswith("/grpc.health."):

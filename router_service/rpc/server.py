@@ -29,6 +29,7 @@ from router_service.backends.base import Hurried
 from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
 from router_service.operations import Operations
+from router_service.rpc.direct import DirectServer
 from router_service.rpc.interceptors import Guard
 from router_service.rpc.memory_admin import DoctorService, MemoryAdminService
 from router_service.rpc.operations import OperationService
@@ -76,6 +77,8 @@ class RoutingServer:
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = health.HealthServicer()
         self._replication = ReplicationService(self._store)
+        self._routing = RoutingService(self._store)
+        self._direct = self._make_direct()
         self._grpc = self._make_server()
         self._stopping = threading.Event()
         self._auto_optimizer = AutoOptimizer(
@@ -93,6 +96,8 @@ class RoutingServer:
         self._snapshots.sweep()
         self.address = self._bind()
         self._grpc.start()
+        if self._direct is not None:
+            self._direct.start()
         self._flusher.start()
         self._waiting.start()
         self._auto_optimizer.start()
@@ -122,6 +127,8 @@ class RoutingServer:
     def _drain(self) -> None:
         """Returns when no call is left: those that are still there after drain_s are cancelled."""
         stopped = self._grpc.stop(self.settings.drain_s)
+        if self._direct is not None:
+            self._direct.stop(self.settings.drain_s)
         patience_s = self.settings.drain_s + CANCEL_AGAIN_S
         # A connection that comes in just then can miss the cancellation, and would be waited for without end.
         while not stopped.wait(patience_s):
@@ -137,7 +144,7 @@ class RoutingServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        routing_pb2_grpc.add_RoutingServiceServicer_to_server(RoutingService(self._store), server)
+        routing_pb2_grpc.add_RoutingServiceServicer_to_server(self._routing, server)
         add_replication(self._replication, server)
         admin = MemoryAdminService(self._store, self._operations, self._planes)
         memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
@@ -152,6 +159,14 @@ class RoutingServer:
         add_snapshots(SnapshotService(self._snapshots, self._operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server
+
+    def _make_direct(self) -> DirectServer | None:
+        """Beside a Unix socket."""
+        listen, most_bytes = self.settings.listen, self.settings.max_message_bytes
+        if not listen.startswith("unix:"):
+            return None
+        path = listen.removeprefix("unix:")
+        return DirectServer(path, self._planes.routing, self._routing.Route, most_bytes)
 
     def _bind(self) -> str:
         listen = self.settings.listen

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
@@ -18,6 +18,8 @@ from knnmoe.client.errors import ClientClosed, ServiceError, ServiceUnavailable,
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Request_contra = TypeVar("Request_contra", contravariant=True)
+Response_co = TypeVar("Response_co", covariant=True)
 
 # Seconds before each retry: a service that is restarted is back within a second or two.
 PAUSES_S = (0.5, 2.5)
@@ -131,6 +133,27 @@ def no_answer(timeout_s: float | None, target: str) -> ServiceUnavailable:
     )
 
 
+class Stream(Protocol[Request_contra, Response_co]):
+    """Requests out, responses in, in order: DuplexStream, or a DirectStream."""
+
+    @property
+    def ended(self) -> bool:
+        """No response will come any more: the service ended it, its connection broke, or it was closed."""
+        ...
+
+    def send(self, request: Request_contra) -> None:
+        """Queues a request; never blocks."""
+        ...
+
+    def receive(self, timeout_s: float) -> Response_co:
+        """The next response. Raises ServiceError, also when `timeout_s` passes."""
+        ...
+
+    def close(self) -> None:
+        """Ends the stream. Closing twice is allowed."""
+        ...
+
+
 class DuplexStream(Generic[Request, Response]):
     """Requests out, responses in, in order, with a timeout on every wait. After an error it is closed: open another.
 
@@ -211,16 +234,16 @@ class StreamPool(Generic[Request, Response]):
 
     """
 
-    def __init__(self, open_stream: Callable[[], DuplexStream[Request, Response]]) -> None:
+    def __init__(self, open_stream: Callable[[], Stream[Request, Response]]) -> None:
         self._open_stream = open_stream
         self._lock = threading.Lock()
         # (time.monotonic() of its last use, stream), the last used at the end.
-        self._idle: deque[tuple[float, DuplexStream[Request, Response]]] = deque()
-        self._taken: set[DuplexStream[Request, Response]] = set()
+        self._idle: deque[tuple[float, Stream[Request, Response]]] = deque()
+        self._taken: set[Stream[Request, Response]] = set()
         self._closed = False
 
     @contextmanager
-    def stream(self) -> Iterator[DuplexStream[Request, Response]]:
+    def stream(self) -> Iterator[Stream[Request, Response]]:
         """A stream for one call. Raises ClientClosed."""
         stream = self._take()
         try:
@@ -247,7 +270,7 @@ class StreamPool(Generic[Request, Response]):
             self._idle.clear()
         _close_all(streams)
 
-    def _take(self) -> DuplexStream[Request, Response]:
+    def _take(self) -> Stream[Request, Response]:
         ended = []
         with self._lock:
             while self._idle and self._idle[-1][1].ended:
@@ -258,7 +281,7 @@ class StreamPool(Generic[Request, Response]):
         _close_all(ended)
         return self._opened() if found is None else found
 
-    def _opened(self) -> DuplexStream[Request, Response]:
+    def _opened(self) -> Stream[Request, Response]:
         stream = self._open_stream()
         with self._lock:
             closed = self._closed
@@ -269,7 +292,7 @@ class StreamPool(Generic[Request, Response]):
             raise ClientClosed("this client was closed")
         return stream
 
-    def _give_back(self, stream: DuplexStream[Request, Response]) -> None:
+    def _give_back(self, stream: Stream[Request, Response]) -> None:
         now_s = time.monotonic()
         too_many = []
         with self._lock:
@@ -285,6 +308,6 @@ class StreamPool(Generic[Request, Response]):
         _close_all(too_many)
 
 
-def _close_all(streams: Iterable[DuplexStream[Any, Any]]) -> None:
+def _close_all(streams: Iterable[Stream[Any, Any]]) -> None:
     for stream in streams:
         stream.close()

@@ -14,7 +14,8 @@ import grpc
 
 from knnmoe import tensors
 from knnmoe.channels import open_channel
-from knnmoe.client.calls import PAUSES_S, DuplexStream, Retries, StreamPool, unary
+from knnmoe.client.calls import PAUSES_S, DuplexStream, Retries, Stream, StreamPool, unary
+from knnmoe.client.direct import DirectStream
 from knnmoe.client.errors import ClientClosed, MemoryNotFound, ServiceUnavailable
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import types_pb2
@@ -61,9 +62,7 @@ class RoutingClient:
         self._channel = open_channel(target)
         self._stub = RoutingServiceStub(self._channel)
         self._retries = Retries(pauses_s)
-        self._streams: StreamPool[pb.RouteRequest, pb.RouteResponse] = StreamPool(
-            partial(DuplexStream, self._stub.RouteStream, target)
-        )
+        self._streams: StreamPool[pb.RouteRequest, pb.RouteResponse] = StreamPool(self._open_stream)
         self._description: pb.MemoryDescription | None = None
         self._request_ids = itertools.count(1)
         self._closed = False
@@ -142,6 +141,10 @@ class RoutingClient:
         if os.getpid() == self._process:
             self._streams.close()
             self._channel.close()
+
+    def _open_stream(self) -> Stream[pb.RouteRequest, pb.RouteResponse]:
+        direct = DirectStream.connected(self.target)
+        return direct or DuplexStream(self._stub.RouteStream, self.target)
 
     def _exchange(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteResponse:
         request.timeout_us = max(1, int(timeout_s * 1e6))

@@ -92,16 +92,16 @@ class ValueTable:
     def gather(self, ids: U64) -> F32:
         """Value rows [..., W] of ids [...]; 0 where an id is NO_ID. Raises CorruptMemory on an unknown id."""
         if not len(self):
-            position = np.zeros(ids.shape, np.intp)
             known = np.zeros(ids.shape, np.bool_)
             values = np.zeros((*ids.shape, self._rows.array.shape[1]), np.float32)
         else:
-            position = np.minimum(np.searchsorted(self._ids, ids), len(self) - 1)
-            known = self._ids[position] == ids
-            values = self._rows.array[self._row_of[position]]
+            position = np.searchsorted(self._ids, ids)
+            known = self._ids.take(position, mode="clip") == ids
+            values = self._rows.array.take(self._row_of.take(position, mode="clip"), axis=0)
+        if not known.all():
             values[~known] = 0.0
-        if not np.array_equal(known, ids != NO_ID):
-            raise CorruptMemory(f"the engine found entries without a value row: {ids[~known][:3]}")
+            if (strange := ids[~known & (ids != NO_ID)]).size:
+                raise CorruptMemory(f"the engine found entries without a value row: {strange[:3]}")
         return values
 
     @property
