@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from knnmoe.client import ServiceUnavailable
-from knnmoe.client.calls import DuplexStream
+from knnmoe.client.direct import DirectStream
 from torch import Tensor
 
 from model_runner import router_client
@@ -219,7 +219,7 @@ def test_an_interrupted_look_up_answers_no_later_one(
         policy = RetrievalPolicy(client)
         expected = policy(call)
         with monkeypatch.context() as patched:
-            patched.setattr(DuplexStream, "receive", interrupted)
+            patched.setattr(DirectStream, "receive", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 policy(other)
         assert torch.equal(policy(call).router_logits, expected.router_logits)
