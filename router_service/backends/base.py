@@ -200,7 +200,8 @@ class CollectionInfo:
     """State of a collection: exact number of entries, those an index covers, the search keys' compression.
 
     `disk_bytes`: None where a server keeps the entries and does not say. `damage`: why it is set apart and answers
-    nothing; empty when it serves. `unfinished`: None: all is acknowledged.
+    nothing; empty when it serves. `unfinished`: None: all is acknowledged. `segments`: that a search goes through; 0
+    where the backend does not say.
     """
 
     entries: int
@@ -209,6 +210,7 @@ class CollectionInfo:
     disk_bytes: int | None
     damage: str = ""
     unfinished: UnfinishedEntries | None = None
+    segments: int = 0
 
 
 class Versions:

@@ -35,6 +35,9 @@ _MEASURED = (
     "layer", "compression", "oversampling", "ram_bytes_per_key", "disk_bytes_per_key", "recall_at_1",
     "lambda_error_mean", "lambda_error_max", "blend_error_mean", "blend_error_max", "ms_per_query", "build_s",
 )  # fmt: skip
+_SEARCHED = (
+    "layer", "queries", "recall_at_1", "recall_at_k", "ms_per_lookup", "exact", "segments",
+)  # fmt: skip
 _PANELS = (
     ("recall_at_1", "recall@1"),
     ("lambda_error_mean", "mean error of lambda"),
@@ -128,18 +131,53 @@ def optimize(
         ),
     ] = None,
     layer: OnlyLayers = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Also choose hnsw_ef and oversampling: the least by which lookups find this share of the nearest and "
+            "of the K nearest entries, measured on keys of every layer, e.g. 0.99. Stored in the memory's settings. "
+            "A layer that finds fewer whatever the candidates is searched exactly from then on.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Build the search index of a memory's layers. The service answers meanwhile; Ctrl-C ends it.
 
     Example:
       router-admin optimize bible --quantization int8
       router-admin optimize bible --layer 15
+      router-admin optimize bible --recall 0.99
 
     """
     session = session_of(context)
-    request = pb.OptimizeRequest(memory=name, layers=layer, quantization=quantization or "")
-    layers = _indexed(session, session.client.admin.Optimize, request)
-    session.output.table({"memory": name, "layers": layers}, _INDEXED, layers)
+    request = pb.OptimizeRequest(
+        memory=name, layers=layer, quantization=quantization or "", recall=recall or 0
+    )
+    choices: list[pb.SearchChoice] = []
+    layers = _indexed(session, session.client.admin.Optimize, request, choices)
+    document: dict[str, Any] = {"memory": name, "layers": layers}
+    if not choices:
+        session.output.table(document, _INDEXED, layers)
+        return
+    chosen = choices[-1]
+    measured = [plain(each) for each in chosen.layers]
+    document["search"] = plain(chosen) | {"layers": measured}
+    title = f"hnsw_ef {chosen.hnsw_ef}, oversampling {chosen.oversampling:g}, K = {chosen.neighbours}: stored"
+    rows = [[_short(row[column]) for column in _SEARCHED] for row in measured]
+    session.output.table(document, _SEARCHED, rows, title)
+    if exact := [each.layer for each in chosen.layers if each.exact]:
+        session.output.remark(_not_reached(name, recall or 0, exact))
+
+
+def _not_reached(memory: str, recall: float, layers: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, layers))
+    return (
+        f"warning: layers {numbers}: no number of candidates finds {recall:.1%}: their search keys do not bear it, so "
+        f"every entry is looked at from now on, which is exact and slow. float16 compares keys nearly as they are: "
+        f"router-admin quantize {memory} --method float16, then optimize {memory} --recall {recall:g} again"
+    )
 
 
 def quantize(
@@ -305,10 +343,19 @@ def _write(path: Path, text: str) -> None:
         raise BadInput(f"--json: {path}: {error.strerror}") from error
 
 
-def _indexed(session: Session, method: Any, request: Any) -> list[dict[str, Any]]:
-    """The layers of an operation that indexes, each with the seconds that it took and the recall that it has now."""
+def _indexed(
+    session: Session, method: Any, request: Any, choices: list[pb.SearchChoice] | None = None
+) -> list[dict[str, Any]]:
+    """The layers of an operation that indexes, each with the seconds that it took and the recall that it has now.
+
+    `choices`: gets how the memory is searched from then on, where that was asked for.
+    """
     layers = []
-    for reply in followed(session, method, request, "layer"):
+    results = ("layer",) if choices is None else ("layer", "search")
+    for reply in followed(session, method, request, *results):
+        if choices is not None and reply.HasField("search"):
+            choices.append(reply.search)
+            continue
         recall = round(reply.recall, 4) if reply.HasField("recall") else None
         layer = plain(reply.layer) | {"elapsed_s": round(reply.elapsed_s, 3), "recall": recall}
         layers.append(layer)

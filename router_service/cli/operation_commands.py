@@ -20,8 +20,8 @@ from router_service.cli.options import ExampleCommand, command_group
 from router_service.cli.output import Session, plain, session_of, utc
 
 
-def followed(session: Session, method: Any, request: Any, result: str) -> Iterator[Any]:
-    """Begins an operation; yields its replies with a `result`, each within the deadline. Raises ServiceError.
+def followed(session: Session, method: Any, request: Any, *results: str) -> Iterator[Any]:
+    """Begins an operation; yields its replies with one of the `results`, each within the deadline. Raises ServiceError.
 
     At Ctrl-C the operation is cancelled, its last words are awaited, and Interrupted is raised; a second Ctrl-C does
     not wait.
@@ -35,7 +35,7 @@ def followed(session: Session, method: Any, request: Any, result: str) -> Iterat
                     cancelled = True
                     _cancel(session, call, reply.operation)
                 show(reply.operation)
-                if reply.HasField(result):
+                if any(map(reply.HasField, results)):
                     yield reply
         except ServiceError as error:
             if pressed.is_set():

@@ -185,7 +185,7 @@ class LayerMemory:
         """All tokens in one call: how many an engine gets at a time is the backend's to say."""
         if query.deadline is not None and time.monotonic() >= query.deadline:
             raise DeadlineTooShort("the deadline passed before the lookup began")
-        options = replace(settings.search(k), deadline=query.deadline, left=query.left)
+        options = replace(settings.search(k, self.layer), deadline=query.deadline, left=query.left)
         return self.collection.search(query.router_inputs, k, options, query.exclude)
 
     def _blend(

@@ -15,6 +15,10 @@ MAX_NEIGHBOURS = 1024
 # A graph walk that keeps fewer candidates misses 2 in 100 of the K nearest where a third of its entries is outdated
 # (docs/recall.md).
 _EF_PER_NEIGHBOUR = 4
+# Misses no nearest key in benchmarks.route, and 512 tokens take no longer than FAISS flat.
+_HNSW_EF = 100
+# Of another one of these nobody knows what a search finds.
+_MEASURED_FOR = ("neighbours", "hnsw_ef", "oversampling")
 # Blended logits stay finite in f32: the norm of a stored delta is below 2e19.
 MAX_STEP_SIZE = 1e6
 
@@ -52,8 +56,11 @@ class MemorySettings:
     min_lambda: float = 0.0
     support: Support = Support.UNION
     layers: tuple[int, ...] = ()
-    hnsw_ef: int = 100  # misses no nearest key in benchmarks.route, and 512 tokens take no longer than FAISS flat
+    hnsw_ef: int = _HNSW_EF
     oversampling: float = 2.0
+    # What the two were measured to find of the K = neighbours nearest (0: they were not), and where they find less.
+    search_recall: float = 0.0
+    exact_layers: tuple[int, ...] = ()
 
     def gamma_of(self, layer: int) -> float:
         """RBF bandwidth of a layer."""
@@ -67,9 +74,13 @@ class MemorySettings:
         """Whether the memory is read at this layer."""
         return not self.layers or layer in self.layers
 
-    def search(self, neighbours: int) -> SearchOptions:
-        """How collections are searched for that many neighbours."""
-        return SearchOptions(max(self.hnsw_ef, _EF_PER_NEIGHBOUR * neighbours), self.oversampling)
+    def search(self, neighbours: int, layer: int | None = None) -> SearchOptions:
+        """How collections, or that of a layer, are searched for that many neighbours."""
+        if self.search_recall and neighbours == self.neighbours:
+            return SearchOptions(self.hnsw_ef, self.oversampling, exact=layer in self.exact_layers)
+        usual = _HNSW_EF if self.search_recall else 0  # what was measured was for another K
+        least = max(usual, _EF_PER_NEIGHBOUR * neighbours)
+        return SearchOptions(max(self.hnsw_ef, least), self.oversampling)
 
     def fields(self) -> dict[str, Any]:
         """Name -> value of every field; plain JSON values but for tuples, which JSON turns into lists."""
@@ -97,7 +108,7 @@ def settings_from_json(values: dict[str, Any]) -> MemorySettings:
     for name, convert in (("kind", Kind), ("similarity", Similarity), ("support", Support)):
         if name in known:
             known[name] = convert(known[name])
-    for name in ("gamma", "step_size", "layers"):
+    for name in ("gamma", "step_size", "layers", "exact_layers"):
         if name in known:
             known[name] = tuple(known[name])
     return MemorySettings(**known)
@@ -105,6 +116,7 @@ def settings_from_json(values: dict[str, Any]) -> MemorySettings:
 
 def changed(settings: MemorySettings, changes: dict[str, Any]) -> MemorySettings:
     """A copy with `changes` applied. Raises InvalidField for fields that are fixed at creation."""
+    now = settings.fields()
     for name in ("kind", "similarity", "preset"):
         if name in changes and changes[name] != getattr(settings, name):
             raise InvalidField(
@@ -112,6 +124,9 @@ def changed(settings: MemorySettings, changes: dict[str, Any]) -> MemorySettings
                 str(changes[name]),
                 f"{getattr(settings, name)!s} (fixed at creation; create another memory instead)",
             )
+    others = any(changes.get(name, now[name]) != now[name] for name in _MEASURED_FOR)
+    if settings.search_recall and others and "search_recall" not in changes:
+        changes = {"hnsw_ef": _HNSW_EF, "search_recall": 0.0, "exact_layers": ()} | changes
     return replace(settings, **changes)
 
 
@@ -132,12 +147,11 @@ def validate(settings: MemorySettings, num_layers: int) -> None:
         _require(f"step_size[{number}]", step_size, within, f"at most {MAX_STEP_SIZE:g} in size")
     _require("null_weight", settings.null_weight, 0 <= settings.null_weight < math.inf, "0 or more")
     _require("min_lambda", settings.min_lambda, 0 <= settings.min_lambda < 1, "in [0, 1)")
-    _require(
-        "layers",
-        settings.layers,
-        all(0 <= i < num_layers for i in settings.layers),
-        f"layer numbers from 0 to {num_layers - 1}",
-    )
+    for name in ("layers", "exact_layers"):
+        numbers = getattr(settings, name)
+        within = all(0 <= number < num_layers for number in numbers)
+        _require(name, numbers, within, f"layer numbers from 0 to {num_layers - 1}")
+    _require("search_recall", settings.search_recall, 0 <= settings.search_recall <= 1, "0 to 1")
     _require("hnsw_ef", settings.hnsw_ef, 1 <= settings.hnsw_ef <= 65_536, "1 to 65536")
     _require("oversampling", settings.oversampling, 1 <= settings.oversampling <= 100, "1 to 100")
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 from knnmoe.v1 import doctor_pb2, doctor_pb2_grpc, memory_admin_pb2_grpc, routing_pb2
@@ -14,10 +15,10 @@ from knnmoe.v1 import memory_admin_pb2 as pb
 
 from router_service import __version__, checks
 from router_service.arrays import F32
-from router_service.backends.base import pages
+from router_service.backends.base import Report, pages
 from router_service.doctor import Severity, check_known_keys, diagnose_store
 from router_service.errors import Cancelled, InvalidField
-from router_service.jobs.optimize import optimized
+from router_service.jobs.optimize import Indexed, SearchChoice, optimized, optimized_to
 from router_service.memories.calibration import LayerCalibration
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
@@ -144,13 +145,24 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         memory = self._store.get(request.memory)
         label = request.quantization
         compression = decode_compression(memory, "quantization", label) if label else None
-        layers = memory.chosen_layers(request.layers)
-        steps = self._operations.run(
-            "optimize",
-            request.memory,
-            lambda report: optimized(memory, layers, compression, report),
-        )
-        return encoded(steps, pb.OptimizeResponse, lambda done: encode_indexed(memory, done))
+        layers, recall = memory.chosen_layers(request.layers), request.recall
+        if not 0 <= recall <= 1:
+            raise InvalidField("recall", recall, "a share from 0 (leaves the settings) to 1")
+
+        def steps(report: Report) -> Iterator[Indexed | SearchChoice]:
+            if recall:
+                return optimized_to(self._store, memory, layers, compression, recall, report)
+            return optimized(memory, layers, compression, report)
+
+        def encode(done: object) -> dict[str, Any]:
+            if isinstance(done, Indexed):
+                return encode_indexed(memory, done)
+            assert isinstance(done, SearchChoice)  # noqa: S101  # there is no third
+            measured = [codec.filled(pb.LayerSearch, each) for each in done.layers]
+            return {"search": codec.filled(pb.SearchChoice, done, layers=measured)}
+
+        running = self._operations.run("optimize", request.memory, steps)
+        return encoded(running, pb.OptimizeResponse, encode)
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:  # noqa: N802
         """What the service holds and did since it started."""

@@ -163,6 +163,9 @@ def test_other_admin_requests(memories: Memories) -> None:
     optimize = admin_pb.OptimizeRequest(memory="deltas", quantization="int3")
     words = ("quantization", "'int3'", "none, float16, int8")
     assert_refused(refusal(admin.Optimize, optimize), Case(print, INVALID, "INVALID_FIELD", words))
+    too_much = admin_pb.OptimizeRequest(memory="deltas", recall=1.5)
+    words = ("recall", "got 1.5", "a share from 0")
+    assert_refused(refusal(admin.Optimize, too_much), Case(print, INVALID, "INVALID_FIELD", words))
     layer = Case(print, PRECONDITION, "LAYER_NOT_FOUND", ("layer", "got 9", "0 to 2"))
     assert_refused(
         refusal(admin.Optimize, admin_pb.OptimizeRequest(memory="deltas", layers=[9])), layer

@@ -99,11 +99,18 @@ def test_a_method_that_the_keys_do_not_bear_is_said(service: Sidecar) -> None:
         some.keys.CopyFrom(floats(keys[start : start + 500]))
         service.upsert("outlier", 0, some)
 
-    def quantized(method: str) -> tuple[float, str]:
-        words = ["--json", "--target", service.target, "quantize", "outlier", "--method", method]
-        done = CliRunner().invoke(app, words)
+    def admin(*words: str) -> tuple[Any, str]:
+        done = CliRunner().invoke(app, ["--json", "--target", service.target, *words])
         assert done.exit_code == 0, done.output
-        return json.loads(done.stdout)["layers"][0]["recall"], done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    def quantized(method: str) -> tuple[float, str]:
+        document, said = admin("quantize", "outlier", "--method", method)
+        return document["layers"][0]["recall"], said
+
+    def searched(recall: str) -> tuple[dict[str, Any], str]:
+        document, said = admin("optimize", "outlier", "--recall", recall)
+        return document["search"]["layers"][0], said
 
     recall, said = quantized("int8")
     assert recall < 0.9
@@ -111,9 +118,24 @@ def test_a_method_that_the_keys_do_not_bear_is_said(service: Sidecar) -> None:
         f"warning: layer 0: searches find {recall:.1%} of the 32 nearest entries with int8" in said
     )
     assert "router-admin quantize outlier --method float16" in said
+    layer, said = searched("0.98")  # by more candidates
+    assert not layer["exact"]
+    assert layer["recall_at_k"] >= 0.98
+    quantized("binary")
+    layer, said = searched("1")
+    assert (layer["exact"], layer["recall_at_k"]) == (True, 1.0)
+    assert "warning: layers 0: no number of candidates finds 100.0%" in said
+    assert "optimize outlier --recall 1 again" in said
     recall, said = quantized("float16")
     assert recall >= 0.98
     assert "warning" not in said
+    layer, said = searched("0.98")
+    assert not layer["exact"]
+    assert min(layer["recall_at_1"], layer["recall_at_k"]) >= 0.98
+    assert layer["ms_per_lookup"] > 0
+    assert "no number of candidates" not in said
+    settings = service.describe("outlier").settings
+    assert (settings.search_recall, list(settings.exact_layers)) == (0.98, [])
     measured = admin_of(service.target)(
         "quantize", "outlier", "--measure", "--methods", "int8,float16", "--sample", 100
     )["measurements"]

@@ -222,26 +222,60 @@ class LayerCalibration(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., squared_distance: _Optional[float] = ..., gamma: _Optional[float] = ..., queries: _Optional[int] = ..., copies: _Optional[int] = ..., typical_squared_distance: _Optional[float] = ...) -> None: ...
 
 class OptimizeRequest(_message.Message):
-    __slots__ = ("memory", "layers", "quantization")
+    __slots__ = ("memory", "layers", "quantization", "recall")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     memory: str
     layers: _containers.RepeatedScalarFieldContainer[int]
     quantization: str
-    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., quantization: _Optional[str] = ...) -> None: ...
+    recall: float
+    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., quantization: _Optional[str] = ..., recall: _Optional[float] = ...) -> None: ...
+
+class SearchChoice(_message.Message):
+    __slots__ = ("hnsw_ef", "oversampling", "neighbours", "layers")
+    HNSW_EF_FIELD_NUMBER: _ClassVar[int]
+    OVERSAMPLING_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    hnsw_ef: int
+    oversampling: float
+    neighbours: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerSearch]
+    def __init__(self, hnsw_ef: _Optional[int] = ..., oversampling: _Optional[float] = ..., neighbours: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerSearch, _Mapping]]] = ...) -> None: ...
+
+class LayerSearch(_message.Message):
+    __slots__ = ("layer", "queries", "recall_at_1", "recall_at_k", "ms_per_lookup", "exact", "segments")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    RECALL_AT_1_FIELD_NUMBER: _ClassVar[int]
+    RECALL_AT_K_FIELD_NUMBER: _ClassVar[int]
+    MS_PER_LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    queries: int
+    recall_at_1: float
+    recall_at_k: float
+    ms_per_lookup: float
+    exact: bool
+    segments: int
+    def __init__(self, layer: _Optional[int] = ..., queries: _Optional[int] = ..., recall_at_1: _Optional[float] = ..., recall_at_k: _Optional[float] = ..., ms_per_lookup: _Optional[float] = ..., exact: _Optional[bool] = ..., segments: _Optional[int] = ...) -> None: ...
 
 class OptimizeResponse(_message.Message):
-    __slots__ = ("layer", "elapsed_s", "operation", "recall")
+    __slots__ = ("layer", "elapsed_s", "operation", "recall", "search")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
     layer: _routing_pb2.LayerDescription
     elapsed_s: float
     operation: _operations_pb2.Operation
     recall: float
-    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., recall: _Optional[float] = ...) -> None: ...
+    search: SearchChoice
+    def __init__(self, layer: _Optional[_Union[_routing_pb2.LayerDescription, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., recall: _Optional[float] = ..., search: _Optional[_Union[SearchChoice, _Mapping]] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ("memory",)

@@ -88,7 +88,7 @@ class ModelFingerprint(_message.Message):
     def __init__(self, architecture: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., router_hash: _Optional[str] = ...) -> None: ...
 
 class MemorySettings(_message.Message):
-    __slots__ = ("preset", "kind", "similarity", "neighbours", "gamma", "step_size", "null_weight", "min_lambda", "support", "layers", "hnsw_ef", "oversampling")
+    __slots__ = ("preset", "kind", "similarity", "neighbours", "gamma", "step_size", "null_weight", "min_lambda", "support", "layers", "hnsw_ef", "oversampling", "search_recall", "exact_layers")
     PRESET_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SIMILARITY_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,8 @@ class MemorySettings(_message.Message):
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HNSW_EF_FIELD_NUMBER: _ClassVar[int]
     OVERSAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_RECALL_FIELD_NUMBER: _ClassVar[int]
+    EXACT_LAYERS_FIELD_NUMBER: _ClassVar[int]
     preset: str
     kind: MemoryKind
     similarity: Similarity
@@ -113,7 +115,9 @@ class MemorySettings(_message.Message):
     layers: _containers.RepeatedScalarFieldContainer[int]
     hnsw_ef: int
     oversampling: float
-    def __init__(self, preset: _Optional[str] = ..., kind: _Optional[_Union[MemoryKind, str]] = ..., similarity: _Optional[_Union[Similarity, str]] = ..., neighbours: _Optional[int] = ..., gamma: _Optional[_Iterable[float]] = ..., step_size: _Optional[_Iterable[float]] = ..., null_weight: _Optional[float] = ..., min_lambda: _Optional[float] = ..., support: _Optional[_Union[Support, str]] = ..., layers: _Optional[_Iterable[int]] = ..., hnsw_ef: _Optional[int] = ..., oversampling: _Optional[float] = ...) -> None: ...
+    search_recall: float
+    exact_layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, preset: _Optional[str] = ..., kind: _Optional[_Union[MemoryKind, str]] = ..., similarity: _Optional[_Union[Similarity, str]] = ..., neighbours: _Optional[int] = ..., gamma: _Optional[_Iterable[float]] = ..., step_size: _Optional[_Iterable[float]] = ..., null_weight: _Optional[float] = ..., min_lambda: _Optional[float] = ..., support: _Optional[_Union[Support, str]] = ..., layers: _Optional[_Iterable[int]] = ..., hnsw_ef: _Optional[int] = ..., oversampling: _Optional[float] = ..., search_recall: _Optional[float] = ..., exact_layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Provenance(_message.Message):
     __slots__ = ("source", "example", "position", "token", "gain", "created_unix_ms")

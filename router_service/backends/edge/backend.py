@@ -367,7 +367,9 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
             counts = replace(self._counts, entries=entries)
         indexed = min(counts.graph_vectors, counts.entries - counts.tail)
         size = disk_bytes(self._served.files.generation(pointer.generation))
-        return CollectionInfo(counts.entries, indexed, pointer.compression, size)
+        return CollectionInfo(
+            counts.entries, indexed, pointer.compression, size, segments=counts.segments
+        )
 
     @override
     def optimize(

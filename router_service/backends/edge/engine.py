@@ -95,11 +95,15 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class ShardCounts:
-    """Exact number of entries, those written since the last optimize, and vectors in graphs, replaced ones included."""
+    """Exact number of entries, those written since the last optimize, and vectors in graphs, replaced ones included.
+
+    `segments`: that a search goes through, the one that is written to among them.
+    """
 
     entries: int
     tail: int
     graph_vectors: int
+    segments: int = 0
 
 
 def search_request(
@@ -515,10 +519,9 @@ class EngineShard:
         with storage_call(f"count {self._directory}"):
             tail = self._shard.count(qe.CountRequest(exact=True, filter=qe.Filter(must=[written])))
             entries = self._shard.count(qe.CountRequest(exact=True, filter=None))
-            vectors = int(self._shard.info().indexed_vectors_count)
-        return ShardCounts(
-            int(entries), int(tail), vectors // (1 if self._search_keys is None else 2)
-        )
+            info = self._shard.info()
+        vectors = int(info.indexed_vectors_count) // (1 if self._search_keys is None else 2)
+        return ShardCounts(int(entries), int(tail), vectors, int(info.segments_count))
 
     def optimize(self) -> None:
         """Builds indexes and quantized keys. Blocks the whole process: only for a process of its own."""
