@@ -40,8 +40,13 @@ types: setup ## strict mypy
 proto: setup ## regenerate the Python code of the protos
 	$(BIN)/python protos/generate.py
 
-bench: setup ## Route latency next to FAISS (a table, and benchmarks/results/route.json)
-	$(BIN)/python -m benchmarks.route --json benchmarks/results/route.json
+BENCHMARKS := end_to_end growth load build
+RESULTS := bench-results
+bench: setup ## the short set of benchmarks (under 10 minutes, writes bench-results/), compared with the stored baseline
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$name --quick --json $(RESULTS)/$$name.json --plot $(RESULTS)/$$name.png || exit; \
+	done
+	$(BIN)/python -m benchmarks.compare $(BENCHMARKS:%=$(RESULTS)/%.json)
 
 KILLS ?= 200
 SEED ?= 0
@@ -53,4 +58,4 @@ docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (ro
 	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) demo-results build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache

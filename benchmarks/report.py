@@ -2,32 +2,122 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Sequence
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lanes import IN_PROCESS_1, SIDECAR, STREAM_UNIX
 from benchmarks.timing import STAGES, Lane, Sample
 
-_PACKAGES = ("numpy", "faiss-cpu", "grpcio", "protobuf", "qdrant-edge-py")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PACKAGES = (
+    *("numpy", "faiss-cpu", "grpcio", "protobuf", "qdrant-edge-py", "torch", "transformers"),
+    "knn-moe",
+)
 _NAMES = {1: "one_token"}
+TABLE_WIDTH = 120
 Row = dict[str, Any]
+
+# Options of every benchmark.
+JsonFile = Annotated[Path, typer.Option("--json", help="Where the results are written.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Where a picture is written (PNG).")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no table.")]
+Seed = Annotated[int, typer.Option(help="Of the data and of the order of turns.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a run's results go."""
+
+    json: Path
+    plot: Path | None
+    quiet: bool
 
 
 def machine() -> dict[str, Any]:
     """What ran the benchmark."""
     return {
         "cpus": os.cpu_count(),
+        "cpu": _cpu_name(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": _versions(),
     }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # an extra that is not installed
+            found[name] = version(name)
+    return found
+
+
+def document(
+    benchmark: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Row],
+    ratios: Mapping[str, float],
+    load_before: float,
+) -> dict[str, Any]:
+    """What a run writes. `ratios` are what benchmarks.compare reads: of one run, and lower is better."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine() | {"load_average": [load_before, load_average()]},
+        "settings": dict(settings),
+        "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
+        "rows": list(rows),
+    }
+
+
+def publish(
+    made: Mapping[str, Any],
+    files: Files,
+    table: Callable[..., Table],
+    plot: Callable[..., Figure] | None,
+) -> None:
+    """Writes a document as JSON, and the picture that is wanted; prints the table. Directories are made."""
+    files.json.parent.mkdir(parents=True, exist_ok=True)
+    files.json.write_text(json.dumps(made, indent=1) + "\n")
+    if files.plot is not None and plot is not None:
+        files.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot(made["rows"]).savefig(files.plot, dpi=130)
+    if not files.quiet:
+        console = Console()
+        console.width = max(console.width, TABLE_WIDTH)  # a file has no width
+        console.print(table(made["rows"]))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture of so many inches; matplotlib comes with the runner extra."""
+    from matplotlib.figure import Figure
+
+    made: Figure = Figure(figsize=(width, height), layout="constrained")
+    return made
 
 
 def load_average() -> float:

@@ -1,0 +1,131 @@
+"""Replicas filled here, without a sidecar: what a follower would have made of the same entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from knnmoe.client import ExampleRef
+from knnmoe.v1.types_pb2 import (
+    MEMORY_KIND_ASSIGNMENT,
+    MEMORY_KIND_LOGIT_DELTA,
+    SIMILARITY_RBF,
+    SUPPORT_TOP_K,
+    SUPPORT_UNION,
+    MemorySettings,
+)
+from torch import Tensor
+
+from benchmarks.clustered import Workload
+from benchmarks.exact import Reading
+from benchmarks.olmoe import NULL_WEIGHT, STEP_SIZE
+from benchmarks.timing import Lane
+from model_runner.architectures.families import Assignment
+from model_runner.replica.layer import LayerReplica, LookupLock
+from model_runner.replica.retriever import ReplicaRetriever
+
+TOKENS_PER_EXAMPLE = 128
+# Rows beyond the entries, as a follower reserves them.
+HEADROOM = 8
+
+
+@dataclass(slots=True)
+class Filled:
+    """A copy that nobody follows; see replica.retriever.Copy."""
+
+    layers: dict[int, LayerReplica]
+    settings: MemorySettings
+    lock: LookupLock
+    examples: dict[ExampleRef, int] = field(default_factory=dict)
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers of one memory that several retrievers read, each by settings of its own."""
+
+    layers: dict[int, LayerReplica]
+    lock: LookupLock
+    num_experts: int
+
+    @classmethod
+    def of(
+        cls,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor | Assignment],
+        num_experts: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Layers:
+        """Keys [n, d] and values by layer: logit deltas f32 [n, N], or assignments [n, k]."""
+        lock, layers = LookupLock(), {}
+        for number, (rows, each) in enumerate(zip(keys, values, strict=True)):
+            wide = (
+                torch.cat([each.experts, each.weights], 1) if isinstance(each, Assignment) else each
+            )
+            layer = LayerReplica(
+                rows.shape[1], wide.shape[1], dtype=dtype, device=device, lock=lock
+            )
+            layer.reserve(len(rows) + len(rows) // HEADROOM)
+            ids = np.arange(1, len(rows) + 1, dtype=np.uint64)
+            examples = np.arange(len(rows)) // TOKENS_PER_EXAMPLE
+            layer.stage(ids, rows.to(dtype), None, wide.float(), examples, ids)
+            layer.commit()
+            layers[number] = layer
+        return cls(layers, lock, num_experts)
+
+    def read_by(self, settings: MemorySettings) -> ReplicaRetriever:
+        """A retriever that raises when it cannot answer."""
+        copy = Filled(self.layers, settings, self.lock)
+        return ReplicaRetriever(copy, self.num_experts, on_error="raise")
+
+
+def settings_of(
+    neighbours: int,
+    gammas: Sequence[float],
+    *,
+    values: Literal["logits", "assignments"] = "logits",
+    step_size: float = STEP_SIZE,
+    null_weight: float = NULL_WEIGHT,
+    union: bool = False,
+    layers: Sequence[int] = (),
+) -> MemorySettings:
+    """RBF over stored vectors, every field that a replica reads set; `layers`: it speaks for these alone."""
+    logits = values == "logits"
+    return MemorySettings(
+        kind=MEMORY_KIND_LOGIT_DELTA if logits else MEMORY_KIND_ASSIGNMENT,
+        similarity=SIMILARITY_RBF,
+        neighbours=neighbours,
+        gamma=gammas,
+        step_size=[step_size],
+        null_weight=null_weight,
+        min_lambda=0.0,
+        support=SUPPORT_UNION if union else SUPPORT_TOP_K,
+        layers=layers,
+    )
+
+
+def replica_lane(layers: Layers, workload: Workload, k: int, reading: Reading) -> Lane:
+    """From router inputs in f16 to the blended logits."""
+    settings = settings_of(
+        k, [reading.gamma], step_size=reading.step_size, null_weight=reading.null_weight
+    )
+    retriever = layers.read_by(settings)
+    inputs, logits = torch.from_numpy(workload.queries), torch.from_numpy(workload.logits)
+    own = Assignment(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1, dtype=torch.int64))
+
+    def call(tokens: slice) -> None:
+        mine = Assignment(own.weights[tokens], own.experts[tokens])
+        retriever.lookup(0, inputs[tokens], logits[tokens], mine)
+
+    return Lane("replica", "in-process", "f16", k, call)
+
+
+def tensor_bytes(layer: LayerReplica) -> int:
+    """Of everything that a layer keeps on its device."""
+    kept = [each for each in vars(layer).values() if isinstance(each, Tensor)]
+    return sum(each.numel() * each.element_size() for each in kept)
