@@ -455,7 +455,7 @@ def from_shell(data: bytes, *arguments: object, **environment: str) -> subproces
 PLAIN_C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C.UTF-8"}, PLAIN_C])
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C.UTF-8"}, PLAIN_C])
 def test_a_prompt_that_is_not_utf8(model: Path, environment: dict[str, str]) -> None:
     from_stdin = from_shell(b"caf\xe9 au", "--model", model, "--prompt", "-", **environment)
     assert from_stdin.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,8 @@ from tests.integration.runner_parts import (
 )
 from tests.sidecar import Sidecar
 
-THREADS, FORWARDS, TOKENS = 16, 200, 3
+THREADS, TOKENS = 16, 3
+FORWARDS = int(os.environ.get("THREAD_FORWARDS", "60"))  # of each thread
 KIND = pytest.mark.parametrize("preset", PRESET_NAMES)
 
 

@@ -32,7 +32,7 @@ def test_nor_on_a_server(engine: str, request: pytest.FixtureRequest) -> None:
     """A small layer with every method that a server has; one that is large enough to be searched by its index."""
     url, layouts = url_of(engine, request), ((0.1, 0.5), (0.95,))
     small = list(rows(Settings((300,), 64, 24, layouts, OWN, backend=url)))
-    large = list(rows(Settings((9_000,), 512, 24, ((0.1,),), ("none", "int8"), backend=url)))
+    large = list(rows(Settings((6_000,), 512, 24, ((0.1,),), ("none", "int8"), backend=url)))
     assert {row.compression for row in small} == set(OWN)
     assert {row.state for row in large} == set(STATES)
     # A server that indexes anew what was replaced is asked meanwhile.
