@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from router_service.arrays import U64, Entries, combined_digests, digests_of, rows_of
-from router_service.backends.base import Collection, Maintained
+from router_service.backends.base import Maintained
 from router_service.errors import Busy, CollectionClosed
 from router_service.memories.changes import SETTINGS, Position
 from router_service.memories.layer import LayerMemory
@@ -34,6 +35,8 @@ _MOST_HELD_OFF, _HOLD_OFF_S = 1024, 1.0
 _IDS_PER_PAGE = 4096
 # A copy rests so many times as long as it read while the layer is searched: it takes a quarter of the engine.
 _REST = 3.0
+# Layers that are copied at a time: more would wait for each other's Python.
+_TOGETHER = 2
 _NO_IDS: U64 = np.empty(0, np.uint64)
 
 
@@ -91,7 +94,7 @@ class Feed:
         self._place = self._log.end
         self._first: Iterator[Event] = iter(())
         self._sent = time.monotonic()
-        self._rest_until = 0.0
+        self._rest_until: dict[int, float] = {}  # of layers
 
     def copy(self, held: Mapping[int, Held]) -> int:
         """Begins with all entries, or of the layers that are held with what differs; returns how many, about."""
@@ -129,26 +132,27 @@ class Feed:
         if (error := self._why_over()) is not None:
             raise error
 
-    def _read(self, collection: Collection, read: Callable[[], T]) -> T:
+    def _read(self, layer: LayerMemory, read: Callable[[], T]) -> T:
         """What `read` returns, after a rest when the layer is searched and something was read just before."""
-        time.sleep(max(0.0, self._rest_until - time.monotonic()))
+        time.sleep(max(0.0, self._rest_until.get(layer.layer, 0.0) - time.monotonic()))
         self._require()
         started = time.monotonic()
         found = read()
-        if isinstance(collection, Maintained) and collection.pacing.being_searched:
-            self._rest_until = time.monotonic() + _REST * (time.monotonic() - started)
+        if isinstance(layer.collection, Maintained) and layer.collection.pacing.being_searched:
+            worked_s = time.monotonic() - started
+            self._rest_until[layer.layer] = time.monotonic() + _REST * worked_s
         return found
 
     def _copied(self, held: Mapping[int, Held]) -> Iterator[Event]:
-        for number, layer in self._layers.items():
-            if number in held:
-                yield from self._differences(layer, held[number])
-            else:
-                yield from self._all_of(layer)
+        layers = self._layers.items()
+        return _side_by_side(
+            self._differences(layer, held[number]) if number in held else self._all_of(layer)
+            for number, layer in layers
+        )
 
     def _all_of(self, layer: LayerMemory) -> Iterator[Event]:
         pages = layer.collection.all_entries(self._page_entries)
-        while (page := self._read(layer.collection, partial(next, pages, None))) is not None:
+        while (page := self._read(layer, partial(next, pages, None))) is not None:
             yield Upserted(layer.layer, *page)
 
     def _differences(self, layer: LayerMemory, held: Held) -> Iterator[Event]:
@@ -219,7 +223,7 @@ class Feed:
         """What has become of the entries of these ids [n], ascending."""
         for start in range(0, len(ids), self._page_entries):
             part = ids[start : start + self._page_entries]
-            found = self._read(layer.collection, partial(layer.collection.entries, part))
+            found = self._read(layer, partial(layer.collection.entries, part))
             yield from self._deleted(layer, np.setdiff1d(part, found.ids, assume_unique=True))
             if len(found):
                 yield _upserted(layer, found)
@@ -238,3 +242,24 @@ class Feed:
 
 def _upserted(layer: LayerMemory, entries: Entries) -> Upserted:
     return Upserted(layer.layer, entries, combined_digests(digests_of(entries)))
+
+
+def _side_by_side(iterators: Iterable[Iterator[T]]) -> Iterator[T]:
+    """All that they give, in any order, one item ahead of who takes it."""
+    waiting = iter(iterators)
+    under_way: dict[Future[T | None], Iterator[T]] = {}
+    with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="copy") as pool:
+
+        def begin(iterator: Iterator[T] | None) -> None:
+            if iterator is not None:
+                under_way[pool.submit(next, iterator, None)] = iterator
+
+        for _ in range(_TOGETHER):
+            begin(next(waiting, None))
+        while under_way:
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for each in done:
+                iterator, item = under_way.pop(each), each.result()
+                begin(next(waiting, None) if item is None else iterator)
+                if item is not None:
+                    yield item
