@@ -2,9 +2,9 @@
 
 A memory of two layers with as many keys each. Layer 0 is indexed and int8, and one client sends it one token after the
 other over a stream that stays open. Meanwhile nothing happens (idle), layer 1, which was filled just before, is indexed
-for the first time (optimizing), layer 0 itself gets other search keys and its new files take over (quantizing), and
-another process upserts as many new entries into layer 0 as it has, which the service indexes by itself (inserting).
-A third client asks for the service's health all the time.
+for the first time (optimizing), layer 0 itself gets other search keys and its new files take over (quantizing), another
+process copies both layers as a replica does (copying), and another one upserts as many new entries into layer 0 as it
+has, which the service indexes by itself (inserting). A third client asks for the service's health all the time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe.channels import open_channel
+from knnmoe.client import ReplicationClient
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
 from rich.console import Console
@@ -142,7 +143,8 @@ def _phases(
         "idle": lambda: time.sleep(idle_s),
         "optimizing": lambda: _optimize(target, OTHER, "int8"),
         "quantizing": lambda: _optimize(target, ROUTED, "turbo4"),
-        "inserting": lambda: _insert_elsewhere(target, keys, dimension, seed),
+        "copying": lambda: _elsewhere(copy, target),
+        "inserting": lambda: _elsewhere(insert, target, keys, dimension, seed),
     }
     client = SidecarClient(target)
     probe = HealthProbe(target)
@@ -185,15 +187,24 @@ def _optimize(target: str, layer: int, quantization: str) -> None:
             pass
 
 
-def _insert_elsewhere(target: str, keys: int, dimension: int, seed: int) -> None:
+def _elsewhere(work: Callable[..., None], *arguments: object) -> None:
     """In a process of its own, so that only the service is shared with the client that routes."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=insert, args=(target, keys, dimension, seed)
-    )
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"the inserting process ended with status {process.exitcode}")
+        raise RuntimeError(f"the process of {work.__name__}() ended with status {process.exitcode}")
+
+
+def copy(target: str) -> None:
+    """Both layers, as a replica gets them."""
+    asking = SidecarClient(target)
+    fingerprint = asking.memory.fingerprint
+    asking.close()
+    with ReplicationClient(target, MEMORY, fingerprint) as client:
+        for message in client.replicate():
+            if message.HasField("synced"):
+                return
 
 
 def insert(target: str, keys: int, dimension: int, seed: int) -> None:

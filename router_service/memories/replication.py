@@ -33,8 +33,8 @@ _ROUNDS = 8
 _MOST_HELD_OFF, _HOLD_OFF_S = 1024, 1.0
 # Ids and digests that are looked at together.
 _IDS_PER_PAGE = 4096
-# A copy rests so many times as long as it read while the layer is searched: it takes a quarter of the engine.
-_REST = 3.0
+# While the memory is searched a copy rests so many times as long as it read.
+_REST = 8.0
 # Layers that are copied at a time: more would wait for each other's Python.
 _TOGETHER = 2
 _NO_IDS: U64 = np.empty(0, np.uint64)
@@ -89,6 +89,8 @@ class Feed:
         """`page_entries`: of one Upserted, at most. `why_over`: what it returns ends the feed; asked between reads."""
         self._memory, self._log = memory, memory.changes
         self._layers = {layer.layer: layer for layer in layers}
+        collections = [layer.collection for layer in memory.layers]
+        self._pacings = [each.pacing for each in collections if isinstance(each, Maintained)]
         self._page_entries, self._heartbeat_s = page_entries, heartbeat_s
         self._why_over = why_over
         self._place = self._log.end
@@ -133,12 +135,12 @@ class Feed:
             raise error
 
     def _read(self, layer: LayerMemory, read: Callable[[], T]) -> T:
-        """What `read` returns, after a rest when the layer is searched and something was read just before."""
+        """What `read` returns, after a rest when the memory is searched and something was read just before."""
         time.sleep(max(0.0, self._rest_until.get(layer.layer, 0.0) - time.monotonic()))
         self._require()
         started = time.monotonic()
         found = read()
-        if isinstance(layer.collection, Maintained) and layer.collection.pacing.being_searched:
+        if any(pacing.being_searched for pacing in self._pacings):
             worked_s = time.monotonic() - started
             self._rest_until[layer.layer] = time.monotonic() + _REST * worked_s
         return found

@@ -2,7 +2,7 @@
 
 Where a file has the key of which entry is not asked: the digest of what was read says so, see ledger. So a key that is
 half written, replaced, or of a format that another version of the engine may have, is not found, and is read the slow
-way. On 20,000 keys of 2,048 numbers, 1 s of one core instead of 2.6 (benchmarks/README.md).
+way. 20,000 keys of 2,048 numbers take 1 s of one core instead of 3.6 (benchmarks/README.md).
 """
 
 from __future__ import annotations
