@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -92,6 +93,14 @@ class Flip:
     rows: tuple[I64, I64]
 
 
+class FirstPass(Protocol):
+    """Chooses candidates, so that a lookup need not look at every row."""
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """See search.nearest; None: every row is to be looked at. Within the layer's lock."""
+        ...
+
+
 class LayerReplica:
     """Entries of one MoE layer; W = num_experts logit deltas, or top_k experts and then top_k weights.
 
@@ -109,6 +118,7 @@ class LayerReplica:
         version: rises with every commit that changed something.
         growths: rises when the tensors were replaced by larger ones: CUDA graphs must be captured again.
         lock: held by lookups, see above.
+        first_pass: asked before every row is looked at, if there is one; see first_pass.attach.
 
     """
 
@@ -127,6 +137,7 @@ class LayerReplica:
         self.dimension, self.value_width, self.dtype = dimension, value_width, dtype
         self.device = torch.device(device)
         self.lock = lock or LookupLock()
+        self.first_pass: FirstPass | None = None
         self.rows = self.version = self.growths = 0
         self.row_versions = np.zeros(0, np.int64)
         self._new_tensors(0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from model_runner.architectures.families import Assignment
 from model_runner.replica import arithmetic
 from model_runner.replica.arithmetic import SMALLEST, LayerSettings
+from model_runner.replica.first_pass import attach, require_choice
 from model_runner.replica.layer import INFINITY, LayerReplica, LookupLock
 from model_runner.replica.search import nearest
 from model_runner.router_client import OnError
@@ -64,6 +65,7 @@ class ReplicaRetriever:
         copy: the replica.
         num_experts: of the model.
         obstacle: why lookups must not use the copy now (it is too old, or closed); None: they may.
+        first_pass: how layers on a CPU choose candidates: one of first_pass.CHOICES.
         on_error: what a lookup then does. FALL_BACK: the own router stands, with the error's cause as the reason, in
             an outage (ServiceUnavailable, MemoryNotFound); RAISE, and other errors: the error is raised.
 
@@ -76,8 +78,11 @@ class ReplicaRetriever:
         *,
         obstacle: Callable[[], Exception | None] = no_obstacle,
         on_error: OnError | str = OnError.FALL_BACK,
+        first_pass: str = "auto",  # noqa: S107 (no password)
     ) -> None:
+        """Raises BadInput for another first pass."""
         self.copy, self.num_experts, self.on_error = copy, num_experts, OnError(on_error)
+        self._first_pass = require_choice(first_pass)
         self._obstacle = obstacle
         self._settings: dict[int, tuple[MemorySettings, LayerSettings]] = {}
 
@@ -112,6 +117,8 @@ class ReplicaRetriever:
                 return self._fell_back(_copied_anew())
             if entries is None or not settings.speaks or _is_empty(entries):
                 return _all_abstained(router_input, valid)
+            if entries.first_pass is None:
+                attach(entries, self._first_pass)
             asked = _Asked(router_input, router_logits, own, valid)
             left_out = self._left_out(exclude, len(router_input), entries.device)
             return _answer(asked, entries, settings, left_out, self.num_experts)

@@ -1,50 +1,146 @@
-"""The K nearest rows of a layer of a replica."""
+"""The K nearest rows of a layer of a replica: all of them are scanned, or a first pass chooses candidates.
+
+Distances are exact either way: summed over the differences from the stored keys, since the expanded form
+|q|^2 - 2qk + |k|^2 cancels near a long key. A scan ranks by the expanded form and looks at a few more than K.
+"""
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model_runner.replica.layer import INFINITY, LayerReplica
 
-# Of differences between queries and candidates that are held at once, 64 MiB.
-_BLOCK_ELEMENTS = 1 << 24
+Found = tuple[Tensor, Tensor]
+
 # Candidates beyond K whose exact distances are looked at: the scan's own distances cancel near a long key.
-_MORE_CANDIDATES = 8
+MORE_CANDIDATES = 8
+# Scores of a scan, and differences between queries and candidates, that are held at once: 32 and 8 MiB.
+_SCORES, _DIFFERENCES = 1 << 23, 1 << 21
+# Up to so many numbers of candidates are read by one thread: waking a second one takes as long (1 MiB).
+_NUMBERS_OF_ONE_THREAD = 1 << 18
 
 
-def nearest(
-    layer: LayerReplica, queries: Tensor, k: int, exclude: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest(layer: LayerReplica, queries: Tensor, k: int, exclude: Tensor | None = None) -> Found:
     """Rows int64 [T, k] of the nearest stored keys, and squared distances f32 [T, k], ascending.
 
     queries f32 [T, d]; exclude int64 [T]: the example whose entries a token must not find, or a number that no entry
-    has. An empty slot is row 0 at distance +inf. Call it within `layer.lock`.
+    has. An empty slot is row 0 at distance +inf. Call it within `layer.lock`. The layer's first pass is asked, if it
+    has one, unless entries are excluded.
     """
-    if not layer.capacity:
-        empty = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-        return empty, torch.full(empty.shape, INFINITY, device=queries.device)
-    every = torch.arange(layer.capacity, device=queries.device)
-    scores = torch.addmm(layer.squared_norms, queries, layer.stored_keys(every).T, alpha=-2)
-    if exclude is not None:
-        scores.masked_fill_(layer.examples == exclude.unsqueeze(1), INFINITY)
-    count = min(layer.capacity, k + _MORE_CANDIDATES)
-    scores, rows = scores.topk(count, largest=False)
-    distances = _exact_distances(layer, queries, rows)
-    distances.masked_fill_(scores == INFINITY, INFINITY)
-    distances, order = distances.topk(min(k, count), largest=False)
+    if exclude is None and layer.first_pass is not None:
+        found = layer.first_pass.nearest(queries, k)
+        if found is not None:
+            return found
+    return exact(layer, queries, k, exclude)
+
+
+def exact(layer: LayerReplica, queries: Tensor, k: int, exclude: Tensor | None = None) -> Found:
+    """As `nearest`, by a scan of all rows. Shapes are those of the tensors, and nothing waits for the host."""
+    rows = scan(layer, layer.squared_norms, queries, k + MORE_CANDIDATES, exclude)
+    return closest(layer, queries, rows, k)
+
+
+def scan(
+    layer: LayerReplica,
+    squared_norms: Tensor,
+    queries: Tensor,
+    count: int,
+    exclude: Tensor | None = None,
+) -> Tensor:
+    """Rows int64 [T, <= count] of the nearest keys, about and in no order; -1: none.
+
+    squared_norms [capacity]: those of the rows that count, +inf for others.
+    """
+    every = layer.capacity if layer.device.type == "cuda" else layer.rows
+    height = max(count, _SCORES // max(1, len(queries)))
+    scores: list[Tensor] = []
+    rows: list[Tensor] = []
+    for start in range(0, every, height):
+        part = slice(start, min(start + height, every))
+        scored = _scores(layer, squared_norms, queries, part)
+        if exclude is not None:
+            scored.masked_fill_(layer.examples[part] == exclude.unsqueeze(1), INFINITY)
+        best = scored.topk(min(count, scored.shape[1]), largest=False, sorted=False)
+        scores.append(best.values)
+        rows.append(best.indices + start)
+    if not rows:
+        return torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    found, finite = torch.cat(rows, 1), torch.cat(scores, 1)
+    if len(rows) > 1:
+        finite, order = finite.topk(min(count, found.shape[1]), largest=False, sorted=False)
+        found = found.gather(1, order)
+    return found.masked_fill_(finite == INFINITY, -1)
+
+
+def _scores(layer: LayerReplica, squared_norms: Tensor, queries: Tensor, rows: slice) -> Tensor:
+    """|k|^2 - 2qk, f32 [T, n] of new memory."""
+    keys = layer.keys[rows]
+    if keys.dtype == torch.bfloat16 and keys.is_cuda:  # no copy of the keys as f32
+        products = torch.mm(queries.bfloat16(), keys.T, out_dtype=torch.float32)
+        return products.mul_(-2).add_(squared_norms[rows])
+    if layer.scales is None:
+        return torch.addmm(squared_norms[rows], queries, keys.float().T, alpha=-2)
+    products = torch.mm(queries, keys.float().T)
+    return torch.addcmul(squared_norms[rows], products, layer.scales[rows], value=-2)
+
+
+def closest(layer: LayerReplica, queries: Tensor, rows: Tensor, k: int) -> Found:
+    """The k nearest of each token's candidates, rows int64 [T, c], -1: none; by exact distances, as `nearest`."""
+    distances, order = exact_distances(layer, queries, rows).topk(
+        min(k, rows.shape[1]), largest=False
+    )
     rows = rows.gather(1, order).masked_fill_(distances == INFINITY, 0)
+    if rows.shape[1] == k:
+        return rows, distances
     missing = k - rows.shape[1]
     pad = torch.nn.functional.pad
     return pad(rows, (0, missing)), pad(distances, (0, missing), value=INFINITY)
 
 
-def _exact_distances(layer: LayerReplica, queries: Tensor, rows: Tensor) -> Tensor:
-    """Squared distances f32 [T, n] of queries [T, d] to the keys of rows [T, n]."""
-    at_once = max(1, _BLOCK_ELEMENTS // (rows.shape[1] * layer.dimension))
+def exact_distances(layer: LayerReplica, queries: Tensor, rows: Tensor) -> Tensor:
+    """Squared distances f32 [T, c] of queries [T, d] to the stored keys of rows [T, c]; +inf for row -1."""
+    if layer.device.type == "cpu" and layer.dtype == torch.float32 and faiss() is not None:
+        return _distances_in_place(layer.keys, queries.contiguous(), rows.contiguous())
+    at_once = max(1, _DIFFERENCES // max(1, rows.shape[1] * layer.dimension))
     parts = []
     for start in range(0, len(queries), at_once):
         part = slice(start, start + at_once)
-        difference = layer.stored_keys(rows[part]) - queries[part].unsqueeze(1)
-        parts.append(difference.square_().sum(-1))
-    return torch.cat(parts) if parts else torch.empty(rows.shape, device=queries.device)
+        keys = layer.stored_keys(rows[part].clamp_min(0))
+        parts.append(keys.sub_(queries[part].unsqueeze(1)).square_().sum(-1))
+    if not parts:
+        return torch.empty(rows.shape, device=queries.device)
+    return torch.cat(parts).masked_fill_(rows < 0, INFINITY)
+
+
+def _distances_in_place(keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+    """`exact_distances` without a copy of the candidates' keys; all tensors contiguous, on the CPU."""
+    tokens, count = rows.shape
+    distances = torch.empty(tokens, count)
+    library = faiss()
+    floats = library.cast_integer_to_float_ptr
+    threads = library.omp_get_max_threads()  # of this thread
+    if rows.numel() * keys.shape[1] <= _NUMBERS_OF_ONE_THREAD:
+        library.omp_set_num_threads(1)
+    try:
+        library.fvec_L2sqr_by_idx(
+            *(floats(tensor.data_ptr()) for tensor in (distances, queries, keys)),
+            library.cast_integer_to_idx_t_ptr(rows.data_ptr()),
+            *(keys.shape[1], tokens, count),
+        )
+    finally:
+        library.omp_set_num_threads(threads)
+    return distances
+
+
+@cache
+def faiss() -> Any:
+    """FAISS; None where it is not installed."""
+    try:
+        import faiss as library
+    except ImportError:
+        return None
+    return library

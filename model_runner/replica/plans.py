@@ -1,0 +1,166 @@
+"""How a layer is searched: what is measured of a first pass before lookups rely on it, and what a lookup costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_runner.replica import search
+from model_runner.replica.codes import Codes
+from model_runner.replica.layer import INFINITY, LayerReplica
+
+# A plan must find the nearest of so many tokens, and of all K this share.
+RECALL_AT_1, RECALL_AT_K = 0.99, 0.95
+# What is tried: candidates, and as how much alike (the cosine) the parts of a query and of a key are taken that the
+# components leave.
+CANDIDATES = (16, 32, 64, 128, 256)
+AGREEMENTS = (0.0, 0.1, 0.2, 0.3)
+# Plans are measured on so many tokens that lookups asked for, and on half as many before there are that many. Stored
+# keys in their place flatter: 64 numbers a key found the nearest of every one of them, and 0.80 to 0.91 of a random
+# OLMoE's tokens (2026-11-28).
+MEASURED = 256
+ENOUGH = MEASURED // 2
+_SAME = 1 + 1e-5  # of distances
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a lookup costs, in seconds: a table of one place, measured with 2 cores at d = 2,048, caches cold (DATE).
+
+    Attributes:
+        start: of a first pass.
+        numbers_read: f32 numbers a second, from RAM.
+        products: multiplications and additions a second, of a matrix product.
+        levels_added: codes' numbers a second.
+        differences: numbers of candidates a second.
+
+    """
+
+    start: float = 1e-4
+    numbers_read: float = 5e9
+    products: float = 1.5e11
+    levels_added: float = 3e11
+    differences: float = 1.5e10
+
+    def of_scan(self, rows: int, dimension: int, tokens: int) -> float:
+        """Every row's key for T tokens."""
+        numbers = rows * dimension
+        return max(numbers / self.numbers_read, tokens * numbers / self.products)
+
+    def of_first_pass(
+        self, rows: int, dimension: int, tokens: int, width: int, candidates: int
+    ) -> float:
+        """Reduced queries, codes, candidates; for one token projection and codes have to be read."""
+        reducing = dimension * width * max(1 / self.numbers_read, tokens / self.products)
+        scanning = rows * width * max(1 / (8 * self.numbers_read), tokens / self.levels_added)
+        return self.start + reducing + scanning + tokens * candidates * dimension / self.differences
+
+
+COSTS = Costs()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a layer is searched for K neighbours, and how many of the true ones that found.
+
+    Attributes:
+        candidates: per token; 0: no number of them finds enough, every row is scanned.
+        agreement: see AGREEMENTS.
+        recall_at_1, recall_at_k: on `tokens` tokens that lookups asked for.
+
+    """
+
+    candidates: int
+    agreement: float
+    recall_at_1: float
+    recall_at_k: float
+    tokens: int
+
+
+class AskedTokens:
+    """Some of the tokens that lookups asked for, to measure plans on: the first ones, then now and then another."""
+
+    def __init__(self, dimension: int) -> None:
+        self._kept = np.zeros((MEASURED, dimension), np.float32)
+        self._filled = self._lookups = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether plans can be measured on them."""
+        return self._filled >= ENOUGH
+
+    @property
+    def most(self) -> bool:
+        """Whether there are as many as are kept."""
+        return self._filled >= MEASURED
+
+    def notice(self, queries: Tensor) -> None:
+        """Tokens [T, d] of a lookup; threads that come together lose one another's, which does no harm."""
+        self._lookups += 1
+        if self._filled >= MEASURED and self._lookups % 256:
+            return
+        some = queries[:: max(1, len(queries) // ENOUGH)].numpy()
+        some = some[some.any(1)]  # a token that is not looked up searches for the zero vector
+        place = self._filled % MEASURED
+        some = some[: MEASURED - place]
+        self._kept[place : place + len(some)] = some
+        self._filled += len(some)
+
+    def tokens(self) -> Tensor:
+        """Those that are kept, f32 [n, d]."""
+        return torch.from_numpy(self._kept[: self._filled].copy())
+
+
+def measure(
+    layer: LayerReplica, tried: Sequence[Codes], wanted: Sequence[int], tokens: Tensor
+) -> list[dict[int, Plan]]:
+    """The plan with the fewest candidates that finds enough, by K, for each of some codes of the same rows."""
+    rows = torch.from_numpy(tried[0].rows)
+    norms = torch.full((layer.capacity,), INFINITY)
+    norms[rows] = layer.squared_norms[rows]
+    near = search.scan(layer, norms, tokens, max(wanted) + search.MORE_CANDIDATES)
+    _, nearest = search.closest(layer, tokens, near, max(wanted))
+    return [_plans(layer, codes, wanted, tokens, nearest) for codes in tried]
+
+
+def _plans(
+    layer: LayerReplica, codes: Codes, wanted: Sequence[int], tokens: Tensor, nearest: Tensor
+) -> dict[int, Plan]:
+    found = {}
+    for agreement in AGREEMENTS:
+        rows = codes.candidates(codes.reduction(tokens, agreement), CANDIDATES[-1])
+        found[agreement] = search.exact_distances(layer, tokens, torch.from_numpy(rows))
+    return {k: _plan(k, found, nearest) for k in wanted}
+
+
+def _plan(k: int, found: dict[float, Tensor], nearest: Tensor) -> Plan:
+    """found: distances of candidates [T, c] by agreement; nearest: those of the true neighbours [T, >= k]."""
+    best = Plan(0, 0.0, 0.0, 0.0, len(nearest))
+    for candidates in CANDIDATES:
+        for agreement, distances in found.items():
+            near = distances[:, :candidates]
+            first = (near <= nearest[:, :1] * _SAME).any(1)
+            every = (near <= nearest[:, k - 1 : k] * _SAME).sum(1).clamp_max(k)
+            recalls = float(first.float().mean()), float(every.float().mean()) / k
+            missed = int((~first).sum()) + 1  # one more than was seen: the sample is small
+            enough = missed <= (1 - RECALL_AT_1) * (len(nearest) + 1) and recalls[1] >= RECALL_AT_K
+            tried = replace(
+                best,
+                candidates=candidates if enough else 0,
+                agreement=agreement,
+                recall_at_1=recalls[0],
+                recall_at_k=recalls[1],
+            )
+            if candidates >= k:
+                best = max(best, tried, key=_worth)
+        if best.candidates:
+            return best
+    return best
+
+
+def _worth(plan: Plan) -> tuple[bool, float]:
+    return plan.candidates > 0, plan.recall_at_1 + plan.recall_at_k

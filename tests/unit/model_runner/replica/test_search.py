@@ -1,0 +1,329 @@
+"""The K nearest rows against NumPy in float64: a scan finds them, a first pass what it measured, at exact distances."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model_runner.errors import BadInput
+from model_runner.replica import first_pass, search
+from model_runner.replica.first_pass import CodedFirstPass
+from model_runner.replica.layer import INFINITY, KEY_DTYPES, LayerReplica
+
+D, W = 96, 3
+SPREAD = 0.3
+
+
+class Keys:
+    """Keys around centres in a subspace, and tokens near them."""
+
+    def __init__(self, seed: int = 0, dimension: int = D) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.dimension = dimension
+        self.basis = torch.randn(24, dimension, generator=self.random)
+        self.centres = 3 * self.draw(40)
+
+    def draw(self, number: int) -> Tensor:
+        noise = torch.randn(number, self.dimension, generator=self.random)
+        return torch.randn(number, 24, generator=self.random) @ self.basis + 0.1 * noise
+
+    def some(self, number: int, centre: int | None = None) -> Tensor:
+        chosen = torch.randint(40, (number,), generator=self.random)
+        around = self.centres[chosen if centre is None else centre]
+        return around + SPREAD * self.draw(number)
+
+
+def write(layer: LayerReplica, ids: np.ndarray, keys: Tensor) -> None:
+    scales = keys.abs().amax(1) / 127 if layer.dtype == torch.int8 else None
+    stored = keys if scales is None else (keys / scales.unsqueeze(1)).round()
+    values = torch.zeros(len(ids), W)
+    layer.stage(ids, stored.to(layer.dtype), scales, values, ids.astype(np.int64) % 7, ids)
+
+
+def filled(keys: Tensor, dtype: torch.dtype = torch.float32) -> LayerReplica:
+    layer = LayerReplica(keys.shape[1], W, dtype=dtype)
+    write(layer, np.arange(len(keys), dtype=np.uint64), keys)
+    layer.commit()
+    return layer
+
+
+def brute_force(
+    layer: LayerReplica, queries: Tensor, k: int, exclude: Tensor | None = None
+) -> np.ndarray:
+    """Squared distances [T, k] to the stored keys, +inf where there are no more."""
+    rows = torch.arange(layer.capacity)
+    keys = layer.stored_keys(rows).double().numpy()
+    difference = queries.double().numpy()[:, None] - keys[None]
+    distances = np.einsum("tnd,tnd->tn", difference, difference)
+    distances[:, ~np.isfinite(layer.squared_norms.numpy())] = np.inf
+    if exclude is not None:
+        distances[layer.examples.numpy()[None] == exclude.numpy()[:, None]] = np.inf
+    distances = np.pad(distances, ((0, 0), (0, k)), constant_values=np.inf)
+    return np.sort(distances, axis=1)[:, :k]
+
+
+def require_consistent(layer: LayerReplica, queries: Tensor, rows: Tensor, found: Tensor) -> None:
+    """Rows are found once, are those of entries, and have their own distances; empty slots are row 0 at +inf."""
+    for row, distance, query in zip(rows, found, queries, strict=True):
+        there = row[distance < INFINITY]
+        assert len(set(there.tolist())) == len(there)
+        assert torch.isfinite(layer.squared_norms[there]).all()
+        assert (row[distance == INFINITY] == 0).all()
+        difference = layer.stored_keys(there).double() - query.double()
+        expected = difference.square().sum(1)
+        torch.testing.assert_close(
+            distance[distance < INFINITY].double(), expected, rtol=1e-5, atol=1e-9
+        )
+    assert (found.diff(dim=1).nan_to_num(0.0) >= 0).all()
+
+
+@pytest.mark.parametrize("at_once", [200, search._SCORES])
+@pytest.mark.parametrize("dtype", KEY_DTYPES)
+def test_a_scan_finds_the_nearest(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_SCORES", at_once)
+    keys = Keys()
+    layer, queries = filled(keys.some(300), dtype), keys.some(9)
+    for k in (1, 3, 32, 400):
+        rows, distances = search.nearest(layer, queries, k)
+        assert rows.shape == distances.shape == (9, k)
+        require_consistent(layer, queries, rows, distances)
+        np.testing.assert_allclose(distances, brute_force(layer, queries, k), rtol=1e-5)
+
+
+def test_entries_of_a_tokens_example_are_not_found() -> None:
+    keys = Keys()
+    layer, queries = filled(keys.some(300)), keys.some(9)
+    exclude = torch.arange(9) - 1
+    rows, distances = search.nearest(layer, queries, 290, exclude)
+    require_consistent(layer, queries, rows, distances)
+    np.testing.assert_allclose(distances, brute_force(layer, queries, 290, exclude), rtol=1e-5)
+
+
+def test_of_no_rows_and_for_no_tokens() -> None:
+    layer = LayerReplica(D, W)
+    rows, distances = search.nearest(layer, torch.zeros(2, D), 3)
+    assert (rows.tolist(), distances.tolist()) == ([[0] * 3] * 2, [[INFINITY] * 3] * 2)
+    layer = filled(Keys().some(5))
+    layer.stage_deletion(np.arange(5, dtype=np.uint64))
+    layer.commit()
+    _, distances = search.nearest(layer, torch.zeros(2, D), 3)
+    assert distances.tolist() == [[INFINITY] * 3] * 2
+    assert [part.shape for part in search.nearest(layer, torch.zeros(0, D), 3)] == [(0, 3)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_key_beside_a_long_one(dtype: torch.dtype) -> None:
+    """|q|^2 - 2qk + |k|^2 of keys this long is off by 0.1 and more."""
+    long = 1000 * torch.ones(20, D)
+    layer = filled((long + 8 * torch.arange(20).unsqueeze(1)).to(dtype).float(), dtype)
+    queries = layer.stored_keys(torch.arange(4)) + 1e-3
+    rows, distances = search.nearest(layer, queries, 2)
+    require_consistent(layer, queries, rows, distances)
+    np.testing.assert_allclose(distances, brute_force(layer, queries, 2), rtol=1e-5)
+
+
+def test_keys_at_the_same_distance_are_all_found() -> None:
+    layer = filled(Keys().some(1).expand(12, D).contiguous())
+    rows, _ = search.nearest(layer, torch.zeros(1, D), 12)
+    assert sorted(rows[0].tolist()) == list(range(12))
+
+
+def trained(
+    keys: Keys, number: int = 3000, ks: tuple[int, ...] = (1, 8), dtype: torch.dtype = torch.float32
+) -> tuple[LayerReplica, CodedFirstPass]:
+    """A layer with a first pass that was measured on tokens like those of the test."""
+    layer = filled(keys.some(number), dtype)
+    passed = CodedFirstPass(layer, "pca")
+    layer.first_pass = passed
+    for k in ks:
+        passed.train(k, keys.some(256))
+    assert all(passed.plans[k].candidates for k in ks)
+    return layer, passed
+
+
+def recall(layer: LayerReplica, queries: Tensor, k: int, found: Tensor) -> float:
+    true = brute_force(layer, queries, k)[:, -1:]
+    return float((found.numpy() <= true * (1 + 1e-5)).mean())
+
+
+@pytest.mark.parametrize("dtype", KEY_DTYPES)
+def test_a_first_pass_finds_what_it_measured_with_exact_distances(dtype: torch.dtype) -> None:
+    keys = Keys()
+    layer, passed = trained(keys, dtype=dtype)
+    for k, tokens in ((1, 1), (1, 70), (8, 1), (8, 70)):
+        queries = keys.some(tokens)
+        found = passed.nearest(queries, k)
+        assert found is not None
+        require_consistent(layer, queries, *found)
+        assert recall(layer, queries, k, found[1]) >= (0.98 if k == 1 else 0.93)
+    assert (passed.plans[1].tokens, passed.width) == (256, 64)
+    assert 0 < passed.nbytes < layer.keys.nbytes
+
+
+def test_unit_vectors() -> None:
+    """Of cosine memories: half a squared distance is 1 - cosine."""
+    keys = Keys()
+
+    def unit(number: int) -> Tensor:
+        return torch.nn.functional.normalize(keys.some(number))
+
+    layer = filled(unit(3000))
+    passed = CodedFirstPass(layer, "pca")
+    passed.train(1, unit(256))
+    queries = unit(60)
+    found = passed.nearest(queries, 1)
+    assert found is not None
+    require_consistent(layer, queries, *found)
+    assert recall(layer, queries, 1, found[1]) >= 0.98
+
+
+def test_what_was_written_since_is_found_at_once_and_what_was_hidden_never() -> None:
+    keys = Keys()
+    layer, passed = trained(keys)
+    fresh = keys.some(20, centre=3)
+    write(layer, np.arange(5, 25, dtype=np.uint64), fresh)
+    layer.stage_deletion(np.arange(100, 160, dtype=np.uint64))
+    old = layer.stored_keys(torch.arange(5, 25)).clone()
+    layer.commit()
+    for queries in (fresh, old, keys.some(40)):
+        found = passed.nearest(queries, 8)
+        assert found is not None
+        require_consistent(layer, queries, *found)
+        assert recall(layer, queries, 8, found[1]) >= 0.93
+    found = passed.nearest(fresh, 1)
+    assert found is not None
+    assert found[1].max() == 0.0
+    assert set(layer.ids_of(found[0].numpy())[:, 0].tolist()) == set(range(5, 25))
+
+
+def test_a_neighbourhood_that_was_deleted_leaves_the_nearest_of_the_rest() -> None:
+    keys = Keys()
+    layer, passed = trained(keys, 4000, ks=(8,))
+    centre = keys.centres[7]
+    near, _ = search.exact(layer, centre.unsqueeze(0), 200)
+    layer.stage_deletion(layer.ids_of(near[0].numpy()))
+    layer.commit()
+    queries = centre + SPREAD * keys.draw(10)
+    found = passed.nearest(queries, 8)
+    assert found is not None
+    require_consistent(layer, queries, *found)
+    np.testing.assert_allclose(found[1], brute_force(layer, queries, 8), rtol=1e-5)
+
+
+def test_thousands_of_changes_while_lookups_go_on() -> None:
+    """The thread takes changes into new codes; at every moment lookups agree with a scan."""
+    keys, rng = Keys(), np.random.default_rng(0)
+    layer, passed = trained(keys)
+    first, stop = passed._state, False
+
+    def lookups(seed: int) -> list[float]:
+        own, seen = Keys(seed), []
+        own.basis, own.centres = keys.basis, keys.centres
+        while not stop:
+            queries = own.some(8)
+            with layer.lock:
+                rows, found = search.nearest(layer, queries, 8)
+                true = search.exact(layer, queries, 8)[1]
+                assert torch.isfinite(layer.squared_norms[rows]).all()
+            seen.append(float((found <= true[:, -1:] * (1 + 1e-5)).float().mean()))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = [pool.submit(lookups, seed) for seed in (1, 2)]
+        for _ in range(60):
+            ids = rng.integers(0, 5000, 60).astype(np.uint64)
+            layer.stage_deletion(ids[:20])
+            write(layer, np.unique(ids[20:]), keys.some(len(np.unique(ids[20:]))))
+            layer.commit()
+        stop = True
+        assert np.mean([share for part in seen for share in part.result()]) >= 0.93
+    with layer.lock:
+        for _ in range(200):  # what changed is read until new codes cost less
+            passed.nearest(keys.some(64), 8)
+    passed.wait()
+    assert passed._state is not first
+    queries = keys.some(50)
+    with layer.lock:
+        rows, found = search.nearest(layer, queries, 8)
+    require_consistent(layer, queries, rows, found)
+    assert recall(layer, queries, 8, found) >= 0.93
+
+
+def test_lookups_train_it_and_are_scans_until_then() -> None:
+    keys = Keys()
+    layer = filled(keys.some(2000))
+    first_pass.attach(layer, "pca")
+    passed = layer.first_pass
+    assert isinstance(passed, CodedFirstPass)
+    for _ in range(9):  # tokens to measure on come with lookups
+        with layer.lock:
+            assert passed.nearest(keys.some(14), 3) is None
+    passed.wait()
+    assert passed.plans == {}
+    with layer.lock:
+        passed.nearest(keys.some(14), 3)
+    passed.wait()
+    assert passed.plans[3].candidates
+    with layer.lock:
+        assert passed.nearest(keys.some(2), 3) is not None
+        assert passed.nearest(keys.some(2), 4) is None  # not measured for 4 yet
+    passed.wait()
+    assert sorted(passed.plans) == [3, 4]
+    with layer.lock:
+        assert passed.nearest(keys.some(2), 300) is None
+    passed.wait()
+    assert passed.plans[300].candidates == 0
+
+
+def test_where_nothing_finds_enough_every_row_is_looked_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    layer = filled(torch.randn(3000, 512, generator=random))
+    passed = layer.first_pass = CodedFirstPass(layer, "pca")
+    passed.train(1, torch.randn(256, 512, generator=random))
+    assert passed.plans[1].candidates == 0
+    assert "no first pass finds enough" in caplog.text
+    queries = torch.randn(5, 512, generator=random)
+    assert passed.nearest(queries, 1) is None
+    _, distances = search.nearest(layer, queries, 1)
+    np.testing.assert_allclose(distances, brute_force(layer, queries, 1), rtol=1e-5)
+
+
+def test_auto_scans_where_that_costs_less() -> None:
+    keys = Keys()
+    layer = filled(keys.some(1500))
+    passed = CodedFirstPass(layer)
+    passed.train(1, keys.some(256))
+    assert passed.nearest(keys.some(8), 1) is None
+    assert CodedFirstPass(layer, "exact").nearest(keys.some(8), 1) is None
+
+
+def test_without_faiss_every_row_is_looked_at_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys()
+    layer, _ = trained(keys)
+    queries = keys.some(5)
+    expected = brute_force(layer, queries, 8)
+    monkeypatch.setattr(search, "faiss", lambda: None)
+    first_pass._has_faiss.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            rows, distances = search.nearest(layer, queries, 8)
+    first_pass._has_faiss.cache_clear()
+    require_consistent(layer, queries, rows, distances)
+    np.testing.assert_allclose(distances, expected, rtol=1e-5)
+    assert caplog.text.count("FAISS is not installed") == 1
+
+
+def test_another_choice_is_refused() -> None:
+    with pytest.raises(BadInput, match="first pass: got 'hnsw', expected one of auto, exact, pca"):
+        CodedFirstPass(LayerReplica(D, W), "hnsw")
