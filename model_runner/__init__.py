@@ -1,6 +1,6 @@
 """The model runner: hooks a Mixture-of-Experts model's routers up with a routing memory.
 
-    from model_runner import RetrievalPolicy, RouterClient, RouterHooks, load_model
+    from model_runner import RetrievalPolicy, RouterHooks, load_model, open_retriever
 
 The names below are the public ones. They are imported when they are first used: importing this package needs no torch.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from model_runner.errors import RunnerError
     from model_runner.fingerprint import model_fingerprint
     from model_runner.models import LoadedModel, load_model
+    from model_runner.retrieval import OpenMemory, Retrieval, open_retriever
     from model_runner.router_client import OnError, RouterClient
     from model_runner.router_hooks import RouterHooks
     from model_runner.routing_policy import (
@@ -29,6 +30,8 @@ __all__ = [
     "LoadedModel",
     "Lookups",
     "OnError",
+    "OpenMemory",
+    "Retrieval",
     "RetrievalPolicy",
     "Retrieved",
     "Retriever",
@@ -37,6 +40,7 @@ __all__ = [
     "RunnerError",
     "load_model",
     "model_fingerprint",
+    "open_retriever",
 ]
 
 _HOMES = {
@@ -44,6 +48,8 @@ _HOMES = {
     "LoadedModel": "models",
     "Lookups": "routing_policy",
     "OnError": "router_client",
+    "OpenMemory": "retrieval",
+    "Retrieval": "retrieval",
     "RetrievalPolicy": "routing_policy",
     "Retrieved": "routing_policy",
     "Retriever": "routing_policy",
@@ -52,6 +58,7 @@ _HOMES = {
     "RunnerError": "errors",
     "load_model": "models",
     "model_fingerprint": "fingerprint",
+    "open_retriever": "retrieval",
 }
 
 

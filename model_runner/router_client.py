@@ -28,6 +28,7 @@ from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
+from model_runner.errors import BadInput
 from model_runner.router_hooks import Logits
 from model_runner.routing_policy import FellBack, Lookups, Retrieved
 from model_runner.wire import (
@@ -263,6 +264,36 @@ class RouterClient:
         self._count_lookup()
         response = self._routed(layer, router_input, router_logits, own, options)
         return None if isinstance(response, FellBack) else response
+
+    def nearest_similarities(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        exclude: Sequence[ExampleRef],
+    ) -> Tensor:
+        """f32 [T] on the host: that of the nearest key of another example than the token's in `exclude` [T]; or 0.
+
+        Needs on_error RAISE: what fell back is near to nothing and far from nothing. Raises BadInput, ServiceError.
+        """
+        asked, found = _Asked(router_input, router_logits, own), [torch.empty(0)]
+        most = tokens_per_request(router_input, router_logits)
+        for start in range(0, len(router_input), most):
+            tokens = slice(start, start + most)
+            part = asked.take(tokens)
+            response = self.route(
+                *(layer, part.inputs, part.logits, part.own),
+                exclude=exclude[tokens],
+                with_neighbours=True,
+                neighbours=1,
+            )
+            if response is None:
+                raise BadInput(
+                    "nearest_similarities needs a client that raises when the sidecar fails"
+                )
+            found.append(decode_tensor(response.neighbours.similarities, DTYPE_F32)[:, 0])
+        return torch.cat(found)
 
     def _routed(
         self,

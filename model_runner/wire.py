@@ -38,6 +38,12 @@ def decode_floats(message: WireTensor) -> Tensor:
     return tensor.view(torch.bfloat16) if message.dtype == DTYPE_BF16 else tensor
 
 
+def decode_as_sent(message: WireTensor) -> Tensor:
+    """A tensor on the host in the dtype of the message, any but u64. Raises TensorError on a malformed one."""
+    array = torch.from_numpy(tensors.to_bits(message).copy())
+    return array.view(torch.bfloat16) if message.dtype == DTYPE_BF16 else array
+
+
 def encode_assignment(assignment: Assignment) -> SparseAssignment:
     """Experts as i32, weights in their own dtype."""
     experts = assignment.experts.detach().to("cpu", torch.int32).contiguous().numpy()

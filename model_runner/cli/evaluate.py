@@ -49,8 +49,12 @@ def evaluate(
         ),
     ] = False,
     timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="Longest wait for one lookup.")
+        float, typer.Option(min=0.001, help="Longest wait for one lookup in the sidecar.")
     ] = 60.0,
+    retrieval: options.RetrievalOption = "auto",
+    replica_memory: options.ReplicaMemory = None,
+    replica_keys: options.ReplicaKeysOption = "f32",
+    max_staleness_s: options.MaxStaleness = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file.")
     ] = None,
@@ -60,7 +64,8 @@ def evaluate(
 ) -> None:
     """Score text with and without the memory: the paired change of NLL per token.
 
-    Stops with an error when the sidecar fails; scores never mix. For example:
+    Stops with an error when the sidecar fails, or a replica of the memory may be out of date; scores never mix. For
+    example:
 
         model-runner evaluate --memory law --text held-out.jsonl --json scores.json
     """
@@ -69,11 +74,13 @@ def evaluate(
     from model_runner.evaluation.nll import score
     from model_runner.memory_builder.entries import known_text
     from model_runner.models import load_model, window_length
-    from model_runner.router_client import OnError, RouterClient
+    from model_runner.retrieval import open_retriever
+    from model_runner.router_client import OnError
     from model_runner.routing_policy import RetrievalPolicy
     from model_runner.texts import read_windows
 
     options.require_writable("--json", json_file)
+    how = options.retrieval(retrieval, replica_memory, replica_keys, max_staleness_s)
     with AdminClient(target) as admin:
         admin.describe(memory)  # what is not there is noticed before the model is loaded
         loaded = load_model(model, device=device, dtype=dtype)
@@ -83,16 +90,17 @@ def evaluate(
         windows = known_text(admin, memory, windows).windows
         if not leave_one_out:
             _warn_of_own_entries(admin, memory, windows)
-    with RouterClient(
-        target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=OnError.RAISE
-    ) as client:
-        client.describe()  # another model's memory is noticed before anything is scored
-        policy, progress = RetrievalPolicy(client), Progress(quiet=quiet)
+    progress = Progress(quiet=quiet)
+    where = (target, memory, loaded.fingerprint, loaded.device, how, progress)
+    # Another model's memory is noticed before anything is scored.
+    with open_retriever(*where, timeout_s=timeout_s, on_error=OnError.RAISE) as opened:
+        policy = RetrievalPolicy(opened.retriever)
         scored = partial(score, loaded.model, windows, progress=progress, batch_size=batch_size)
         plain = scored(policy=None, what="plain model")
         routed = scored(policy=policy, what=f"with memory {memory}", leave_one_out=leave_one_out)
     lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
     result = {"model": model, "memory": memory, "text": windows[0].ref.source}
+    result["retrieval"] = opened.where.value
     result |= _comparison(plain, routed, lambdas)
     _print_scores(result)
     if policy.lookups.fell_back:  # not for a sidecar's sake: that is an error here
@@ -192,20 +200,26 @@ def demo(
         ),
     ] = "edge",
     model: options.Model = options.DEFAULT_MODEL,
+    retrieval: options.RetrievalOption = "auto",
+    replica_memory: options.ReplicaMemory = None,
+    replica_keys: options.ReplicaKeysOption = "f32",
     quiet: options.Quiet = False,
 ) -> None:
-    """Watch a frozen model get better on text that it was not trained for (about four minutes on 2 cores).
+    """Watch a frozen model get better on text that it was not trained for (about two minutes on 2 cores).
 
     Starts a sidecar, builds memories of shifted text through it, scores shifted and general test text, and writes
-    results.json, delta_nll.png and lambda.png into OUT. For example:
+    results.json, delta_nll.png and lambda.png into OUT. With --retrieval remote lookups go to the sidecar, which
+    indexes the memories first: it takes longer, and the table is the same. For example:
 
         model-runner demo --out demo-results --seed 0
     """
     from model_runner.evaluation.demo import Demo, DemoSettings, table_rows
     from model_runner.models import load_model
 
+    how = options.retrieval(retrieval, replica_memory, replica_keys)
     loaded = load_model(model, device="cpu")
-    results = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet), backend).run()
+    demo = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet), backend, how)
+    results = demo.run()
     table = Table()
     for heading in ("arm", "text", "NLL", "perplexity", "change in NLL", "lambda per layer"):
         table.add_column(heading, no_wrap=True)

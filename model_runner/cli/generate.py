@@ -11,7 +11,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,10 +69,14 @@ def generate(
         float,
         typer.Option(
             min=0.001,
-            help="Longest wait for one token's lookup (a prompt's: 2 ms more for each further token); "
+            help="Longest wait for one token's lookup in the sidecar (a prompt's: 2 ms more for each further token); "
             "then the own router stands.",
         ),
     ] = 0.05,
+    retrieval: options.RetrievalOption = "auto",
+    replica_memory: options.ReplicaMemory = None,
+    replica_keys: options.ReplicaKeysOption = "f32",
+    max_staleness_s: options.MaxStaleness = None,
     on_error: Annotated[
         options.OnError,
         typer.Option(
@@ -85,9 +89,10 @@ def generate(
 ) -> None:
     """Generate text with a memory, and teach it the right answers meanwhile.
 
-    When the sidecar is slow or gone, or the memory is deleted meanwhile, the model's own router goes on; only learning
-    needs it. Ends with a line on stderr: how much the memory spoke, and how many lookups fell back, by reason. At the
-    start it waits for the sidecar up to half a second; with --on-error raise up to 10 s. For example:
+    When the sidecar is gone, a replica of the memory goes on with what it has, and says so. Without a replica, or when
+    the memory is deleted meanwhile, the model's own router goes on; only learning needs the sidecar. Ends with a line
+    on stderr: how much the memory spoke, and how many lookups fell back, by reason. At the start it waits for the
+    sidecar up to half a second, with --on-error raise up to 10 s, and for the replica to be complete. For example:
 
         model-runner generate --memory law --prompt 'The tenant shall' --max-new-tokens 40
 
@@ -96,10 +101,11 @@ def generate(
         model-runner generate --memory law --interactive
     """
     import torch
-    from knnmoe.client import AdminClient, ServiceUnavailable
+    from knnmoe.client import AdminClient
 
     from model_runner.models import load_model
-    from model_runner.router_client import RouterClient
+    from model_runner.progress import Progress
+    from model_runner.retrieval import open_retriever
     from model_runner.routing_policy import RetrievalPolicy
     from model_runner.texts import open_ids, prompt_ids
 
@@ -107,6 +113,7 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     _require_one_mode(prompt, learn, interactive, memory)
     prompt = None if prompt is None else _utf8(prompt)
+    how = options.retrieval(retrieval, replica_memory, replica_keys, max_staleness_s)
     lessons = [] if learn is None else list(lessons_of(learn))
     with ExitStack() as stack:
         if learn is not None and memory is not None:
@@ -114,20 +121,17 @@ def generate(
             stack.enter_context(AdminClient(target)).describe(memory)
         loaded = load_model(model, device=device, dtype=dtype)
         torch.manual_seed(seed)
-        policy = None
+        policy = opened = None
         if memory is not None:
-            client = stack.enter_context(
-                RouterClient(
-                    target, memory, loaded.fingerprint, timeout_s=timeout_s, on_error=on_error
-                )
+            where = (target, memory, loaded.fingerprint, loaded.device, how, Progress())
+            opened = stack.enter_context(
+                open_retriever(*where, timeout_s=timeout_s, on_error=on_error)
             )
-            # Each lookup will say so.
-            with suppress(ServiceUnavailable) if on_error == "fall_back" else nullcontext():
-                client.describe()
-            policy = RetrievalPolicy(client)
+            policy = RetrievalPolicy(opened.retriever)
             stack.callback(_say_use, policy)
         answer = partial(_generate, loaded, policy, max_new_tokens, temperature)
-        school = stack.enter_context(Lessons(loaded, target, memory, durability))
+        catch_up = None if opened is None else opened.catch_up
+        school = stack.enter_context(Lessons(loaded, target, memory, durability, catch_up))
         if prompt is not None:
             answer(open_ids(prompt, loaded.tokenizer))
         elif interactive:
@@ -254,10 +258,16 @@ class Lessons:
     """Teaches one memory, if there is one; connects at the first lesson."""
 
     def __init__(
-        self, loaded: LoadedModel, target: str, memory: str | None, durability: str
+        self,
+        loaded: LoadedModel,
+        target: str,
+        memory: str | None,
+        durability: str,
+        catch_up: Callable[[], None] | None = None,
     ) -> None:
+        """catch_up: see OnlineLearner."""
         self._loaded, self._target, self._memory = loaded, target, memory
-        self._durability = durability
+        self._durability, self._catch_up = durability, catch_up
         self._learner: OnlineLearner | None = None
         self._open = ExitStack()
 
@@ -314,9 +324,12 @@ class Lessons:
             durability = DURABILITIES[self._durability]
             with ExitStack() as opening:
                 client = opening.enter_context(AdminClient(self._target))
-                self._learner = opening.enter_context(
-                    OnlineLearner(model, fingerprint, client, memory, durability=durability)
+                learner = OnlineLearner(
+                    *(model, fingerprint, client, memory),
+                    durability=durability,
+                    catch_up=self._catch_up,
                 )
+                self._learner = opening.enter_context(learner)
                 self._open = opening.pop_all()
         return self._learner
 

@@ -24,7 +24,9 @@ from model_runner.progress import Progress
 if TYPE_CHECKING:
     from knnmoe.v1.routing_pb2 import MemoryDescription
 
+    from model_runner.memory_builder.builder import Keep
     from model_runner.memory_builder.learner import OnlineLearner
+    from model_runner.retrieval import OpenMemory
     from model_runner.texts import Window
 
 # For scores and --skip-known, which must not fall back: a busy sidecar gets its time.
@@ -108,6 +110,9 @@ def learn(
             "not that other text gains.",
         ),
     ] = False,
+    retrieval: options.RetrievalOption = "auto",
+    replica_memory: options.ReplicaMemory = None,
+    replica_keys: options.ReplicaKeysOption = "f32",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write a report per example to this file.")
     ] = None,
@@ -129,14 +134,16 @@ def learn(
 
     from model_runner.evaluation.nll import score
     from model_runner.memory_builder.entries import forget_other_texts
-    from model_runner.memory_builder.learner import DURABILITIES, KnownTokens, OnlineLearner
+    from model_runner.memory_builder.learner import DURABILITIES, OnlineLearner
     from model_runner.memory_builder.recipes import PRESETS, recipe_of
     from model_runner.models import load_model, window_length
-    from model_runner.router_client import OnError, RouterClient
+    from model_runner.retrieval import open_retriever
+    from model_runner.router_client import OnError
     from model_runner.routing_policy import RetrievalPolicy
     from model_runner.texts import distinct, read_windows
 
     options.require_writable("--json", json_file)
+    how = options.retrieval(retrieval, replica_memory, replica_keys)
     progress, started = Progress(quiet=quiet), time.monotonic()
     with ExitStack() as stack:
         client = stack.enter_context(AdminClient(target))
@@ -148,15 +155,11 @@ def learn(
         windows = distinct(read)
         if not replace_source:
             windows = windows_as_known(client, memory, windows)
-        reader = stack.enter_context(
-            RouterClient(
-                target,
-                memory,
-                loaded.fingerprint,
-                timeout_s=LOOKUP_TIMEOUT_S,
-                on_error=OnError.RAISE,
-            )
-        )
+        opened: OpenMemory | None = None
+        if evaluate or skip_known is not None:  # else nothing is looked up
+            where = (target, memory, loaded.fingerprint, loaded.device, how, progress)
+            reading = open_retriever(*where, timeout_s=LOOKUP_TIMEOUT_S, on_error=OnError.RAISE)
+            opened = stack.enter_context(reading)
         recipe = (
             recipe_of(memory, description.settings) if preset is None else PRESETS[preset].recipe
         )
@@ -168,12 +171,13 @@ def learn(
                 memory,
                 recipe=recipe.altered(norm, step_size),
                 reference=windows,
-                keep=None if skip_known is None else KnownTokens(reader, skip_known).keep,
+                keep=_keep(opened, skip_known),
+                catch_up=None if opened is None else opened.catch_up,
                 durability=DURABILITIES[durability],
                 batch_size=batch_size,
             )
         )
-        policy = RetrievalPolicy(reader)
+        policy = None if opened is None else RetrievalPolicy(opened.retriever)
 
         def nll_sum(windows: Sequence[Window], retrieving: bool) -> float:
             given, unseen = policy if retrieving else None, Progress(quiet=True)
@@ -205,6 +209,15 @@ def learn(
             f"{memory} was never calibrated, so it hardly speaks: "
             f"model-runner calibrate --memory {memory}"
         )
+
+
+def _keep(opened: OpenMemory | None, skip_known: float | None) -> Keep | None:
+    """Which entries are written; None: all."""
+    from model_runner.memory_builder.learner import KnownTokens
+
+    if opened is None or skip_known is None:
+        return None
+    return KnownTokens(opened.retriever, skip_known).keep
 
 
 def _learn_example(

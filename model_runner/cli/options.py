@@ -14,6 +14,9 @@ from model_runner.small_moe import MODEL_DIR
 Preset = Literal["paper", "recommended"]
 Norm = Literal["raw", "unit", "soft"]
 OnError = Literal["fall_back", "raise"]
+# Names of budget.KEY_BYTES and retrieval.Where, which need gRPC.
+ReplicaKeys = Literal["f32", "bf16", "f16", "int8"]
+Retrieval = Literal["auto", "replica", "remote"]
 
 Model = Annotated[
     str,
@@ -66,6 +69,57 @@ ReplaceSource = Annotated[
         "entries of text that is not in it are deleted.",
     ),
 ]
+
+RetrievalOption = Annotated[
+    Retrieval,
+    typer.Option(
+        "--retrieval",
+        envvar="KNNMOE_RETRIEVAL",
+        help="Where lookups are answered: replica (a copy of the memory beside the model, kept in step with the "
+        "sidecar), remote (in the sidecar), auto (a replica where it fits).",
+    ),
+]
+ReplicaMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--replica-memory",
+        envvar="KNNMOE_REPLICA_MEMORY",
+        metavar="SIZE",
+        help="What a replica may take, e.g. 2GiB, 512MiB, or bytes. Default: half of what is free on the device.",
+    ),
+]
+ReplicaKeysOption = Annotated[
+    ReplicaKeys,
+    typer.Option(
+        "--replica-keys",
+        help="How a replica keeps the keys: f32 (answers as the sidecar's), or in half or a quarter of the bytes and "
+        "about the same answers (docs/retrieval.md).",
+    ),
+]
+MaxStaleness = Annotated[
+    float | None,
+    typer.Option(
+        "--max-staleness-s",
+        min=0,
+        help="A replica that the sidecar has said nothing to for longer gives no answers. Default: no bound while "
+        "text is generated, 10 s where lookups that fail end the work.",
+    ),
+]
+
+
+def retrieval(
+    where: Retrieval,
+    replica_memory: str | None,
+    replica_keys: ReplicaKeys,
+    max_staleness_s: float | None = None,
+) -> Any:
+    """The options as a model_runner.retrieval.Retrieval. Raises BadInput for what is no size."""
+    from model_runner.replica.budget import parse_bytes
+    from model_runner.retrieval import Retrieval as Chosen
+    from model_runner.retrieval import Where
+
+    most = None if replica_memory is None else parse_bytes(replica_memory)
+    return Chosen(Where(where), most, replica_keys, max_staleness_s)
 
 
 def fraction(value: float | None) -> float | None:

@@ -30,7 +30,8 @@ from model_runner.memory_builder.builder import (
 from model_runner.memory_builder.recipes import CONTROLS, PAPER, PRESETS, Direction
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
-from model_runner.router_client import OnError, RouterClient
+from model_runner.retrieval import Retrieval, Where, open_retriever
+from model_runner.router_client import OnError
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.sidecar import running_sidecar
 from model_runner.small_moe import data_file
@@ -109,10 +110,15 @@ class Demo:
         out: Path,
         progress: Progress,
         backend: str = EMBEDDED,
+        how: Retrieval | None = None,
     ) -> None:
-        """`backend`: that of the sidecar, e.g. the URL of a Qdrant server, where nothing is left at the end."""
+        """`backend`: that of the sidecar, e.g. the URL of a Qdrant server, where nothing is left at the end.
+
+        `how`: the memories are read.
+        """
         self._loaded, self._settings, self._out = loaded, settings, out
         self._progress, self._backend = progress, backend
+        self._how = how or Retrieval()
         self._timings = Timings()
         self._arms: list[dict[str, Any]] = []
 
@@ -126,6 +132,8 @@ class Demo:
         self._out.mkdir(parents=True, exist_ok=True)
         flags = ["--backend", self._backend, "--qdrant-prefix", SERVER_PREFIX]
         flags += ["--qdrant-timeout-s", str(LOOKUP_TIMEOUT_S)]
+        # What is indexed is indexed by this program, which times it.
+        flags += ["--optimize-above-mib", "0"]
         with (
             running_sidecar(data, self._out / "sidecar.log", flags=flags) as target,
             self._nothing_left(target),
@@ -179,8 +187,9 @@ class Demo:
             with self._timings.step("build controls"):
                 stepped = [t for t in controls if t not in unstepped]
                 builder.build(few, stepped, self._progress)
-            with self._timings.step("index"):
-                self._index(client, [*METHODS, *CONTROLS])
+            if self._how.where is Where.REMOTE:  # a replica needs no index of the sidecar's
+                with self._timings.step("index"):
+                    self._index(client, [*METHODS, *CONTROLS])
             with self._timings.step("calibrate"):
                 self._calibrate(client, texts)
         return report
@@ -225,14 +234,11 @@ class Demo:
     def _evaluate_memory(
         self, target: str, texts: Texts, arm: str, domain: str, plain: Scores
     ) -> None:
-        with RouterClient(
-            target,
-            arm,
-            self._loaded.fingerprint,
-            timeout_s=LOOKUP_TIMEOUT_S,
-            on_error=OnError.RAISE,
-        ) as client:
-            policy = RetrievalPolicy(client)
+        where = (target, arm, self._loaded.fingerprint, self._loaded.device, self._how)
+        with open_retriever(
+            *where, Progress(quiet=True), timeout_s=LOOKUP_TIMEOUT_S, on_error=OnError.RAISE
+        ) as opened:
+            policy = RetrievalPolicy(opened.retriever)
             scores = self._score(policy, texts, domain, arm)
         lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
         self._add(arm, domain, scores, plain, lambdas)
@@ -283,6 +289,7 @@ class Demo:
             },
             "settings": asdict(self._settings),
             "backend": self._backend,
+            "retrieval": str(self._how.where),
             "arms": self._arms,
             "timings": {name: round(s, 2) for name, s in self._timings.seconds.items()},
         }

@@ -6,14 +6,14 @@ the memory knows already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from knnmoe.client import AdminClient, ExampleRef, Upserter, require_same_model
 from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import memory_admin_pb2 as pb
-from knnmoe.v1.types_pb2 import DTYPE_F32
 from torch import Tensor, nn
 
 from model_runner.architectures.families import Assignment
@@ -22,9 +22,7 @@ from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, Tra
 from model_runner.memory_builder.entries import LayerEntries
 from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import Recipe, assignment_values, recipe_of
-from model_runner.router_client import RouterClient, tokens_per_request
 from model_runner.texts import Window, batched, distinct
-from model_runner.wire import decode_tensor
 
 # Tokens whose gradient norms a running median remembers, per layer: 16 windows of 512, as many as a build samples.
 NORMS_REMEMBERED = 8192
@@ -53,6 +51,7 @@ class OnlineLearner:
         reference: windows that set the median gradient norms, as a build's do; without, the norms are those of what
             was learnt so far.
         keep: which entries are written; None = all.
+        catch_up: called when an example is acknowledged, and waited for: a replica that is read meanwhile gets it.
         durability: of every upsert.
         batch_size: windows per pass.
 
@@ -71,6 +70,7 @@ class OnlineLearner:
         recipe: Recipe | None = None,
         reference: Sequence[Window] = (),
         keep: Keep | None = None,
+        catch_up: Callable[[], None] | None = None,
         durability: pb.Durability = pb.DURABILITY_PROCESS,
         batch_size: int = 8,
     ) -> None:
@@ -80,7 +80,7 @@ class OnlineLearner:
         )
         self._norms = self._builder.median_norms(reference) if reference else None
         self._running = RunningMedians(fingerprint.num_layers)
-        self._keep, self._batch_size = keep, batch_size
+        self._keep, self._catch_up, self._batch_size = keep, catch_up, batch_size
         self._upserter: Upserter = client.upserter()
 
     def __enter__(self) -> OnlineLearner:
@@ -94,7 +94,7 @@ class OnlineLearner:
         return self._builder.is_there(windows, [self._target.memory])
 
     def learn(self, windows: Sequence[Window]) -> Learnt:
-        """Writes an entry per token with a loss and layer; returns when all are acknowledged.
+        """Writes an entry per token with a loss and layer; returns when all are acknowledged, and `catch_up` is done.
 
         Raises ServiceUnavailable, ServiceRefused or ModelMismatch: learning the same again then writes the same ids.
         """
@@ -107,6 +107,8 @@ class OnlineLearner:
             )
             every += len(traced.kept) * len(traced.traces)
         self._upserter.finish()
+        if self._catch_up is not None:
+            self._catch_up()
         return Learnt(sent, every - sent)
 
 
@@ -138,37 +140,42 @@ def _checked_recipe(
     return recipe or own
 
 
+class Similarities(Protocol):
+    """What knows how near a memory's entries are: a RouterClient or a ReplicaRetriever."""
+
+    def nearest_similarities(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        exclude: Sequence[ExampleRef],
+    ) -> Tensor:
+        """f32 [T] on the host: that of the nearest key of another example than the token's in `exclude` [T]; or 0."""
+        ...
+
+
 class KnownTokens:
     """A `Keep` of the builder: entries whose nearest key has a similarity below `threshold`, in (0, 1].
 
     The example's own entries do not count: a corrected answer replaces the one before it.
     """
 
-    def __init__(self, client: RouterClient, threshold: float) -> None:
+    def __init__(self, memory: Similarities, threshold: float) -> None:
         if not 0 < threshold <= 1:
             raise BadInput(f"skip-known: got {threshold}, expected a similarity in (0, 1]")
-        self._client, self._threshold = client, threshold
+        self._memory, self._threshold = memory, threshold
 
     def keep(self, traced: TracedWindows, trace: LayerTrace, entries: LayerEntries) -> Tensor:
         """Which entries ([n] bool, on the host) the memory does not know yet."""
         logits = trace.router_logits.flatten(0, 1)
         own = assignment_values(trace, logits)
-        origins = [ExampleRef(p.source, p.example) for p in entries.provenance]
-        most, similarities = tokens_per_request(entries.keys, logits), list[Tensor]()
-        for start in range(0, len(entries), most):
-            rows = slice(start, start + most)
-            tokens = traced.kept[rows]
-            response = self._client.route(
-                entries.layer,
-                entries.keys[rows],
-                logits[tokens],
-                Assignment(own.weights[tokens], own.experts[tokens]),
-                exclude=origins[rows],
-                with_neighbours=True,
-                neighbours=1,
-            )
-            if response is None:
-                raise BadInput("skip-known needs a client that raises when the sidecar fails")
-            # 0 where there is no neighbour.
-            similarities.append(decode_tensor(response.neighbours.similarities, DTYPE_F32)[:, 0])
-        return torch.cat(similarities) < self._threshold
+        tokens = traced.kept
+        similarities = self._memory.nearest_similarities(
+            entries.layer,
+            entries.keys,
+            logits[tokens],
+            Assignment(own.weights[tokens], own.experts[tokens]),
+            [ExampleRef(p.source, p.example) for p in entries.provenance],
+        )
+        return similarities < self._threshold

@@ -172,14 +172,21 @@ class LayerReplica:
         keys = self.keys[rows].float()
         return keys if self.scales is None else keys * self.scales[rows].unsqueeze(-1)
 
-    def reserve(self, entries: int) -> None:
+    @property
+    def free_rows(self) -> int:
+        """Entries that can be staged before it has to grow."""
+        return len(self._free)
+
+    def reserve(self, entries: int, most_rows: int | None = None) -> None:
         """Makes room for so many more entries, so that nothing grows when they come.
 
-        Doubles the capacity at least; an empty layer gets what was asked for. Lookups go on while tensors are copied.
+        Doubles the capacity at least, yet to `most_rows` only where that is enough; an empty layer gets what was asked
+        for. Lookups go on while tensors are copied.
         """
-        missing = entries - len(self._free)
+        missing = entries - self.free_rows
         if missing > 0:
-            self._grow(max(2 * self.capacity, self.capacity + missing))
+            doubled = 2 * self.capacity if most_rows is None else min(2 * self.capacity, most_rows)
+            self._grow(max(doubled, self.capacity + missing))
 
     def stage(
         self,

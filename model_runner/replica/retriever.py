@@ -123,6 +123,31 @@ class ReplicaRetriever:
             left_out = self._left_out(exclude, len(router_input), entries.device)
             return _answer(asked, entries, settings, left_out, self.num_experts)
 
+    def nearest_similarities(
+        self,
+        layer: int,
+        router_input: Tensor,
+        router_logits: Tensor,
+        own: Assignment,
+        exclude: Sequence[ExampleRef],
+    ) -> Tensor:
+        """f32 [T] on the host: that of the nearest key of another example than the token's in `exclude` [T]; or 0.
+
+        Raises what is in the way, whatever on_error says.
+        """
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            raise obstacle
+        with torch.no_grad(), self.copy.lock:
+            settings, entries = self._settings_of(layer), self.copy.layers.get(layer)
+            if entries is None or not settings.speaks or _is_empty(entries):
+                return torch.zeros(len(router_input))
+            asked = _Asked(router_input, router_logits, own, None)
+            queries, _ = _queries(asked, settings, entries.device)
+            left_out = self._left_out(exclude, len(router_input), entries.device)
+            _, distances = nearest(entries, queries, 1, left_out)
+            return arithmetic.similarities(distances, settings)[:, 0].cpu()
+
     def _settings_of(self, layer: int) -> LayerSettings:
         settings = self.copy.settings
         cached = self._settings.get(layer)

@@ -253,7 +253,7 @@ def test_a_memory_that_is_deleted_during_a_session(
     arguments = ("--model", model, "--max-new-tokens", 4)
     done = run(
         *("generate", "--interactive", "--memory", built, "--target", edge_sidecar.target),
-        *("--timeout-s", 30, "--on-error", on_error, *arguments),
+        *("--timeout-s", 30, "--on-error", on_error, "--retrieval", "remote", *arguments),
     )
     assert done.code == 0
     assert done.err.count(f"model-runner: memory '{built}' not found") == (

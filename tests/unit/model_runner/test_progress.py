@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from model_runner import progress as progress_module
 from model_runner.progress import Progress
 
 
@@ -27,4 +28,20 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(quiet=True)
     list(progress.track([1, 2], "building"))
     progress.say("done")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_work_that_is_no_loop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    with Progress().counting(200, "copying", "entries") as done:
+        done(0)
+        done(50)
+    assert capsys.readouterr().err.splitlines() == [
+        "copying: 50/200 entries, 0 s left",
+        "copying: 200 entries in 0 s",
+    ]
+    with Progress(quiet=True).counting(200, "copying") as done:
+        done(50)
     assert capsys.readouterr() == ("", "")
