@@ -39,9 +39,9 @@ def decode_floats(message: WireTensor) -> Tensor:
 
 
 def decode_as_sent(message: WireTensor) -> Tensor:
-    """A tensor on the host in the dtype of the message, any but u64. Raises TensorError on a malformed one."""
-    array = torch.from_numpy(tensors.to_bits(message).copy())
-    return array.view(torch.bfloat16) if message.dtype == DTYPE_BF16 else array
+    """A tensor on the host in the dtype of the message. Raises BadInput on a malformed one."""
+    tensor = decode_tensor(message, message.dtype)
+    return tensor.view(torch.bfloat16) if message.dtype == DTYPE_BF16 else tensor
 
 
 def encode_assignment(assignment: Assignment) -> SparseAssignment:

@@ -86,12 +86,6 @@ def to_bits(tensor: Tensor) -> Array:
     Raises TensorError when the dtype is unknown, the shape has more than 4 dimensions, or the byte count is not
     prod(shape) * itemsize.
     """
-    array = to_bits(tensor)
-    return widen_bf16(array) if tensor.dtype == DTYPE_BF16 else array
-
-
-def to_bits(tensor: Tensor) -> Array:
-    """As to_array, and always a view: bf16 as u16."""
     dtype = _NUMPY_OF.get(tensor.dtype)
     if dtype is None:
         raise TensorError(
@@ -106,11 +100,7 @@ def to_bits(tensor: Tensor) -> Array:
             f"{len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype_name(tensor.dtype)}"
         )
     try:
-<<<<<<< HEAD
         return np.frombuffer(data, dtype=dtype).reshape(shape)
-=======
-        return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
->>>>>>> 0768109 (A replica follows its memory: copied beside the model within a budget, kept in step by version, read by every command with --retrieval)
     except ValueError as error:  # no elements, yet dimensions beyond what NumPy can address
         raise TensorError(f"shape {list(shape)}, expected smaller dimensions") from error
 
