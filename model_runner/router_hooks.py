@@ -4,8 +4,9 @@ Way through: a router runs -> its output is read -> the policy gets a `RouterCal
 is fitted to the family and put in the output's place. Nothing is patched, and after the context
 the model is as it was. What a policy does (a lookup over the network, a blend) is not known here.
 
-The hooks are opaque Python: torch.compile breaks the graph at each of them, and does not see
-hooks that were installed after it compiled.
+Hooks that were installed after torch.compile has compiled are not seen by it. Of a policy that knows
+the width of its replies beforehand (`width`, a retriever beside the model) a hook becomes one operation
+(replica/ops.py), and the model stays one graph; of any other it is opaque Python, which breaks it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from model_runner.architectures.discovery import decoder_of, find_router_sites
 from model_runner.architectures.families import (
     Assignment,
+    Family,
+    OnOutput,
     RouterArgs,
     RouterKwargs,
     RouterOutput,
@@ -33,6 +36,7 @@ from model_runner.architectures.families import (
 )
 from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
 from model_runner.logit_tap import LogitTap, wrapped_forward
+from model_runner.replica import ops
 
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()
@@ -77,7 +81,11 @@ class Logits:
 
 
 Policy = Callable[[RouterCall], Assignment | Logits | None]
-"""None leaves the model's own router standing, bit for bit."""
+"""None leaves the model's own router standing, bit for bit.
+
+A policy may have a method `width(top_k) -> int | None`: how many experts per token its assignments name, for a router
+that uses top_k; None when it does not know. Then it is asked by one operation within compiled code.
+"""
 
 
 class RouterHooks:
@@ -93,6 +101,10 @@ class RouterHooks:
     Threads may call the model at the same time; `policy` is then called from all of them. Enter
     before they begin and leave when they have ended: a forward pass that is cut off by leaving
     raises HooksInUse in its own thread.
+
+    Within compiled code, where the model is one graph (see the module), the policy sees no padding and no shape of the
+    batch: padded tokens are looked up like others, and change nothing that a valid token can see. A CUDA graph that is
+    replayed does not count hits.
 
     Args:
         model: a Mixture-of-Experts causal LM; its weights are never read or written.
@@ -134,11 +146,17 @@ class RouterHooks:
             self._here = here = _ThreadState(len(self.sites))
             keep_logits = uncompiled(here.keep_logits)
             undo.enter_context(LogitTap(self._model, keep_logits, to_tap))
-            for site in self.sites:
-                for handle in site.family.attach(site, self._on_output(site, here)):
+            widths = [self._width(site) for site in self.sites]
+            for site, width in zip(self.sites, widths, strict=True):
+                on_output = self._on_output(site, here)
+                if width is not None:
+                    key = ops.key_of(site.router)
+                    undo.enter_context(ops.answering(key, self._answer(site, here)))
+                    on_output = _one_operation(on_output, key, width)
+                for handle in site.family.attach(site, on_output):
                     undo.callback(handle.remove)
             # Last, so that it is left first: a pass that goes on meanwhile must not look complete.
-            undo.enter_context(watched_batches(self._model, here))
+            undo.enter_context(watched_batches(self._model, here, traced=None not in widths))
             self._undo = undo.pop_all()
         return self
 
@@ -164,14 +182,10 @@ class RouterHooks:
         if missed:
             raise HookBypassed(missed)
 
-    def _on_output(
-        self, site: RouterSite, here: _ThreadState
-    ) -> Callable[[RouterArgs, RouterKwargs, Any], Any]:
+    def _on_output(self, site: RouterSite, here: _ThreadState) -> OnOutput:
         @uncompiled
         def on_output(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> Any:
-            here.hits[site.layer] += 1
-            with self._counting:
-                self.hits[site.layer] += 1
+            self._count(site, here)
             own = site.family.read(output)
             reply = self._policy(_call(site, own, site.router_input(args, kwargs), here))
             if reply is None:
@@ -181,6 +195,50 @@ class RouterHooks:
             return site.family.write(output, _fitted(reply, own, site))
 
         return on_output
+
+    def _answer(self, site: RouterSite, here: _ThreadState) -> ops.Answer:
+        """What `on_output` does, within compiled code."""
+
+        def answer(
+            router_input: Tensor, router_logits: Tensor, weights: Tensor, experts: Tensor
+        ) -> Assignment | None:
+            self._count(site, here)
+            call = RouterCall(site, router_input, router_logits, weights, experts, None, None)
+            reply = self._policy(call)
+            if isinstance(reply, Logits):
+                output = site.family.reassign(site, reply.router_logits, (router_input,), {})
+                return Assignment(*site.family.read(output)[1:])
+            return reply
+
+        return answer
+
+    def _width(self, site: RouterSite) -> int | None:
+        """Experts per token of every reply, where it is known and the router is of the generic family."""
+        width = getattr(self._policy, "width", None)
+        if width is None or type(site.family) is not Family or not site.family.returns_raw_logits:
+            return None
+        found: int | None = width(site.top_k)
+        return found
+
+    def _count(self, site: RouterSite, here: _ThreadState) -> None:
+        here.hits[site.layer] += 1
+        with self._counting:
+            self.hits[site.layer] += 1
+
+
+def _one_operation(on_output: OnOutput, key: int, width: int) -> OnOutput:
+    """`on_output`, and within compiled code one operation in its place: no lock, no state, no break of the graph."""
+
+    def traced(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> Any:
+        # A router that reads more than hidden states could not be run again from within the operation.
+        if not torch.compiler.is_compiling() or kwargs or len(args) != 1:
+            return on_output(args, kwargs, output)
+        logits, own_weights, own_experts, *rest = output
+        hidden_states = args[0].reshape(-1, args[0].shape[-1])
+        weights, experts = ops.route(hidden_states, logits, own_weights, own_experts, key, width)
+        return (logits, weights, experts, *rest)
+
+    return traced
 
 
 def _unhook(routers: Sequence[nn.Module]) -> None:
@@ -233,10 +291,13 @@ class _ThreadState(threading.local):
 
 
 @contextmanager
-def watched_batches(model: nn.Module, here: _ThreadState) -> Iterator[None]:
+def watched_batches(
+    model: nn.Module, here: _ThreadState, *, traced: bool = False
+) -> Iterator[None]:
     """Within it, `here` has shape and padding of the thread's forward pass through the decoder of `model`.
 
     Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both.
+    traced: compiled code does not note them, and is one graph.
     """
     inside = True
 
@@ -259,7 +320,17 @@ def watched_batches(model: nn.Module, here: _ThreadState) -> Iterator[None]:
                 )
             return output
 
-        return uncompiled(watched, recursive=False)  # what it calls is compiled
+        opaque = uncompiled(watched, recursive=False)  # what it calls is compiled
+        if not traced:
+            return opaque
+
+        @functools.wraps(forward)
+        def watched_unless_compiled(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
+            return opaque(*args, **kwargs)
+
+        return watched_unless_compiled
 
     with wrapped_forward(decoder_of(model), wrap):
         try:

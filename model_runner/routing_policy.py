@@ -75,7 +75,7 @@ class Lookups:
 class Retriever(Protocol):
     """Where a memory's answers come from: a sidecar (RouterClient), a replica beside the model (ReplicaRetriever).
 
-    A policy that several threads use asks from all of them.
+    A policy that several threads use asks from all of them. One beside the model has `width`, as router_hooks.Policy.
     """
 
     def lookup(
@@ -206,6 +206,11 @@ class RetrievalPolicy:
             for use in self.use.values():
                 fell_back += use.fell_back
             return Lookups(sum(use.lookups for use in self.use.values()), fell_back)
+
+    def width(self, top_k: int) -> int | None:
+        """Experts per token of every assignment; None when the retriever does not know: see router_hooks.Policy."""
+        of_retriever = getattr(self.client, "width", None)
+        return None if of_retriever is None else of_retriever(top_k)
 
     def __call__(self, call: RouterCall) -> Assignment | Logits | None:
         """The blended routing, or None when the model's own stands."""
