@@ -82,6 +82,7 @@ class LayerCounters:
     abstained: int = 0
     lambda_sum: float = 0.0
     search_ns: int = 0
+    elsewhere: int = 0  # of the requests, those that were searched in copies
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, answer: RouteAnswer) -> None:
@@ -97,6 +98,7 @@ class LayerCounters:
         """Counts what lookups in a copy of the layer did."""
         with self.lock:
             self.requests += requests
+            self.elsewhere += requests
             self.tokens += tokens
             self.abstained += abstained
             self.lambda_sum += lambda_sum

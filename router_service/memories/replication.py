@@ -97,6 +97,7 @@ class Feed:
         self._first: Iterator[Event] = iter(())
         self._sent = time.monotonic()
         self._rest_until: dict[int, float] = {}  # of layers
+        self._holding_off = False  # writes wait: no time to rest
 
     def copy(self, held: Mapping[int, Held]) -> int:
         """Begins with all entries, or of the layers that are held with what differs; returns how many, about."""
@@ -136,7 +137,8 @@ class Feed:
 
     def _read(self, layer: LayerMemory, read: Callable[[], T]) -> T:
         """What `read` returns, after a rest when the memory is searched and something was read just before."""
-        time.sleep(max(0.0, self._rest_until.get(layer.layer, 0.0) - time.monotonic()))
+        if not self._holding_off:
+            time.sleep(max(0.0, self._rest_until.get(layer.layer, 0.0) - time.monotonic()))
         self._require()
         started = time.monotonic()
         found = read()
@@ -210,8 +212,12 @@ class Feed:
                     held_off.enter_context(layer.gate.closed(self._require, until))
             except Busy:
                 return found, None
-            changed, self._place = self._log.since(self._place)
-            found += self._changes(changed)
+            self._holding_off = True
+            try:
+                changed, self._place = self._log.since(self._place)
+                found += self._changes(changed)
+            finally:
+                self._holding_off = False
             return found, self._log.settled(self._place, self._layers)
 
     def _changes(self, changed: Mapping[int, U64]) -> Iterator[Event]:

@@ -246,7 +246,9 @@ def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
             tokens=counters.tokens,
             tokens_abstained=counters.abstained,
             mean_lambda=counters.lambda_sum / max(1, counters.tokens),
-            mean_search_ms=counters.search_ns / 1e6 / max(1, counters.requests),
+            mean_search_ms=counters.search_ns
+            / 1e6
+            / max(1, counters.requests - counters.elsewhere),
             hits=hits.total,
             entries_never_hit=max(0, info.entries - hits.entries),
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from knnmoe import tensors
 from knnmoe.client import (
+    ClientClosed,
     MemoryNotFound,
     ModelMismatch,
     ReplicaBehind,
@@ -493,6 +494,21 @@ def test_reported_hits_count_like_those_of_route(sidecar: Sidecar, name: str) ->
     assert (found[1].route_requests, found[1].tokens, found[1].tokens_abstained) == (4, 20, 8)
     assert found[1].mean_lambda == pytest.approx(0.3)
     assert (found[0].hits, found[0].tokens) == (0, 0)
+    assert found[1].mean_search_ms == 0  # nothing was searched here
+
+
+def test_a_client_that_is_closed(ram_sidecar: Sidecar, name: str) -> None:
+    fill(ram_sidecar, name, rows=2)
+    client = ReplicationClient(ram_sidecar.target, name, make_fingerprint())
+    stream = client.replicate(heartbeat_ms=60_000)
+    Copy().sync(stream)
+    closing = threading.Thread(target=client.close)
+    closing.start()
+    with pytest.raises(ClientClosed):
+        next(stream)
+    closing.join()
+    with pytest.raises(ClientClosed):
+        client.replicate()
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,14 @@ class ReplicaStream(Iterator[pb.ReplicateResponse]):
     """The messages of a copy, in order, until cancel(); for one thread, cancel() may come from any.
 
     next() raises ReplicaBehind when the copy is to be asked for with what it holds, or another ServiceError:
-    ServiceUnavailable also when the service is silent for longer than it promised.
+    ServiceUnavailable also when the service is silent for longer than it promised, ClientClosed when its client is
+    closed.
     """
 
-    def __init__(self, call: Any, first_s: float, silence_s: float, target: str) -> None:
-        self._call, self._target = call, target
+    def __init__(
+        self, call: Any, first_s: float, silence_s: float, client: ReplicationClient
+    ) -> None:
+        self._call, self._client = call, client
         self._wait_s, self._silence_s = first_s, silence_s
         self._cancelled = False
 
@@ -48,14 +51,15 @@ class ReplicaStream(Iterator[pb.ReplicateResponse]):
             raise StopIteration
         try:
             message: pb.ReplicateResponse | None = next_reply(
-                self._call, self._wait_s, self._target
+                self._call, self._wait_s, self._client.target
             )
         except ServiceUnavailable:
             if self._cancelled:
                 raise StopIteration from None
+            self._client.require_open()
             raise
         if message is None:  # the service never ends it so
-            raise ServiceUnavailable("it ended the stream", target=self._target)
+            raise ServiceUnavailable("it ended the stream", target=self._client.target)
         self._wait_s = self._silence_s
         return message
 
@@ -119,7 +123,7 @@ class ReplicationClient:
         next(), which raises what the service refuses. Raises ValueError when `held` is larger than a message can be,
         which is some 4 million entries, and ClientClosed.
         """
-        self._require_open()
+        self.require_open()
         request = pb.ReplicateRequest(
             memory=self.memory,
             fingerprint=self._fingerprint,
@@ -134,7 +138,7 @@ class ReplicationClient:
                 f"held takes {size} bytes, and a message {MAX_MESSAGE_BYTES} at the most: copy the layers anew"
             )
         silence_s = heartbeat_ms / 1000 + SILENCE_S
-        return ReplicaStream(self._stub.Replicate(request), first_message_s, silence_s, self.target)
+        return ReplicaStream(self._stub.Replicate(request), first_message_s, silence_s, self)
 
     def report_hits(
         self,
@@ -148,7 +152,7 @@ class ReplicationClient:
 
         One that failed may have been counted: sent again under its number it counts once. Raises ServiceError.
         """
-        self._require_open()
+        self.require_open()
         request = pb.ReportHitsRequest(
             memory=self.memory,
             model_digest=model_digest,
@@ -159,7 +163,8 @@ class ReplicationClient:
         ask = partial(unary, self._stub.ReportHits, request, target=self.target)
         self._retries.run(ask, timeout_s)
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises ClientClosed after close()."""
         if self._closed:
             raise ClientClosed("this client was closed", target=self.target)
 
