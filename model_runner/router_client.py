@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -209,7 +210,7 @@ class RouterClient:
         self._count_lookup()
         rows = _rows_to_ask(valid)
         asked = _Asked(router_input, router_logits, own).take(rows)
-        if not (torch.isfinite(asked.inputs).all() and torch.isfinite(asked.logits).all()):
+        if not (_are_finite(asked.inputs) and _are_finite(asked.logits)):
             return self._fell_back(layer, "not_finite")
         refs = _per_token(exclude, len(router_input), rows)
         answers: list[Retrieved] = []
@@ -352,6 +353,11 @@ class RouterClient:
         if warn:
             log.warning("routing memory unavailable, the model's own router stands: %s", error)
         return FellBack(reason)
+
+
+def _are_finite(floats: Tensor) -> bool:
+    """Looked at one by one only where their sum is not finite, which it may be of large numbers too."""
+    return math.isfinite(floats.sum(dtype=torch.float32)) or bool(torch.isfinite(floats).all())
 
 
 def _wants_logits(described: pb.MemoryDescription) -> bool:
