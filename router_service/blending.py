@@ -55,11 +55,16 @@ def blend_logits(
     own [T, N]; deltas u [T, K, N]; similarities [T, K]; retrieved [T]: False keeps the own logits.
     """
     total = similarities.sum(axis=1, dtype=np.float64) + null_weight
-    scale = np.divide(step_size, total, out=np.zeros_like(total), where=retrieved & (total > 0))
+    everywhere = bool(retrieved.all()) and bool(total.all())
+    if everywhere:
+        scale = step_size / total
+    else:
+        used = retrieved & (total > 0)
+        scale = np.divide(step_size, total, out=np.zeros_like(total), where=used)
     # Scaled before they meet the deltas: without a null neighbour, 1 / total alone can be beyond f32.
     shares = (scale[:, None] * similarities).astype(np.float32)
     blended = own + np.einsum("tk,tkn->tn", shares, deltas)
-    return blended if retrieved.all() else np.where(retrieved[:, None], blended, own)
+    return blended if everywhere else np.where(retrieved[:, None], blended, own)
 
 
 def scatter_dense(experts: I32, weights: F32, num_experts: int) -> F32:

@@ -27,12 +27,12 @@ def require_matrix(field: str, array: AnyArray, rows: int | None, columns: int, 
 
     WidthMismatch when only the width is wrong (another model), else InvalidTensor.
     """
+    one_each = array.ndim == 2 and len(array) > 0 and rows in (None, len(array))
+    if one_each and array.shape[1] == columns:
+        return
     got = f"shape {list(array.shape)}"
     wanted = f"shape [{'T >= 1' if rows is None else rows}, {columns}] ({of})"
-    if array.ndim != 2 or len(array) == 0 or (rows is not None and len(array) != rows):
-        raise InvalidTensor(field, got, wanted)
-    if array.shape[1] != columns:
-        raise WidthMismatch(field, got, wanted)
+    raise (WidthMismatch if one_each else InvalidTensor)(field, got, wanted)
 
 
 def require_finite(field: str, rows: F32) -> None:
