@@ -99,7 +99,7 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
 
     def __init__(self, files: CollectionFiles, pointer: Pointer, resources: Resources) -> None:
         """Opens the collection. Raises CorruptMemory when its entries are not those of the last close()."""
-        self.pacing = Pacing()
+        self.pacing, self._pacing_of_all = Pacing(), resources.pacing
         self._spec = pointer.spec
         self._free_space = resources.free_space
         self._served = ServedGeneration(Generation.open(files, pointer, resources), resources)
@@ -195,6 +195,7 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
         What writes changes both within an engine call of its own: here they are those of the entries.
         """
         self.pacing.searched()
+        self._pacing_of_all.searched()
         with self._served.engine_call(options.wait_s) as generation:
             options.require_time()  # here, for waiting for one's turn takes time too
             table = generation.table

@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from router_service.arrays import (
     combined_digests,
     rows_of,
 )
-from router_service.backends.base import CollectionSpec
+from router_service.backends.base import CollectionSpec, Pacing
 from router_service.backends.disk import (
     FreeSpace,
     fsync_directory,
@@ -215,6 +215,7 @@ class Resources:
 
     free_space: FreeSpace
     shards: ShardOpener
+    pacing: Pacing = field(default_factory=Pacing)  # of all together
 
 
 class Generation:

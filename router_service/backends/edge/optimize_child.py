@@ -5,7 +5,6 @@ Runs in the process that optimizes a copy, which nobody else reads.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -67,8 +66,6 @@ def _page(spec: CollectionSpec) -> int:
 def main(directory: str, dimension: str, metric: str, label: str, segments: str) -> None:
     """Indexes the shard in `directory`, which no other process has open, and makes the result durable."""
     die_with_parent_thread()  # a killed service must not leave a child that writes where its successor works
-    if int(segments) > 1:  # nobody waits for what the service does on its own account
-        _leave_half_of_the_cores()
     spec = CollectionSpec(int(dimension), Metric(metric), value_width=0)
     path, compression = Path(directory), Compression.parse(label)
     rebuild_if_needed(path, spec, compression)
@@ -81,12 +78,6 @@ def main(directory: str, dimension: str, metric: str, label: str, segments: str)
         fsync_tree(path)
     sums = path.with_name("sums.json")  # see ledger
     Sums.of(path, Sums.load(sums)).save(sums)
-
-
-def _leave_half_of_the_cores() -> None:
-    if hasattr(os, "sched_setaffinity"):  # Linux
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[len(cores) // 2 :])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ is replayed to the copy, and writes wait once more for the swap. Searches never 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from router_service.arrays import U64
-from router_service.backends.base import CollectionSpec, Compression, Report, say_nothing
+from router_service.backends.base import CollectionSpec, Compression, Pacing, Report, say_nothing
 from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, storage_call
 from router_service.backends.edge.files import Pointer
 from router_service.backends.edge.generation import Generation, Resources
@@ -51,9 +52,12 @@ _REPORT_EVERY_S = 0.1
 class OptimizeJob:
     """One run of the child that indexes a copy of a shard."""
 
-    def __init__(self, report: Report) -> None:
-        """`report` is called about every 0.1 s; what it raises ends the child."""
-        self._report = report
+    def __init__(self, report: Report, pacing: Pacing) -> None:
+        """`report` is called about every 0.1 s; what it raises ends the child.
+
+        While any layer is searched, by `pacing`, the child has half of the cores; else a lookup waits for one.
+        """
+        self._report, self._pacing = report, pacing
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
@@ -74,7 +78,8 @@ class OptimizeJob:
                     _CHILD, [*what, str(segments)], stderr=stderr.fileno(), niceness=_NICENESS
                 )
                 self._process = process
-            self._wait(process)
+            # Nobody waits for what the service does on its own account
+            self._wait(process, always_half=segments > 1)
             stderr.seek(0)
             text = stderr.read().decode(errors="replace")
         if self._stopped:
@@ -92,11 +97,12 @@ class OptimizeJob:
             if self._process is not None:
                 self._process.kill()
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], *, always_half: bool) -> None:
         """Until the child has ended; it does not outlive an interrupt, or what the report raises."""
         started = time.monotonic()
         try:
             while process.poll() is None:
+                _share_cores(process.pid, half=always_half or self._pacing.being_searched)
                 self._report("index", int(time.monotonic() - started), 0)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_REPORT_EVERY_S)
@@ -104,6 +110,14 @@ class OptimizeJob:
             process.kill()
             process.wait()
             raise
+
+
+def _share_cores(process: int, *, half: bool) -> None:
+    """Gives all threads of a process the cores that this one has, or half of them."""
+    cores = sorted(os.sched_getaffinity(0))
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for task in Path(f"/proc/{process}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores[len(cores) // 2 :] if half else cores)
 
 
 class Replay:
@@ -205,7 +219,7 @@ class Optimizer:
         served, files = self._served, self._served.files
         if self._is_done_already(target):
             return
-        self._job = job = OptimizeJob(report)
+        self._job = job = OptimizeJob(report, self._resources.pacing)
         try:
             changed = self._copy(target, report)
             shard = files.shard(target.generation)

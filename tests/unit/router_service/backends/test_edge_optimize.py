@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.backends.base import Compression, Quantization, say_nothing
+from router_service.backends.base import Compression, Pacing, Quantization, say_nothing
 from router_service.backends.edge import files as edge_files
 from router_service.backends.edge import optimizer
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
@@ -273,6 +273,29 @@ def test_one_optimize_at_a_time(slow_child: Path, collection: EdgeCollection) ->
         optimized.result(60)
 
 
+def test_the_child_has_half_of_the_cores_while_searches_go_on(
+    slow_child: Path, edge: EdgeBackend, collection: EdgeCollection
+) -> None:
+    """Also searches of other layers."""
+    other = edge.create("other", SPEC)
+    cores, seen = sorted(os.sched_getaffinity(0)), list[list[int]]()
+    keys = numbered_entries(0, 1).keys
+
+    def look(stage: str, done: int, total: int) -> None:
+        job = collection._optimizer._job
+        if stage != "index" or job is None or job._process is None or slow_child.exists():
+            return
+        seen.append(sorted(os.sched_getaffinity(job._process.pid)))
+        few = cores[len(cores) // 2 :]
+        if few in seen and seen[-1] == cores:
+            slow_child.touch()  # lookups have ended, and it has all again
+        elif few not in seen:
+            other.search(keys, 1, OPTIONS)
+
+    collection.optimize(Compression(Quantization.INT8), look)
+    assert_holds(collection, 600)
+
+
 def test_what_the_report_raises_ends_the_child_and_changes_nothing(
     slow_child: Path, collection: EdgeCollection, data_dir: Path
 ) -> None:
@@ -300,7 +323,7 @@ def test_close_stops_a_running_optimization(
 
 
 def test_a_job_that_was_stopped_does_not_start(tmp_path: Path) -> None:
-    job = OptimizeJob(say_nothing)
+    job = OptimizeJob(say_nothing, Pacing())
     job.stop()
     with pytest.raises(StorageError, match="stopped"):
         job.run(tmp_path, SPEC, Compression())
