@@ -18,7 +18,7 @@ from router_service.backends.base import (
 )
 from router_service.backends.disk import storage_call
 from router_service.backends.edge import engine
-from router_service.backends.edge.engine import EngineShard, search_request
+from router_service.backends.edge.engine import EngineShard
 from router_service.backends.points import Record
 from router_service.errors import (
     CorruptMemory,
@@ -142,9 +142,11 @@ def test_no_engine_call_lets_a_foreign_exception_out(
         engine_calls(shard, tmp_path)[method]()  # type: ignore[operator]
 
 
-def test_requests_that_the_engine_cannot_represent_are_storage_errors() -> None:
+def test_requests_that_the_engine_cannot_represent_are_storage_errors(tmp_path: Path) -> None:
+    shard = EngineShard.create(tmp_path / "shard", SPEC)
     with pytest.raises(StorageError):
-        search_request(np.ones((1, 4), np.float32), -1, SearchOptions(), [None])
+        shard.search(np.ones((1, 4), np.float32), -1, SearchOptions(), [None])
+    shard.close()
 
 
 def test_a_real_panic_of_the_engine_is_a_storage_error(tmp_path: Path) -> None:
