@@ -20,6 +20,7 @@ from knnmoe.v1.routing_pb2 import MemoryDescription
 from model_runner.progress import Progress
 from model_runner.replica.budget import KEY_BYTES, KeyDtype, ReplicaTooLarge, budget_for
 from model_runner.replica.copy import ReplicaCopy
+from model_runner.replica.first_pass import require_choice
 from model_runner.replica.follower import Follower
 from model_runner.replica.retriever import ReplicaRetriever
 from model_runner.router_client import OnError, RouterClient
@@ -54,6 +55,7 @@ class Retrieval:
         where: see Where.
         memory_bytes: what a replica may take; None: half of what is free on the device.
         keys: how a replica keeps them.
+        first_pass: how a replica on a CPU is searched, one of first_pass.CHOICES.
         max_staleness_s: a replica that may be older gives no answers; None: 10 s where lookups that fail raise, no
             bound where they fall back.
 
@@ -62,10 +64,12 @@ class Retrieval:
     where: Where | str = Where.AUTO
     memory_bytes: int | None = None
     keys: KeyDtype = "f32"
+    first_pass: str = "auto"
     max_staleness_s: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a place, or keys, that there are not."""
+        """Raises ValueError for a place, or keys, that there are not, BadInput for another first pass."""
+        require_choice(self.first_pass)
         object.__setattr__(self, "where", Where(self.where))
         if self.keys not in KEY_BYTES:
             raise ValueError(f"keys: got {self.keys!r}, expected one of {', '.join(KEY_BYTES)}")
@@ -169,9 +173,8 @@ class _Opening:
         return found
 
     def _begun(self, own: ExitStack) -> OpenMemory:
-        copy = ReplicaCopy(
-            self.device, self.how.keys, budget_for(self.device, self.how.memory_bytes)
-        )
+        budget = budget_for(self.device, self.how.memory_bytes)
+        copy = ReplicaCopy(self.device, self.how.keys, budget, self.how.first_pass)
         if self.described is not None:
             copy.prepare(self.described)  # before anything is loaded
         staleness_s = self.how.max_staleness_s
@@ -187,6 +190,7 @@ class _Opening:
             copy,
             self.fingerprint.num_experts,
             obstacle=follower.obstacle,
+            first_pass=self.how.first_pass,
             on_error=self.on_error,
         )
         admin = own.enter_context(AdminClient(self.target))

@@ -54,6 +54,7 @@ def evaluate(
     retrieval: options.RetrievalOption = "auto",
     replica_memory: options.ReplicaMemory = None,
     replica_keys: options.ReplicaKeysOption = "f32",
+    first_pass: options.FirstPassOption = "auto",
     max_staleness_s: options.MaxStaleness = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file.")
@@ -80,7 +81,7 @@ def evaluate(
     from model_runner.texts import read_windows
 
     options.require_writable("--json", json_file)
-    how = options.retrieval(retrieval, replica_memory, replica_keys, max_staleness_s)
+    how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass, max_staleness_s)
     with AdminClient(target) as admin:
         admin.describe(memory)  # what is not there is noticed before the model is loaded
         loaded = load_model(model, device=device, dtype=dtype)
@@ -203,6 +204,7 @@ def demo(
     retrieval: options.RetrievalOption = "auto",
     replica_memory: options.ReplicaMemory = None,
     replica_keys: options.ReplicaKeysOption = "f32",
+    first_pass: options.FirstPassOption = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Watch a frozen model get better on text that it was not trained for (about two minutes on 2 cores).
@@ -216,7 +218,7 @@ def demo(
     from model_runner.evaluation.demo import Demo, DemoSettings, table_rows
     from model_runner.models import load_model
 
-    how = options.retrieval(retrieval, replica_memory, replica_keys)
+    how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass)
     loaded = load_model(model, device="cpu")
     demo = Demo(loaded, DemoSettings(seed=seed), out, Progress(quiet=quiet), backend, how)
     results = demo.run()

@@ -76,6 +76,7 @@ def generate(
     retrieval: options.RetrievalOption = "auto",
     replica_memory: options.ReplicaMemory = None,
     replica_keys: options.ReplicaKeysOption = "f32",
+    first_pass: options.FirstPassOption = "auto",
     max_staleness_s: options.MaxStaleness = None,
     on_error: Annotated[
         options.OnError,
@@ -113,7 +114,7 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     _require_one_mode(prompt, learn, interactive, memory)
     prompt = None if prompt is None else _utf8(prompt)
-    how = options.retrieval(retrieval, replica_memory, replica_keys, max_staleness_s)
+    how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass, max_staleness_s)
     lessons = [] if learn is None else list(lessons_of(learn))
     with ExitStack() as stack:
         if learn is not None and memory is not None:

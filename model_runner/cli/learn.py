@@ -113,6 +113,7 @@ def learn(
     retrieval: options.RetrievalOption = "auto",
     replica_memory: options.ReplicaMemory = None,
     replica_keys: options.ReplicaKeysOption = "f32",
+    first_pass: options.FirstPassOption = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write a report per example to this file.")
     ] = None,
@@ -143,7 +144,7 @@ def learn(
     from model_runner.texts import distinct, read_windows
 
     options.require_writable("--json", json_file)
-    how = options.retrieval(retrieval, replica_memory, replica_keys)
+    how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass)
     progress, started = Progress(quiet=quiet), time.monotonic()
     with ExitStack() as stack:
         client = stack.enter_context(AdminClient(target))

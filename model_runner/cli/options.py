@@ -14,7 +14,8 @@ from model_runner.small_moe import MODEL_DIR
 Preset = Literal["paper", "recommended"]
 Norm = Literal["raw", "unit", "soft"]
 OnError = Literal["fall_back", "raise"]
-# Names of budget.KEY_BYTES and retrieval.Where, which need gRPC.
+# Names of budget.KEY_BYTES, first_pass.CHOICES and retrieval.Where.
+FirstPass = Literal["auto", "exact", "pca"]
 ReplicaKeys = Literal["f32", "bf16", "f16", "int8"]
 Retrieval = Literal["auto", "replica", "remote"]
 
@@ -96,6 +97,14 @@ ReplicaKeysOption = Annotated[
         "about the same answers (docs/retrieval.md).",
     ),
 ]
+FirstPassOption = Annotated[
+    FirstPass,
+    typer.Option(
+        "--first-pass",
+        help="How a replica on a CPU is searched: exact (every key is looked at), pca (reduced keys choose candidates, "
+        "where at least 99 % of the nearest are found that way), auto (pca where it is faster).",
+    ),
+]
 MaxStaleness = Annotated[
     float | None,
     typer.Option(
@@ -111,6 +120,7 @@ def retrieval(
     where: Retrieval,
     replica_memory: str | None,
     replica_keys: ReplicaKeys,
+    first_pass: FirstPass,
     max_staleness_s: float | None = None,
 ) -> Any:
     """The options as a model_runner.retrieval.Retrieval. Raises BadInput for what is no size."""
@@ -119,7 +129,7 @@ def retrieval(
     from model_runner.retrieval import Where
 
     most = None if replica_memory is None else parse_bytes(replica_memory)
-    return Chosen(Where(where), most, replica_keys, max_staleness_s)
+    return Chosen(Where(where), most, replica_keys, first_pass, max_staleness_s)
 
 
 def fraction(value: float | None) -> float | None:

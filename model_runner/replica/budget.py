@@ -31,6 +31,8 @@ _UNITS = {
 SHARE_OF_FREE = 0.5
 # In RAM beside the tensors: an id, a digest, and where the row is (a Python dict: 100 bytes an entry, measured).
 HOST_ROW_BYTES = 120
+# A first pass keeps its codes of 4 bits a number three times: as they are, and in two of FAISS's indexes (codes.py).
+CODES, LONGEST_CODE = 3, 256
 # Rows beyond those that are filled, so that what is learnt meanwhile finds room.
 HEADROOM = 1 / 8
 LEAST_HEADROOM = 256
@@ -123,7 +125,7 @@ class ReplicaSize:
 
 
 def replica_size(
-    described: MemoryDescription, keys: KeyDtype, device: torch.device, search_row_bytes: int = 0
+    described: MemoryDescription, keys: KeyDtype, device: torch.device, first_pass: str = "exact"
 ) -> ReplicaSize:
     """What a replica of a memory takes on a device: of the layers that it speaks for."""
     spoken_for = set(described.settings.layers)
@@ -136,9 +138,9 @@ def replica_size(
     logits = described.settings.kind == MEMORY_KIND_LOGIT_DELTA
     width = model.num_experts if logits else 2 * model.top_k
     in_ram = _memory_info(device) is None
-    return ReplicaSize(
-        described.name, entries, model.hidden_size, width, keys, search_row_bytes, in_ram
-    )
+    codes = in_ram and first_pass != "exact"  # other devices scan every row
+    search = CODES * min(LONGEST_CODE, model.hidden_size) // 2 + 8 if codes else 0
+    return ReplicaSize(described.name, entries, model.hidden_size, width, keys, search, in_ram)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,10 @@ class ReplicaCopy:
 
     """
 
-    def __init__(self, device: torch.device, keys: KeyDtype, budget: Budget) -> None:
+    def __init__(
+        self, device: torch.device, keys: KeyDtype, budget: Budget, first_pass: str = "exact"
+    ) -> None:
+        """first_pass: of the lookups; it takes a part of the budget."""
         self.layers: dict[int, LayerReplica] = {}
         self.settings = MemorySettings()
         self.lock = LookupLock()
@@ -61,6 +64,7 @@ class ReplicaCopy:
         self.complete = False
         self.model_digest = ""
         self._device, self._keys, self._budget = device, keys, budget
+        self._first_pass = first_pass
         self._size: ReplicaSize | None = None
         self._kind = MemorySettings().kind
         self._next: MemorySettings | None = None
@@ -85,7 +89,7 @@ class ReplicaCopy:
 
     def prepare(self, memory: MemoryDescription) -> None:
         """Makes room for a memory's entries. Raises ReplicaTooLarge when they do not fit."""
-        size = replica_size(memory, self._keys, self._device)
+        size = replica_size(memory, self._keys, self._device, self._first_pass)
         if memory.settings.kind != self._kind:
             self._clear()
         missing = sorted(size.entries.keys() - self.layers.keys())

@@ -78,7 +78,7 @@ class ReplicaRetriever:
         *,
         obstacle: Callable[[], Exception | None] = no_obstacle,
         on_error: OnError | str = OnError.FALL_BACK,
-        first_pass: str = "auto",  # noqa: S107 (no password)
+        first_pass: str = "auto",
     ) -> None:
         """Raises BadInput for another first pass."""
         self.copy, self.num_experts, self.on_error = copy, num_experts, OnError(on_error)

@@ -25,13 +25,16 @@ from knnmoe.v1 import snapshots_pb2 as snapshots_pb
 from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner.architectures import Assignment
+from model_runner.evaluation.demo import Demo, DemoSettings
 from model_runner.memory_builder.learner import KnownTokens, OnlineLearner
 from model_runner.memory_builder.recipes import PRESETS
+from model_runner.models import load_model
 from model_runner.replica.budget import ReplicaTooLarge
 from model_runner.retrieval import OpenMemory, Retrieval, Where, open_retriever
 from model_runner.router_client import OnError
 from model_runner.router_hooks import Logits, RouterCall
 from model_runner.routing_policy import Lookups, RetrievalPolicy
+from model_runner.small_moe import MODEL_DIR
 from tests.integration.command_runs import Run, in_process
 from tests.integration.replaced_memories import stats
 from tests.integration.runner_parts import (
@@ -406,3 +409,26 @@ def test_commands(run: Run, ram_sidecar: Sidecar, name: str, model: Path, tmp_pa
     assert "--replica-keys" in small.err or "--retrieval remote" in small.err
     wrong = run("evaluate", "--text", text, *where, "--replica-memory", "lots")
     assert (wrong.code, "a size: got 'lots', expected a number" in wrong.err) == (2, True)
+
+
+def test_the_demo_gives_the_same_table_remote_and_as_a_replica(tmp_path: Path) -> None:
+    sizes = DemoSettings(
+        length=32,
+        reference_windows=4,
+        dev_windows=2,
+        shifted_test_windows=4,
+        general_test_windows=4,
+        control_reference_windows=2,
+        batch_size=4,
+    )
+    loaded, tables = load_model(str(MODEL_DIR), device="cpu"), []
+    for where in (Where.REPLICA, Where.REMOTE):
+        demo = Demo(loaded, sizes, tmp_path / where, QUIET, how=Retrieval(where))
+        results = demo.run()
+        assert ("index" in results["timings"]) == (where is Where.REMOTE)
+        tables.append(results["arms"])
+    assert len(tables[0]) == 11
+    for replica, remote in zip(*tables, strict=True):
+        assert (replica["name"], replica["domain"]) == (remote["name"], remote["domain"])
+        assert replica["nll"] == pytest.approx(remote["nll"], abs=1e-4)
+        assert replica["lambda_mean"] == pytest.approx(remote["lambda_mean"], abs=1e-4)

@@ -82,7 +82,8 @@ def test_what_a_replica_takes() -> None:
     assert size.bytes == rows * (4 * 2048 + beside)
     assert replica_size(described(), "bf16", CPU).bytes == rows * (2 * 2048 + beside)
     assert replica_size(described(), "int8", CPU).bytes == rows * (2048 + 4 + beside)
-    assert replica_size(described(), "f32", CPU, 128).bytes == rows * (4 * 2048 + beside + 128)
+    codes = 3 * 128 + 8
+    assert replica_size(described(), "f32", CPU, "auto").bytes == rows * (4 * 2048 + beside + codes)
 
 
 def test_only_layers_that_the_memory_speaks_for_count() -> None:
