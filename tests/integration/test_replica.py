@@ -313,8 +313,11 @@ def test_text_goes_on_without_answers_that_are_too_old(mortal: Sidecar) -> None:
             until(lambda: policy(call) is not None)
 
 
-def test_a_replica_of_a_sidecar_that_comes_later(mortal: Sidecar) -> None:
+def test_a_replica_of_a_sidecar_that_comes_later(
+    mortal: Sidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is answered before the copy is complete."""
+    monkeypatch.setattr("model_runner.retrieval.COPY_TIMEOUT_S", 1.0)
     call = call_of_layer_0()
     mortal.kill()
     with opened(mortal.target, "law", on_error=OnError.FALL_BACK) as memory:

@@ -155,8 +155,11 @@ def test_a_static_cache_gives_the_text_of_a_growing_one(
 
 
 @SETTINGS
-def test_a_lookup_waits_for_nothing(settings: MemorySettings) -> None:
-    """It is traced with numbers that nobody has: what looks at one raises."""
+def test_a_lookup_waits_for_nothing(
+    settings: MemorySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, without FAISS. It is traced with numbers that nobody has: what looks at one raises."""
+    monkeypatch.setattr("model_runner.replica.search.faiss", lambda: None)
     layer, twin = 1, TwinMemory(settings, HIDDEN, EXPERTS, TOP_K, ENTRIES)
     inputs, logits, own = twin.tokens(5)
 
