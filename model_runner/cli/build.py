@@ -144,9 +144,10 @@ def build(
             gone = forget_other_texts(client, memory, every)
             progress.say(f"{gone} entries of other text of {every[0].ref.source} were deleted")
         if optimize:
-            layers = range(loaded.fingerprint.num_layers)
-            for layer in progress.track(layers, "indexing", unit="layers"):
-                client.optimize(memory, layers=[layer])
+            numbers = progress.track(range(loaded.fingerprint.num_layers), "indexing", "layers")
+            layers = [layer for _, layer in zip(numbers, client.optimizing(memory), strict=True)]
+            if exact := [layer.entries for layer in layers if not layer.indexed_entries]:
+                progress.say(f"searched exactly: {max(exact)} entries a layer need no index")
         if client.describe(memory).settings.similarity == SIMILARITY_COSINE:
             progress.say("not calibrated: a cosine memory has no bandwidth")
             return

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from router_service.arrays import F64, NO_ID, Bool, Entries, Neighbours
 from router_service.backends.base import Compression, Report, SearchOptions
+from router_service.errors import Cancelled, DiskFull
 from router_service.jobs.measure import SAME_DISTANCE
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory, sample_entries
 from router_service.memories.store import MemoryStore
 
+# Layers that are indexed at a time. One alone leaves half of two cores idle while it copies, quantizes and opens; each
+# has threads of its own for its graph.
+_TOGETHER = max(2, min(8, (os.cpu_count() or 1) // 2))
 # Neighbours that a measurement of recall asks for.
 RECALL_AT = 32
 # Keys that it asks about: as many as compare that many numbers, some 2 s. To choose by, more of them.
@@ -42,23 +49,40 @@ def optimized(
     report: Report,
     oversampling: float = 0.0,
 ) -> Iterator[Indexed]:
-    """Optimizes layer after layer. Raises what `report` raises.
+    """Optimizes layers side by side; yields each when it is done. Raises what `report` raises.
 
     `compression`: None keeps each layer's own. `oversampling`: to measure recall with; 0: the memory's.
     """
-    for layer in layers:
+    ended = threading.Event()
+
+    def indexed(layer: LayerMemory) -> Indexed:
+        def of_layer(stage: str, done: int, total: int) -> None:
+            if ended.is_set():
+                raise Cancelled("another layer could not be optimized")
+            report(f"layer {layer.layer}: {stage}", done, total)
+
         started = time.monotonic()
-
-        def of_layer(stage: str, done: int, total: int, number: int = layer.layer) -> None:
-            report(f"layer {number}: {stage}", done, total)
-
         of_layer("begin", 0, 0)
         layer.optimize(compression, of_layer)
         elapsed_s, settings = time.monotonic() - started, memory.record.settings
         options = settings.search(RECALL_AT)
         if oversampling:
             options = replace(options, oversampling=oversampling)
-        yield Indexed(layer.layer, elapsed_s, recall_of(layer, options, of_layer))
+        return Indexed(layer.layer, elapsed_s, recall_of(layer, options, of_layer))
+
+    alone: list[LayerMemory] = []  # beside others there was too little disk
+    with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="optimize") as pool:
+        jobs = {pool.submit(indexed, layer): layer for layer in layers}
+        try:
+            for job in as_completed(jobs):
+                if isinstance(job.exception(), DiskFull):
+                    alone.append(jobs[job])
+                else:
+                    yield job.result()
+        except BaseException:
+            ended.set()
+            raise
+    yield from map(indexed, alone)
 
 
 def recall_of(layer: LayerMemory, options: SearchOptions, report: Report) -> float | None:

@@ -141,7 +141,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     def Optimize(  # noqa: N802
         self, request: pb.OptimizeRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.OptimizeResponse]:
-        """Indexes layer after layer."""
+        """Indexes layers side by side."""
         memory = self._store.get(request.memory)
         label = request.quantization
         compression = decode_compression(memory, "quantization", label) if label else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -192,21 +193,24 @@ class AdminClient:
         return response
 
     def optimize(
-        self,
-        name: str,
-        quantization: str = "",
-        layers: Iterable[int] | None = None,
-    ) -> None:
-        """Builds the index of one layer after the other; returns when all are done.
+        self, name: str, quantization: str = "", layers: Iterable[int] = ()
+    ) -> list[routing_pb2.LayerDescription]:
+        """Builds the indexes of layers side by side; returns them when all are done.
 
-        `quantization`: e.g. "int8"; empty keeps each layer's own. `layers`: their numbers; None: all.
+        `quantization`: e.g. "int8"; empty keeps each layer's own. `layers`: their numbers; none: all.
         """
-        for number in (
-            [each.layer for each in self.describe(name).layers] if layers is None else layers
-        ):
-            request = pb.OptimizeRequest(memory=name, layers=[number], quantization=quantization)
-            for _ in replies(self.admin.Optimize(request), self._long_timeout_s, self.target):
-                pass
+        return sorted(self.optimizing(name, quantization, layers), key=lambda each: each.layer)
+
+    def optimizing(
+        self, name: str, quantization: str = "", layers: Iterable[int] = ()
+    ) -> Iterator[routing_pb2.LayerDescription]:
+        """As optimize(), each layer when it is done; ended before the last, the service ends it too."""
+        request = pb.OptimizeRequest(memory=name, layers=layers, quantization=quantization)
+        call = self.admin.Optimize(request)
+        with closing(replies(call, self._long_timeout_s, self.target)) as found:
+            for reply in found:
+                if reply.HasField("layer"):
+                    yield reply.layer
 
     def upserter(self) -> Upserter:
         """A stream of upserts; close it."""

@@ -6,6 +6,8 @@ end is closed, so it does not outlive the service.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
 import signal
 import sys
@@ -34,6 +36,7 @@ def _serve(connection: Connection, directory: Path) -> None:
     except StorageError as error:
         connection.send((None, error))
         return
+    _unmap(directory)
     try:
         connection.send((None, None))
         while True:
@@ -49,6 +52,22 @@ def _answer(shard: EngineShard, frame: bytes) -> bytes:
     except StorageError as error:
         return pickle.dumps((None, error))
     return found_frame(*found) if call == "search" else pickle.dumps((found, None))
+
+
+def _unmap(directory: Path) -> None:
+    """Lets go of the engine's files that opening has read: they stay in the page cache, and are mapped when used.
+
+    The engine maps all keys, of which lookups read few, and its whole log, which nothing reads again: 205 MB of a layer
+    of 20,000 x 2,048 whose search keys are int8.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):  # not Linux
+        return
+    libc, under = ctypes.CDLL(None), f"{directory.resolve()}/"
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions, *_, path = line.split(maxsplit=5)
+        if permissions.endswith("s") and path.startswith(under):  # shared: nothing written is lost
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from router_service.arrays import (
     combined_digests,
     rows_of,
 )
-from router_service.backends.base import CollectionSpec, Pacing
+from router_service.backends.base import CollectionSpec, Pacing, numbers_of_scan
 from router_service.backends.disk import (
     FreeSpace,
     fsync_directory,
@@ -62,6 +62,9 @@ _ENTRIES_PER_PAGE = 2048
 _LONG_LOG_BYTES = 16 << 20
 _LOG_BYTES_PER_ENTRY = 128
 _SMALLEST_CAPACITY = 1024
+# A layer of 4,096 entries (of 512 numbers or fewer; 1,024 of 2,048) answers one token as fast without an index, and 512
+# tokens in 1.1 to 1.8 times the time, exactly; with four times as many in 3 to 4 times (benchmarks/README.md).
+_NUMBERS_WITHOUT_INDEX = 1 << 21
 
 
 @dataclass(slots=True)
@@ -276,6 +279,13 @@ class Generation:
     def outdated_share(self) -> float:
         """Share of the graphs' entries that were replaced or deleted since they were built."""
         return self._outdated / max(self._in_graphs, 1)
+
+    @property
+    def needs_no_index(self) -> bool:
+        """Whether nothing has an index, or was replaced or deleted since, and a scan of all entries takes no longer."""
+        entries = len(self.table)
+        scan = numbers_of_scan(entries, self.pointer.spec.dimension)
+        return not self._in_graphs and self.changed <= entries and scan <= _NUMBERS_WITHOUT_INDEX
 
     def require_all(self, counts: ShardCounts) -> None:
         """A damaged write-ahead log shows only as missing entries. Raises CorruptMemory."""

@@ -182,7 +182,8 @@ class Optimizer:
             self._ended = True
             self.stop()
         try:
-            self._build(self._served.now.pointer.next(compression), report)
+            if compression is not None or not self._served.now.needs_no_index:
+                self._build(self._served.now.pointer.next(compression), report)
         finally:
             self._served.optimizing.release()
 
