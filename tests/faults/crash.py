@@ -269,7 +269,8 @@ class Work:
             self.attempt(job, getattr(self, job))
 
     def optimize(self) -> None:
-        _drain(self.admin.Optimize(admin_pb.OptimizeRequest(memory=NAME), timeout=TIMEOUT_S))
+        request = admin_pb.OptimizeRequest(memory=NAME, quantization="none")  # small layers too
+        _drain(self.admin.Optimize(request, timeout=TIMEOUT_S))
 
     def quantize(self) -> None:
         method = str(self.rng.choice(QUANTIZATIONS))

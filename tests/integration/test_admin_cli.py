@@ -201,6 +201,11 @@ def test_optimize(admin: Admin, edge_sidecar: Sidecar, name: str) -> None:
     [layer] = result["layers"]
     assert (layer["layer"], layer["entries"], layer["quantization"]) == (0, 30, "int8")
     assert layer["elapsed_s"] > 0
+    edge_sidecar.create(f"{name}2", model={"num_layers": 2})
+    edge_sidecar.upsert(f"{name}2", 1, random_entries(LOGIT_DELTA, 30))
+    small = admin("optimize", f"{name}2", target=edge_sidecar.target)
+    assert "layer 1: searched exactly: 30 entries need no index" in small.stderr
+    assert "layer 0" not in small.stderr
     admin("optimize", name, "--layer", "7", code=1, target=edge_sidecar.target)
 
 

@@ -62,12 +62,13 @@ def test_optimize(edge_sidecar: Sidecar, name: str) -> None:
     for layer in range(3):
         edge_sidecar.upsert(name, layer, random_entries(LOGIT_DELTA, 200))
     before = [entries.ids for layer in range(3) for entries in exported(edge_sidecar, name, layer)]
-    code, stderr, _ = _interrupted(edge_sidecar, name, "optimize", name)
+    arguments = ("optimize", name, "--quantization", "int8")
+    code, stderr, _ = _interrupted(edge_sidecar, name, *arguments)
     assert code == 130
     assert "optimize was cancelled" in stderr
     after = [entries.ids for layer in range(3) for entries in exported(edge_sidecar, name, layer)]
     assert after == before
-    with _begin(edge_sidecar, "optimize", name) as process:
+    with _begin(edge_sidecar, *arguments) as process:
         assert process.wait(CALL_TIMEOUT_S) == 0
     assert [layer.indexed_entries for layer in edge_sidecar.describe(name).layers] == [200] * 3
 

@@ -49,6 +49,40 @@ def test_all_entries_are_indexed_and_quantized_and_back_again(
         assert_holds(collection, 600)
 
 
+def test_a_small_layer_needs_no_index_until_one_is_asked_for(
+    collection: EdgeCollection, data_dir: Path
+) -> None:
+    collection.optimize()
+    assert (collection.info().indexed_entries, generations(data_dir)) == (0, ["gen-000000"])
+    assert_holds(collection, 600)
+    collection.optimize(Compression())
+    assert collection.info().indexed_entries == 600
+    collection.upsert(numbered_entries(590, 600))
+    collection.optimize()  # what has an index keeps one of all
+    assert collection.info().indexed_entries == 600
+
+
+@pytest.mark.parametrize("taken", ["deleted", "replaced"])
+def test_a_small_layer_gives_back_the_room_of_what_is_gone(
+    collection: EdgeCollection, data_dir: Path, taken: str
+) -> None:
+    if taken == "deleted":
+        collection.delete(np.arange(300, 600, dtype=np.uint64))
+    else:
+        collection.upsert(numbered_entries(0, 300))
+    collection.optimize()
+    assert generations(data_dir) == ["gen-000001"]
+    assert_holds(collection, 300 if taken == "deleted" else 600)
+
+
+def test_a_larger_layer_gets_an_index(edge: EdgeBackend) -> None:
+    collection = edge.create("large", SPEC)
+    for start in range(0, 4100, 1025):
+        collection.upsert(numbered_entries(start, start + 1025))
+    collection.optimize()
+    assert collection.info().indexed_entries == 4100
+
+
 def test_later_entries_and_overwrites_count_as_not_indexed(
     edge: EdgeBackend, collection: EdgeCollection
 ) -> None:

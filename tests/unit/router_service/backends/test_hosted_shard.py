@@ -91,6 +91,32 @@ def test_every_call_gives_what_the_engine_gives(
     assert_holds(edge.open("layer", SPEC), 600)
 
 
+def mapped_bytes(process: int, directory: Path) -> int:
+    """Of the files under a directory, as far as they count as a process's memory."""
+    found, inside = 0, False
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = f"{directory}/" in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux only")
+def test_files_are_mapped_as_they_are_used(edge: EdgeBackend, collection: EdgeCollection) -> None:
+    """Not what opening has read: all keys, and the engine's log."""
+    for start in range(600, 12_600, 2000):
+        collection.upsert(numbered_entries(start, start + 2000))
+    collection.optimize(Compression(Quantization.INT8))
+    collection.close()
+    again = edge.open("layer", SPEC)
+    files = again._served.files
+    shard = files.shard(again._served.now.pointer.generation)
+    matrix = next(shard.glob("segments/*/vector_storage/matrix.dat"))
+    assert mapped_bytes(host_of(again), shard) < matrix.stat().st_size / 2
+    assert_holds(again, 12_600)
+
+
 def test_close_ends_the_process(collection: EdgeCollection) -> None:
     process = host_of(collection)
     collection.close()

@@ -1,9 +1,11 @@
-"""What a quantization leaves behind that ends before it is done, and how a search is chosen."""
+"""Layers that are indexed side by side, what a quantization leaves behind that ends early, and how a search is chosen."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,17 @@ import pytest
 from router_service.arrays import Entries, Provenance
 from router_service.backends.base import Compression, Quantization, say_nothing
 from router_service.backends.edge.backend import EdgeBackend
-from router_service.errors import Cancelled
+from router_service.errors import Cancelled, DiskFull, StorageError
 from router_service.fingerprint import ModelFingerprint
-from router_service.jobs.optimize import Indexed, SearchChoice, optimized_to, quantized
+from router_service.jobs.optimize import (
+    Indexed,
+    SearchChoice,
+    optimized,
+    optimized_to,
+    quantized,
+)
 from router_service.memories import settings as memory_settings
+from router_service.memories.memory import RoutingMemory
 from router_service.memories.settings import MemorySettings
 from router_service.memories.store import MemoryStore
 
@@ -23,15 +32,69 @@ MODEL = ModelFingerprint("tiny", 1, 16, 4, 2, "ab" * 32)
 BINARY = Compression(Quantization.BINARY)
 
 
+def entries(number: int) -> Entries:
+    keys = np.random.default_rng(0).normal(size=(number, 16)).astype(np.float32)
+    ids, values = np.arange(number, dtype=np.uint64), np.zeros((number, 4), np.float32)
+    return Entries(ids, keys, values, [Provenance()] * number)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[MemoryStore]:
     backend = EdgeBackend(tmp_path, min_free_bytes=0)
     with closing(backend), closing(MemoryStore(backend, tmp_path)) as made:
         memory = made.create("m", MODEL, MemorySettings())
-        keys = np.random.default_rng(0).normal(size=(700, 16)).astype(np.float32)
-        ids, values = np.arange(700, dtype=np.uint64), np.zeros((700, 4), np.float32)
-        memory.upsert(0, MODEL.digest(), Entries(ids, keys, values, [Provenance()] * 700))
+        memory.upsert(0, MODEL.digest(), entries(700))
         yield made
+
+
+@pytest.fixture
+def layers(store: MemoryStore) -> RoutingMemory:
+    """A memory of two layers."""
+    model = replace(MODEL, num_layers=2)
+    memory, made = store.create("two", model, MemorySettings()), entries(700)
+    for layer in (0, 1):
+        memory.upsert(layer, model.digest(), made)
+    return memory
+
+
+def test_layers_are_indexed_side_by_side(layers: RoutingMemory) -> None:
+    both = threading.Barrier(2)
+
+    def meets(stage: str, done: int, total: int) -> None:
+        if stage.endswith("copy"):
+            both.wait(60)  # neither goes on before the other has begun
+
+    done = list(optimized(layers, layers.layers, BINARY, meets))
+    assert sorted(each.layer for each in done) == [0, 1]
+    assert [layer.info().indexed_entries for layer in layers.layers] == [700, 700]
+
+
+def test_one_that_fails_ends_the_others(layers: RoutingMemory) -> None:
+    begun = threading.Event()
+
+    def fails(stage: str, done: int, total: int) -> None:
+        if stage == "layer 1: index":
+            begun.set()
+        elif stage == "layer 0: copy":
+            assert begun.wait(60)
+            raise StorageError("broken")
+
+    with pytest.raises(StorageError, match="broken"):
+        list(optimized(layers, layers.layers, BINARY, fails))
+    assert [layer.info().indexed_entries for layer in layers.layers] == [0, 0]
+
+
+def test_what_finds_too_little_disk_beside_others_is_tried_alone(layers: RoutingMemory) -> None:
+    refused = threading.Event()
+
+    def is_full(stage: str, done: int, total: int) -> None:
+        if stage == "layer 1: copy" and not refused.is_set():
+            refused.set()
+            raise DiskFull("too little")
+
+    done = list(optimized(layers, layers.layers, BINARY, is_full))
+    assert [each.layer for each in done] == [0, 1]
+    assert [layer.info().indexed_entries for layer in layers.layers] == [700, 700]
 
 
 @pytest.mark.parametrize(
