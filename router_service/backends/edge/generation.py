@@ -63,7 +63,7 @@ _LONG_LOG_BYTES = 16 << 20
 _LOG_BYTES_PER_ENTRY = 128
 _SMALLEST_CAPACITY = 1024
 # A layer of 4,096 entries (of 512 numbers or fewer; 1,024 of 2,048) answers one token as fast without an index, and 512
-# tokens in 1.1 to 1.8 times the time, exactly; with four times as many in 3 to 4 times (benchmarks/README.md).
+# tokens in 1.1 to 1.8 times the time, exactly; with four times as many in 3 to 4 times (docs/recall.md).
 _NUMBERS_WITHOUT_INDEX = 1 << 21
 
 

@@ -1,4 +1,4 @@
-"""Layers that are indexed side by side, what a quantization leaves behind that ends early, and how a search is chosen."""
+"""Layers that are indexed side by side, what a quantization that ends early leaves, and how a search is chosen."""
 
 from __future__ import annotations
 
