@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import typer
 from knnmoe.v1.types_pb2 import MemorySettings
+from model_runner.retrieval import Retrieval, open_retriever
 from rich import box
 from rich.table import Table
 
@@ -31,6 +32,7 @@ from benchmarks import report
 from benchmarks.lanes import FAISS_FLAT, import_faiss
 from benchmarks.olmoe import (
     DECODED,
+    MEMORY,
     Entries,
     Pass,
     Passes,
@@ -43,6 +45,7 @@ from benchmarks.olmoe import (
 from benchmarks.peers import KINDS, FaissRetriever, faiss_indexes
 from benchmarks.replicas import Layers, settings_of
 from model_runner.architectures.families import Assignment
+from model_runner.fingerprint import model_fingerprint
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy, RouterCall
 from model_runner.routing_policy import RetrievalPolicy
@@ -170,7 +173,26 @@ def remote_arms(bench: Bench, directory: Path) -> Iterator[list[Arm]]:
                 before = _reading(remote, k)
                 name = f"remote {transport}, K = {k}"
                 arms.append(bench.arm(name, remote.policy, bench.shape.layers, before))
+            if transport == "unix":
+                arms.append(stack.enter_context(_followed(bench, remote)))
         yield arms
+
+
+@contextmanager
+def _followed(bench: Bench, remote: Remote) -> Iterator[Arm]:
+    """A replica that follows the sidecar which the remote arm asks, and its settings with it."""
+    fingerprint, how = model_fingerprint(bench.model), Retrieval("replica")
+    device = torch.device("cpu")
+    with open_retriever(
+        remote.target, MEMORY, fingerprint, device, how, bench.progress, on_error="raise"
+    ) as opened:
+
+        def before() -> None:
+            remote.read(1)
+            opened.catch_up()
+
+        policy = RetrievalPolicy(opened.retriever)
+        yield bench.arm("replica (followed), K = 1", policy, bench.shape.layers, before)
 
 
 def _reading(remote: Remote, neighbours: int) -> Callable[[], None]:

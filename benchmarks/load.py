@@ -1,16 +1,18 @@
 """Several runners of one sidecar: `python -m benchmarks.load --json FILE`.
 
-Each runner is a process that looks up without pause over a stream of its own; all of them share the machine with the
-service. Numbers of runners take turns, so that ratios to one runner are of one run.
+Each runner is a process that looks up without pause, in the sidecar over a stream of its own or in a replica that
+follows it, at rest and while a client replaces entries without pause. All of them share the machine with the service.
+Numbers of runners take turns, so that ratios to one runner are of one run.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,53 +20,95 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from knnmoe.client import AdminClient
 from rich import box
 from rich.table import Table
 
 from benchmarks import report
 from benchmarks.clustered import Workload, make_workload
-from benchmarks.sidecars import SidecarClient, build_layers
+from benchmarks.sidecars import (
+    MEMORY,
+    TIMEOUT_S,
+    SidecarClient,
+    build_layers,
+    fingerprint_of,
+    upsert_request,
+)
 from model_runner.progress import Progress
 from model_runner.sidecar import running_sidecar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+REMOTE, REPLICA, WRITTEN = "sidecar", "replica", "replica, written to"
 RUNNERS, QUICK_RUNNERS = (1, 2, 4, 8, 16), (1, 4, 16)
+REPLICAS, QUICK_REPLICAS = (1, 2, 4), (1, 4)
 TOKENS = (1, 32)
 NUM_EXPERTS, QUERIES = 64, 512
+# What a client that learns example by example sends at a time.
+ENTRIES_PER_WRITE = 64
 Row = dict[str, Any]
+Cell = tuple[str, int, int]  # where, runners, tokens
+Lookup = Callable[[slice], object]
 
 
-def look_up(target: str, shape: tuple[int, int, int], orders: Connection) -> None:
-    """A runner: for each order (seconds, tokens a lookup) the ms of its lookups, until None comes."""
-    keys, dimension, seed = shape
-    workload = make_workload(keys, dimension, QUERIES, 1, NUM_EXPERTS, seed)
+def look_up(target: str, workload: Workload, orders: Connection) -> None:
+    """A runner of the sidecar."""
     client = SidecarClient(target)
-    orders.send("ready")
-    while (order := orders.recv()) is not None:
-        seconds, tokens = order
-        orders.send(_timed(client, workload, seconds, tokens))
+
+    def lookup(tokens: slice) -> object:
+        return client.streamed(client.request(workload.queries[tokens], workload.logits[tokens], 0))
+
+    _obey(orders, lookup)
     client.close()
 
 
-def _timed(client: SidecarClient, workload: Workload, seconds: float, tokens: int) -> list[float]:
-    requests = [
-        client.request(
-            workload.queries[start : start + tokens], workload.logits[start : start + tokens], 0
-        )
-        for start in range(0, QUERIES - tokens + 1, tokens)
-    ]
-    elapsed: list[float] = []
-    give_up = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < give_up:
-        client.streamed(requests[len(elapsed) % len(requests)])
-        elapsed.append(1000 * (time.perf_counter() - started))
-    return elapsed
+def follow(target: str, workload: Workload, orders: Connection) -> None:
+    """A runner with a replica, on one thread."""
+    import torch
+    from model_runner.retrieval import Retrieval, open_retriever
+
+    from model_runner.architectures.families import Assignment
+
+    torch.set_num_threads(1)
+    inputs, logits = torch.from_numpy(workload.queries), torch.from_numpy(workload.logits)
+    own = Assignment(torch.zeros(QUERIES, 1), torch.zeros(QUERIES, 1, dtype=torch.int64))
+    opened = open_retriever(
+        target,
+        MEMORY,
+        fingerprint_of(workload, 1),
+        torch.device("cpu"),
+        Retrieval("replica"),
+        on_error="raise",
+    )
+    with opened as memory:
+
+        def lookup(tokens: slice) -> object:
+            mine = Assignment(own.weights[tokens], own.experts[tokens])
+            return memory.retriever.lookup(0, inputs[tokens], logits[tokens], mine)
+
+        _obey(orders, lookup)
+
+
+def _obey(orders: Connection, lookup: Lookup) -> None:
+    """For each order (seconds, tokens a lookup) the ms of the lookups, until None comes."""
+    orders.send("ready")
+    while (order := orders.recv()) is not None:
+        seconds, tokens = order
+        starts = range(0, QUERIES - tokens + 1, tokens)
+        elapsed: list[float] = []
+        give_up = time.perf_counter() + seconds
+        while (started := time.perf_counter()) < give_up:
+            start = starts[len(elapsed) % len(starts)]
+            lookup(slice(start, start + tokens))
+            elapsed.append(1000 * (time.perf_counter() - started))
+        orders.send(elapsed)
 
 
 @contextmanager
-def runners(count: int, target: str, shape: tuple[int, int, int]) -> Iterator[list[Connection]]:
+def runners(
+    count: int, of: Callable[[str, Workload, Connection], None], target: str, workload: Workload
+) -> Iterator[list[Connection]]:
     """That many processes, connected; each has said that it is ready."""
     context = multiprocessing.get_context("spawn")
     ends: list[Connection] = []
@@ -73,7 +117,7 @@ def runners(count: int, target: str, shape: tuple[int, int, int]) -> Iterator[li
         for _ in range(count):
             here, there = context.Pipe()
             process: BaseProcess = context.Process(
-                target=look_up, args=(target, shape, there), daemon=True
+                target=of, args=(target, workload, there), daemon=True
             )
             process.start()
             there.close()
@@ -90,26 +134,56 @@ def runners(count: int, target: str, shape: tuple[int, int, int]) -> Iterator[li
             process.kill()
 
 
+@contextmanager
+def writing(target: str, workload: Workload) -> Iterator[None]:
+    """Within it a client replaces the layer's entries by themselves, some at a time, without pause."""
+    done = threading.Event()
+
+    def write() -> None:
+        with AdminClient(target, TIMEOUT_S) as client, client.upserter() as upserter:
+            digest = client.describe(MEMORY).model_digest
+            at = 0
+            while not done.is_set():
+                rows = slice(at, at + ENTRIES_PER_WRITE)
+                upserter.send(upsert_request(digest, workload, 0, rows))
+                at = rows.stop if rows.stop < len(workload.ids) else 0
+            upserter.finish()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        writer.join()
+
+
 def take_turns(
-    ends: Sequence[Connection], levels: Sequence[int], rounds: int, seconds: float, seed: int
-) -> dict[tuple[int, int], list[list[float]]]:
-    """By (runners, tokens): the ms of all lookups of each round."""
+    pools: Mapping[str, Sequence[Connection]],
+    cells: Sequence[Cell],
+    turns: tuple[int, float, int],
+    write: Callable[[], Any],
+) -> dict[Cell, list[list[float]]]:
+    """By cell: the ms of all lookups of each round. `turns`: rounds, seconds of each, seed of their order."""
+    rounds, seconds, seed = turns
     rng = np.random.default_rng(seed)
-    cells = [(count, tokens) for count in levels for tokens in TOKENS]
-    found: dict[tuple[int, int], list[list[float]]] = {cell: [] for cell in cells}
+    found: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
     for _ in range(rounds):
         for index in rng.permutation(len(cells)):
-            count, tokens = cells[index]
-            for end in ends[:count]:
-                end.send((seconds, tokens))
-            found[count, tokens].append([ms for end in ends[:count] for ms in end.recv()])
+            where, count, tokens = cells[index]
+            ends = pools[where][:count]
+            with write() if where == WRITTEN else nullcontext():
+                for end in ends:
+                    end.send((seconds, tokens))
+                found[cells[index]].append([ms for end in ends for ms in end.recv()])
     return found
 
 
-def rows_of(found: dict[tuple[int, int], list[list[float]]], seconds: float) -> list[Row]:
-    """A row per number of runners and tokens."""
+def rows_of(found: dict[Cell, list[list[float]]], seconds: float) -> list[Row]:
+    """A row per way, number of runners and tokens."""
     return [
         {
+            "where": where,
             "runners": count,
             "tokens": tokens,
             "lookups_per_s": round(float(np.median([len(ms) for ms in rounds])) / seconds, 1),
@@ -117,16 +191,17 @@ def rows_of(found: dict[tuple[int, int], list[list[float]]], seconds: float) -> 
             "p99_ms": round(float(np.quantile(np.concatenate(rounds), 0.99)), 3),
             "n": sum(map(len, rounds)),
         }
-        for (count, tokens), rounds in found.items()
+        for (where, count, tokens), rounds in found.items()
     ]
 
 
 def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
-    """Of one runner: time per lookup of all together, and the p99."""
+    """Of one runner of the same way (at rest): time per lookup of all together, and the p99."""
     ratios = {}
-    one = {row["tokens"]: row for row in rows if row["runners"] == 1}
+    one = {(row["where"], row["tokens"]): row for row in rows if row["runners"] == 1}
     for row in rows:
-        alone, name = one[row["tokens"]], f"{row['runners']} runners, {row['tokens']} tokens"
+        alone = one[REPLICA if row["where"] == WRITTEN else row["where"], row["tokens"]]
+        name = f"{row['where']}, {row['runners']} runners, {row['tokens']} tokens"
         if row is not alone:
             ratios[f"time per lookup: {name}"] = alone["lookups_per_s"] / row["lookups_per_s"]
             ratios[f"p99: {name}"] = row["p99_ms"] / alone["p99_ms"]
@@ -136,16 +211,29 @@ def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
 def run(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fills a sidecar, measures; the document of a run."""
     load = report.load_average()
-    shape = settings["keys"], settings["dimension"], settings["seed"]
-    workload = make_workload(*shape[:2], QUERIES, QUERIES, NUM_EXPERTS, settings["seed"])
-    with tempfile.TemporaryDirectory(prefix="load-") as made:
+    shape = settings["keys"], settings["dimension"]
+    workload = make_workload(*shape, QUERIES, QUERIES, NUM_EXPERTS, settings["seed"])
+    levels = {
+        REMOTE: settings["runners"],
+        REPLICA: settings["replicas"],
+        WRITTEN: settings["replicas"],
+    }
+    cells = [(where, n, tokens) for where, ns in levels.items() for n in ns for tokens in TOKENS]
+    with tempfile.TemporaryDirectory(prefix="load-") as made, ExitStack() as stack:
         data, socket = Path(made) / "data", f"unix:{made}/route.sock"
-        with running_sidecar(data, Path(made) / "service.log", socket) as target:
-            build_layers(target, workload, 1, [0], progress)
-            progress.say(f"{max(settings['runners'])} runners ...")
-            with runners(max(settings["runners"]), target, shape) as ends:
-                timing = settings["rounds"], settings["seconds"], settings["seed"]
-                found = take_turns(ends, settings["runners"], *timing)
+        log = Path(made) / "service.log"
+        target = stack.enter_context(running_sidecar(data, log, socket))
+        build_layers(target, workload, 1, [0], progress)
+        progress.say(
+            f"{max(settings['runners'])} runners, {max(settings['replicas'])} replicas ..."
+        )
+        pools = {
+            where: stack.enter_context(runners(max(levels[where]), of, target, workload))
+            for where, of in ((REMOTE, look_up), (REPLICA, follow))
+        }
+        pools[WRITTEN] = pools[REPLICA]
+        turns = settings["rounds"], settings["seconds"], settings["seed"]
+        found = take_turns(pools, cells, turns, lambda: writing(target, workload))
     rows = rows_of(found, settings["seconds"])
     return report.document("load", settings, rows, ratios_of(rows), load)
 
@@ -153,11 +241,12 @@ def run(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> Table:
     """A row per number of runners and tokens."""
     made = Table(title="Runners of one sidecar, each without pause", box=box.SIMPLE)
+    made.add_column("where", no_wrap=True)
     columns = ("runners", "tokens", "lookups_per_s", "p50_ms", "p99_ms", "n")
     for column in columns:
         made.add_column(column, justify="right")
     for row in rows:
-        made.add_row(*(str(row[column]) for column in columns))
+        made.add_row(row["where"], *(str(row[column]) for column in columns))
     return made
 
 
@@ -165,19 +254,17 @@ def plot(rows: Sequence[Row]) -> Figure:
     """Throughput and latency against the number of runners."""
     figure = report.new_figure(9, 3.5)
     throughput, latency = figure.subplots(1, 2)
-    for tokens in TOKENS:
-        mine = [row for row in rows if row["tokens"] == tokens]
+    for where in (REMOTE, REPLICA, WRITTEN):
+        mine = [row for row in rows if row["where"] == where and row["tokens"] == 1]
         at = [row["runners"] for row in mine]
-        throughput.plot(
-            at, [row["lookups_per_s"] * tokens for row in mine], "o-", label=f"{tokens} tokens"
-        )
-        for name, style in (("p50_ms", "o-"), ("p99_ms", "s--")):
-            latency.plot(
-                at, [row[name] for row in mine], style, label=f"{tokens} tokens, {name[:3]}"
-            )
-    for axes, name in ((throughput, "tokens a second"), (latency, "ms a lookup")):
+        throughput.plot(at, [row["lookups_per_s"] for row in mine], "o-", label=where)
+        [line] = latency.plot(at, [row["p50_ms"] for row in mine], "o-", label=f"{where}, p50")
+        p99 = [row["p99_ms"] for row in mine]
+        latency.plot(at, p99, "s--", color=line.get_color(), label=f"{where}, p99")
+    counts = sorted({row["runners"] for row in rows})
+    for axes, name in ((throughput, "lookups of one token a second"), (latency, "ms a lookup")):
         axes.set(xlabel="runners", ylabel=name, xscale="log", yscale="log")
-        axes.set_xticks([row["runners"] for row in mine], [str(row["runners"]) for row in mine])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.legend(fontsize=8)
     return figure
 
@@ -202,6 +289,7 @@ def main(
         "rounds": 2 if quick else rounds,
         "seconds": 1.0 if quick else seconds,
         "runners": list(QUICK_RUNNERS if quick else RUNNERS),
+        "replicas": list(QUICK_REPLICAS if quick else REPLICAS),
         "seed": seed,
     }
     made = run(settings, Progress(quiet=quiet))

@@ -12,7 +12,9 @@ from typing import Any
 
 from knnmoe import tensors
 from knnmoe.channels import open_channel
-from knnmoe.client.calls import DuplexStream
+from knnmoe.client.calls import DuplexStream, Stream
+from knnmoe.client.direct import DirectStream
+from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
@@ -20,7 +22,6 @@ from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_LOGIT_DELTA,
     MemorySettings,
-    ModelFingerprint,
     Provenance,
 )
 
@@ -48,7 +49,8 @@ class SidecarClient:
         self.memory = self._stub.Describe(
             pb.DescribeRequest(memory=MEMORY), timeout=TIMEOUT_S, wait_for_ready=True
         ).memory
-        self._stream = DuplexStream[pb.RouteRequest, pb.RouteResponse](
+        direct = DirectStream.connected(target)  # as RoutingClient
+        self._stream: Stream[pb.RouteRequest, pb.RouteResponse] = direct or DuplexStream(
             self._stub.RouteStream, target
         )
 
@@ -164,7 +166,18 @@ def build_layers(
 
 
 def _create(stub: MemoryAdminServiceStub, workload: Workload, layers: int) -> None:
-    fingerprint = ModelFingerprint(
+    fingerprint = fingerprint_of(workload, layers).message()
+    request = admin_pb.CreateMemoryRequest(
+        name=MEMORY,
+        fingerprint=fingerprint,
+        settings=MemorySettings(kind=MEMORY_KIND_LOGIT_DELTA, neighbours=1),
+    )
+    stub.CreateMemory(request, timeout=TIMEOUT_S, wait_for_ready=True)
+
+
+def fingerprint_of(workload: Workload, layers: int) -> ModelFingerprint:
+    """Of the model that there is not."""
+    return ModelFingerprint(
         architecture="benchmark",
         num_layers=layers,
         hidden_size=workload.keys.shape[1],
@@ -172,12 +185,6 @@ def _create(stub: MemoryAdminServiceStub, workload: Workload, layers: int) -> No
         top_k=TOP_K,
         router_hash="0" * 64,
     )
-    request = admin_pb.CreateMemoryRequest(
-        name=MEMORY,
-        fingerprint=fingerprint,
-        settings=MemorySettings(kind=MEMORY_KIND_LOGIT_DELTA, neighbours=1),
-    )
-    stub.CreateMemory(request, timeout=TIMEOUT_S, wait_for_ready=True)
 
 
 def upsert_all(
@@ -196,7 +203,9 @@ def upsert_all(
         starts = range(0, len(workload.ids), at_a_time)
         try:
             for sent, start in enumerate(progress.track(starts, "Upsert", "requests")):
-                stream.send(_upsert(digest, workload, layer, slice(start, start + at_a_time)))
+                stream.send(
+                    upsert_request(digest, workload, layer, slice(start, start + at_a_time))
+                )
                 if sent >= UPSERTS_AHEAD:
                     stream.receive(TIMEOUT_S)
             for _ in range(min(len(starts), UPSERTS_AHEAD)):
@@ -205,7 +214,10 @@ def upsert_all(
             stream.close()
 
 
-def _upsert(digest: str, workload: Workload, layer: int, rows: slice) -> admin_pb.UpsertRequest:
+def upsert_request(
+    digest: str, workload: Workload, layer: int, rows: slice
+) -> admin_pb.UpsertRequest:
+    """Some entries of the workload."""
     start = int(rows.start)
     places = [divmod(start + i, TOKENS_PER_DOCUMENT) for i in range(len(workload.ids[rows]))]
     entries = admin_pb.Entries(

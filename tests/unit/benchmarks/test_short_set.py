@@ -46,21 +46,24 @@ def shown(module: Any, made: dict[str, Any], picture: Path) -> str:
 
 
 def test_runners_of_one_sidecar(tmp_path: Path) -> None:
-    settings = {"keys": 200, "dimension": 16, "rounds": 1, "seconds": 0.2, "runners": [1, 2]}
-    made = load.run(settings | {"seed": 0}, QUIET)
-    assert [(row["runners"], row["tokens"]) for row in made["rows"]] == [
-        (count, tokens) for count in (1, 2) for tokens in load.TOKENS
+    settings = {"keys": 200, "dimension": 16, "rounds": 1, "seconds": 0.2, "seed": 0}
+    made = load.run(settings | {"runners": [1, 2], "replicas": [1]}, QUIET)
+    assert [(row["where"], row["runners"], row["tokens"]) for row in made["rows"]] == [
+        (where, count, tokens)
+        for where, counts in ((load.REMOTE, (1, 2)), (load.REPLICA, (1,)), (load.WRITTEN, (1,)))
+        for count in counts
+        for tokens in load.TOKENS
     ]
     assert all(row["n"] and row["p50_ms"] <= row["p99_ms"] for row in made["rows"])
     assert "lookups_per_s" in shown(load, made, tmp_path / "load.png")
 
 
 def test_a_ratio_of_runners_above_one_is_worse_than_alone() -> None:
-    times = {(1, 1): [[1.0] * 100], (4, 1): [[8.0] * 50]}
+    times = {(load.REPLICA, 1, 1): [[1.0] * 100], (load.WRITTEN, 4, 1): [[8.0] * 50]}
     rows = load.rows_of(times, seconds=1.0)
     assert load.ratios_of(rows) == {
-        "time per lookup: 4 runners, 1 tokens": 2.0,
-        "p99: 4 runners, 1 tokens": 8.0,
+        "time per lookup: replica, written to, 4 runners, 1 tokens": 2.0,
+        "p99: replica, written to, 4 runners, 1 tokens": 8.0,
     }
 
 
