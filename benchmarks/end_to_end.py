@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import typer
 from knnmoe.v1.types_pb2 import MemorySettings
-from model_runner.retrieval import Retrieval, open_retriever
 from rich import box
 from rich.table import Table
 
@@ -43,10 +42,12 @@ from benchmarks.olmoe import (
     make_model,
 )
 from benchmarks.peers import KINDS, FaissRetriever, faiss_indexes
-from benchmarks.replicas import Layers, settings_of
+from benchmarks.replicas import Layers, settings_of, settle
 from model_runner.architectures.families import Assignment
 from model_runner.fingerprint import model_fingerprint
 from model_runner.progress import Progress
+from model_runner.replica.retriever import ReplicaRetriever
+from model_runner.retrieval import Retrieval, open_retriever
 from model_runner.router_hooks import Policy, RouterCall
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.sidecar import running_sidecar
@@ -148,10 +149,17 @@ def replica_arms(bench: Bench) -> list[Arm]:
     for support in ("top-k", "union"):
         settings = settings_of(1, entries.gammas, values="assignments", union=support == "union")
         wanted.append((f"replica, assignments ({support}), K = 1", assignments, settings))
-    return [
-        bench.arm(name, RetrievalPolicy(layers.read_by(each)), len(each.layers) or shape.layers)
-        for name, layers, each in wanted
-    ]
+    arms = []
+    for name, layers, each in wanted:
+        bench.progress.say(f"{name} ...")
+        retriever = layers.read_by(each)
+        for layer, plans in settle(retriever, entries.held_out).items():
+            bench.progress.say(
+                f"layer {layer}: {plans.get(each.neighbours, 'every row is scanned')}"
+            )
+        policy = RetrievalPolicy(retriever)
+        arms.append(bench.arm(name, policy, len(each.layers) or shape.layers))
+    return arms
 
 
 @contextmanager
@@ -191,6 +199,9 @@ def _followed(bench: Bench, remote: Remote) -> Iterator[Arm]:
             remote.read(1)
             opened.catch_up()
 
+        before()
+        assert isinstance(opened.retriever, ReplicaRetriever)
+        settle(opened.retriever, bench.entries.held_out)
         policy = RetrievalPolicy(opened.retriever)
         yield bench.arm("replica (followed), K = 1", policy, bench.shape.layers, before)
 

@@ -99,7 +99,7 @@ def rows_of_size(
         client = stack.enter_context(remote(workload, Path(made), progress))
         stored, deltas = torch.from_numpy(workload.keys), torch.from_numpy(workload.deltas)
         layers = Layers.of([stored], [deltas], NUM_EXPERTS)
-        sizes = {REMOTE: descendants_bytes(os.getpid()), REPLICA: tensor_bytes(layers.layers[0])}
+        remote_bytes = descendants_bytes(os.getpid())
         disk = sum(file.stat().st_size for file in Path(made).rglob("*") if file.is_file())
         cache, rows = CacheSweep(64), []
         for k, tokens in grid.lookups(size):
@@ -111,7 +111,8 @@ def rows_of_size(
             samples = measure(lanes, batches(QUERIES, tokens, repeats), cache.sweep, seed)
             for lane, found in zip(lanes, samples, strict=True):
                 row = {"keys": keys, "dimension": dimension} | report.row(lane, tokens, found)
-                row |= {"ram_bytes": sizes[lane.engine], "disk_bytes": disk}
+                here = tensor_bytes(layers.layers[0]) if lane.engine == REPLICA else remote_bytes
+                row |= {"ram_bytes": here, "disk_bytes": disk}
                 rows.append(row)
         cache.close()
     return rows

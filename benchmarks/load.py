@@ -66,9 +66,9 @@ def look_up(target: str, workload: Workload, orders: Connection) -> None:
 def follow(target: str, workload: Workload, orders: Connection) -> None:
     """A runner with a replica, on one thread."""
     import torch
-    from model_runner.retrieval import Retrieval, open_retriever
 
     from model_runner.architectures.families import Assignment
+    from model_runner.retrieval import Retrieval, open_retriever
 
     torch.set_num_threads(1)
     inputs, logits = torch.from_numpy(workload.queries), torch.from_numpy(workload.logits)

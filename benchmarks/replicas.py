@@ -24,12 +24,16 @@ from benchmarks.exact import Reading
 from benchmarks.olmoe import NULL_WEIGHT, STEP_SIZE
 from benchmarks.timing import Lane
 from model_runner.architectures.families import Assignment
+from model_runner.replica.first_pass import CodedFirstPass
 from model_runner.replica.layer import LayerReplica, LookupLock
+from model_runner.replica.plans import Plan
 from model_runner.replica.retriever import ReplicaRetriever
 
 TOKENS_PER_EXAMPLE = 128
 # Rows beyond the entries, as a follower reserves them.
 HEADROOM = 8
+# The first one trains a first pass, the second one has as many tokens as plans are measured on, the third one reads it.
+LOOKUPS_TO_SETTLE = 3
 
 
 @dataclass(slots=True)
@@ -109,12 +113,27 @@ def settings_of(
     )
 
 
+def settle(retriever: ReplicaRetriever, tokens: Sequence[Tensor]) -> dict[int, dict[int, Plan]]:
+    """Looks up tokens [n, d] of each layer until its first pass is measured on them; the plans by layer and K."""
+    plans = {}
+    for number, layer in retriever.copy.layers.items():
+        rows, experts = len(tokens[number]), retriever.num_experts
+        own = Assignment(torch.zeros(rows, 1), torch.zeros(rows, 1, dtype=torch.int64))
+        for _ in range(LOOKUPS_TO_SETTLE):
+            retriever.lookup(number, tokens[number], torch.zeros(rows, experts), own)
+            if isinstance(layer.first_pass, CodedFirstPass):
+                layer.first_pass.wait()
+                plans[number] = layer.first_pass.plans
+    return plans
+
+
 def replica_lane(layers: Layers, workload: Workload, k: int, reading: Reading) -> Lane:
     """From router inputs in f16 to the blended logits."""
     settings = settings_of(
         k, [reading.gamma], step_size=reading.step_size, null_weight=reading.null_weight
     )
     retriever = layers.read_by(settings)
+    settle(retriever, [torch.from_numpy(workload.held_out)])
     inputs, logits = torch.from_numpy(workload.queries), torch.from_numpy(workload.logits)
     own = Assignment(torch.zeros(len(inputs), 1), torch.zeros(len(inputs), 1, dtype=torch.int64))
 
@@ -126,6 +145,7 @@ def replica_lane(layers: Layers, workload: Workload, k: int, reading: Reading) -
 
 
 def tensor_bytes(layer: LayerReplica) -> int:
-    """Of everything that a layer keeps on its device."""
+    """Of everything that a layer keeps on its device, with its first pass."""
     kept = [each for each in vars(layer).values() if isinstance(each, Tensor)]
-    return sum(each.numel() * each.element_size() for each in kept)
+    coded = layer.first_pass.nbytes if isinstance(layer.first_pass, CodedFirstPass) else 0
+    return coded + sum(each.numel() * each.element_size() for each in kept)
