@@ -404,7 +404,6 @@ def run(
                 arms += stack.enter_context(make())
         rows = rows_of(arms, take_turns(arms, plan, shape.seed, progress), shape.layers)
     settings = asdict(shape) | {
-        "threads": torch.get_num_threads(),
         "decoded": DECODED,
         "only": only,
         "rounds": {what.name: rounds for what, rounds in plan},

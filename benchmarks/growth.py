@@ -167,7 +167,7 @@ def run(grid: Grid, rounds: int, seed: int, progress: Progress) -> dict[str, Any
         row for size in grid.sizes() for row in rows_of_size(size, grid, rounds, seed, progress)
     ]
     settings = {name: getattr(grid, name) for name in grid.__slots__}
-    settings |= {"rounds": rounds, "seed": seed, "threads": torch.get_num_threads()}
+    settings |= {"rounds": rounds, "seed": seed}
     plain = {
         name: list(each) if isinstance(each, tuple) else each for name, each in settings.items()
     }

@@ -71,12 +71,14 @@ def follow(target: str, workload: Workload, orders: Connection) -> None:
     from model_runner.retrieval import Retrieval, open_retriever
 
     torch.set_num_threads(1)
+    with AdminClient(target) as client:
+        layers = client.describe(MEMORY).fingerprint.num_layers
     inputs, logits = torch.from_numpy(workload.queries), torch.from_numpy(workload.logits)
     own = Assignment(torch.zeros(QUERIES, 1), torch.zeros(QUERIES, 1, dtype=torch.int64))
     opened = open_retriever(
         target,
         MEMORY,
-        fingerprint_of(workload, 1),
+        fingerprint_of(workload, layers),
         torch.device("cpu"),
         Retrieval("replica"),
         on_error="raise",

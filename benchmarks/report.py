@@ -54,6 +54,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpus": os.cpu_count(),
         "cpu": _cpu_name(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": _versions(),
