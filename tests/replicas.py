@@ -34,6 +34,33 @@ class Copy:
     lock: LookupLock = field(default_factory=LookupLock)
 
 
+def random_copy(
+    settings: MemorySettings,
+    layers: int,
+    dimension: int,
+    num_experts: int,
+    top_k: int,
+    entries: int,
+) -> Copy:
+    """Entries of made-up keys and values in every layer; the example of entry n is `examples[n % 5]`."""
+    copy = Copy(settings=message(settings))
+    copy.examples = {ExampleRef("text", str(number)): number for number in range(5)}
+    deltas = settings.kind is Kind.LOGIT_DELTA
+    generator = torch.Generator().manual_seed(0)
+    ids = np.arange(entries, dtype=np.uint64)
+    for number in range(layers):
+        values = torch.rand(entries, num_experts if deltas else 2 * top_k, generator=generator)
+        if not deltas:
+            chosen = torch.rand(entries, num_experts, generator=generator).topk(top_k)
+            values[:, :top_k] = chosen.indices
+        layer = LayerReplica(dimension, values.shape[1], lock=copy.lock)
+        keys = torch.randn(entries, dimension, generator=generator)
+        layer.stage(ids, keys, None, values, ids.astype(np.int64) % 5, ids)
+        layer.commit()
+        copy.layers[number] = layer
+    return copy
+
+
 def message(settings: MemorySettings) -> pb.MemorySettings:
     """The settings on the wire."""
     kinds = {

@@ -81,22 +81,25 @@ def similarities(squared_distances: Tensor, settings: LayerSettings) -> Tensor:
 def weights_of_memory(near: Tensor, settings: LayerSettings) -> tuple[Tensor, Tensor]:
     """(lambda [T], shares [T, K]) of similarities [T, K].
 
-    Assignments: the mean similarity, and s_j / sum s. Logit deltas: sum s / (sum s + s0), and eta s_j / (sum s + s0).
+    Assignments: the mean similarity, and s_j / sum s. Logit deltas: sum s / (sum s + s0), and s_j / (sum s + s0).
     """
     total = near.sum(1, keepdim=True)
     if settings.logit_deltas:
         beside_null = (total + settings.null_weight).clamp_min_(SMALLEST)
-        shares = near / beside_null
-        return (total / beside_null).squeeze(1), shares.mul_(settings.step_size)
+        return total.div_(beside_null).squeeze(1), near / beside_null
     lambdas = total.squeeze(1) / near.shape[1]
     return lambdas, near / total.clamp_min_(SMALLEST)
 
 
-def blended_logits(own: Tensor, deltas: Tensor, shares: Tensor) -> Tensor:
-    """R + sum_j shares_j u_j, f32 [T, N]; own [T, N], deltas f32 [T, K, N], shares f32 [T, K]."""
-    if deltas.shape[1] == 1:
-        return torch.addcmul(own.float(), deltas.squeeze(1), shares)
-    return torch.baddbmm(own.float().unsqueeze(1), shares.unsqueeze(1), deltas).squeeze(1)
+def blended_logits(own: Tensor, deltas: Tensor, shares: Tensor, settings: LayerSettings) -> Tensor:
+    """R + eta sum_j shares_j u_j, f32 [T, N]; own [T, N], deltas f32 [T, K, N], shares f32 [T, K]."""
+    tokens, neighbours, _ = deltas.shape
+    own, eta = own.float(), settings.step_size
+    if neighbours == 1:
+        return torch.addcmul(own, deltas.squeeze(1), shares, value=eta)
+    if tokens == 1:  # in half the time of the batched product
+        return torch.addmm(own, shares, deltas.squeeze(0), alpha=eta)
+    return torch.baddbmm(own.unsqueeze(1), shares.unsqueeze(1), deltas, alpha=eta).squeeze(1)
 
 
 def blended_assignment(

@@ -200,7 +200,7 @@ def _answer(
     blended: Assignment | Logits
     if settings.logit_deltas:
         own = asked.router_logits.to(entries.device)
-        logits = arithmetic.blended_logits(own, values, shares).to(own.dtype)
+        logits = arithmetic.blended_logits(own, values, shares, settings).to(own.dtype)
         blended = Logits(torch.where(answered.unsqueeze(1), logits, own))
     else:
         blended = arithmetic.blended_assignment(

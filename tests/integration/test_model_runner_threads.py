@@ -15,8 +15,10 @@ from torch import Tensor
 
 from model_runner.architectures import Assignment
 from model_runner.memory_builder.recipes import PRESETS
+from model_runner.replica.retriever import ReplicaRetriever
 from model_runner.router_hooks import Logits, RouterHooks
 from model_runner.routing_policy import Lookups, RetrievalPolicy, Retrieved, Retriever
+from router_service.memories.settings import Kind, MemorySettings
 from tests.integration.runner_parts import (
     FILE_NAME,
     LAYERS,
@@ -26,6 +28,7 @@ from tests.integration.runner_parts import (
     client_of,
     loaded_model,
 )
+from tests.replicas import random_copy
 from tests.sidecar import Sidecar
 
 THREADS, TOKENS = 16, 3
@@ -171,15 +174,16 @@ def shifted_logits(logits: Tensor, inputs: Tensor, own: Assignment) -> Logits:
     return Logits(logits + inputs[:, : logits.shape[1]])
 
 
-def beside_the_likeliest(logits: Tensor, inputs: Tensor, own: Assignment) -> Assignment:
-    weights, experts = logits.softmax(-1).topk(2)
-    return Assignment(
-        torch.cat([own.weights / 2, weights / 2], -1), torch.cat([own.experts, experts], -1)
-    )
+def test_a_retriever_in_the_process() -> None:
+    assert_as_one_thread(InProcess(shifted_logits))
 
 
-@pytest.mark.parametrize("blend", [shifted_logits, beside_the_likeliest])
-def test_a_retriever_in_the_process(
-    blend: Callable[[Tensor, Tensor, Assignment], Assignment | Logits],
-) -> None:
-    assert_as_one_thread(InProcess(blend))
+def test_a_replica() -> None:
+    """Whose layers count hits in place, from all threads."""
+    model = loaded_model().fingerprint
+    settings = MemorySettings(kind=Kind.ASSIGNMENT, neighbours=2, gamma=(0.01,))
+    sizes = model.num_layers, model.hidden_size, model.num_experts, model.top_k
+    copy = random_copy(settings, *sizes, entries=50)
+    copy.examples = {ExampleRef(FILE_NAME, str(number)): number for number in range(5)}
+    assert_as_one_thread(ReplicaRetriever(copy, model.num_experts))
+    assert copy.layers[0].take_counts()[0] == THREADS * FORWARDS + sum(c.passes for c in CASES)

@@ -108,6 +108,21 @@ def test_only_the_last_map_of_that_width_is_replaced(two_maps: RouterSite) -> No
     torch.testing.assert_close(output, two_maps.router(hidden_states) + 1)
 
 
+def test_logits_that_are_given_are_not_computed(two_maps: RouterSite) -> None:
+    hidden_states, given = torch.ones(3, 4), torch.arange(12.0).view(3, 4)
+    with torch.no_grad():
+        last = [p for p in two_maps.router.parameters() if p.dim() == 2][-1]
+        before, last[:] = last.clone(), torch.nan  # of no use, and not looked at
+        with swapped_logits(two_maps, given):
+            assert torch.equal(two_maps.router(hidden_states), given)
+        last[:] = before
+    with (
+        pytest.raises(BadInput, match=r"gate must be \(3, 4\), got \(1, 4\)"),
+        swapped_logits(two_maps, given[:1]),
+    ):
+        two_maps.router(hidden_states)
+
+
 def test_a_router_that_computes_no_such_map_is_refused(two_maps: RouterSite) -> None:
     with (
         pytest.raises(UnsupportedModel, match="gate computed no linear map of width 4"),

@@ -14,14 +14,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
-from model_runner.replica.layer import LayerReplica
 from model_runner.replica.retriever import ReplicaRetriever
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
 from router_service.blending import Support
 from router_service.memories.settings import Kind, MemorySettings
 from tests.families import tiny_model
-from tests.replicas import Copy, TwinMemory, message
+from tests.replicas import TwinMemory, message, random_copy
 
 LAYERS, HIDDEN, EXPERTS, TOP_K, ENTRIES = 2, 32, 8, 2, 40
 DELTAS = MemorySettings(neighbours=4, gamma=(0.05,))
@@ -44,19 +43,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonze
 
 def retriever_of(settings: MemorySettings) -> ReplicaRetriever:
     """Random entries in every layer."""
-    copy = Copy(settings=message(settings))
-    width = EXPERTS if settings.kind is Kind.LOGIT_DELTA else 2 * TOP_K
-    generator = torch.Generator().manual_seed(0)
-    for number in range(LAYERS):
-        layer = LayerReplica(HIDDEN, width, lock=copy.lock)
-        values = torch.rand(ENTRIES, width, generator=generator)
-        if settings.kind is Kind.ASSIGNMENT:
-            values[:, :TOP_K] = torch.rand(ENTRIES, EXPERTS, generator=generator).topk(TOP_K)[1]
-        ids = np.arange(ENTRIES, dtype=np.uint64)
-        keys = torch.randn(ENTRIES, HIDDEN, generator=generator)
-        layer.stage(ids, keys, None, values, ids.astype(np.int64), ids)
-        layer.commit()
-        copy.layers[number] = layer
+    copy = random_copy(settings, LAYERS, HIDDEN, EXPERTS, TOP_K, ENTRIES)
     return ReplicaRetriever(copy, EXPERTS)
 
 
