@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import grpc
+import torch
 from knnmoe import tensors
 from knnmoe.client import (
     ClientClosed,
@@ -203,6 +204,11 @@ class Follower:
             return behind if asked_before else None
         except (ServiceError, RunnerError, tensors.TensorError) as error:
             return error
+        except torch.OutOfMemoryError as error:
+            return BadInput(
+                f"{self._name()} does not fit on its device; give it less with --replica-memory, or "
+                f"take --replica-keys int8 or --retrieval remote: {error}"
+            )
         return ServiceUnavailable("it ended the stream", target=self._client.target)
 
     def _opened(self) -> ReplicaStream:

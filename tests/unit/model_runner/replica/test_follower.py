@@ -517,6 +517,24 @@ def test_messages_that_contradict_themselves(following: Following) -> None:
     assert following.found(0) == {1, 2, 3, 9}
 
 
+def test_a_device_that_is_full(following: Following, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model took what was free when the budget was made: the copy grows old, and the next try may fit."""
+    stream = following.whole()
+    with monkeypatch.context() as full:
+
+        def no_room(_: object) -> int:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        full.setattr(following.copy, "stage", no_room)
+        stream.say(upserted(0, [9]))
+        _, stream = following.service.asked()
+        assert "does not fit on its device" in str(following.follower._failure)
+        assert following.follower.obstacle() is None
+    stream.say(start(), upserted(0, [9]), synced(8))
+    following.at(8)
+    assert following.found(0) == {1, 2, 3, 9}
+
+
 def test_an_error_that_nobody_thought_of_is_not_lost(
     following: Following, monkeypatch: pytest.MonkeyPatch
 ) -> None:
