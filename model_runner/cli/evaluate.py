@@ -207,7 +207,7 @@ def demo(
     first_pass: options.FirstPassOption = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Watch a frozen model get better on text that it was not trained for (about two minutes on 2 cores).
+    """Watch a frozen model get better on text that it was not trained for (a few minutes on 2 cores).
 
     Starts a sidecar, builds memories of shifted text through it, scores shifted and general test text, and writes
     results.json, delta_nll.png and lambda.png into OUT. With --retrieval remote lookups go to the sidecar, which
