@@ -391,7 +391,11 @@ def _emit(session: Session, memory: routing_pb.MemoryDescription) -> None:
         identity += [("model digest", memory.model_digest), ("version", str(memory.version))]
         console.print(table(("memory", ""), identity))
         console.print(table(("model", ""), list(document["fingerprint"].items())))
-        console.print(table(("setting", ""), list(document["settings"].items())))
+        # An empty list of layers is all of them, but of layers that are searched exactly it is none.
+        settings = document["settings"] | {
+            "exact_layers": document["settings"]["exact_layers"] or "none"
+        }
+        console.print(table(("setting", ""), list(settings.items())))
         columns = ("layer", "entries", "indexed_entries", "quantization")
         console.print(table(columns, document["layers"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -98,6 +99,8 @@ def test_create_with_flags_and_show(admin: Admin, name: str) -> None:
     assert stored["support"] == "top_k"
     assert [layer["entries"] for layer in shown["layers"]] == [0, 0, 0]
     table = admin("memory", "show", name).stdout
+    assert re.search(r"^ *layers +0, 1, 2 *$", table, re.M)
+    assert re.search(r"^\s*exact_layers +none *$", table, re.M)
     assert name in table
     assert "assignment" in table
 
