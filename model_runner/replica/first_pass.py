@@ -22,7 +22,7 @@ from model_runner.errors import BadInput
 from model_runner.replica import search
 from model_runner.replica.codes import U8, WIDTHS, Codes, levels, reductions
 from model_runner.replica.layer import I64, LayerReplica
-from model_runner.replica.plans import CANDIDATES, COSTS, MEASURED, AskedTokens, Plan, measure
+from model_runner.replica.plans import CANDIDATES, COSTS, AskedTokens, Plan, measure
 from model_runner.replica.search import Found
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class State:
         plans: by K.
         trained_on: rows that the reduction was learnt for.
         renewed, unmeasured: rows that were taken in since it was learnt, and since plans were measured.
+        measured: how often the kept tokens had been renewed when plans were measured.
 
     """
 
@@ -56,6 +57,7 @@ class State:
     trained_on: int
     renewed: int = 0
     unmeasured: int = 0
+    measured: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class CodedFirstPass:
                 self._want(k)
             return None
         changes = self._changed(state)
-        if self._is_due(plan, changes, len(queries)):
+        if self._is_due(state, changes, len(queries)):
             self._want(k)
         if not self._pays(state, plan, changes, len(queries)):
             return None
@@ -202,14 +204,14 @@ class CodedFirstPass:
             self._changes = changes = Changes(codes, layer.version, rows, tensor)
         return changes
 
-    def _is_due(self, plan: Plan, changes: Changes | None, tokens: int) -> bool:
+    def _is_due(self, state: State, changes: Changes | None, tokens: int) -> bool:
         """Whether the thread has something to do: what changed has cost lookups what new codes cost, or measuring."""
         if changes is not None:
             changed = changes.shown.numel()
             self._read += tokens * (1 + changed)
             if self._read > _RENEWAL + _ENCODING * changed:
                 return True
-        return plan.tokens < MEASURED and self._asked.most
+        return self._asked.times_filled > state.measured
 
     def _want(self, k: int) -> None:
         if self._working and k in self._wanted:
@@ -237,9 +239,9 @@ class CodedFirstPass:
         if state is not None:
             state = self._renewed(state)
             if state.renewed <= state.trained_on // 4:
-                state = self._measured(state)
-                if all(plan.candidates for plan in state.plans.values()):
-                    self._publish(state)
+                measured = self._measured(state)
+                if measured is state or all(plan.candidates for plan in measured.plans.values()):
+                    self._publish(measured)
                     return
         self._learn()
 
@@ -271,16 +273,16 @@ class CodedFirstPass:
 
     def _measured(self, state: State) -> State:
         """With plans for every K that is wanted, if some are missing or out of date."""
-        out_of_date = state.unmeasured > len(state.codes) // 16 or (
-            self._asked.most and any(plan.tokens < MEASURED for plan in state.plans.values())
-        )
+        renewed = self._asked.times_filled
+        out_of_date = state.unmeasured > len(state.codes) // 16 or renewed > state.measured
         if not out_of_date and all(k in state.plans for k in self._wanted):
             return state
-        return replace(state, plans=self._plans([state.codes])[0], unmeasured=0)
+        plans = self._plans([state.codes])[0]
+        return replace(state, plans=plans, unmeasured=0, measured=renewed)
 
     def _learn(self) -> None:
         """Tries reductions of every width, and keeps what searches fastest for all K that are wanted."""
-        now = self._snapshot()
+        now, renewed = self._snapshot(), self._asked.times_filled
         order = torch.randperm(len(now.rows), generator=self._generator)[:_SAMPLE]
         sample = self._layer.stored_keys(torch.from_numpy(now.rows)[order])
         tried = []
@@ -290,7 +292,7 @@ class CodedFirstPass:
             numbers = np.concatenate(self._encoded(empty, now.rows))
             tried.append(Codes(reduction, values, now.rows, numbers, now.version))
         states = [
-            State(codes, plans, len(now.rows))
+            State(codes, plans, len(now.rows), measured=renewed)
             for codes, plans in zip(tried, self._plans(tried), strict=True)
         ]
         best = min(states, key=self._cost)
