@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 BASELINE = Path(__file__).with_name("results") / "baseline.json"
-# Of ratios of medians from short runs on a machine that others use too (benchmarks/README.md).
-TOLERANCE = 0.25
+# Of ratios of processor time from short runs on a machine that others use too (benchmarks/README.md).
+TOLERANCE = 0.1
 EXIT_SLOWER, EXIT_NOT_COMPARABLE = 1, 2
 SLOWER, FASTER, SAME, NEW, GONE = "slower", "faster", "", "new", "gone"
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -389,6 +390,7 @@ def run(
     *,
     old: Path | None = None,
     only: str = "",
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Any]:
     """Builds, measures; the document of a run. `only`: a pattern of arms beside the plain model."""
     load = report.load_average()
@@ -396,7 +398,7 @@ def run(
     model = make_model(shape)
     entries = make_entries(model, shape, cache)
     peers = KINDS[:2] if plan is QUICK else KINDS  # IVFPQ trains for minutes
-    bench = Bench(model, shape, entries, Passes(model, shape), cache, progress, peers)
+    bench = Bench(model, shape, entries, Passes(model, shape, clock_ns), cache, progress, peers)
     with tempfile.TemporaryDirectory(prefix="end-to-end-") as made, ExitStack() as stack:
         arms = [bench.arm(PLAIN, None), bench.arm("hook", identity)]
         for name, make in _groups(bench, Path(made), old).items():
@@ -406,6 +408,7 @@ def run(
     settings = asdict(shape) | {
         "decoded": DECODED,
         "only": only,
+        "processor_time": clock_ns is not time.perf_counter_ns,
         "rounds": {what.name: rounds for what, rounds in plan},
     }
     return report.document("end_to_end", settings, rows, ratios_of(rows), load)
@@ -424,6 +427,13 @@ def main(
     only: Annotated[
         str, typer.Option(help="A pattern of arms: replica, faiss, remote, old. Default: all.")
     ] = "",
+    processor_time: Annotated[
+        bool,
+        typer.Option(
+            "--processor-time",
+            help="Of this process, for a machine that others use: arms in this process only, OMP_NUM_THREADS=1.",
+        ),
+    ] = False,
     old: Annotated[
         Path | None,
         typer.Option(help="A checkout of another version; its remote way takes turns."),
@@ -440,7 +450,9 @@ def main(
     plan = QUICK if quick else FULL
     if tiny:
         plan = [(Pass(what.kind, what.batch, 16), 1) for what, _ in plan]
-    made = run(shape, plan, cache, Progress(quiet=quiet), old=old, only=only)
+    clock_ns = time.process_time_ns if processor_time else time.perf_counter_ns
+    progress = Progress(quiet=quiet)
+    made = run(shape, plan, cache, progress, old=old, only=only, clock_ns=clock_ns)
     report.publish(made, report.Files(json_file, plot_file, quiet), table, plot)
 
 

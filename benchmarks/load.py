@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from knnmoe.client import AdminClient
+from knnmoe.client import AdminClient, RoutingClient
 from rich import box
 from rich.table import Table
 
@@ -29,7 +29,6 @@ from benchmarks.clustered import Workload, make_workload
 from benchmarks.sidecars import (
     MEMORY,
     TIMEOUT_S,
-    SidecarClient,
     build_layers,
     fingerprint_of,
     upsert_request,
@@ -47,6 +46,7 @@ TOKENS = (1, 32)
 NUM_EXPERTS, QUERIES = 64, 512
 # What a client that learns example by example sends at a time.
 ENTRIES_PER_WRITE = 64
+JOIN_TIMEOUT_S = 10.0
 Row = dict[str, Any]
 Cell = tuple[str, int, int]  # where, runners, tokens
 Lookup = Callable[[slice], object]
@@ -54,13 +54,14 @@ Lookup = Callable[[slice], object]
 
 def look_up(target: str, workload: Workload, orders: Connection) -> None:
     """A runner of the sidecar."""
-    client = SidecarClient(target)
+    fingerprint = fingerprint_of(workload, 1).message()
+    with RoutingClient(target, MEMORY, fingerprint) as client:
 
-    def lookup(tokens: slice) -> object:
-        return client.streamed(client.request(workload.queries[tokens], workload.logits[tokens], 0))
+        def lookup(tokens: slice) -> object:
+            inputs, logits = workload.queries[tokens], workload.logits[tokens]
+            return client.route(0, inputs, logits, timeout_s=TIMEOUT_S)
 
-    _obey(orders, lookup)
-    client.close()
+        _obey(orders, lookup)
 
 
 def follow(target: str, workload: Workload, orders: Connection) -> None:
@@ -94,6 +95,7 @@ def follow(target: str, workload: Workload, orders: Connection) -> None:
 
 def _obey(orders: Connection, lookup: Lookup) -> None:
     """For each order (seconds, tokens a lookup) the ms of the lookups, until None comes."""
+    lookup(slice(0, 1))  # connects
     orders.send("ready")
     while (order := orders.recv()) is not None:
         seconds, tokens = order
@@ -128,11 +130,11 @@ def runners(
         for end in ends:
             end.recv()
         yield ends
-        for end in ends:
+        for end, process in zip(ends, processes, strict=True):
             end.send(None)
+            process.join(JOIN_TIMEOUT_S)
     finally:
         for process in processes:
-            process.join(10)
             process.kill()
 
 

@@ -193,6 +193,7 @@ class Passes:
 
     model: nn.Module
     shape: Shape
+    clock_ns: Callable[[], int] = time.perf_counter_ns
     _caches: dict[Pass, DynamicCache] = field(default_factory=dict)
 
     def run(self, what: Pass, number: int, policy: Policy | None) -> list[int]:
@@ -222,13 +223,13 @@ class Passes:
         """The decoder alone: what a head costs does not grow with the layers."""
         mask = torch.ones(len(tokens), cache.get_seq_length() + tokens.shape[1], dtype=torch.long)
         mask = mask.to(tokens.device)
-        started = time.perf_counter_ns()
+        started = self.clock_ns()
         self.model.model(  # type: ignore[operator]
             input_ids=tokens, attention_mask=mask, past_key_values=cache
         )
         if tokens.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter_ns() - started
+        return self.clock_ns() - started
 
 
 def fill(

@@ -38,7 +38,7 @@ def baseline(tmp_path: Path) -> Path:
     ("ratios", "words", "code"),
     [
         (RATIOS, [], 0),
-        (RATIOS | {"decode: replica": 1.2}, [], 0),
+        (RATIOS | {"decode: replica": 1.12}, [], 0),
         (RATIOS | {"decode: replica": 1.4}, ["decode: replica", "1.030", "1.400", "slower"], 1),
         (RATIOS | {"decode: remote": 1.1}, ["decode: remote", "1.100", "faster"], 0),
         ({"decode: replica": 1.03}, ["decode: remote", "gone"], 1),
@@ -56,8 +56,8 @@ def test_says_what_became_slower(
 
 
 def test_the_tolerance_can_be_given(baseline: Path, tmp_path: Path) -> None:
-    (tmp_path / "now.json").write_text(json.dumps(result(RATIOS | {"decode: replica": 1.2})))
-    done = compare(tmp_path / "now.json", "--baseline", baseline, "--tolerance", "0.1")
+    (tmp_path / "now.json").write_text(json.dumps(result(RATIOS | {"decode: replica": 1.12})))
+    done = compare(tmp_path / "now.json", "--baseline", baseline, "--tolerance", "0.05")
     assert done.exit_code == 1
 
 

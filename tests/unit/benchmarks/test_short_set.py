@@ -35,6 +35,16 @@ def test_every_option_is_explained(name: str) -> None:
     assert options >= ({"json"} if name != "compare" else {"baseline", "update"})
 
 
+def test_make_bench_compares_what_the_baseline_holds() -> None:
+    compared = re.findall(
+        r"benchmarks\.compare \$\(RESULTS\)/(\w+)", (ROOT / "Makefile").read_text()
+    )
+    baseline = json.loads((ROOT / "benchmarks/results/baseline.json").read_text())
+    assert list(baseline) == compared
+    assert baseline["end_to_end"]["settings"]["processor_time"]
+    assert "decode x1: replica, K = 1" in baseline["end_to_end"]["ratios"]
+
+
 def shown(module: Any, made: dict[str, Any], picture: Path) -> str:
     """The table, after the picture was written and the document went through JSON."""
     rows = json.loads(json.dumps(made))["rows"]
