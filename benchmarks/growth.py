@@ -209,6 +209,11 @@ def _panel(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
         mine = [row for row in rows if row["engine"] == engine]
         axes.plot([row[x] for row in mine], [row[y] for row in mine], "o-", label=engine)
     axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.minorticks_off()
+    at = sorted({row[x] for row in rows})
+    axes.set_xticks(at, [str(number) for number in at], fontsize=8)
+    most, least = max(row[y] for row in rows), min(row[y] for row in rows)
+    axes.set_ylim(least / 3, most * 3)
 
 
 def _most_common(numbers: Sequence[int]) -> int:
