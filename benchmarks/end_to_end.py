@@ -223,13 +223,23 @@ def old_arms(bench: Bench, checkout: Path, directory: Path) -> Iterator[list[Arm
     bench.progress.say(f"filling a sidecar of {checkout} ...")
     with (directory / "old.log").open("w") as log, ExitStack() as stack:
         sidecar = subprocess.Popen(
-            [*serve, "--listen", address], env=there, stdout=subprocess.PIPE, stderr=log, text=True
+            [*serve, "--listen", address],
+            env=there,
+            cwd=checkout,  # -m looks there first
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
         stack.callback(sidecar.wait)
         stack.callback(sidecar.terminate)
         _expect(sidecar, "listening on")
         process = subprocess.Popen(
-            worker, env=there, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            worker,
+            env=there,
+            cwd=checkout,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         stack.enter_context(process)
         assert process.stdin is not None
