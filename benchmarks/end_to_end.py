@@ -446,7 +446,12 @@ def main(
     ] = False,
     old: Annotated[
         Path | None,
-        typer.Option(help="A checkout of another version; its remote way takes turns."),
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            resolve_path=True,
+            help="A checkout of another version; its remote way takes turns.",
+        ),
     ] = None,
     plot_file: report.PlotFile = None,
     cache: Annotated[Path, typer.Option(help="Keeps keys and indexes between runs.")] = CACHE,
