@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc
+import numpy as np
 from google.protobuf.message import DecodeError
 from knnmoe.client.direct import ANSWER, REQUEST, SUFFIX
 from knnmoe.v1 import routing_pb2 as pb
@@ -101,12 +102,13 @@ class Peer:
         data = self.connection.recv(size)
         if len(data) == size:
             return data
-        whole = bytearray(size)
-        whole[: len(data)] = data
-        view = memoryview(whole)[len(data) :]
+        whole = np.empty(size, np.uint8)  # which takes memory only as bytes come
+        view = whole.data
+        view[: len(data)] = data
+        view = view[len(data) :]
         while data and view and (read := self.connection.recv_into(view)):
             view = view[read:]
-        return None if view else bytes(whole)
+        return None if view else whole.tobytes()
 
 
 class DirectServer:
@@ -122,7 +124,7 @@ class DirectServer:
         self._changed = threading.Condition()
 
     def start(self) -> None:
-        """Takes the path, for whoever had it does not answer at gRPC's. Raises StorageError."""
+        """Takes the path, at which nobody may listen. Raises StorageError."""
         with storage_call(f"listen on {self._path}"):
             self._path.unlink(missing_ok=True)
             self._listener.bind(str(self._path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 import socket
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from knnmoe.channels import message_size_options
+from knnmoe.client.direct import SUFFIX
 from knnmoe.v1 import doctor_pb2_grpc, memory_admin_pb2_grpc, routing_pb2_grpc
 from knnmoe.v1.operations_pb2_grpc import add_OperationServiceServicer_to_server as add_operations
 from knnmoe.v1.quantization_pb2_grpc import (
@@ -170,7 +172,10 @@ class RoutingServer:
 
     def _bind(self) -> str:
         listen = self.settings.listen
-        _refuse_live_socket(listen)
+        if listen.startswith("unix:"):
+            path = listen.removeprefix("unix:")
+            for each in (path, path + SUFFIX):
+                _require_free(Path(each))
         try:
             port = self._grpc.add_insecure_port(listen)
         except RuntimeError as error:
@@ -229,22 +234,22 @@ def _check_address(settings: ServiceSettings) -> None:
         )
 
 
-def _refuse_live_socket(listen: str) -> None:
-    """Raises StorageError when another process answers on a Unix socket: gRPC would silently take the path from it."""
-    if not listen.startswith("unix:"):
-        return
+def _require_free(path: Path) -> None:
+    """Raises StorageError unless a Unix socket may be made here: its path is silently taken from whoever has it."""
+    if path.exists() and not path.is_socket():
+        raise StorageError(
+            f"cannot listen on unix:{path}: it is no socket; choose another --listen"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(listen.removeprefix("unix:")) == 0:
+        if probe.connect_ex(str(path)) == 0:
             raise StorageError(
-                f"cannot listen on {listen}: another process does; choose another --listen"
+                f"cannot listen on unix:{path}: another process does; choose another --listen"
             )
 
 
 def _check_socket_path(path: str) -> None:
-    if not path or len(path) > 100:
-        raise InvalidField(
-            "--listen", f"unix:{path}", "unix:PATH with a path of 1 to 100 characters"
-        )
+    if not 1 <= len(os.fsencode(path)) <= 100:
+        raise InvalidField("--listen", f"unix:{path}", "unix:PATH with a path of 1 to 100 bytes")
     if not Path(path).absolute().parent.is_dir():
         raise InvalidField("--listen", f"unix:{path}", "a socket in a directory that exists")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import resource
 import socket
 import struct
+import termios
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +16,10 @@ import pytest
 from knnmoe import tensors
 from knnmoe.client import ExampleRef, RoutingClient, ServiceError, ServiceUnavailable
 from knnmoe.client.calls import DuplexStream
-from knnmoe.client.direct import SUFFIX, DirectStream
+from knnmoe.client.direct import SUFFIX, DirectStream, socket_path
 from knnmoe.v1 import routing_pb2 as pb
 
+from tests.integration.server_snapshots import until
 from tests.sidecar import (
     CALL_TIMEOUT_S,
     EXPERTS,
@@ -201,3 +206,59 @@ def test_an_answer_that_does_not_come_in_time_ends_the_stream(
             stream.receive(0.05)
         assert stream.ended
     assert _answer(sidecar, digest).router_logits.data
+
+
+def test_a_refusal_is_heard_while_a_message_is_on_its_way(tmp_path: Path) -> None:
+    flags = ["--max-message-bytes", "100000"]
+    listen = f"unix:{tmp_path}/s"
+    with Sidecar(tmp_path / "data", listen=listen, backend="exact", flags=flags) as sidecar:
+        digest = sidecar.create(MEMORY, kind=LOGIT_DELTA, gamma=[0.05])
+        stream = direct(sidecar)
+        stream.send(asked(digest, MANY))  # more than the socket takes
+        with pytest.raises(
+            ServiceError, match=r"request: got '\d+ bytes', expected at most 100000"
+        ):
+            stream.receive(CALL_TIMEOUT_S)
+        with pytest.raises(ServiceUnavailable, match="ended"):
+            stream.receive(CALL_TIMEOUT_S)
+
+
+@pytest.mark.parametrize("taken_by", ["a file", "a service"])
+def test_a_path_that_is_another_s_is_not_taken(tmp_path: Path, taken_by: str) -> None:
+    path = Path(f"{tmp_path}/s{SUFFIX}")
+    with socket.socket(socket.AF_UNIX) as other:
+        if taken_by == "a file":
+            path.write_text("precious")
+        else:
+            other.bind(str(path))
+            other.listen()
+        before = path.stat()
+        with pytest.raises(
+            AssertionError, match=rf"cannot listen on unix:{path}: .*choose another --listen"
+        ):
+            Sidecar(tmp_path / "data", listen=f"unix:{tmp_path}/s", backend="exact")
+        assert path.stat().st_ino == before.st_ino
+
+
+def test_a_message_that_does_not_come_takes_no_memory(serving: tuple[Sidecar, str]) -> None:
+    sidecar, digest = serving
+    status = Path(f"/proc/{sidecar.process.pid}/statm")
+
+    def resident_bytes() -> int:
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+
+    before = resident_bytes()
+    with ExitStack() as stack:
+        for _ in range(8):
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.connect(socket_path(sidecar.target))
+            connection.sendall(struct.pack("<I", 64 << 20) + bytes(MANY))
+            until(lambda taken=connection: not _unread(taken))
+        _answer(sidecar, digest)
+        assert resident_bytes() - before < 64 << 20
+
+
+def _unread(connection: socket.socket) -> int:
+    """Bytes that the other end has not taken yet."""
+    (unread,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+    return int(unread)

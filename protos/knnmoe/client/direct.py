@@ -108,17 +108,20 @@ class DirectStream:
     def _wait(self, give_up_s: float, timeout_s: float) -> None:
         """Until more has come or gone. Raises OSError at the end, and ServiceUnavailable when it is too late."""
         left_s = give_up_s - time.monotonic()
+        if self._socket.fileno() < 0:
+            raise ConnectionResetError
         wanted = select.POLLIN | (select.POLLOUT if self._out else 0)
         self._events.modify(self._socket, wanted)
         events = self._events.poll(max(0.0, 1000 * left_s))
         if not events:
             raise no_answer(timeout_s, self._target)
-        if events[0][1] & ~select.POLLOUT:
+        if events[0][1] & ~select.POLLOUT:  # a refusal comes before what cannot be sent any more
             more = self._socket.recv(_READ_BYTES)
             if not more:
                 raise ConnectionResetError
             self._in += more
-        self._flush()
+        else:
+            self._flush()
 
     def _taken(self) -> pb.RouteResponse | None:
         """The next response, once it is there. Raises ServiceError for a refusal."""
