@@ -408,10 +408,10 @@ class Pacing:
         return time.monotonic() + _PATIENCE_S
 
     def rest(self, worked_s: float, until: float = float("inf")) -> None:
-        """After a write that kept the engine for `worked_s`; not when it is later than `until`."""
+        """After a write that kept the engine for `worked_s`; not beyond `until`."""
         self._wrote = time.monotonic()
         if self.being_searched and self._wrote < until:
-            time.sleep(_REST * worked_s)
+            time.sleep(min(_REST * worked_s, until - self._wrote))
 
     @property
     def being_searched(self) -> bool:

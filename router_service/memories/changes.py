@@ -146,5 +146,10 @@ class ChangeLog:
         with self._changed:
             return self._changed.wait_for(come, timeout_s)
 
+    def rest(self, ended: Callable[[], bool], timeout_s: float) -> None:
+        """So long, or until `ended`, which wake() asks again."""
+        with self._changed:
+            self._changed.wait_for(ended, timeout_s)
+
     def _busy(self, layers: Collection[int]) -> bool:
         return self._under_way[SETTINGS] > 0 or any(self._under_way[each] > 0 for each in layers)

@@ -33,8 +33,9 @@ _ROUNDS = 8
 _MOST_HELD_OFF, _HOLD_OFF_S = 1024, 1.0
 # Ids and digests that are looked at together.
 _IDS_PER_PAGE = 4096
-# While the memory is searched a copy rests so many times as long as it read.
-_REST = 8.0
+# While the memory is searched a copy rests so many times as long as it read, but no longer than so many seconds: what
+# takes as long has waited, not read.
+_REST, _LONGEST_REST_S = 8.0, 2.0
 # Layers that are copied at a time: more would wait for each other's Python.
 _TOGETHER = 2
 _NO_IDS: U64 = np.empty(0, np.uint64)
@@ -135,16 +136,20 @@ class Feed:
         if (error := self._why_over()) is not None:
             raise error
 
-    def _read(self, layer: LayerMemory, read: Callable[[], T]) -> T:
+    def _read(self, layer: LayerMemory, read: Callable[[], T]) -> Generator[Event, None, T]:
         """What `read` returns, after a rest when the memory is searched and something was read just before."""
-        if not self._holding_off:
-            time.sleep(max(0.0, self._rest_until.get(layer.layer, 0.0) - time.monotonic()))
+        until = 0.0 if self._holding_off else self._rest_until.get(layer.layer, 0.0)
+        while (left_s := until - time.monotonic()) > 0:
+            self._log.rest(self._is_over, min(left_s, self._heartbeat_s))
+            self._require()
+            yield from self._alive()
         self._require()
         started = time.monotonic()
         found = read()
         if any(pacing.being_searched for pacing in self._pacings):
-            worked_s = time.monotonic() - started
-            self._rest_until[layer.layer] = time.monotonic() + _REST * worked_s
+            now = time.monotonic()
+            rest_s = min(_REST * (now - started), _LONGEST_REST_S)
+            self._rest_until[layer.layer] = now + rest_s
         return found
 
     def _copied(self, held: Mapping[int, Held]) -> Iterator[Event]:
@@ -156,7 +161,7 @@ class Feed:
 
     def _all_of(self, layer: LayerMemory) -> Iterator[Event]:
         pages = layer.collection.all_entries(self._page_entries)
-        while (page := self._read(layer, partial(next, pages, None))) is not None:
+        while (page := (yield from self._read(layer, partial(next, pages, None)))) is not None:
             yield Upserted(layer.layer, *page)
 
     def _differences(self, layer: LayerMemory, held: Held) -> Iterator[Event]:
@@ -231,7 +236,7 @@ class Feed:
         """What has become of the entries of these ids [n], ascending."""
         for start in range(0, len(ids), self._page_entries):
             part = ids[start : start + self._page_entries]
-            found = self._read(layer, partial(layer.collection.entries, part))
+            found = yield from self._read(layer, partial(layer.collection.entries, part))
             yield from self._deleted(layer, np.setdiff1d(part, found.ids, assume_unique=True))
             if len(found):
                 yield _upserted(layer, found)

@@ -43,6 +43,13 @@ def test_a_write_rests_only_while_others_search(clock: Clock) -> None:
     assert clock.slept == pytest.approx(0.1)
 
 
+def test_a_rest_ends_with_patience(clock: Clock) -> None:
+    pace = Pacing()
+    pace.searched()
+    pace.rest(1.0, pace.patience())
+    assert clock.slept == pytest.approx(5.0)
+
+
 def test_a_write_waits_for_the_index_while_others_search(clock: Clock) -> None:
     pace = Pacing()
     pace.wait_while(lambda: True, pace.patience())

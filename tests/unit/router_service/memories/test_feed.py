@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from router_service.backends import base
+from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.exact import ExactBackend
+from router_service.memories import replication
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.replication import Deleted, Event, Feed, Synced, Upserted
 from router_service.memories.settings import MemorySettings
@@ -85,6 +92,37 @@ def test_a_write_that_takes_long_is_waited_for_with_signs_of_life(memory: Routin
 
 def _is_sign(event: Event) -> bool:
     return isinstance(event, Deleted) and not len(event.ids)
+
+
+def test_a_rest_shows_signs_of_life_and_ends_with_the_feed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside lookups, after a page that was waited for."""
+    monkeypatch.setattr(base, "_RECENT_S", float("inf"))
+    monkeypatch.setattr(replication, "_REST", 100.0)
+    over: list[Exception] = []
+    with closing(EdgeBackend(tmp_path)) as backend:
+        memory = MemoryStore(backend, None).create("m", MODEL, SETTINGS)
+        fill(memory, 0, 40)
+        collection = memory.layers[0].collection
+        collection.pacing.searched()
+        feed = Feed(memory, memory.layers[:1], 16, 0.001, lambda: over[0] if over else None)
+        feed.copy({})
+        events = feed.events()
+        with ThreadPoolExecutor(1) as pool:
+            with collection._served.engine_call():
+                first = pool.submit(next, events)
+                while not collection._served._engine._waiting:
+                    time.sleep(0.01)
+                time.sleep(0.05)
+            while _is_sign(found := first.result()):
+                first = pool.submit(next, events)
+        assert isinstance(found, Upserted)
+        assert _is_sign(next(events))
+        assert _is_sign(next(events))
+        over.append(KeyError("gone"))
+        with pytest.raises(KeyError, match="gone"):
+            list(takewhile(_is_sign, events))
 
 
 def test_nothing_new_is_the_same_position_again(memory: RoutingMemory) -> None:
