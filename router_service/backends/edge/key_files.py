@@ -9,29 +9,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from router_service.arrays import F32, U64, Bool, Rows
+from router_service.backends.disk import storage_call
 
 # Of the keys of a segment with an index, and of one that is written to: what comes before the first key.
 _FILES = {"vector_storage/matrix.dat": 4, "vector_storage/vectors/chunk_*.mmap": 0}
 
 
 def read_keys(shard: Path, dimension: int, rows: int) -> Iterator[F32]:
-    """What may be keys, `rows` [m, d] at a time. Ends early when the files are replaced by others."""
+    """What may be keys, `rows` [m, d] at a time. Ends early when the files are replaced by others.
+
+    Raises StorageError.
+    """
     for pattern, start in _FILES.items():
-        for path in sorted(shard.glob(f"segments/*/{pattern}")):
-            try:
-                file = path.open("rb", buffering=0)
-            except FileNotFoundError:
-                return
+        for path in _listed(shard, pattern):
+            with storage_call(f"read {path}"):
+                try:
+                    file = path.open("rb", buffering=0)
+                except FileNotFoundError:
+                    return
             with file:
                 file.seek(start)
-                while len(block := np.fromfile(file, "<f4", rows * dimension)) >= dimension:
+                while len(block := _read(path, file, rows * dimension)) >= dimension:
                     whole = len(block) // dimension * dimension
                     keys = block[:whole].reshape(-1, dimension)
                     yield keys[keys.any(axis=1)]  # files are longer than what is in them
+
+
+def _listed(shard: Path, pattern: str) -> list[Path]:
+    with storage_call(f"list {shard}"):
+        try:
+            return sorted(shard.glob(f"segments/*/{pattern}"))
+        except FileNotFoundError:  # a directory went while it was looked into
+            return []
+
+
+def _read(path: Path, file: IO[bytes], numbers: int) -> F32:
+    with storage_call(f"read {path}"):
+        return np.fromfile(file, "<f4", numbers)
 
 
 class SoughtKeys:
