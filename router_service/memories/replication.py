@@ -27,10 +27,10 @@ from router_service.memories.settings import MemorySettings
 
 T = TypeVar("T")
 
-# How often what changed is sent while there is no moment at which nothing changes; then writes are held off.
-_ROUNDS = 8
-# Entries that are read while writes are held off, at the most, and how long those under way are waited for.
-_MOST_HELD_OFF, _HOLD_OFF_S = 1024, 1.0
+# How often what changed is sent while there is no moment at which nothing changes; then writes are held off, for more
+# entries than so many only after more rounds; and how long those under way are waited for.
+_ROUNDS, _FEW_ENTRIES, _MOST_ROUNDS = 8, 1024, 16
+_HOLD_OFF_S = 1.0
 # Ids and digests that are looked at together.
 _IDS_PER_PAGE = 4096
 # While the memory is searched a copy rests so many times as long as it read, but no longer than so many seconds: what
@@ -109,6 +109,9 @@ class Feed:
         """Begins with what changed after a position; returns how many entries that are. Raises ReplicaBehind."""
         self._place = self._log.place_of(after)
         changed, _ = self._log.since(self._place)
+        return self._wanted(changed)
+
+    def _wanted(self, changed: Mapping[int, U64]) -> int:
         return sum(len(ids) for layer, ids in changed.items() if layer in self._layers)
 
     def events(self) -> Iterator[Event]:
@@ -196,9 +199,9 @@ class Feed:
                 if not self._log.wait(self._place, self._is_over, self._heartbeat_s):
                     yield from self._nothing()
                 continue
-            wanted = sum(map(len, changed.values()))
             rounds += 1
-            if rounds > _ROUNDS and wanted <= _MOST_HELD_OFF:
+            few = self._wanted(changed) <= _FEW_ENTRIES
+            if rounds > (_ROUNDS if few else _MOST_ROUNDS):
                 found, position = self._held_off()
                 yield from found
                 if position is not None:

@@ -31,8 +31,8 @@ def memory() -> RoutingMemory:
     return made
 
 
-def feed_of(memory: RoutingMemory, heartbeat_s: float = 60.0) -> Feed:
-    feed = Feed(memory, memory.layers, 16, heartbeat_s, lambda: None)
+def feed_of(memory: RoutingMemory, heartbeat_s: float = 60.0, page_entries: int = 16) -> Feed:
+    feed = Feed(memory, memory.layers, page_entries, heartbeat_s, lambda: None)
     feed.copy({})
     return feed
 
@@ -47,15 +47,15 @@ def until_synced(events: Iterator[Event]) -> list[Event]:
 
 
 @contextmanager
-def writing(memory: RoutingMemory, threads: int) -> Iterator[None]:
-    """Several writers of every layer, each of whom begins as soon as it has ended."""
+def writing(memory: RoutingMemory, threads: int, entries: int = 2) -> Iterator[None]:
+    """Several writers of so many entries to every layer, each of whom begins as soon as it has ended."""
     ended = threading.Event()
 
     def write(number: int) -> None:
         while not ended.is_set():
-            fill(memory, number, number + 2)
+            fill(memory, number, number + entries)
 
-    running = [threading.Thread(target=write, args=(10 * n,)) for n in range(threads)]
+    running = [threading.Thread(target=write, args=(10_000 * n,)) for n in range(threads)]
     for thread in running:
         thread.start()
     try:
@@ -66,10 +66,13 @@ def writing(memory: RoutingMemory, threads: int) -> Iterator[None]:
             thread.join()
 
 
-def test_writes_without_a_pause_are_held_off(memory: RoutingMemory) -> None:
-    events = feed_of(memory).events()
-    with writing(memory, 3):
-        for _ in range(3):
+@pytest.mark.parametrize(("entries", "times"), [(2, 3), (600, 1)])
+def test_writes_without_a_pause_are_held_off(
+    memory: RoutingMemory, entries: int, times: int
+) -> None:
+    events = feed_of(memory, page_entries=4096).events()
+    with writing(memory, 3, entries):
+        for _ in range(times):
             assert isinstance(until_synced(events)[-1], Synced)
     last = until_synced(events)[-1]
     while last.position.version < memory.version:
