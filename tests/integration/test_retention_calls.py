@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from grpc import StatusCode
 from knnmoe import tensors
+from knnmoe.client import ReplicationClient
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import operations_pb2 as operations_pb
+from knnmoe.v1 import replication_pb2, retention_pb2_grpc, types_pb2
 from knnmoe.v1 import retention_pb2 as pb
-from knnmoe.v1 import retention_pb2_grpc, types_pb2
 
 from tests.integration.refusals import INVALID, PRECONDITION, Case, Memories, assert_refused
 from tests.sidecar import (
@@ -22,6 +23,7 @@ from tests.sidecar import (
     LOGIT_DELTA,
     Sidecar,
     exported,
+    make_fingerprint,
     random_entries,
     random_keys,
     refusal,
@@ -164,6 +166,22 @@ def test_hits_of_routing_decide(sidecar: Sidecar, filled: str) -> None:
         4,
         0,
     )
+
+
+def test_hits_that_copies_report_decide(sidecar: Sidecar, filled: str) -> None:
+    """One that comes twice counts once; of a layer without any, one entry stays (keep_at_least)."""
+    [entries] = exported(sidecar, filled, 2)
+    ids = tensors.to_array(entries.ids)
+    digest = sidecar.describe(filled).model_digest
+    with ReplicationClient(sidecar.target, filled, make_fingerprint()) as client:
+        for number, rows in ((1, [1, 4]), (1, [1, 4]), (2, [4, 9])):
+            found = {"ids": _ids(*ids[rows].tolist()), "hits": _ids(1, 2)}
+            hits = replication_pb2.LayerHits(layer=2, lookups=1, tokens=2, **found)
+            client.report_hits(digest, [hits], number)
+    _prune(sidecar, filled, unused_below=2)
+    [left] = exported(sidecar, filled, 2)
+    assert tensors.to_array(left.ids).tolist() == sorted(ids[[4, 9]].tolist())
+    assert _counts(sidecar, filled) == [1, 0, 2]
 
 
 def test_new_entries_are_spared_for_lack_of_use(sidecar: Sidecar, filled: str) -> None:

@@ -66,7 +66,7 @@ def writing(memory: RoutingMemory, threads: int, entries: int = 2) -> Iterator[N
             thread.join()
 
 
-@pytest.mark.parametrize(("entries", "times"), [(2, 3), (600, 1)])
+@pytest.mark.parametrize(("entries", "times"), [(2, 3), (1500, 1)])
 def test_writes_without_a_pause_are_held_off(
     memory: RoutingMemory, entries: int, times: int
 ) -> None:
