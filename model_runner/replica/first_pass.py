@@ -77,6 +77,16 @@ class Changes:
     shown: Tensor
 
 
+class _Ending(Exception):
+    """The program ends, and waits for its threads."""
+
+
+def _require_program() -> None:
+    """Between two steps of a thread: a program that has nothing else to do must not wait for codes. Raises _Ending."""
+    if not threading.main_thread().is_alive():
+        raise _Ending
+
+
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
     """A layer at one version: rows that lookups found [n], all rows' versions [capacity]."""
@@ -226,6 +236,8 @@ class CodedFirstPass:
         try:
             with _ONE_AT_A_TIME, torch.no_grad():
                 self._bring_up_to_date()
+        except _Ending:
+            log.debug("the program ends before a layer of the replica has a first pass")
         except Exception:
             self._failed = True
             log.exception("a layer of the replica has no first pass any more, every row is scanned")
@@ -235,6 +247,7 @@ class CodedFirstPass:
                 self._worked.notify_all()
 
     def _bring_up_to_date(self) -> None:
+        _require_program()
         state = self._state
         if state is not None:
             state = self._renewed(state)
@@ -268,8 +281,12 @@ class CodedFirstPass:
         )
 
     def _encoded(self, codes: Codes, rows: I64) -> list[U8]:
-        parts = [rows[start : start + _SLICE] for start in range(0, len(rows), _SLICE)]
-        return [codes.encode(self._layer.stored_keys(torch.from_numpy(part))) for part in parts]
+        encoded = []
+        for start in range(0, len(rows), _SLICE):
+            _require_program()
+            part = torch.from_numpy(rows[start : start + _SLICE])
+            encoded.append(codes.encode(self._layer.stored_keys(part)))
+        return encoded
 
     def _measured(self, state: State) -> State:
         """With plans for every K that is wanted, if some are missing or out of date."""
@@ -327,6 +344,7 @@ class CodedFirstPass:
             return _Snapshot(layer.version, found, layer.row_versions.copy())
 
     def _plans(self, tried: Sequence[Codes]) -> list[dict[int, Plan]]:
+        _require_program()
         return measure(self._layer, tried, sorted(self._wanted), self._asked.tokens())
 
 

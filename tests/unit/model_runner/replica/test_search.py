@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -322,6 +324,40 @@ def test_without_faiss_every_row_is_looked_at_and_the_log_says_so_once(
     require_consistent(layer, queries, rows, distances)
     np.testing.assert_allclose(distances, expected, rtol=1e-5)
     assert caplog.text.count("FAISS is not installed") == 1
+
+
+ENDS_WHILE_IT_LEARNS = """
+import threading
+import torch
+from model_runner.replica import first_pass
+from model_runner.replica.layer import LayerReplica
+from tests.unit.model_runner.replica.test_search import Keys, filled
+
+begun, encode = threading.Event(), first_pass.Codes.encode
+
+def encoded(self, keys):
+    begun.set()
+    threading.main_thread().join()
+    print("encoded", flush=True)
+    return encode(self, keys)
+
+first_pass.Codes.encode = encoded
+first_pass.measure = lambda *_: print("measured", flush=True)
+keys = Keys()
+layer = filled(keys.some(3000))
+layer.first_pass = first_pass.CodedFirstPass(layer, "pca")
+layer.first_pass.nearest(keys.some(300), 1)
+layer.first_pass.nearest(keys.some(1), 1)
+begun.wait()
+"""
+
+
+def test_a_program_that_ends_does_not_wait_for_codes() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_IT_LEARNS], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == ["encoded"], ended.stderr
+    assert not ended.stderr
 
 
 def test_another_choice_is_refused() -> None:
