@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -55,6 +54,8 @@ _KEY_BYTES = {
 }
 # Clients whose last report is remembered, and the most that one can have counted.
 _CLIENTS, _MOST_COUNTED = 4096, 1 << 40
+# Sums of as many lambdas, which are 1 at most but for rounding.
+_ROUNDED = 1.001
 _IDS_PER_LOOK = 512
 
 
@@ -333,8 +334,12 @@ def _decode_hits(memory: RoutingMemory, number: int, message: pb.LayerHits) -> _
     for name, count in counts.items():
         if count > _MOST_COUNTED:
             raise InvalidField(f"{field}.{name}", count, f"at most {_MOST_COUNTED}")
-    if not (math.isfinite(message.lambda_sum) and 0 <= message.lambda_sum <= _MOST_COUNTED):
-        raise InvalidField(f"{field}.lambda_sum", message.lambda_sum, "a finite sum, not negative")
+    if message.tokens_abstained > message.tokens:
+        expected = f"at most {message.tokens}, as tokens"
+        raise InvalidField(f"{field}.tokens_abstained", message.tokens_abstained, expected)
+    if not 0 <= message.lambda_sum <= _ROUNDED * message.tokens:  # NaN is not
+        expected = f"0 to {message.tokens}, as tokens"
+        raise InvalidField(f"{field}.lambda_sum", message.lambda_sum, expected)
     there = [_there(layer, ids[n : n + _IDS_PER_LOOK]) for n in range(0, len(ids), _IDS_PER_LOOK)]
     kept = np.isin(ids, np.concatenate([np.empty(0, np.uint64), *there]))
     ids, hits = ids[kept], hits[kept]

@@ -520,6 +520,8 @@ def test_a_client_that_is_closed(ram_sidecar: Sidecar, name: str) -> None:
         (report(0, [], [], tokens=2**63), "layers[0].tokens"),
         (report(0, [], [], lambda_sum=float("nan")), "layers[0].lambda_sum"),
         (report(0, [], [], lambda_sum=-1.0), "layers[0].lambda_sum"),
+        (report(0, [], [], tokens=2, lambda_sum=2.1), "layers[0].lambda_sum"),
+        (report(0, [], [], tokens=2, tokens_abstained=3), "layers[0].tokens_abstained"),
     ],
 )
 def test_reports_that_are_refused(
