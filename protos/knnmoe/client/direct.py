@@ -115,12 +115,14 @@ class DirectStream:
         events = self._events.poll(max(0.0, 1000 * left_s))
         if not events:
             raise no_answer(timeout_s, self._target)
-        if events[0][1] & ~select.POLLOUT:  # a refusal comes before what cannot be sent any more
-            more = self._socket.recv(_READ_BYTES)
-            if not more:
-                raise ConnectionResetError
-            self._in += more
-        else:
+        if not events[0][1] & ~select.POLLOUT:
+            self._flush()
+            return
+        more = self._socket.recv(_READ_BYTES)
+        if not more:
+            raise ConnectionResetError
+        self._in += more
+        with suppress(OSError):  # what came may be a refusal, which says why
             self._flush()
 
     def _taken(self) -> pb.RouteResponse | None:
