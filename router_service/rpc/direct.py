@@ -175,6 +175,8 @@ class DirectServer:
                 self._answer_all(peer)
         except OSError as error:
             log.info("%s left: %s", peer.peer(), error)
+        except Exception:
+            log.exception("%s failed, and %s had left", _METHOD, peer.peer())
         finally:
             with self._changed:
                 self._peers.discard(peer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import os
@@ -241,7 +242,8 @@ def _require_free(path: Path) -> None:
             f"cannot listen on unix:{path}: it is no socket; choose another --listen"
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(str(path)) == 0:
+        probe.setblocking(False)
+        if probe.connect_ex(str(path)) in (0, errno.EAGAIN):  # EAGAIN: it takes no more
             raise StorageError(
                 f"cannot listen on unix:{path}: another process does; choose another --listen"
             )

@@ -223,23 +223,6 @@ def test_a_refusal_is_heard_while_a_message_is_on_its_way(tmp_path: Path) -> Non
             stream.receive(CALL_TIMEOUT_S)
 
 
-@pytest.mark.parametrize("taken_by", ["a file", "a service"])
-def test_a_path_that_is_another_s_is_not_taken(tmp_path: Path, taken_by: str) -> None:
-    path = Path(f"{tmp_path}/s{SUFFIX}")
-    with socket.socket(socket.AF_UNIX) as other:
-        if taken_by == "a file":
-            path.write_text("precious")
-        else:
-            other.bind(str(path))
-            other.listen()
-        before = path.stat()
-        with pytest.raises(
-            AssertionError, match=rf"cannot listen on unix:{path}: .*choose another --listen"
-        ):
-            Sidecar(tmp_path / "data", listen=f"unix:{tmp_path}/s", backend="exact")
-        assert path.stat().st_ino == before.st_ino
-
-
 def test_a_message_that_does_not_come_takes_no_memory(serving: tuple[Sidecar, str]) -> None:
     sidecar, digest = serving
     status = Path(f"/proc/{sidecar.process.pid}/statm")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from knnmoe.client.direct import SUFFIX
 
 from router_service.errors import StorageError
 from router_service.rpc import server as server_module
@@ -56,3 +59,29 @@ def test_a_start_that_fails_can_be_stopped(tmp_path: Path) -> None:
         second.start()
     second.stop()
     first.stop()
+
+
+@pytest.mark.parametrize("taken_by", ["a file", "a service", "a service that hangs"])
+@pytest.mark.parametrize("suffix", ["", SUFFIX])
+def test_a_socket_s_path_that_is_another_s_is_not_taken(
+    tmp_path: Path, taken_by: str, suffix: str
+) -> None:
+    path = Path(f"{tmp_path}/s{suffix}")
+    server = RoutingServer(_settings(tmp_path / "data", f"unix:{tmp_path}/s"))
+    with ExitStack() as stack:
+        if taken_by == "a file":
+            path.write_text("precious")
+        else:
+            other = stack.enter_context(socket.socket(socket.AF_UNIX))
+            other.bind(str(path))
+            other.listen(0)
+        while taken_by == "a service that hangs":  # until it takes no more connections
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            if client.connect_ex(str(path)) != 0:
+                break
+        before = path.stat()
+        with pytest.raises(StorageError, match=f"listen on unix:{path}: .*choose another --listen"):
+            server.start()
+        server.stop()
+        assert path.stat().st_ino == before.st_ino
