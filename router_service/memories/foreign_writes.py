@@ -37,6 +37,7 @@ class ForeignWrites:
         self._name = memory.record.name
         self._known: dict[int, tuple[U64, U64]] = {}
         self._listing_s = 0.0
+        self._listed_s = -float("inf")  # when the last listing began, on the monotonic clock
         self._lock = threading.Lock()  # around a listing, and what is below
         self._copies = 0
         self._ended = threading.Event()
@@ -52,8 +53,10 @@ class ForeignWrites:
         if not self._layers:
             yield 0
             return
+        came_s = time.monotonic()
         with self._lock:
-            self._look()
+            if self._listed_s < came_s:  # else that began since, for another who came
+                self._look()
             self._copies += 1
             if self._copies == 1:
                 self._ended = threading.Event()
@@ -93,7 +96,8 @@ class ForeignWrites:
             if before is not None and len(ids := _differing(before, now)):
                 self._changes.found(number, ids)
             self._known[number] = now
-        self._listing_s, self.problem = time.monotonic() - started, None
+        self._listing_s, self._listed_s = time.monotonic() - started, started
+        self.problem = None
 
 
 def _listed(collection: Shared) -> tuple[U64, U64]:
