@@ -44,7 +44,7 @@ USES: dict[str, Use] = {
     "merge/from": Use("merge {name} other", needs=True),
     "migrate": Use("migrate {name} --from embedded --to {out}", needs=True),
     "calibrate": Use("calibrate {name}", needs=True),
-    "optimize": Use("optimize {name}", needs=True, grows=True),
+    "optimize": Use("optimize {name} --quantization int8", needs=True, grows=True),
     "quantize": Use("quantize {name} --method int8", needs=True, grows=True),
     "quantize/measure": Use("quantize {name} --measure --methods int8", needs=True, grows=True),
     "stats": Use("stats {name}", needs=True, reads=True),

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15knnmoe/v1/types.proto\x12\tknnmoe.v1\"F\n\x06Tensor\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.knnmoe.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"Z\n\x10SparseAssignment\x12\"\n\x07\x65xperts\x18\x01 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\"\n\x07weights\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\"\x8a\x01\n\x10ModelFingerprint\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x13\n\x0brouter_hash\x18\x06 \x01(\t\"\x96\x04\n\x0eMemorySettings\x12\x13\n\x06preset\x18\x01 \x01(\tH\x00\x88\x01\x01\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x15.knnmoe.v1.MemoryKindH\x01\x88\x01\x01\x12.\n\nsimilarity\x18\x03 \x01(\x0e\x32\x15.knnmoe.v1.SimilarityH\x02\x88\x01\x01\x12\x17\n\nneighbours\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\r\n\x05gamma\x18\x05 \x03(\x01\x12\x11\n\tstep_size\x18\x06 \x03(\x01\x12\x18\n\x0bnull_weight\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmin_lambda\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12(\n\x07support\x18\t \x01(\x0e\x32\x12.knnmoe.v1.SupportH\x06\x88\x01\x01\x12\x0e\n\x06layers\x18\n \x03(\r\x12\x14\n\x07hnsw_ef\x18\x0b \x01(\rH\x07\x88\x01\x01\x12\x19\n\x0coversampling\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1a\n\rsearch_recall\x18\r \x01(\x01H\t\x88\x01\x01\x12\x14\n\x0c\x65xact_layers\x18\x0e \x03(\rB\t\n\x07_presetB\x07\n\x05_kindB\r\n\x0b_similarityB\r\n\x0b_neighboursB\x0e\n\x0c_null_weightB\r\n\x0b_min_lambdaB\n\n\x08_supportB\n\n\x08_hnsw_efB\x0f\n\r_oversamplingB\x10\n\x0e_search_recall\"u\n\nProvenance\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07\x65xample\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\r\x12\r\n\x05token\x18\x04 \x01(\x11\x12\x0c\n\x04gain\x18\x05 \x01(\x02\x12\x17\n\x0f\x63reated_unix_ms\x18\x06 \x01(\x04*\x86\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x12\r\n\tDTYPE_I32\x10\x04\x12\r\n\tDTYPE_U64\x10\x05\x12\x0c\n\x08\x44TYPE_U8\x10\x06\x12\x0c\n\x08\x44TYPE_I8\x10\x07*b\n\nMemoryKind\x12\x1b\n\x17MEMORY_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16MEMORY_KIND_ASSIGNMENT\x10\x01\x12\x1b\n\x17MEMORY_KIND_LOGIT_DELTA\x10\x02*S\n\nSimilarity\x12\x1a\n\x16SIMILARITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eSIMILARITY_RBF\x10\x01\x12\x15\n\x11SIMILARITY_COSINE\x10\x02*H\n\x07Support\x12\x17\n\x13SUPPORT_UNSPECIFIED\x10\x00\x12\x11\n\rSUPPORT_UNION\x10\x01\x12\x11\n\rSUPPORT_TOP_K\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15knnmoe/v1/types.proto\x12\tknnmoe.v1\"F\n\x06Tensor\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.knnmoe.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"Z\n\x10SparseAssignment\x12\"\n\x07\x65xperts\x18\x01 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\"\n\x07weights\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\"\x8a\x01\n\x10ModelFingerprint\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x13\n\x0brouter_hash\x18\x06 \x01(\t\"\xff\x03\n\x0eMemorySettings\x12\x13\n\x06preset\x18\x01 \x01(\tH\x00\x88\x01\x01\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x15.knnmoe.v1.MemoryKindH\x01\x88\x01\x01\x12.\n\nsimilarity\x18\x03 \x01(\x0e\x32\x15.knnmoe.v1.SimilarityH\x02\x88\x01\x01\x12\x17\n\nneighbours\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\r\n\x05gamma\x18\x05 \x03(\x01\x12\x11\n\tstep_size\x18\x06 \x03(\x01\x12\x18\n\x0bnull_weight\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmin_lambda\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12(\n\x07support\x18\t \x01(\x0e\x32\x12.knnmoe.v1.SupportH\x06\x88\x01\x01\x12\x0e\n\x06layers\x18\n \x03(\r\x12\x14\n\x07hnsw_ef\x18\x0b \x01(\rH\x07\x88\x01\x01\x12\x19\n\x0coversampling\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x15\n\rsearch_recall\x18\r \x01(\x01\x12\x14\n\x0c\x65xact_layers\x18\x0e \x03(\rB\t\n\x07_presetB\x07\n\x05_kindB\r\n\x0b_similarityB\r\n\x0b_neighboursB\x0e\n\x0c_null_weightB\r\n\x0b_min_lambdaB\n\n\x08_supportB\n\n\x08_hnsw_efB\x0f\n\r_oversampling\"u\n\nProvenance\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07\x65xample\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\r\x12\r\n\x05token\x18\x04 \x01(\x11\x12\x0c\n\x04gain\x18\x05 \x01(\x02\x12\x17\n\x0f\x63reated_unix_ms\x18\x06 \x01(\x04*\x86\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x12\r\n\tDTYPE_I32\x10\x04\x12\r\n\tDTYPE_U64\x10\x05\x12\x0c\n\x08\x44TYPE_U8\x10\x06\x12\x0c\n\x08\x44TYPE_I8\x10\x07*b\n\nMemoryKind\x12\x1b\n\x17MEMORY_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16MEMORY_KIND_ASSIGNMENT\x10\x01\x12\x1b\n\x17MEMORY_KIND_LOGIT_DELTA\x10\x02*S\n\nSimilarity\x12\x1a\n\x16SIMILARITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eSIMILARITY_RBF\x10\x01\x12\x15\n\x11SIMILARITY_COSINE\x10\x02*H\n\x07Support\x12\x17\n\x13SUPPORT_UNSPECIFIED\x10\x00\x12\x11\n\rSUPPORT_UNION\x10\x01\x12\x11\n\rSUPPORT_TOP_K\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'knnmoe.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=998
-  _globals['_DTYPE']._serialized_end=1132
-  _globals['_MEMORYKIND']._serialized_start=1134
-  _globals['_MEMORYKIND']._serialized_end=1232
-  _globals['_SIMILARITY']._serialized_start=1234
-  _globals['_SIMILARITY']._serialized_end=1317
-  _globals['_SUPPORT']._serialized_start=1319
-  _globals['_SUPPORT']._serialized_end=1391
+  _globals['_DTYPE']._serialized_start=975
+  _globals['_DTYPE']._serialized_end=1109
+  _globals['_MEMORYKIND']._serialized_start=1111
+  _globals['_MEMORYKIND']._serialized_end=1209
+  _globals['_SIMILARITY']._serialized_start=1211
+  _globals['_SIMILARITY']._serialized_end=1294
+  _globals['_SUPPORT']._serialized_start=1296
+  _globals['_SUPPORT']._serialized_end=1368
   _globals['_TENSOR']._serialized_start=36
   _globals['_TENSOR']._serialized_end=106
   _globals['_SPARSEASSIGNMENT']._serialized_start=108
@@ -46,7 +46,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELFINGERPRINT']._serialized_start=201
   _globals['_MODELFINGERPRINT']._serialized_end=339
   _globals['_MEMORYSETTINGS']._serialized_start=342
-  _globals['_MEMORYSETTINGS']._serialized_end=876
-  _globals['_PROVENANCE']._serialized_start=878
-  _globals['_PROVENANCE']._serialized_end=995
+  _globals['_MEMORYSETTINGS']._serialized_end=853
+  _globals['_PROVENANCE']._serialized_start=855
+  _globals['_PROVENANCE']._serialized_end=972
 # @@protoc_insertion_point(module_scope)
