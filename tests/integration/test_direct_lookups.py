@@ -141,6 +141,15 @@ def test_what_is_no_message_is_refused(serving: tuple[Sidecar, str]) -> None:
     assert without_times(_answer(sidecar, digest)).router_logits.data
 
 
+def test_both_forms_of_an_address_lead_there(serving: tuple[Sidecar, str]) -> None:
+    path = serving[0].target.removeprefix("unix:")
+    for target in (f"unix:{path}", f"unix://{path}"):
+        stream = DirectStream.connected(target)
+        assert stream is not None
+        stream.close()
+    assert DirectStream.connected(f"dns:{path}") is None
+
+
 def _answer(sidecar: Sidecar, digest: str) -> pb.RouteResponse:
     stream = direct(sidecar)
     stream.send(asked(digest))

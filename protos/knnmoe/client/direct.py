@@ -30,8 +30,9 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 def socket_path(target: str) -> str | None:
     """Where a service at `target` takes lookups directly; None unless that is a Unix socket."""
-    path = target.removeprefix("unix:")
-    return f"{path}{SUFFIX}" if path != target and not path.startswith("//") else None
+    if not target.startswith("unix:"):
+        return None
+    return target.removeprefix("unix:").removeprefix("//") + SUFFIX  # gRPC knows both forms
 
 
 class DirectStream:
