@@ -327,8 +327,7 @@ class CodedFirstPass:
 
     def _say(self, state: State) -> None:
         for k, plan in state.plans.items():
-            log.log(
-                logging.INFO if plan.candidates else logging.WARNING,
+            log.info(
                 "K = %d among %d keys: %s; of %d tokens' nearest keys %.3f were found, of all K %.3f",
                 *(k, len(state.codes)),
                 f"{state.codes.reduction.width} numbers a key, {plan.candidates} candidates"

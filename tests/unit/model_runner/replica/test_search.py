@@ -99,6 +99,25 @@ def test_a_scan_finds_the_nearest(
         np.testing.assert_allclose(distances, brute_force(layer, queries, k), rtol=1e-5)
 
 
+@pytest.mark.parametrize("numbers", [search._NUMBERS_OF_BLOCKS, 1])
+@pytest.mark.parametrize("tokens", [9, search._NUMBERS_OF_BLOCKS // D + 1])
+def test_a_scan_in_blocks_finds_no_hidden_and_no_staged_row(
+    numbers: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where FAISS does not look at the norms, as with few tokens."""
+    monkeypatch.setattr(search, "_NUMBERS_OF_BLOCKS", numbers)
+    keys = Keys()
+    layer = filled(keys.some(300))
+    layer.stage_deletion(np.arange(0, 200, 2, dtype=np.uint64))
+    layer.commit()
+    write(layer, np.arange(500, 550, dtype=np.uint64), keys.some(50))
+    queries = keys.some(tokens)
+    for k in (1, 32, 250):
+        rows, distances = search.nearest(layer, queries, k)
+        require_consistent(layer, queries, rows, distances)
+        np.testing.assert_allclose(distances, brute_force(layer, queries, k), rtol=1e-5)
+
+
 def test_entries_of_a_tokens_example_are_not_found() -> None:
     keys = Keys()
     layer, queries = filled(keys.some(300)), keys.some(9)
@@ -290,7 +309,8 @@ def test_where_nothing_finds_enough_every_row_is_looked_at(
     random = torch.Generator().manual_seed(0)
     layer = filled(torch.randn(3000, 512, generator=random))
     passed = layer.first_pass = CodedFirstPass(layer, "pca")
-    passed.train(1, torch.randn(256, 512, generator=random))
+    with caplog.at_level(logging.INFO):
+        passed.train(1, torch.randn(256, 512, generator=random))
     assert passed.plans[1].candidates == 0
     assert "no first pass finds enough" in caplog.text
     queries = torch.randn(5, 512, generator=random)
