@@ -23,8 +23,6 @@ _SCORES, _DIFFERENCES = 1 << 23, 1 << 21
 # From so many numbers of queries on FAISS takes keys by blocks (faiss::distance_compute_blas_threshold); with fewer it
 # is slower than torch, and does not look at the norms that say which rows count.
 _NUMBERS_OF_BLOCKS = 128_000
-# Up to so many numbers of candidates are read by one thread: waking a second one takes as long (1 MiB).
-_NUMBERS_OF_ONE_THREAD = 1 << 18
 
 
 def nearest(layer: LayerReplica, queries: Tensor, k: int, exclude: Tensor | None = None) -> Found:
@@ -163,7 +161,9 @@ def _distances_in_place(keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
     library = faiss()
     floats = library.cast_integer_to_float_ptr
     threads = library.omp_get_max_threads()  # of this thread
-    if rows.numel() * keys.shape[1] <= _NUMBERS_OF_ONE_THREAD:
+    # Waking a second thread for one token takes as long as it saves. Whether it is woken must not depend on more: teams
+    # of one and of two in turn cost the model's next operations 8 ms (GNU OpenMP, 2 cores, 2026-11-28).
+    if tokens == 1:
         library.omp_set_num_threads(1)
     try:
         library.fvec_L2sqr_by_idx(
