@@ -34,12 +34,14 @@ class Reduction:
     Attributes:
         mean: f32 [d].
         projection: f32 [d, r], orthogonal rows of rank r - 1.
+        offset: f32 [r], what the projection makes of minus the mean.
         rest: f32 [r], the direction of what is left, orthogonal to them.
 
     """
 
     mean: Tensor
     projection: Tensor
+    offset: Tensor
     rest: Tensor
 
     @property
@@ -49,8 +51,10 @@ class Reduction:
 
     def __call__(self, vectors: Tensor, agreement: float = 1.0) -> F32:
         """f32 [n, r] of vectors f32 [n, d]; of keys with agreement 1."""
+        reduced = torch.addmm(self.offset, vectors, self.projection)
+        if not agreement:
+            return reduced.numpy()
         centred = vectors - self.mean
-        reduced = centred @ self.projection
         left = torch.linalg.vecdot(centred, centred) - torch.linalg.vecdot(reduced, reduced)
         left = left.clamp_min_(0).sqrt_().unsqueeze(1)
         return reduced.addcmul_(left, self.rest, value=agreement).numpy()
@@ -64,7 +68,8 @@ def reductions(sample: Tensor, generator: torch.Generator) -> list[Reduction]:
     made = []
     for width in widths:
         turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-        made.append(Reduction(mean, components[:, : width - 1] @ turn[:-1], turn[-1]))
+        projection = components[:, : width - 1] @ turn[:-1]
+        made.append(Reduction(mean, projection, -(mean @ projection), turn[-1]))
     return made
 
 
