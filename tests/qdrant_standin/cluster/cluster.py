@@ -276,16 +276,20 @@ class QdrantCluster:
         return lines
 
 
+# Ports below those that the system gives to whoever asks for any: a node that is down gets its own again, however many
+# clusters and clients come meanwhile.
+_PORTS = range(10_000, 32_000)
+
+
 def _free_pair() -> int:
     """A free port after a free port, taken again at once by their proxies."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port = one.getsockname()[1]
+        port = secrets.choice(_PORTS)
         try:
             with (
                 socket.create_server(("127.0.0.1", port)),
                 socket.create_server(("127.0.0.1", port - 1)),
             ):
-                return int(port)
+                return port
         except OSError:
             continue
