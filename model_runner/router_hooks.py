@@ -6,7 +6,7 @@ the model is as it was. What a policy does (a lookup over the network, a blend) 
 
 Hooks that were installed after torch.compile has compiled are not seen by it. Of a policy that knows
 the width of its replies beforehand (`width`, a retriever beside the model) a hook becomes one operation
-(replica/ops.py), and the model stays one graph; of any other it is opaque Python, which breaks it.
+(route_operation.py), and the model stays one graph; of any other it is opaque Python, which breaks it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from model_runner import route_operation
 from model_runner.architectures.discovery import decoder_of, find_router_sites
 from model_runner.architectures.families import (
     Assignment,
@@ -36,7 +37,6 @@ from model_runner.architectures.families import (
 )
 from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
 from model_runner.logit_tap import LogitTap, wrapped_forward
-from model_runner.replica import ops
 
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()
@@ -150,8 +150,8 @@ class RouterHooks:
             for site, width in zip(self.sites, widths, strict=True):
                 on_output = self._on_output(site, here)
                 if width is not None:
-                    key = ops.key_of(site.router)
-                    undo.enter_context(ops.answering(key, self._answer(site, here)))
+                    key = route_operation.key_of(site.router)
+                    undo.enter_context(route_operation.answering(key, self._answer(site, here)))
                     on_output = _one_operation(on_output, key, width)
                 for handle in site.family.attach(site, on_output):
                     undo.callback(handle.remove)
@@ -196,7 +196,7 @@ class RouterHooks:
 
         return on_output
 
-    def _answer(self, site: RouterSite, here: _ThreadState) -> ops.Answer:
+    def _answer(self, site: RouterSite, here: _ThreadState) -> route_operation.Answer:
         """What `on_output` does, within compiled code."""
 
         def answer(
@@ -235,7 +235,9 @@ def _one_operation(on_output: OnOutput, key: int, width: int) -> OnOutput:
             return on_output(args, kwargs, output)
         logits, own_weights, own_experts, *rest = output
         hidden_states = args[0].reshape(-1, args[0].shape[-1])
-        weights, experts = ops.route(hidden_states, logits, own_weights, own_experts, key, width)
+        weights, experts = route_operation.route(
+            hidden_states, logits, own_weights, own_experts, key, width
+        )
         return (logits, weights, experts, *rest)
 
     return traced

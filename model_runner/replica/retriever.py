@@ -140,6 +140,8 @@ class ReplicaRetriever:
             raise obstacle
         with torch.no_grad(), self.copy.lock:
             settings, entries = self._settings_of(layer), self.copy.layers.get(layer)
+            if not self.copy.complete or (settings.speaks and entries is None):
+                raise _copied_anew()
             if entries is None or not settings.speaks or _is_empty(entries):
                 return torch.zeros(len(router_input))
             asked = _Asked(router_input, router_logits, own, None)

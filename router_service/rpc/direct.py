@@ -43,7 +43,7 @@ class Peer:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self._ended = select.poll()
-        self._ended.register(connection, 0)  # POLLHUP and errors, which are always told
+        self._ended.register(connection, 0)  # POLLHUP and errors, which always come
         self._code: grpc.StatusCode | None = None
 
     def time_remaining(self) -> float | None:

@@ -432,8 +432,13 @@ def test_hits_are_reported_at_the_end(following: Following) -> None:
     hit(following.copy, 1, 2)
     following.follower.close()
     assert [(layer, hits) for _, layer, _, hits in hits_of(following.service)] == [(1, [1])]
-    ((_, (told,)),) = following.service.reports
-    assert (told.lookups, told.tokens, told.tokens_abstained, told.lambda_sum) == (1, 1, 0, 0.5)
+    ((_, (reported,)),) = following.service.reports
+    assert (reported.lookups, reported.tokens, reported.tokens_abstained, reported.lambda_sum) == (
+        1,
+        1,
+        0,
+        0.5,
+    )
 
 
 def test_closing_while_it_copies(following: Following) -> None:

@@ -217,6 +217,8 @@ def test_what_cannot_be_used_falls_back_or_raises() -> None:
     assert lenient.lookup(1, *asked) == FellBack("replica_incomplete")
     with pytest.raises(ServiceUnavailable, match="copied anew"):
         strict.lookup(1, *asked)
+    with pytest.raises(ServiceUnavailable, match="copied anew"):
+        lenient.nearest_similarities(1, *asked, exclude=[])
     memory.copy.complete = True
     assert lenient.lookup(0, *asked) == FellBack("replica_incomplete")  # a layer that is not there
 
