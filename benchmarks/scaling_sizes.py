@@ -54,8 +54,8 @@ QDRANT_OVERHEAD = 1.5
 
 
 def value_floats(model: Model, kind: Kind) -> int:
-    """Width of a value row: N logit deltas, or k experts and their k weights."""
-    return model.experts if kind is Kind.LOGIT_DELTA else 2 * model.top_k
+    """Width of a value row."""
+    return kind.value_width(model.experts, model.top_k)
 
 
 def entries_per_layer(examples: int, tokens: int = TOKENS_PER_EXAMPLE) -> int:

@@ -26,6 +26,7 @@ from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.objective import LayerTrace, router_gradients
 from model_runner.memory_builder.recipes import (
     PAPER,
+    PAPER_V2,
     RECOMMENDED,
     Kind,
     Norm,
@@ -95,6 +96,8 @@ class LocalMemory:
             return Logits(call.router_logits + self._steps[layer] * average)
         lambdas = similarity.mean(1, keepdim=True)
         memory = torch.einsum("tk,tkn->tn", similarity / total.clamp_min(1e-30), values)
+        if setting.recipe.kind is Kind.LOGITS:
+            return Logits((1 - lambdas) * call.router_logits + lambdas * memory)
         own = torch.zeros_like(memory).scatter_add(1, call.experts, call.weights.float())
         blended = (1 - lambdas) * own + lambdas * memory
         width = min(memory.shape[1], (setting.neighbours + 1) * call.site.top_k)
@@ -155,15 +158,16 @@ def values_of(traces: Traces, recipe: Recipe, num_experts: int) -> list[Tensor]:
             if isinstance(value, Assignment):
                 dense = torch.zeros(len(kept), num_experts)
                 value = dense.scatter_add(1, value.experts, value.weights)
-            parts.append(value)
+            parts.append(value.router_logits if isinstance(value, Logits) else value)
         found.append(torch.cat(parts))
     return found
 
 
 def settings_to_try() -> Iterator[Setting]:
-    """The grid: raw and unit assignments, logit deltas."""
-    for eta, lambda0 in itertools.product((1.0, 2.0, 3.0, 5.0), (0.8, 0.9)):
-        yield Setting(replace(PAPER, step_size=eta), 1, lambda0)
+    """The grid: raw and unit assignments, logits, logit deltas."""
+    for recipe in (PAPER, PAPER_V2):
+        for eta, lambda0 in itertools.product((1.0, 2.0, 3.0, 5.0), (0.8, 0.9)):
+            yield Setting(replace(recipe, step_size=eta), 1, lambda0)
     yield Setting(replace(PAPER, norm=Norm.UNIT, step_size=1.0), 1, 0.9)
     for step, lambda0 in itertools.product((1.5, 2.25, 3.0), (0.3, 0.5, 0.7)):
         yield Setting(RECOMMENDED, 32, lambda0, step)

@@ -22,10 +22,11 @@ from knnmoe.client import (
     RoutingClient,
     ServiceError,
     ServiceUnavailable,
+    blends_logits,
 )
 from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import routing_pb2 as pb
-from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8, MEMORY_KIND_LOGIT_DELTA
+from knnmoe.v1.types_pb2 import DTYPE_F32, DTYPE_U8
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
@@ -361,7 +362,7 @@ def _are_finite(floats: Tensor) -> bool:
 
 
 def _wants_logits(described: pb.MemoryDescription) -> bool:
-    return described.settings.kind == MEMORY_KIND_LOGIT_DELTA
+    return blends_logits(described.settings.kind)
 
 
 @dataclass(frozen=True, slots=True)

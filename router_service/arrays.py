@@ -1,7 +1,7 @@
 """The data that passes between the layers of the service: entries, neighbours, assignments.
 
 Shapes: T tokens, K neighbours, d = hidden size, N experts, k = top-k, W = width of a value row. A value row is what a
-neighbour contributes: N logit deltas, or k expert ids followed by k weights (ids are exact in f32).
+neighbour contributes: N logits or logit deltas, or k expert ids followed by k weights (ids are exact in f32).
 """
 
 from __future__ import annotations

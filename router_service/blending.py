@@ -67,6 +67,17 @@ def blend_logits(
     return blended if everywhere else np.where(retrieved[:, None], blended, own)
 
 
+def blend_stored_logits(own: F32, stored: F32, similarities: F32, lambdas: F32) -> F32:
+    """R' = (1 - lambda) r_own + lambda sum_j s_j v_j / sum_j s_j, in logit space (arXiv 2601.02144, version 2).
+
+    own [T, N]; stored v [T, K, N]; similarities [T, K]; lambdas [T], their means, or 0: the own logits are kept.
+    """
+    shares = similarities / np.float32(similarities.shape[1])  # lambda s_j / sum_j s_j
+    kept = (np.float32(1) - lambdas)[:, None] * own
+    blended = kept + np.einsum("tk,tkn->tn", shares, stored)
+    return np.where((lambdas > 0)[:, None], blended, own)
+
+
 def scatter_dense(experts: I32, weights: F32, num_experts: int) -> F32:
     """The dense assignment [T, N] of a sparse one [T, k]; experts named twice add up."""
     tokens = len(experts)

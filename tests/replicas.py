@@ -45,12 +45,12 @@ def random_copy(
     """Entries of made-up keys and values in every layer; the example of entry n is `examples[n % 5]`."""
     copy = Copy(settings=message(settings))
     copy.examples = {ExampleRef("text", str(number)): number for number in range(5)}
-    deltas = settings.kind is Kind.LOGIT_DELTA
+    dense = settings.kind.blends_logits
     generator = torch.Generator().manual_seed(0)
     ids = np.arange(entries, dtype=np.uint64)
     for number in range(layers):
-        values = torch.rand(entries, num_experts if deltas else 2 * top_k, generator=generator)
-        if not deltas:
+        values = torch.rand(entries, num_experts if dense else 2 * top_k, generator=generator)
+        if not dense:
             chosen = torch.rand(entries, num_experts, generator=generator).topk(top_k)
             values[:, :top_k] = chosen.indices
         layer = LayerReplica(dimension, values.shape[1], lock=copy.lock)
@@ -66,6 +66,7 @@ def message(settings: MemorySettings) -> pb.MemorySettings:
     kinds = {
         Kind.ASSIGNMENT: pb.MEMORY_KIND_ASSIGNMENT,
         Kind.LOGIT_DELTA: pb.MEMORY_KIND_LOGIT_DELTA,
+        Kind.LOGITS: pb.MEMORY_KIND_LOGITS,
     }
     kernels = {Similarity.RBF: pb.SIMILARITY_RBF, Similarity.COSINE: pb.SIMILARITY_COSINE}
     supports = {Support.UNION: pb.SUPPORT_UNION, Support.TOP_K: pb.SUPPORT_TOP_K}
@@ -128,7 +129,7 @@ class TwinMemory:
         self.retriever = ReplicaRetriever(self.copy, self.num_experts)
 
     def _values(self, rng: np.random.Generator) -> np.ndarray:
-        if self.settings.kind is Kind.LOGIT_DELTA:
+        if self.settings.kind.blends_logits:
             return rng.normal(size=(self.entries, self.num_experts)).astype(np.float32)
         shuffled = rng.permuted(np.tile(np.arange(self.num_experts), (self.entries, 1)), axis=1)
         weights = rng.dirichlet(np.ones(self.top_k), self.entries)
@@ -152,7 +153,7 @@ class TwinMemory:
         refs = [ServiceRef("text", name) for name in exclude or () for _ in range(each)]
         routing = (
             logits.numpy()
-            if self.settings.kind is Kind.LOGIT_DELTA
+            if self.settings.kind.blends_logits
             else ServiceAssignment(own.experts.int().numpy(), own.weights.numpy())
         )
         return self.service.route(RouteQuery(inputs.numpy(), routing, exclude=refs), self.settings)

@@ -33,6 +33,9 @@ CALL_TIMEOUT_S = 60.0
 
 ASSIGNMENT = types_pb.MEMORY_KIND_ASSIGNMENT
 LOGIT_DELTA = types_pb.MEMORY_KIND_LOGIT_DELTA
+LOGITS = types_pb.MEMORY_KIND_LOGITS
+# The field of entries whose values have a number for each expert, by kind.
+DENSE_VALUES = {LOGIT_DELTA: "logit_deltas", LOGITS: "logits"}
 RBF = types_pb.SIMILARITY_RBF
 COSINE = types_pb.SIMILARITY_COSINE
 
@@ -251,8 +254,9 @@ def random_entries(kind: int, rows: int, seed: int = 0, first_id: int = 1) -> ad
     entries = admin_pb.Entries(
         ids=tensors.to_tensor(ids), keys=floats(random_keys(rng, rows)), provenance=origins
     )
-    if kind == LOGIT_DELTA:
-        entries.logit_deltas.CopyFrom(floats(random_keys(rng, rows, EXPERTS)))
+    if kind in DENSE_VALUES:
+        values = getattr(entries, DENSE_VALUES[kind])
+        values.CopyFrom(floats(random_keys(rng, rows, EXPERTS)))
     else:
         entries.assignments.CopyFrom(random_assignments(rng, rows).message())
     return entries

@@ -39,7 +39,10 @@ def build(
     target: options.Target = options.DEFAULT_TARGET,
     preset: Annotated[
         options.Preset,
-        typer.Option(help="recommended: logit deltas, K = 32. paper: assignments, K = 1."),
+        typer.Option(
+            help="recommended: logit deltas, K = 32. paper: assignments, K = 1. paper-v2: the same step, stored and "
+            "blended as logits, so that as many experts run as without a memory."
+        ),
     ] = "recommended",
     window: options.Window = None,
     max_windows: Annotated[
@@ -48,15 +51,19 @@ def build(
     batch_size: options.BatchSize = 8,
     step_size: Annotated[
         float | None,
-        typer.Option(min=0, help="eta of the stored step; the preset's by default (paper: 2)."),
+        typer.Option(
+            min=0, help="eta of the stored step; the preset's by default (paper, paper-v2: 2)."
+        ),
     ] = None,
     norm: Annotated[
         options.Norm | None,
-        typer.Option(help="Length of a step: raw (paper), unit, or soft (recommended)."),
+        typer.Option(help="Length of a step: raw (paper, paper-v2), unit, or soft (recommended)."),
     ] = None,
     steps: Annotated[
         int,
-        typer.Option(min=1, help="Gradient steps S; more than 1 gains little. Assignments only."),
+        typer.Option(
+            min=1, help="Gradient steps S; more than 1 gains little. Not for logit deltas."
+        ),
     ] = 1,
     gradient_scope: Annotated[
         Scope, typer.Option(help="leaf: later routers held fixed. live: gradient passes them.")
@@ -77,7 +84,7 @@ def build(
     lambda0: Annotated[
         float | None,
         typer.Option(
-            help="Similarity at the median distance; the preset's by default (0.9 paper, 0.3 ours).",
+            help="Similarity at the median distance; the preset's by default (0.9 paper and paper-v2, 0.3 ours).",
             callback=options.fraction,
         ),
     ] = None,

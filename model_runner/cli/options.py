@@ -11,7 +11,7 @@ from model_runner.errors import BadInput
 from model_runner.small_moe import MODEL_DIR
 
 # Names of recipes.PRESETS, recipes.Norm and router_client.OnError, which need torch; tests compare them.
-Preset = Literal["paper", "recommended"]
+Preset = Literal["paper", "paper-v2", "recommended"]
 Norm = Literal["raw", "unit", "soft"]
 OnError = Literal["fall_back", "raise"]
 # Names of budget.KEY_BYTES, first_pass.CHOICES and retrieval.Where.

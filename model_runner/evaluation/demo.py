@@ -51,7 +51,11 @@ EMBEDDED = "edge"
 # What the names of the demo's collections on a Qdrant server begin with.
 SERVER_PREFIX = "knnmoe-demo"
 # Arm of results.json -> preset of its memory.
-METHODS = {"knn_moe": "paper", "knn_moe_recommended": "recommended"}
+METHODS = {
+    "knn_moe": "paper",
+    "knn_moe_paper_v2": "paper-v2",
+    "knn_moe_recommended": "recommended",
+}
 # Of the plots, by domain.
 _COLOURS = {"shifted": "#2a6f97", "in_domain": "#d98032"}
 _LABELS = {"shifted": "shifted text (B)", "in_domain": "general text (A)"}

@@ -27,7 +27,7 @@ from model_runner.memory_builder.entries import (
     upsert_requests,
 )
 from model_runner.memory_builder.objective import LayerTrace, Scope, router_gradients
-from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
+from model_runner.memory_builder.recipes import Kind, Recipe, Values, entry_values, step
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Batch, Window, batched, distinct, make_batch, token_nll
@@ -43,7 +43,7 @@ class GradientSettings:
     The defaults are measured in docs/experiments.md.
 
     Attributes:
-        steps: gradient steps S; each after the first costs another pass. Assignment memories only.
+        steps: gradient steps S; each after the first costs another pass. Not for logit deltas.
         scope: "leaf" holds later routers fixed, "live" lets the gradient through them.
         straight_through: experts that were not chosen get a gradient too.
         own_token: only (nearly) each token's own loss, not its effect on later tokens.
@@ -131,7 +131,7 @@ class MemoryBuilder:
         for target in targets:
             if self._gradient.steps > 1 and target.recipe.kind is Kind.LOGIT_DELTA:
                 raise BadInput(
-                    "several gradient steps make assignments, not logit deltas: use steps 1"
+                    "several gradient steps make assignments or logits, not logit deltas: use steps 1"
                 )
         started, skipped, entries = time.monotonic(), 0, 0
         self._upload_s, windows = 0.0, distinct(windows)
@@ -261,7 +261,7 @@ class MemoryBuilder:
                 traces, _ = self._traces(batch)
         return traces
 
-    def _replayed_nll(self, batch: Batch, values: Sequence[Assignment | Tensor]) -> Tensor:
+    def _replayed_nll(self, batch: Batch, values: Sequence[Values]) -> Tensor:
         """NLL [B, S] in nats when the stored values stand in place of the model's own routing."""
         policy = partial(_replay_values, values, batch.predicts.flatten())
         with torch.no_grad(), RouterHooks(self._model, policy):
@@ -298,9 +298,7 @@ def _replay_logits(logits: Sequence[Tensor], call: RouterCall) -> Logits:
     return Logits(logits[call.site.layer].flatten(0, 1))
 
 
-def _replay_values(
-    values: Sequence[Assignment | Tensor], kept: Tensor, call: RouterCall
-) -> Assignment | Logits:
+def _replay_values(values: Sequence[Values], kept: Tensor, call: RouterCall) -> Assignment | Logits:
     """The stored values on the kept rows ([T] bool), the model's own routing on the others."""
     value = values[call.site.layer]
     if isinstance(value, Assignment):
@@ -308,5 +306,8 @@ def _replay_values(
         weights[kept], experts[kept] = value.weights.to(weights), value.experts
         return Assignment(weights, experts)
     logits = call.router_logits.clone()
-    logits[kept] += value.to(logits)
+    if isinstance(value, Logits):
+        logits[kept] = value.router_logits.to(logits)
+    else:
+        logits[kept] += value.to(logits)
     return Logits(logits)

@@ -17,6 +17,8 @@ from knnmoe.v1.types_pb2 import Provenance
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
+from model_runner.memory_builder.recipes import Values
+from model_runner.router_hooks import Logits
 from model_runner.texts import Window
 from model_runner.wire import encode_assignment, encode_floats
 
@@ -41,12 +43,12 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class LayerEntries:
-    """n entries of one layer: ids u64 [n], keys [n, d], values an assignment [n, k] or logit deltas [n, N]."""
+    """n entries of one layer: ids u64 [n], keys [n, d], values as recipes make them."""
 
     layer: int
     ids: np.ndarray[tuple[int], np.dtype[np.uint64]]
     keys: Tensor
-    values: Assignment | Tensor
+    values: Values
     provenance: Sequence[Provenance]
 
     def __len__(self) -> int:
@@ -77,6 +79,8 @@ def upsert_requests(entries: LayerEntries, to: Destination) -> Iterator[pb.Upser
         values = _value_rows(entries.values, rows)
         if isinstance(values, Assignment):
             message.assignments.CopyFrom(encode_assignment(values))
+        elif isinstance(values, Logits):
+            message.logits.CopyFrom(encode_floats(values.router_logits))
         else:
             message.logit_deltas.CopyFrom(encode_floats(values))
         yield pb.UpsertRequest(
@@ -242,9 +246,11 @@ def _places(windows: Sequence[Window]) -> Iterator[tuple[Window, int]]:
             yield window, window.offset + target - 1
 
 
-def _value_rows(values: Assignment | Tensor, rows: slice | Tensor) -> Assignment | Tensor:
+def _value_rows(values: Values, rows: slice | Tensor) -> Values:
     if isinstance(values, Assignment):
         return Assignment(values.weights[rows], values.experts[rows])
+    if isinstance(values, Logits):
+        return Logits(values.router_logits[rows])
     return values[rows]
 
 
@@ -252,6 +258,8 @@ def _entry_bytes(entries: LayerEntries) -> int:
     parts: tuple[Tensor, ...] = (entries.keys,)
     if isinstance(entries.values, Assignment):
         parts += (entries.values.weights, entries.values.experts)
+    elif isinstance(entries.values, Logits):
+        parts += (entries.values.router_logits,)
     else:
         parts += (entries.values,)
     return _BYTES_BESIDE + sum(part.shape[1] * part.element_size() for part in parts)

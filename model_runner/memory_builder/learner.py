@@ -56,7 +56,7 @@ class OnlineLearner:
         batch_size: windows per pass.
 
     Raises ModelMismatch, ServiceRefused (no such memory), ServiceUnavailable;
-    BadInput when a recipe makes the other kind.
+    BadInput when a recipe makes another kind.
 
     """
 

@@ -1,9 +1,10 @@
-"""From a gradient to the value of an entry, and the two named ways to do it: `paper` (arXiv 2601.02144), `recommended`.
+"""From a gradient to the value of an entry, and the named ways to do it: the paper's (arXiv 2601.02144), `recommended`.
 
 Values are pure functions of a LayerTrace; T = B*S tokens, N logits.
 
-The paper's recipe steps the logits against the gradient and stores the family's assignment of the result. Ours stores a
-bounded step itself, a logit delta, and leaves the averaging to the lookup (docs/experiments.md).
+The paper's recipe steps the logits against the gradient and stores the family's assignment of the result (`paper`), or,
+as its version 2 can be read, the result itself (`paper-v2`). Ours stores a bounded step itself, a logit delta, and
+leaves the averaging to the lookup (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
-from knnmoe.v1.types_pb2 import MEMORY_KIND_ASSIGNMENT, MEMORY_KIND_LOGIT_DELTA, MemorySettings
+from knnmoe.v1.types_pb2 import (
+    MEMORY_KIND_ASSIGNMENT,
+    MEMORY_KIND_LOGIT_DELTA,
+    MEMORY_KIND_LOGITS,
+    MemorySettings,
+)
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.logit_tap import family_assignment
 from model_runner.memory_builder.objective import LayerTrace
+from model_runner.router_hooks import Logits
 
 
 class Kind(StrEnum):
@@ -26,6 +33,11 @@ class Kind(StrEnum):
 
     ASSIGNMENT = "assignment"
     LOGIT_DELTA = "logit_delta"
+    LOGITS = "logits"
+
+
+# Of n entries: an assignment [n, k], logits [n, N], or logit deltas [n, N].
+Values = Assignment | Logits | Tensor
 
 
 class Norm(StrEnum):
@@ -77,6 +89,8 @@ class Recipe:
 
 
 PAPER = Recipe(Kind.ASSIGNMENT, Norm.RAW, step_size=2.0)
+# Of version 2's step size nothing is known: as in `paper`.
+PAPER_V2 = replace(PAPER, kind=Kind.LOGITS)
 RECOMMENDED = Recipe(Kind.LOGIT_DELTA, Norm.SOFT, step_size=1.0)
 
 # eta of logit-delta memories by depth: a large step in the first layer harms, later ones bear more than 1
@@ -84,7 +98,11 @@ RECOMMENDED = Recipe(Kind.LOGIT_DELTA, Norm.SOFT, step_size=1.0)
 RECOMMENDED_STEP_SIZE = 2.25
 _FIRST_LAYER, _EARLY_LAYERS, _LATE_LAYERS = 0.5, 1.0, 1.3
 
-_WIRE_KINDS = {Kind.ASSIGNMENT: MEMORY_KIND_ASSIGNMENT, Kind.LOGIT_DELTA: MEMORY_KIND_LOGIT_DELTA}
+_WIRE_KINDS = {
+    Kind.ASSIGNMENT: MEMORY_KIND_ASSIGNMENT,
+    Kind.LOGIT_DELTA: MEMORY_KIND_LOGIT_DELTA,
+    Kind.LOGITS: MEMORY_KIND_LOGITS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +132,7 @@ def step_sizes(num_layers: int, eta: float = RECOMMENDED_STEP_SIZE) -> list[floa
 
 PRESETS = {
     "paper": Preset("paper", PAPER, lambda0=0.9),
+    "paper-v2": Preset("paper-v2", PAPER_V2, lambda0=0.9),
     "recommended": Preset("recommended", RECOMMENDED, lambda0=0.3),
 }
 
@@ -127,15 +146,14 @@ CONTROLS = {
 
 
 def recipe_of(memory: str, settings: MemorySettings) -> Recipe:
-    """The recipe of the memory's preset; that of its kind's preset when its own makes the other kind."""
+    """The recipe of the memory's preset; that of its kind's preset when its own makes another kind."""
     if settings.preset not in PRESETS:
         raise BadInput(
             f"memory {memory!r} has preset {settings.preset!r}, expected {' or '.join(PRESETS)}"
         )
     recipe = PRESETS[settings.preset].recipe
-    if _WIRE_KINDS[recipe.kind] == settings.kind:
-        return recipe
-    return PAPER if settings.kind == MEMORY_KIND_ASSIGNMENT else RECOMMENDED
+    recipes = {_WIRE_KINDS[each.recipe.kind]: each.recipe for each in PRESETS.values()}
+    return recipe if _WIRE_KINDS[recipe.kind] == settings.kind else recipes[settings.kind]
 
 
 # Keeps a zero gradient from dividing by zero; far below any norm that a float32 pass gives.
@@ -172,8 +190,8 @@ def assignment_values(trace: LayerTrace, logits: Tensor) -> Assignment:
 
 def entry_values(
     trace: LayerTrace, recipe: Recipe, median_norm: float, kept: Tensor, generator: torch.Generator
-) -> Assignment | Tensor:
-    """Values of the kept tokens ([n] row numbers): an assignment [n, k], or logit deltas [n, N] in f32."""
+) -> Values:
+    """Values of the kept tokens ([n] row numbers), those with N numbers in f32."""
     change = step(trace.gradient.flatten(0, 1), recipe, median_norm, generator)
     order = kept
     if recipe.shuffled:
@@ -181,5 +199,7 @@ def entry_values(
     if recipe.kind is Kind.LOGIT_DELTA:
         return change[order]
     target = trace.router_logits.flatten(0, 1).float() + change
+    if recipe.kind is Kind.LOGITS:
+        return Logits(target[order])
     values = assignment_values(trace, target)
     return Assignment(values.weights[order], values.experts[order])

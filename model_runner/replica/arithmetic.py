@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from knnmoe.client import blends_logits
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_LOGIT_DELTA,
     SIMILARITY_COSINE,
@@ -29,11 +30,13 @@ class LayerSettings:
     """How one layer is read; see MemorySettings.
 
     Attributes:
-        logit_deltas: the kind of the memory; False: assignments.
+        logits: values, own and blended routing are router logits; False: assignments.
+        logit_deltas: of these, values are added to the own ones, beside a null neighbour.
         speaks: False: the memory is not read at this layer.
 
     """
 
+    logits: bool
     logit_deltas: bool
     cosine: bool
     neighbours: int
@@ -52,6 +55,7 @@ class LayerSettings:
             return values[layer if len(values) > 1 else 0]
 
         return cls(
+            logits=blends_logits(settings.kind),
             logit_deltas=settings.kind == MEMORY_KIND_LOGIT_DELTA,
             cosine=settings.similarity == SIMILARITY_COSINE,
             neighbours=settings.neighbours,
@@ -66,7 +70,7 @@ class LayerSettings:
 
     def width(self, top_k: int, num_experts: int) -> int:
         """Experts per token of a blended assignment, or of the family's own where logits are blended."""
-        if self.logit_deltas or self.top_k_support:
+        if self.logits or self.top_k_support:
             return top_k
         return min(num_experts, (self.neighbours + 1) * top_k)
 
@@ -81,25 +85,35 @@ def similarities(squared_distances: Tensor, settings: LayerSettings) -> Tensor:
 def weights_of_memory(near: Tensor, settings: LayerSettings) -> tuple[Tensor, Tensor]:
     """(lambda [T], shares [T, K]) of similarities [T, K].
 
-    Assignments: the mean similarity, and s_j / sum s. Logit deltas: sum s / (sum s + s0), and s_j / (sum s + s0).
+    Assignments: the mean similarity, and s_j / sum s. Logits: the mean, and s_j / K, which is lambda s_j / sum s. Logit
+    deltas: sum s / (sum s + s0), and s_j / (sum s + s0).
     """
     total = near.sum(1, keepdim=True)
     if settings.logit_deltas:
         beside_null = (total + settings.null_weight).clamp_min_(SMALLEST)
         return total.div_(beside_null).squeeze(1), near / beside_null
     lambdas = total.squeeze(1) / near.shape[1]
+    if settings.logits:
+        return lambdas, near / near.shape[1]
     return lambdas, near / total.clamp_min_(SMALLEST)
 
 
-def blended_logits(own: Tensor, deltas: Tensor, shares: Tensor, settings: LayerSettings) -> Tensor:
-    """R + eta sum_j shares_j u_j, f32 [T, N]; own [T, N], deltas f32 [T, K, N], shares f32 [T, K]."""
-    tokens, neighbours, _ = deltas.shape
+def blended_logits(
+    own: Tensor, values: Tensor, shares: Tensor, lambdas: Tensor, settings: LayerSettings
+) -> Tensor:
+    """R + eta sum_j shares_j u_j of logit deltas, (1 - lambda) r + sum_j shares_j v_j of logits, f32 [T, N].
+
+    own [T, N]; values f32 [T, K, N]; shares f32 [T, K]; lambdas f32 [T].
+    """
+    tokens, neighbours, _ = values.shape
     own, eta = own.float(), settings.step_size
+    if not settings.logit_deltas:
+        own, eta = own * (1.0 - lambdas).unsqueeze(1), 1.0
     if neighbours == 1:
-        return torch.addcmul(own, deltas.squeeze(1), shares, value=eta)
+        return torch.addcmul(own, values.squeeze(1), shares, value=eta)
     if tokens == 1:  # in half the time of the batched product
-        return torch.addmm(own, shares, deltas.squeeze(0), alpha=eta)
-    return torch.baddbmm(own.unsqueeze(1), shares.unsqueeze(1), deltas, alpha=eta).squeeze(1)
+        return torch.addmm(own, shares, values.squeeze(0), alpha=eta)
+    return torch.baddbmm(own.unsqueeze(1), shares.unsqueeze(1), values, alpha=eta).squeeze(1)
 
 
 def blended_assignment(

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from knnmoe.v1.types_pb2 import MEMORY_KIND_LOGIT_DELTA
-
 from model_runner.errors import BadInput
 
 if TYPE_CHECKING:
@@ -127,7 +125,12 @@ class ReplicaSize:
 def replica_size(
     described: MemoryDescription, keys: KeyDtype, device: torch.device, first_pass: str = "exact"
 ) -> ReplicaSize:
-    """What a replica of a memory takes on a device: of the layers that it speaks for."""
+    """What a replica of a memory takes on a device: of the layers that it speaks for.
+
+    Raises KindMismatch for values of a kind that is not known.
+    """
+    from knnmoe.client import blends_logits  # and gRPC, which who parses options does not wait for
+
     spoken_for = set(described.settings.layers)
     entries = {
         layer.layer: layer.entries
@@ -135,7 +138,7 @@ def replica_size(
         if not spoken_for or layer.layer in spoken_for
     }
     model = described.fingerprint
-    logits = described.settings.kind == MEMORY_KIND_LOGIT_DELTA
+    logits = blends_logits(described.settings.kind)
     width = model.num_experts if logits else 2 * model.top_k
     in_ram = _memory_info(device) is None
     codes = in_ram and first_pass != "exact"  # other devices scan every row

@@ -219,9 +219,10 @@ class ReplicaCopy:
 
 
 def _values(message: pb.ReplicaEntries) -> Tensor:
-    """f32 [n, W]: deltas, or experts and then weights."""
-    if message.WhichOneof("values") == "logit_deltas":
-        return decode_as_sent(message.logit_deltas)
+    """f32 [n, W]: logits or deltas, or experts and then weights."""
+    field = message.WhichOneof("values")
+    if field in ("logits", "logit_deltas"):
+        return decode_as_sent(getattr(message, field))
     experts = decode_as_sent(message.assignments.experts)
     weights = decode_as_sent(message.assignments.weights)
     return torch.cat([experts.float(), weights.float()], dim=1)

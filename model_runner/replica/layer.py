@@ -102,7 +102,7 @@ class FirstPass(Protocol):
 
 
 class LayerReplica:
-    """Entries of one MoE layer; W = num_experts logit deltas, or top_k experts and then top_k weights.
+    """Entries of one MoE layer; W = num_experts logits or logit deltas, or top_k experts and then top_k weights.
 
     Attributes:
         keys: [capacity, d] of `dtype`.

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 import grpc
 import torch
-from knnmoe.client import ExampleRef, MemoryNotFound, ServiceUnavailable
-from knnmoe.v1.types_pb2 import MEMORY_KIND_LOGIT_DELTA, MemorySettings
+from knnmoe.client import ExampleRef, MemoryNotFound, ServiceUnavailable, blends_logits
+from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
@@ -89,7 +89,7 @@ class ReplicaRetriever:
     @property
     def wants_logits(self) -> bool:
         """Whether the memory blends router logits rather than assignments."""
-        return self.copy.settings.kind == MEMORY_KIND_LOGIT_DELTA
+        return blends_logits(self.copy.settings.kind)
 
     def width(self, top_k: int) -> int | None:
         """Experts per token of blended assignments, for a model of this top-k; None before the copy is complete."""
@@ -200,9 +200,9 @@ def _answer(
     flat_rows = rows.view(-1)
     values = entries.values.index_select(0, flat_rows).view(*rows.shape, -1)
     blended: Assignment | Logits
-    if settings.logit_deltas:
+    if settings.logits:
         own = asked.router_logits.to(entries.device)
-        logits = arithmetic.blended_logits(own, values, shares, settings).to(own.dtype)
+        logits = arithmetic.blended_logits(own, values, shares, lambdas, settings).to(own.dtype)
         blended = Logits(torch.where(answered.unsqueeze(1), logits, own))
     else:
         blended = arithmetic.blended_assignment(

@@ -99,6 +99,7 @@ def upsert(
     JSONL, Parquet: one row per entry
       key               list of hidden_size numbers: the router input
       value             list of num_experts numbers (logit_delta memories), or
+      logits            list of num_experts numbers (logits memories), or
       experts, weights  two lists of top_k numbers (assignment memories)
       layer             MoE layer, counted from 0 (or --layer)
       id                below 2^63; when left out, it is made from source, example and
@@ -106,7 +107,8 @@ def upsert(
       source, example, position, token, gain, created_unix_ms   optional
     safetensors: tensors per layer N
       layers.N.keys     [n, hidden_size]; f32, f16 or bf16
-      layers.N.values   [n, num_experts], or layers.N.experts and layers.N.weights
+      layers.N.values   [n, num_experts], layers.N.logits, likewise, or layers.N.experts
+                        and layers.N.weights
       layers.N.ids      optional; metadata layers.N.provenance: JSON lists by field
 
     Batches are acknowledged one by one; after an error, those acknowledged are in the memory.

@@ -30,6 +30,7 @@ class Preset(StrEnum):
     """The presets of settings."""
 
     PAPER = "paper"
+    PAPER_V2 = "paper-v2"
     RECOMMENDED = "recommended"
 
 
@@ -161,8 +162,8 @@ def create(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="Settings to start from: recommended (logit deltas, K = 32; the default) or paper "
-            "(assignments, K = 1), e.g. --preset paper."
+            help="Settings to start from: recommended (logit deltas, K = 32; the default), paper "
+            "(assignments, K = 1) or paper-v2 (logits, K = 1), e.g. --preset paper."
         ),
     ] = None,
     kind: Annotated[

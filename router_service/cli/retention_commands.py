@@ -168,15 +168,15 @@ def prune(
     strength_below: Annotated[
         float | None,
         typer.Option(
-            help="Entries that hardly move routing: norm of the logit deltas, or half the L1 distance of the "
-            "assignment to the uniform one, e.g. 0.05."
+            help="Entries that hardly move routing: norm of the logit deltas, distance of the logits to equal ones, "
+            "or half the L1 distance of the assignment to the uniform one, e.g. 0.05."
         ),
     ] = None,
     disagreeing_below: Annotated[
         float | None,
         typer.Option(
-            help="Entries that contradict their neighbours from other examples: cosine of the deltas, or overlap "
-            "of the assignments, below this, e.g. 0."
+            help="Entries that contradict their neighbours from other examples: cosine of the deltas or logits, "
+            "or overlap of the assignments, below this, e.g. 0."
         ),
     ] = None,
     near_duplicates: Annotated[

@@ -23,7 +23,7 @@ from router_service.backends.edge.processes import die_with_parent_thread
 from router_service.backends.exact import ExactBackend
 from router_service.jobs.measure import COPY, QUERIES, RESULTS, TASK, Task, search_errors
 from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
-from router_service.memories.settings import Kind, MemorySettings
+from router_service.memories.settings import MemorySettings
 
 _NICENESS = 10
 _PAGE = 4096
@@ -110,7 +110,7 @@ def _query(work: Path, task: Task) -> RouteQuery:
     with np.load(work / QUERIES, allow_pickle=False) as saved:
         inputs: F32 = saved["inputs"]
     own: Assignment | F32 = np.zeros((len(inputs), task.num_experts), np.float32)
-    if task.settings.kind is Kind.ASSIGNMENT:
+    if not task.settings.kind.blends_logits:
         experts = np.tile(np.arange(task.top_k, dtype=np.int32), (len(inputs), 1))
         own = Assignment(experts, np.full(experts.shape, 1 / task.top_k, np.float32))
     return RouteQuery(inputs, own)

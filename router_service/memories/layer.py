@@ -196,11 +196,7 @@ class LayerMemory:
         """`started`: the search, in time.perf_counter_ns()."""
         searched = time.perf_counter_ns()
         similarities = self._similarities(found.distances, settings)
-        lambdas = (
-            kernels.mean_lambda(similarities)
-            if settings.kind is Kind.ASSIGNMENT
-            else kernels.shrunk_lambda(similarities, settings.null_weight)
-        )
+        lambdas = settings.lambdas(similarities)
         abstained = self._abstentions(found, lambdas, settings)
         answered = abstained == Abstain.NO
         if not answered.all():
@@ -249,6 +245,8 @@ class LayerMemory:
             return blending.blend_assignments(
                 own, neighbours, similarities, lambdas, self._num_experts, settings.support
             )
+        if settings.kind is Kind.LOGITS:
+            return blending.blend_stored_logits(own, found.values, similarities, lambdas)
         return blending.blend_logits(
             own,
             found.values,

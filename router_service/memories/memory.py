@@ -28,7 +28,7 @@ from router_service.memories import settings as memory_settings
 from router_service.memories.calibration import LayerCalibration, Queries, calibrated
 from router_service.memories.changes import SETTINGS, ChangeLog
 from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
-from router_service.memories.settings import Kind, MemorySettings, Similarity
+from router_service.memories.settings import MemorySettings, Similarity
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,8 @@ class MemoryRecord:
 
     @property
     def value_width(self) -> int:
-        """Width W of a value row: N logit deltas, or k experts and k weights."""
-        if self.settings.kind is Kind.LOGIT_DELTA:
-            return self.fingerprint.num_experts
-        return 2 * self.fingerprint.top_k
+        """Width W of a value row; see Kind."""
+        return self.settings.kind.value_width(self.fingerprint.num_experts, self.fingerprint.top_k)
 
 
 def collection_name(home: str, layer: int) -> str:
@@ -195,7 +193,7 @@ class RoutingMemory:
             raise InvalidField(
                 "exclude", len(query.exclude), f"none, 1, or {tokens} (one per token)"
             )
-        if isinstance(query.own, Assignment) != (self.record.settings.kind is Kind.ASSIGNMENT):
+        if isinstance(query.own, Assignment) == self.record.settings.kind.blends_logits:
             self._refuse_kind(
                 "assignment" if isinstance(query.own, Assignment) else "router_logits"
             )
@@ -232,9 +230,9 @@ class RoutingMemory:
 
     def _refuse_kind(self, got: str) -> None:
         kind = self.record.settings.kind
-        wanted = "assignment" if kind is Kind.ASSIGNMENT else "router_logits"
+        wanted = "router_logits" if kind.blends_logits else "assignment"
         raise KindMismatch(
-            f"own: got {got}, expected {wanted} (memory {self.record.name!r} holds {kind}s)"
+            f"own: got {got}, expected {wanted} (memory {self.record.name!r} holds {kind.plural})"
         )
 
     def _checked_entries(self, entries: Entries) -> Entries:
@@ -257,9 +255,10 @@ class RoutingMemory:
         return replace(entries, provenance=stamped)
 
     def _check_values(self, values: F32, rows: int) -> None:
-        if self.record.settings.kind is Kind.LOGIT_DELTA:
-            self._check_width("entries.logit_deltas", values, rows, "num_experts")
-            checks.require_finite("entries.logit_deltas", values)
+        kind = self.record.settings.kind
+        if kind.blends_logits:
+            self._check_width(f"entries.{kind.plural}", values, rows, "num_experts")
+            checks.require_finite(f"entries.{kind.plural}", values)
             return
         half = values.shape[-1] // 2
         # 2^31 - 1 is 2^31 in f32 and wraps: refused below all the same.

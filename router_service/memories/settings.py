@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from router_service import kernels
+from router_service.arrays import F32
 from router_service.backends.base import Metric, SearchOptions
 from router_service.blending import Support
 from router_service.errors import InvalidField
@@ -28,6 +30,21 @@ class Kind(StrEnum):
 
     ASSIGNMENT = "assignment"
     LOGIT_DELTA = "logit_delta"
+    LOGITS = "logits"
+
+    @property
+    def blends_logits(self) -> bool:
+        """Values have a number for each expert, and routing is given and answered as logits; else as assignments."""
+        return self is not Kind.ASSIGNMENT
+
+    @property
+    def plural(self) -> str:
+        """What a memory holds, in words and as the field of messages with entries."""
+        return "logits" if self is Kind.LOGITS else f"{self}s"
+
+    def value_width(self, num_experts: int, top_k: int) -> int:
+        """Numbers in a value row: N logits or logit deltas, or k experts and k weights."""
+        return num_experts if self.blends_logits else 2 * top_k
 
 
 class Similarity(StrEnum):
@@ -70,6 +87,12 @@ class MemorySettings:
         """Step size eta of a layer."""
         return self.step_size[layer if len(self.step_size) > 1 else 0]
 
+    def lambdas(self, similarities: F32) -> F32:
+        """Lambda [T] of similarities [T, K]: beside a null neighbour for logit deltas, else their mean."""
+        if self.kind is Kind.LOGIT_DELTA:
+            return kernels.shrunk_lambda(similarities, self.null_weight)
+        return kernels.mean_lambda(similarities)
+
     def speaks_for(self, layer: int) -> bool:
         """Whether the memory is read at this layer."""
         return not self.layers or layer in self.layers
@@ -90,6 +113,8 @@ class MemorySettings:
 PRESETS: dict[str, MemorySettings] = {
     # arXiv 2601.02144: assignments, K = 1, lambda = mean similarity.
     "paper": MemorySettings(preset="paper", kind=Kind.ASSIGNMENT, neighbours=1, null_weight=0.0),
+    # Its version 2: optimised logits, blended in logit space, so that k experts run.
+    "paper-v2": MemorySettings(preset="paper-v2", kind=Kind.LOGITS, neighbours=1, null_weight=0.0),
     # One-pass logit deltas, 32 neighbours, a null neighbour of weight 0.5 (docs/experiments.md).
     "recommended": MemorySettings(),
 }

@@ -229,7 +229,9 @@ def require_same_model(
         raise ModelMismatch(f"{problem}; {remedy}")
     kinds = coming.settings.kind, present.settings.kind
     if kinds[0] is not kinds[1]:
-        raise KindMismatch(f"the {theirs} holds {kinds[0]}s, the {ours} {kinds[1]}s; {remedy}")
+        raise KindMismatch(
+            f"the {theirs} holds {kinds[0].plural}, the {ours} {kinds[1].plural}; {remedy}"
+        )
 
 
 def _directory_of(store: MemoryStore) -> Path:

@@ -121,9 +121,9 @@ class Strength:
 class Agreement:
     """Entries that contradict the kernel average of their nearest neighbours from other examples: they mislead.
 
-    Cosine of logit deltas, or overlap of assignments, below `below`; without it, the lowest. An entry whose nearest
-    such neighbour is less similar than `min_similarity` is not judged, and stays. So does one without provenance:
-    all of these count as one example.
+    Cosine of logit deltas or logits, or overlap of assignments, below `below`; without it, the lowest. An entry whose
+    nearest such neighbour is less similar than `min_similarity` is not judged, and stays. So does one without
+    provenance: all of these count as one example.
     """
 
     name: ClassVar[str] = "agreement"
@@ -276,13 +276,13 @@ def _check_disagreement(field: str, policy: Agreement, kind: Kind) -> None:
 def _check_own(field: str, policy: Strength, kind: Kind) -> None:
     if policy.own is None:
         return
-    expected = "none for a memory of logit deltas, whose strength is their norm"
-    _require(f"{field}.own", "assignments", kind is Kind.ASSIGNMENT, expected)
+    expected = "none for a memory of logit deltas or logits, whose strength is their norm"
+    _require(f"{field}.own", "assignments", not kind.blends_logits, expected)
     require_ascending(f"plan.{field}.own.ids", policy.own.ids, len(policy.own.values))
 
 
 def _check_agreement(field: str, agreement: float, kind: Kind) -> None:
-    least = 0 if kind is Kind.ASSIGNMENT else -1
+    least = -1 if kind.blends_logits else 0
     _require(field, agreement, least <= agreement <= 1, f"in [{least}, 1]")
 
 

@@ -1,6 +1,7 @@
 """How a layer reads its entries, as far as retention needs it. Pure functions.
 
-T tokens, K neighbours, N experts, W = width of a value row. Values are compared dense: N logit deltas, or N weights.
+T tokens, K neighbours, N experts, W = width of a value row. Values are compared dense: N logit deltas, N logits less
+their mean, which moves no softmax, or N weights.
 """
 
 from __future__ import annotations
@@ -40,16 +41,15 @@ class LayerReading:
 
     def lambdas(self, similarities: F32) -> F32:
         """Lambda [T] of similarities [T, K]; 0 where routing would abstain. As if the layer were switched on."""
-        if self.settings.kind is Kind.ASSIGNMENT:
-            lambdas = kernels.mean_lambda(similarities)
-        else:
-            lambdas = kernels.shrunk_lambda(similarities, self.settings.null_weight)
+        lambdas = self.settings.lambdas(similarities)
         return np.where(lambdas > self.settings.min_lambda, lambdas, np.float32(0))
 
     def dense(self, values: F32) -> F32:
-        """Value rows [..., W] as [..., N] logit deltas or expert weights."""
+        """Value rows [..., W] as [..., N] logit deltas, logits less their mean, or expert weights."""
         if self.settings.kind is Kind.LOGIT_DELTA:
             return values
+        if self.settings.kind is Kind.LOGITS:
+            return values - values.mean(axis=-1, keepdims=True)
         flat = values.reshape(-1, values.shape[-1])
         top_k = flat.shape[1] // 2
         experts = flat[:, :top_k].astype(np.int32)
@@ -57,13 +57,14 @@ class LayerReading:
         return rows.reshape(*values.shape[:-1], self.num_experts)
 
     def agreement(self, one: F32 | F64, other: F32 | F64) -> F64:
-        """How far dense values [..., N] say the same: cosine of deltas, overlap in [0, 1] of assignments."""
-        return (overlap if self.settings.kind is Kind.ASSIGNMENT else cosine)(one, other)
+        """How far dense values [..., N] say the same: cosine of logits, overlap in [0, 1] of assignments."""
+        return (cosine if self.settings.kind.blends_logits else overlap)(one, other)
 
     def contribution(self, values: F32, similarities: F32) -> F64:
         """What neighbours' dense values [T, K, N] add to a token's own routing [T, N].
 
-        eta sum_j s_j u_j / (sum_j s_j + s0) for logit deltas, lambda a_mem for assignments; 0 for abstaining tokens.
+        eta sum_j s_j u_j / (sum_j s_j + s0) for logit deltas, else lambda times the neighbours' average; 0 for
+        abstaining tokens.
         """
         deltas = self.settings.kind is Kind.LOGIT_DELTA
         scale = self.settings.step_size_of(self.layer) if deltas else 1.0
@@ -107,8 +108,8 @@ def expected_effect(
     """Means over T leave-one-example-out queries: entries with value rows [T, W] and their neighbours [T, K].
 
     lambda_*; abstained_*: the share with lambda 0; agreement_*: of the contribution with the entry's own value, 0 where
-    nothing is retrieved; contribution_before and contribution_change: sizes, the Euclidean norm in logits for deltas,
-    L1 of the weights for assignments.
+    nothing is retrieved; contribution_before and contribution_change: sizes, the Euclidean norm in logits, or L1 of the
+    weights for assignments.
     """
     if not len(values):
         return {}
@@ -133,7 +134,7 @@ def _read(neighbours: Neighbours, reading: LayerReading) -> tuple[F64, F64]:
 
 
 def _mean_size(rows: F64, reading: LayerReading) -> float:
-    order = 1 if reading.settings.kind is Kind.ASSIGNMENT else 2
+    order = 2 if reading.settings.kind.blends_logits else 1
     return float(np.linalg.norm(rows, ord=order, axis=1).mean())
 
 
@@ -168,11 +169,11 @@ def use(page: Entries, hits: HitCounts, spare_created_from_unix_ms: int | None) 
 def strength(page: Entries, reading: LayerReading, own: OwnAssignments | None) -> F64:
     """How far an entry can move routing [n].
 
-    Logit deltas: the Euclidean norm, in logits. Assignments: L1 / 2 in [0, 1] to the router's own assignment where
-    `own` has it, else to the uniform one.
+    Logit deltas: the Euclidean norm, in logits. Logits: their distance to equal ones. Assignments: L1 / 2 in [0, 1] to
+    the router's own assignment where `own` has it, else to the uniform one.
     """
     dense = reading.dense(page.values)
-    if reading.settings.kind is Kind.LOGIT_DELTA:
+    if reading.settings.kind.blends_logits:
         return np.linalg.norm(dense.astype(np.float64), axis=1)
     reference = np.ones_like(dense)
     if own is not None:

@@ -31,6 +31,7 @@ _ENUMS: dict[str, dict[Any, Any]] = {
     "kind": {
         types_pb.MEMORY_KIND_ASSIGNMENT: Kind.ASSIGNMENT,
         types_pb.MEMORY_KIND_LOGIT_DELTA: Kind.LOGIT_DELTA,
+        types_pb.MEMORY_KIND_LOGITS: Kind.LOGITS,
     },
     "similarity": {
         types_pb.SIMILARITY_RBF: Similarity.RBF,
@@ -147,7 +148,7 @@ def _pack_as(message: types_pb.Tensor, array: F32, dtype: int) -> None:
 
 
 def decode_entries(message: admin_pb.Entries, kind: Kind) -> Entries:
-    """Entries with their values as rows: logit deltas, or experts followed by weights."""
+    """Entries with their values as rows: logits or logit deltas, or experts followed by weights."""
     ids = decode_ids("entries.ids", message.ids)
     keys = decode_floats("entries.keys", message.keys)
     values = _decode_values(message, kind)
@@ -156,14 +157,13 @@ def decode_entries(message: admin_pb.Entries, kind: Kind) -> Entries:
 
 
 def _decode_values(message: admin_pb.Entries, kind: Kind) -> F32:
-    wanted = "assignments" if kind is Kind.ASSIGNMENT else "logit_deltas"
-    got = message.WhichOneof("values")
+    wanted, got = kind.plural, message.WhichOneof("values")
     if got != wanted:
         raise InvalidField(
-            "entries.values", got or "nothing", f"{wanted} (the memory holds {kind}s)"
+            "entries.values", got or "nothing", f"{wanted} (the memory holds {wanted})"
         )
-    if kind is Kind.LOGIT_DELTA:
-        return decode_floats("entries.logit_deltas", message.logit_deltas)
+    if kind.blends_logits:
+        return decode_floats(f"entries.{wanted}", getattr(message, wanted))
     assignment = decode_assignment("entries.assignments", message.assignments)
     return np.concatenate([assignment.experts.astype(np.float32), assignment.weights], axis=-1)
 
@@ -180,8 +180,8 @@ def encode_entries(entries: Entries, kind: Kind) -> admin_pb.Entries:
 
 def encode_values(values: F32, kind: Kind) -> dict[str, Any]:
     """Value rows [n, W] as the field of a message with entries that the kind of the memory needs."""
-    if kind is Kind.LOGIT_DELTA:
-        return {"logit_deltas": tensors.to_tensor(values)}
+    if kind.blends_logits:
+        return {kind.plural: tensors.to_tensor(values)}
     half = values.shape[1] // 2
     experts = tensors.to_tensor(values[:, :half].astype(np.int32))
     weights = tensors.to_tensor(values[:, half:])

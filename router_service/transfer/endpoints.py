@@ -49,8 +49,8 @@ class EntryShape:
 
     @property
     def value_width(self) -> int:
-        """Numbers in a value row: N logit deltas, or k experts and k weights."""
-        return self.num_experts if self.kind is Kind.LOGIT_DELTA else 2 * self.top_k
+        """Numbers in a value row; see Kind."""
+        return self.kind.value_width(self.num_experts, self.top_k)
 
     @property
     def batch_entries(self) -> int:

@@ -170,11 +170,16 @@ def numbers_of(
     return numbers
 
 
+def dense_field(kind: Kind) -> str:
+    """The field of values that have a number for each expert: each kind its own, or one would be read as the other."""
+    return "logits" if kind is Kind.LOGITS else "value"
+
+
 def widths(shape: EntryShape) -> dict[str, tuple[int, str]]:
     """The lists of numbers of an entry: how long they are, and of what."""
     lists = {"key": (shape.hidden_size, "hidden_size")}
-    if shape.kind is Kind.LOGIT_DELTA:
-        return lists | {"value": (shape.num_experts, "num_experts")}
+    if shape.kind.blends_logits:
+        return lists | {dense_field(shape.kind): (shape.num_experts, "num_experts")}
     return lists | {"experts": (shape.top_k, "top_k"), "weights": (shape.top_k, "top_k")}
 
 
@@ -185,8 +190,8 @@ def columns_of(layer: int, entries: Entries, shape: EntryShape) -> dict[str, Any
         "layer": np.full(len(entries), layer, np.uint32),
         "key": entries.keys,
     }
-    if shape.kind is Kind.LOGIT_DELTA:
-        columns["value"] = entries.values
+    if shape.kind.blends_logits:
+        columns[dense_field(shape.kind)] = entries.values
     else:
         columns["experts"] = entries.values[:, : shape.top_k].astype(np.int32)
         columns["weights"] = entries.values[:, shape.top_k :]

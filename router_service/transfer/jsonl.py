@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from router_service.arrays import F32, Entries, Provenance
 from router_service.errors import shorten
-from router_service.memories.settings import Kind
 from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
 from router_service.transfer.entry_fields import EntryReader, EntryWriter, by_layer
@@ -92,8 +91,9 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _value_of(row: Mapping[str, Any], shape: EntryShape) -> F32:
     """The value row [W]."""
-    if shape.kind is Kind.LOGIT_DELTA:
-        return _vector("value", row["value"], shape.num_experts, "num_experts")
+    if shape.kind.blends_logits:
+        name = fields.dense_field(shape.kind)
+        return _vector(name, row[name], shape.num_experts, "num_experts")
     if not isinstance(row["experts"], list) or len(row["experts"]) != shape.top_k:
         raise ValueError(f"experts: got {_size(row['experts'])}, expected {shape.top_k} (top_k)")
     experts = [

@@ -1,4 +1,4 @@
-"""Entries as safetensors: `layers.N.ids`, `.keys` and `.values`, or `.experts` and `.weights`, per layer N.
+"""Entries as safetensors: `layers.N.ids`, `.keys` and `.values`, `.logits`, or `.experts` and `.weights`, per layer N.
 
 Provenance is the JSON text `layers.N.provenance` of the file's metadata: one list per field, each with n items.
 
@@ -34,7 +34,7 @@ from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileE
 FORMAT = "knnmoe-entries-1"
 # Of the library, which does not read a longer one.
 MAX_HEADER_BYTES = 100_000_000
-_NAME = re.compile(r"layers\.(\d{1,5})\.(ids|keys|values|experts|weights)")
+_NAME = re.compile(r"layers\.(\d{1,5})\.(ids|keys|values|logits|experts|weights)")
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -45,6 +45,7 @@ _TENSORS = {
     "id": ("ids", "<u8"),
     "key": ("keys", "<f4"),
     "value": ("values", "<f4"),
+    "logits": ("logits", "<f4"),
     "experts": ("experts", "<i4"),
     "weights": ("weights", "<f4"),
 }

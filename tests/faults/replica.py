@@ -50,9 +50,11 @@ from tests.sidecar import (
     ASSIGNMENT,
     CALL_TIMEOUT_S,
     COSINE,
+    DENSE_VALUES,
     EXPERTS,
     HIDDEN,
     LOGIT_DELTA,
+    LOGITS,
     RBF,
     TOP_K,
     Assignments,
@@ -65,7 +67,11 @@ from tests.sidecar import (
 
 LAYERS, SOURCES, EXAMPLES = 2, 3, 12
 MODEL = {"num_layers": LAYERS}
-KINDS = {"deltas": (LOGIT_DELTA, RBF), "assignments": (ASSIGNMENT, COSINE)}
+KINDS = {
+    "deltas": (LOGIT_DELTA, RBF),
+    "assignments": (ASSIGNMENT, COSINE),
+    "logits": (LOGITS, RBF),
+}
 TOKENS = (1, 2, 7, 64, 512, 2048)
 PATIENCE_S = 60.0
 TOLERANCE, LEAST_RECALL = 1e-5, 0.99
@@ -79,7 +85,7 @@ class Violation(AssertionError):
 
 
 class Entry(NamedTuple):
-    """As it was sent, the key of length 1 under cosine; W = N deltas, or k experts and then k weights."""
+    """As it was sent, the key of length 1 under cosine; W = N logits or deltas, or k experts and then k weights."""
 
     key: NDArray[np.float32]
     value: NDArray[np.float32]
@@ -452,8 +458,9 @@ class World:
                 for row in rows.values()
             ],
         )
-        if self.truths[name].kind == LOGIT_DELTA:
-            entries.logit_deltas.CopyFrom(tensors.to_tensor(values))
+        kind = self.truths[name].kind
+        if kind in DENSE_VALUES:
+            getattr(entries, DENSE_VALUES[kind]).CopyFrom(tensors.to_tensor(values))
         else:
             both = Assignments(values[:, :TOP_K].astype(np.int32), values[:, TOP_K:])
             entries.assignments.CopyFrom(both.message())
@@ -469,8 +476,9 @@ class World:
         request = admin_pb.ExportRequest(memory=name, layer=layer)
         for reply in self.sidecar.admin.Export(request, timeout=CALL_TIMEOUT_S):
             ids = tensors.to_array(reply.entries.ids).tolist()
-            if reply.entries.WhichOneof("values") == "logit_deltas":
-                values = tensors.to_array(reply.entries.logit_deltas)
+            field = reply.entries.WhichOneof("values")
+            if field in DENSE_VALUES.values():
+                values = tensors.to_array(getattr(reply.entries, field))
             else:
                 both = reply.entries.assignments
                 values = np.hstack(
@@ -484,7 +492,7 @@ class World:
         keys, origins = self.size.keys(rng, count), [_example(rng) for _ in range(count)]
         if truth.similarity == COSINE:
             keys = _unit(keys)
-        if truth.kind == LOGIT_DELTA:
+        if truth.kind in DENSE_VALUES:
             values = random_keys(rng, count, EXPERTS)
         else:
             both = random_assignments(rng, count)
@@ -500,7 +508,7 @@ class World:
         known = list(truth.layers[layer].values())
         for token in range(0, tokens if known else 0, 2):
             inputs[token] = known[int(rng.integers(len(known)))].key + 0.1 * inputs[token]
-        if truth.kind == LOGIT_DELTA:
+        if truth.kind in DENSE_VALUES:
             return inputs, random_keys(rng, tokens, EXPERTS)
         return inputs, random_assignments(rng, tokens)
 
@@ -553,7 +561,7 @@ class Expected:
             lambdas = total / k
             memory = np.einsum("tk,tkn->tn", s, values) / np.maximum(total, 1e-300)[:, None]
             blended = (1 - lambdas)[:, None] * plain + lambdas[:, None] * memory
-            if how["support"] == types_pb.SUPPORT_TOP_K:
+            if truth.kind == ASSIGNMENT and how["support"] == types_pb.SUPPORT_TOP_K:
                 blended, apart = _heaviest(blended)
                 clear &= apart
         silent = ~(lambdas > how["min_lambda"])
@@ -610,7 +618,7 @@ def _random_settings(kind: int, rng: np.random.Generator) -> dict[str, Any]:
             "step_size": [float(rng.choice([0.5, 2.0]))],
             "null_weight": float(rng.choice([0.1, 1.0])),
         }
-    else:
+    elif kind == ASSIGNMENT:
         chosen["support"] = int(rng.choice([types_pb.SUPPORT_UNION, types_pb.SUPPORT_TOP_K]))
     return chosen
 
@@ -642,7 +650,7 @@ def _dense(own: Any) -> F64:
 
 def _dense_values(kind: int, entries: list[Entry]) -> F64:
     values = np.stack([each.value for each in entries]).astype(np.float64)
-    if kind == LOGIT_DELTA:
+    if kind in DENSE_VALUES:
         return values
     return dense(values[:, :TOP_K].astype(np.int64), values[:, TOP_K:])
 

@@ -14,7 +14,15 @@ from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import replication_pb2 as pb
 from knnmoe.v1 import types_pb2 as types_pb
 
-from tests.sidecar import LAYERS, LOGIT_DELTA, Sidecar, exported, make_fingerprint, random_entries
+from tests.sidecar import (
+    DENSE_VALUES,
+    LAYERS,
+    LOGIT_DELTA,
+    Sidecar,
+    exported,
+    make_fingerprint,
+    random_entries,
+)
 
 Row = tuple[bytes, bytes]
 
@@ -83,8 +91,9 @@ class Copy:
 
 def rows_of(entries: pb.ReplicaEntries | admin_pb.Entries) -> dict[int, Row]:
     ids, keys = tensors.to_array(entries.ids), tensors.to_array(entries.keys)
-    if entries.WhichOneof("values") == "logit_deltas":
-        values = tensors.to_array(entries.logit_deltas)
+    field = entries.WhichOneof("values")
+    if field in DENSE_VALUES.values():
+        values = tensors.to_array(getattr(entries, field))
     else:
         both = entries.assignments
         values = np.hstack([tensors.to_array(both.experts), tensors.to_array(both.weights)])

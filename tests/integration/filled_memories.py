@@ -19,6 +19,7 @@ from tests.integration.knn_moe_reference import (
     Stored,
     blended_of,
     expected_assignments,
+    expected_deltas,
     expected_logits,
     stored_entries,
 )
@@ -26,8 +27,10 @@ from tests.sidecar import (
     ASSIGNMENT,
     CALL_TIMEOUT_S,
     COSINE,
+    DENSE_VALUES,
     EXPERTS,
     LOGIT_DELTA,
+    LOGITS,
     RBF,
     Assignments,
     Sidecar,
@@ -41,7 +44,7 @@ from tests.sidecar import (
 
 ENTRIES = 200
 KINDS = pytest.mark.parametrize(
-    "kind", [ASSIGNMENT, LOGIT_DELTA], ids=["assignment", "logit_delta"]
+    "kind", [ASSIGNMENT, LOGIT_DELTA, LOGITS], ids=["assignment", "logit_delta", "logits"]
 )
 
 
@@ -83,11 +86,12 @@ class Memory:
         request = route_request(self.name, self.digest, inputs, own, dtype=dtype, **fields)
         if isinstance(own, Assignments):
             return request, expected_assignments(self.stored, inputs, own, self.how, allowed)
-        return request, expected_logits(self.stored, inputs, own, self.how, allowed)
+        expected = expected_deltas if self.kind == LOGIT_DELTA else expected_logits
+        return request, expected(self.stored, inputs, own, self.how, allowed)
 
     def own(self, rng: np.random.Generator, tokens: int, dtype: str = "f32") -> Any:
         """The model's own routing, rounded to what `dtype` can hold."""
-        if self.kind == LOGIT_DELTA:
+        if self.kind in DENSE_VALUES:
             return as_sent(random_keys(rng, tokens, EXPERTS), dtype)
         own = random_assignments(rng, tokens)
         return Assignments(own.experts, as_sent(own.weights, dtype))

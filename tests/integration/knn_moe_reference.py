@@ -14,7 +14,7 @@ from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 from numpy.typing import NDArray
 
-from tests.sidecar import EXPERTS, TOP_K, Assignments
+from tests.sidecar import DENSE_VALUES, EXPERTS, TOP_K, Assignments
 
 TOLERANCE = {"f32": 1e-5, "f16": 2e-3, "bf16": 1.6e-2}
 
@@ -96,7 +96,7 @@ def expected_assignments(
     return lambdas, blended
 
 
-def expected_logits(
+def expected_deltas(
     stored: Stored, inputs: NDArray[Any], own: NDArray[Any], how: Reading, allowed: Any = None
 ) -> tuple[F64, F64]:
     """Lambda [T] and the blended logits [T, N]."""
@@ -105,6 +105,18 @@ def expected_logits(
     total = s.sum(axis=1) + how.null_weight
     deltas = np.einsum("tk,tkn->tn", s, stored.values[rows]) / total[:, None]
     return s.sum(axis=1) / total, own.astype(np.float64) + how.step_size * deltas
+
+
+def expected_logits(
+    stored: Stored, inputs: NDArray[Any], own: NDArray[Any], how: Reading, allowed: Any = None
+) -> tuple[F64, F64]:
+    """Lambda [T] and the logits [T, N] that are blended with stored ones."""
+    rows, distances = nearest(stored, inputs, how, allowed)
+    s = similarities_of(distances, how)
+    lambdas = s.mean(axis=1)
+    memory = np.einsum("tk,tkn->tn", s / s.sum(axis=1, keepdims=True), stored.values[rows])
+    own_share = (1 - lambdas)[:, None] * own.astype(np.float64)
+    return lambdas, own_share + lambdas[:, None] * memory
 
 
 def dense(experts: NDArray[Any], weights: NDArray[Any]) -> F64:
@@ -123,7 +135,8 @@ def blended_of(reply: routing_pb.RouteResponse) -> F64:
 
 
 def _dense_values(part: admin_pb.Entries) -> F64:
-    if part.WhichOneof("values") == "logit_deltas":
-        return tensors.to_array(part.logit_deltas).astype(np.float64)
+    field = part.WhichOneof("values")
+    if field in DENSE_VALUES.values():
+        return tensors.to_array(getattr(part, field)).astype(np.float64)
     experts = tensors.to_array(part.assignments.experts)
     return dense(experts, tensors.to_array(part.assignments.weights))

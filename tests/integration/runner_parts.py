@@ -29,11 +29,13 @@ from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.text_files import Example
 from model_runner.texts import Window, cut_windows
-from tests.sidecar import Sidecar, exported
+from tests.sidecar import DENSE_VALUES, Sidecar, exported
 from tests.tiny_checkpoint import byte_model, byte_tokenizer
 
 QUIET = Progress(quiet=True)
-PRESET_NAMES = ("paper", "recommended")
+PRESET_NAMES = ("paper", "paper-v2", "recommended")
+# One for each type of reply, where the kind of values does not matter.
+REPLY_NAMES = ("paper", "recommended")
 LAYERS, LENGTH, BATCH_SIZE = 4, 24, 4
 FILE_NAME = "reference.jsonl"
 # No two begin alike: no two tokens of their first windows have the same history, hence the same key.
@@ -105,8 +107,9 @@ def stored(
     found = {}
     for entries in exported(sidecar, name, layer):
         keys = tensors.to_array(entries.keys).tolist()
-        if entries.WhichOneof("values") == "logit_deltas":
-            values = tensors.to_array(entries.logit_deltas).tolist()
+        field = entries.WhichOneof("values")
+        if field in DENSE_VALUES.values():
+            values = tensors.to_array(getattr(entries, field)).tolist()
         else:
             experts = tensors.to_array(entries.assignments.experts).tolist()
             weights = tensors.to_array(entries.assignments.weights).tolist()

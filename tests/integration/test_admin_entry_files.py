@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 from router_service.cli.admin import app
 from tests.sidecar import (
     ASSIGNMENT,
+    DENSE_VALUES,
     HIDDEN,
     LOGIT_DELTA,
+    LOGITS,
     Sidecar,
     exported,
     random_entries,
@@ -28,7 +30,7 @@ from tests.sidecar import (
 
 FORMATS = pytest.mark.parametrize("suffix", ["jsonl", "parquet", "safetensors"])
 KINDS = pytest.mark.parametrize(
-    "kind", [ASSIGNMENT, LOGIT_DELTA], ids=["assignment", "logit_delta"]
+    "kind", [ASSIGNMENT, LOGIT_DELTA, LOGITS], ids=["assignment", "logit_delta", "logits"]
 )
 Admin = Callable[..., Any]
 
@@ -59,8 +61,8 @@ def _columns(parts: list[admin_pb.Entries]) -> dict[str, Any]:
         "ids": [part.ids for part in parts],
         "keys": [part.keys for part in parts],
     }
-    if kind == "logit_deltas":
-        columns["values"] = [part.logit_deltas for part in parts]
+    if kind in DENSE_VALUES.values():
+        columns["values"] = [getattr(part, kind) for part in parts]
     else:
         columns["experts"] = [part.assignments.experts for part in parts]
         columns["weights"] = [part.assignments.weights for part in parts]

@@ -26,13 +26,14 @@ from tests.sidecar import (
     EXPERTS,
     HIDDEN,
     LOGIT_DELTA,
+    LOGITS,
     RBF,
     Sidecar,
     random_entries,
 )
 
 KINDS = pytest.mark.parametrize(
-    "kind", [ASSIGNMENT, LOGIT_DELTA], ids=["assignment", "logit_delta"]
+    "kind", [ASSIGNMENT, LOGIT_DELTA, LOGITS], ids=["assignment", "logit_delta", "logits"]
 )
 DESCRIBED = pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from knnmoe.client import (
 from knnmoe.v1.types_pb2 import SUPPORT_TOP_K, MemorySettings
 
 from model_runner.architectures import Assignment
+from model_runner.architectures.discovery import find_router_sites
 from model_runner.evaluation.nll import difference, score
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import collect_router_inputs
@@ -127,6 +130,24 @@ def test_top_k_support_keeps_the_models_number_of_experts(edge_sidecar: Sidecar,
 
         prefill(loaded_model().model, watch)
     assert widths == {loaded_model().fingerprint.top_k}
+
+
+def test_stored_logits_keep_the_models_number_of_experts(edge_sidecar: Sidecar, name: str) -> None:
+    wide = MemorySettings(neighbours=3, gamma=[0.01])
+    build(edge_sidecar.target, name, "paper-v2", settings=wide)
+    model, widths = loaded_model().model, set()
+    plain = prefill(model)
+    with client_of(edge_sidecar.target, name) as client, ExitStack() as watched:
+        for site in find_router_sites(model):
+            watched.callback(
+                site.experts.register_forward_pre_hook(
+                    lambda _, given: widths.update(each.shape[-1] for each in given[1:])
+                ).remove
+            )
+        policy = RetrievalPolicy(client)
+        assert not torch.equal(prefill(model, policy), plain)
+    assert widths == {loaded_model().fingerprint.top_k}
+    assert all(use.lambda_mean > 0.5 for use in policy.use.values())
 
 
 def test_leave_one_out_reads_no_entry_of_the_own_example(edge_sidecar: Sidecar, built: str) -> None:

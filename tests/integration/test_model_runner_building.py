@@ -149,10 +149,10 @@ def test_an_assignment_memory_without_a_step_is_the_plain_model(
     np.testing.assert_allclose(routed, scored(None), rtol=ROUNDING)
 
 
-def test_a_memory_of_the_other_kind_is_not_built_into(edge_sidecar: Sidecar, built: str) -> None:
-    other = {"filled-paper": "recommended", "filled-recommended": "paper"}[built]
-    with pytest.raises(KindMismatch, match="holds another kind of values"):
-        build(edge_sidecar.target, built, other)
+def test_a_memory_of_another_kind_is_not_built_into(edge_sidecar: Sidecar, built: str) -> None:
+    for other in {*PRESET_NAMES} - {built.removeprefix("filled-")}:
+        with pytest.raises(KindMismatch, match="holds another kind of values"):
+            build(edge_sidecar.target, built, other)
 
 
 def test_more_gradient_steps(edge_sidecar: Sidecar, name: str) -> None:

@@ -386,7 +386,7 @@ def test_sampling_is_seeded(run: Run, model: Path) -> None:
         (["--dtype", "int4"], "dtype: got 'int4', expected auto, float32"),
         (["--window", 4096], "window: got 4096 tokens, expected at most the model's 128"),
         (["--norm", "huge"], "'huge' is not one of 'raw', 'unit', 'soft'"),
-        (["--preset", "best"], "'best' is not one of 'paper', 'recommended'"),
+        (["--preset", "best"], "'best' is not one of 'paper', 'paper-v2', 'recommended'"),
         (["--lambda0", 1.5], "1.5 is not between 0 and 1"),
         (["--steps", 3], "not logit deltas: use steps 1"),
     ],

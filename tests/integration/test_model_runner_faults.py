@@ -27,9 +27,9 @@ from model_runner.routing_policy import Lookups, RetrievalPolicy
 from tests.integration.runner_parts import (
     BATCH_SIZE,
     LAYERS,
-    PRESET_NAMES,
     PROMPT,
     QUIET,
+    REPLY_NAMES,
     SENTENCES,
     Recorder,
     build,
@@ -52,7 +52,7 @@ WINDOWS = [window for window in windows_of() if window.offset == 0]
 def mortal(data: Path) -> Iterator[Sidecar]:
     """A service that a test may kill, with a filled memory of each kind."""
     with Sidecar(data, listen=f"unix:{data.parent}/s") as sidecar:
-        for preset in PRESET_NAMES:
+        for preset in REPLY_NAMES:
             build(sidecar.target, preset, preset, windows=WINDOWS)
         sidecar.close_channel()
         yield sidecar
@@ -85,7 +85,7 @@ def until_it_replies(policy: RetrievalPolicy, call: RouterCall) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("memory", PRESET_NAMES)
+@pytest.mark.parametrize("memory", REPLY_NAMES)
 def test_generation_outlives_the_sidecar(
     mortal: Sidecar, memory: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,7 +120,7 @@ def test_generation_without_a_sidecar_is_the_plain_one(tmp_path: Path) -> None:
     assert client.fallbacks.total() == 6 * LAYERS
 
 
-@pytest.mark.parametrize("memory", PRESET_NAMES)
+@pytest.mark.parametrize("memory", REPLY_NAMES)
 def test_retrieval_resumes_when_the_sidecar_is_back(mortal: Sidecar, memory: str) -> None:
     call = call_of_layer_0()
     with generating_client(mortal.target, memory) as client:
@@ -225,7 +225,7 @@ def test_an_interrupted_look_up_answers_no_later_one(
         assert torch.equal(policy(call).router_logits, expected.router_logits)
 
 
-@pytest.mark.parametrize("memory", PRESET_NAMES)
+@pytest.mark.parametrize("memory", REPLY_NAMES)
 def test_scoring_stops_with_the_sidecar(mortal: Sidecar, memory: str) -> None:
     with client_of(mortal.target, memory) as client:
         policy = Recorder(RetrievalPolicy(client), {LAYERS + 2: mortal.kill})

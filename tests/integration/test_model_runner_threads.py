@@ -22,7 +22,7 @@ from router_service.memories.settings import Kind, MemorySettings
 from tests.integration.runner_parts import (
     FILE_NAME,
     LAYERS,
-    PRESET_NAMES,
+    REPLY_NAMES,
     SENTENCES,
     build,
     client_of,
@@ -33,7 +33,7 @@ from tests.sidecar import Sidecar
 
 THREADS, TOKENS = 16, 3
 FORWARDS = int(os.environ.get("THREAD_FORWARDS", "60"))  # of each thread
-KIND = pytest.mark.parametrize("preset", PRESET_NAMES)
+KIND = pytest.mark.parametrize("preset", REPLY_NAMES)
 
 
 @dataclass(frozen=True)

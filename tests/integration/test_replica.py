@@ -430,7 +430,7 @@ def test_the_demo_gives_the_same_table_remote_and_as_a_replica(tmp_path: Path) -
         results = demo.run()
         assert ("index" in results["timings"]) == (where is Where.REMOTE)
         tables.append(results["arms"])
-    assert len(tables[0]) == 11
+    assert len(tables[0]) == 13
     for replica, remote in zip(*tables, strict=True):
         assert (replica["name"], replica["domain"]) == (remote["name"], remote["domain"])
         assert replica["nll"] == pytest.approx(remote["nll"], abs=1e-4)

@@ -38,6 +38,7 @@ from tests.sidecar import (
     HIDDEN,
     LAYERS,
     LOGIT_DELTA,
+    LOGITS,
     Sidecar,
     floats,
     make_fingerprint,
@@ -80,7 +81,7 @@ def sync_now(sidecar: Sidecar, name: str, copy: Copy, stream: ReplicaStream) -> 
     copy.sync(stream, version_of(sidecar, name))
 
 
-@pytest.mark.parametrize("kind", [LOGIT_DELTA, ASSIGNMENT])
+@pytest.mark.parametrize("kind", [LOGIT_DELTA, ASSIGNMENT, LOGITS])
 def test_a_copy_is_what_the_memory_holds(sidecar: Sidecar, name: str, kind: int) -> None:
     fill(sidecar, name, kind=kind)
     copy, described = copied(sidecar, name), sidecar.describe(name)
@@ -286,7 +287,7 @@ def test_a_snapshot_that_is_restored_in_place(
     assert copy.upserted == 5
 
 
-@pytest.mark.parametrize("kind", [LOGIT_DELTA, ASSIGNMENT])
+@pytest.mark.parametrize("kind", [LOGIT_DELTA, ASSIGNMENT, LOGITS])
 @pytest.mark.parametrize("dtype", [types_pb.DTYPE_F16, types_pb.DTYPE_BF16, types_pb.DTYPE_I8])
 def test_keys_in_fewer_bytes(ram_sidecar: Sidecar, name: str, kind: int, dtype: int) -> None:
     fill(ram_sidecar, name, kind=kind, similarity=COSINE)

@@ -21,6 +21,7 @@ from tests.integration.knn_moe_reference import (
 from tests.sidecar import (
     ASSIGNMENT,
     CALL_TIMEOUT_S,
+    DENSE_VALUES,
     EXPERTS,
     LOGIT_DELTA,
     TOP_K,
@@ -85,8 +86,9 @@ def test_half_precision(sidecar: Sidecar, memory_of: MemoryOf, kind: int, dtype:
     request, expected = memory.request(tokens=7, seed=2, dtype=dtype)
     reply = sidecar.route(request)
     assert_answers(reply, expected, dtype)
-    sent = request.router_logits if kind == LOGIT_DELTA else request.assignment.weights
-    got = reply.router_logits if kind == LOGIT_DELTA else reply.assignment.weights
+    logits = kind in DENSE_VALUES
+    sent = request.router_logits if logits else request.assignment.weights
+    got = reply.router_logits if logits else reply.assignment.weights
     assert got.dtype == sent.dtype
 
 
@@ -127,7 +129,7 @@ def test_fewer_entries_than_k(sidecar: Sidecar, name: str, kind: int) -> None:
     digest = sidecar.create(name, kind=kind, neighbours=32, gamma=[0.05])
     sidecar.upsert(name, 0, random_entries(kind, 2))
     rng = np.random.default_rng(6)
-    own = random_keys(rng, 4, EXPERTS) if kind == LOGIT_DELTA else random_assignments(rng, 4)
+    own = random_keys(rng, 4, EXPERTS) if kind in DENSE_VALUES else random_assignments(rng, 4)
     request = route_request(name, digest, random_keys(rng, 4), own, with_neighbours=True)
     reply = sidecar.route(request)
     similarities = tensors.to_array(reply.neighbours.similarities).astype(np.float64)
@@ -136,7 +138,7 @@ def test_fewer_entries_than_k(sidecar: Sidecar, name: str, kind: int) -> None:
     assert np.isinf(tensors.to_array(reply.neighbours.squared_distances)[:, 2:]).all()
     assert (tensors.to_array(reply.neighbours.ids)[:, 2:] == 2**64 - 1).all()
     total = similarities.sum(axis=1)
-    expected = total / 32 if kind == ASSIGNMENT else total / (total + 0.5 * (kind == LOGIT_DELTA))
+    expected = total / (total + 0.5) if kind == LOGIT_DELTA else total / 32
     np.testing.assert_allclose(tensors.to_array(reply.lambdas), expected, atol=1e-5)
 
 

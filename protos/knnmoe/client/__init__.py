@@ -13,6 +13,7 @@ from knnmoe.client.errors import (
     ServiceUnavailable,
     service_error,
 )
+from knnmoe.client.kinds import blends_logits
 from knnmoe.client.replication import ReplicaStream, ReplicationClient
 from knnmoe.client.routing import ExampleRef, RoutingClient
 
@@ -33,6 +34,7 @@ __all__ = [
     "ServiceRefused",
     "ServiceUnavailable",
     "Upserter",
+    "blends_logits",
     "require_same_model",
     "service_error",
 ]

@@ -4,7 +4,7 @@
       +-- ServiceUnavailable     no answer in time, or none to be had now: another try, or none at all, is the remedy
       +-- ServiceRefused         the service understood the call and refused it
             +-- ModelMismatch    the memory is another model's
-            +-- KindMismatch     the memory holds the other kind of values
+            +-- KindMismatch     the memory holds another kind of values
             +-- MemoryNotFound   there is no memory of that name
             +-- ReplicaBehind    a copy's position is not known any more
       +-- ClientClosed           the call was made through a client that is closed, or another process's
@@ -97,7 +97,7 @@ class ModelMismatch(ServiceRefused):
 
 
 class KindMismatch(ServiceRefused):
-    """The memory holds assignments where logit deltas are meant, or the other way round."""
+    """The memory holds values of another kind (assignments, logit deltas, logits) than are meant."""
 
     @override
     def __str__(self) -> str:

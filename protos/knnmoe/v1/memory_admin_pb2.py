@@ -27,15 +27,15 @@ from knnmoe.v1 import routing_pb2 as knnmoe_dot_v1_dot_routing__pb2
 from knnmoe.v1 import types_pb2 as knnmoe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cknnmoe/v1/memory_admin.proto\x12\tknnmoe.v1\x1a\x1aknnmoe/v1/operations.proto\x1a\x17knnmoe/v1/routing.proto\x1a\x15knnmoe/v1/types.proto\"\x82\x01\n\x13\x43reateMemoryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.ModelFingerprint\x12+\n\x08settings\x18\x03 \x01(\x0b\x32\x19.knnmoe.v1.MemorySettings\"D\n\x14\x43reateMemoryResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\x15\n\x13ListMemoriesRequest\"F\n\x14ListMemoriesResponse\x12.\n\x08memories\x18\x01 \x03(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\'\n\x15\x44\x65scribeMemoryRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"F\n\x16\x44\x65scribeMemoryResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"%\n\x13\x44\x65leteMemoryRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"\'\n\x14\x44\x65leteMemoryResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\"2\n\x14ReplaceMemoryRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\"V\n\x15ReplaceMemoryResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\x12\x0f\n\x07removed\x18\x02 \x01(\x04\"T\n\x15UpdateSettingsRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12+\n\x08settings\x18\x02 \x01(\x0b\x32\x19.knnmoe.v1.MemorySettings\"F\n\x16UpdateSettingsResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\xde\x01\n\x07\x45ntries\x12\x1e\n\x03ids\x18\x01 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x1f\n\x04keys\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x32\n\x0b\x61ssignments\x18\x03 \x01(\x0b\x32\x1b.knnmoe.v1.SparseAssignmentH\x00\x12)\n\x0clogit_deltas\x18\x04 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12)\n\nprovenance\x18\x05 \x03(\x0b\x32\x15.knnmoe.v1.ProvenanceB\x08\n\x06values\"\xa8\x01\n\rUpsertRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12#\n\x07\x65ntries\x18\x03 \x01(\x0b\x32\x12.knnmoe.v1.Entries\x12)\n\ndurability\x18\x04 \x01(\x0e\x32\x15.knnmoe.v1.Durability\x12\x12\n\nrequest_id\x18\x05 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\"6\n\x0eUpsertResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x10\n\x08upserted\x18\x02 \x01(\x04\"\\\n\x0c\x43ountRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x12\n\x05layer\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x03ids\x18\x03 \x01(\x0b\x32\x11.knnmoe.v1.TensorB\x08\n\x06_layer\"K\n\rCountResponse\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\r\n\x05total\x18\x02 \x01(\x04\"X\n\rExportRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x14\n\x0cwithout_keys\x18\x04 \x01(\x08\"5\n\x0e\x45xportResponse\x12#\n\x07\x65ntries\x18\x01 \x01(\x0b\x32\x12.knnmoe.v1.Entries\"\x8e\x01\n\x10\x43\x61librateRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0f\n\x07lambda0\x18\x02 \x01(\x01\x12\x10\n\x08quantile\x18\x03 \x01(\x01\x12&\n\x06inputs\x18\x04 \x03(\x0b\x32\x16.knnmoe.v1.LayerInputs\x12\x0e\n\x06sample\x18\x05 \x01(\r\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"F\n\x0bLayerInputs\x12\r\n\x05layer\x18\x01 \x01(\r\x12(\n\rrouter_inputs\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\"n\n\x11\x43\x61librateResponse\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.knnmoe.v1.LayerCalibration\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\x8d\x01\n\x10LayerCalibration\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x18\n\x10squared_distance\x18\x02 \x01(\x01\x12\r\n\x05gamma\x18\x03 \x01(\x01\x12\x0f\n\x07queries\x18\x04 \x01(\r\x12\x0e\n\x06\x63opies\x18\x05 \x01(\r\x12 \n\x18typical_squared_distance\x18\x06 \x01(\x01\"W\n\x0fOptimizeRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x0e\n\x06recall\x18\x04 \x01(\x01\"q\n\x0cSearchChoice\x12\x0f\n\x07hnsw_ef\x18\x01 \x01(\r\x12\x14\n\x0coversampling\x18\x02 \x01(\x01\x12\x12\n\nneighbours\x18\x03 \x01(\r\x12&\n\x06layers\x18\x04 \x03(\x0b\x32\x16.knnmoe.v1.LayerSearch\"\x8f\x01\n\x0bLayerSearch\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07queries\x18\x02 \x01(\r\x12\x13\n\x0brecall_at_1\x18\x03 \x01(\x01\x12\x13\n\x0brecall_at_k\x18\x04 \x01(\x01\x12\x15\n\rms_per_lookup\x18\x05 \x01(\x01\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x10\n\x08segments\x18\x07 \x01(\r\"\xc3\x01\n\x10OptimizeResponse\x12*\n\x05layer\x18\x01 \x01(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12\'\n\toperation\x18\x03 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x13\n\x06recall\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\'\n\x06search\x18\x05 \x01(\x0b\x32\x17.knnmoe.v1.SearchChoiceB\t\n\x07_recall\"\x1e\n\x0cStatsRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"\x8f\x01\n\rStatsResponse\x12(\n\x08memories\x18\x01 \x03(\x0b\x32\x16.knnmoe.v1.MemoryStats\x12\x10\n\x08uptime_s\x18\x02 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fservice_version\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\"D\n\x0bMemoryStats\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12%\n\x06layers\x18\x02 \x03(\x0b\x32\x15.knnmoe.v1.LayerStats\"\xf4\x01\n\nLayerStats\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eroute_requests\x18\x04 \x01(\x04\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x18\n\x10tokens_abstained\x18\x06 \x01(\x04\x12\x13\n\x0bmean_lambda\x18\x07 \x01(\x01\x12\x16\n\x0emean_search_ms\x18\x08 \x01(\x01\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\x19\n\x11\x65ntries_never_hit\x18\n \x01(\x04\x12\x1a\n\x12\x64isk_bytes_unknown\x18\x0b \x01(\x08*V\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x01\x12\x14\n\x10\x44URABILITY_FSYNC\x10\x02\x32\x94\x07\n\x12MemoryAdminService\x12O\n\x0c\x43reateMemory\x12\x1e.knnmoe.v1.CreateMemoryRequest\x1a\x1f.knnmoe.v1.CreateMemoryResponse\x12O\n\x0cListMemories\x12\x1e.knnmoe.v1.ListMemoriesRequest\x1a\x1f.knnmoe.v1.ListMemoriesResponse\x12U\n\x0e\x44\x65scribeMemory\x12 .knnmoe.v1.DescribeMemoryRequest\x1a!.knnmoe.v1.DescribeMemoryResponse\x12O\n\x0c\x44\x65leteMemory\x12\x1e.knnmoe.v1.DeleteMemoryRequest\x1a\x1f.knnmoe.v1.DeleteMemoryResponse\x12R\n\rReplaceMemory\x12\x1f.knnmoe.v1.ReplaceMemoryRequest\x1a .knnmoe.v1.ReplaceMemoryResponse\x12U\n\x0eUpdateSettings\x12 .knnmoe.v1.UpdateSettingsRequest\x1a!.knnmoe.v1.UpdateSettingsResponse\x12\x41\n\x06Upsert\x12\x18.knnmoe.v1.UpsertRequest\x1a\x19.knnmoe.v1.UpsertResponse(\x01\x30\x01\x12:\n\x05\x43ount\x12\x17.knnmoe.v1.CountRequest\x1a\x18.knnmoe.v1.CountResponse\x12?\n\x06\x45xport\x12\x18.knnmoe.v1.ExportRequest\x1a\x19.knnmoe.v1.ExportResponse0\x01\x12\x46\n\tCalibrate\x12\x1b.knnmoe.v1.CalibrateRequest\x1a\x1c.knnmoe.v1.CalibrateResponse\x12\x45\n\x08Optimize\x12\x1a.knnmoe.v1.OptimizeRequest\x1a\x1b.knnmoe.v1.OptimizeResponse0\x01\x12:\n\x05Stats\x12\x17.knnmoe.v1.StatsRequest\x1a\x18.knnmoe.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cknnmoe/v1/memory_admin.proto\x12\tknnmoe.v1\x1a\x1aknnmoe/v1/operations.proto\x1a\x17knnmoe/v1/routing.proto\x1a\x15knnmoe/v1/types.proto\"\x82\x01\n\x13\x43reateMemoryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.ModelFingerprint\x12+\n\x08settings\x18\x03 \x01(\x0b\x32\x19.knnmoe.v1.MemorySettings\"D\n\x14\x43reateMemoryResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\x15\n\x13ListMemoriesRequest\"F\n\x14ListMemoriesResponse\x12.\n\x08memories\x18\x01 \x03(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\'\n\x15\x44\x65scribeMemoryRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"F\n\x16\x44\x65scribeMemoryResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"%\n\x13\x44\x65leteMemoryRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"\'\n\x14\x44\x65leteMemoryResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\"2\n\x14ReplaceMemoryRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\"V\n\x15ReplaceMemoryResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\x12\x0f\n\x07removed\x18\x02 \x01(\x04\"T\n\x15UpdateSettingsRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12+\n\x08settings\x18\x02 \x01(\x0b\x32\x19.knnmoe.v1.MemorySettings\"F\n\x16UpdateSettingsResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\x83\x02\n\x07\x45ntries\x12\x1e\n\x03ids\x18\x01 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x1f\n\x04keys\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x32\n\x0b\x61ssignments\x18\x03 \x01(\x0b\x32\x1b.knnmoe.v1.SparseAssignmentH\x00\x12)\n\x0clogit_deltas\x18\x04 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12#\n\x06logits\x18\x06 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12)\n\nprovenance\x18\x05 \x03(\x0b\x32\x15.knnmoe.v1.ProvenanceB\x08\n\x06values\"\xa8\x01\n\rUpsertRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12#\n\x07\x65ntries\x18\x03 \x01(\x0b\x32\x12.knnmoe.v1.Entries\x12)\n\ndurability\x18\x04 \x01(\x0e\x32\x15.knnmoe.v1.Durability\x12\x12\n\nrequest_id\x18\x05 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\"6\n\x0eUpsertResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x10\n\x08upserted\x18\x02 \x01(\x04\"\\\n\x0c\x43ountRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x12\n\x05layer\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x03ids\x18\x03 \x01(\x0b\x32\x11.knnmoe.v1.TensorB\x08\n\x06_layer\"K\n\rCountResponse\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\r\n\x05total\x18\x02 \x01(\x04\"X\n\rExportRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x14\n\x0cwithout_keys\x18\x04 \x01(\x08\"5\n\x0e\x45xportResponse\x12#\n\x07\x65ntries\x18\x01 \x01(\x0b\x32\x12.knnmoe.v1.Entries\"\x8e\x01\n\x10\x43\x61librateRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0f\n\x07lambda0\x18\x02 \x01(\x01\x12\x10\n\x08quantile\x18\x03 \x01(\x01\x12&\n\x06inputs\x18\x04 \x03(\x0b\x32\x16.knnmoe.v1.LayerInputs\x12\x0e\n\x06sample\x18\x05 \x01(\r\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"F\n\x0bLayerInputs\x12\r\n\x05layer\x18\x01 \x01(\r\x12(\n\rrouter_inputs\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\"n\n\x11\x43\x61librateResponse\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.knnmoe.v1.LayerCalibration\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\"\x8d\x01\n\x10LayerCalibration\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x18\n\x10squared_distance\x18\x02 \x01(\x01\x12\r\n\x05gamma\x18\x03 \x01(\x01\x12\x0f\n\x07queries\x18\x04 \x01(\r\x12\x0e\n\x06\x63opies\x18\x05 \x01(\r\x12 \n\x18typical_squared_distance\x18\x06 \x01(\x01\"W\n\x0fOptimizeRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x0e\n\x06recall\x18\x04 \x01(\x01\"q\n\x0cSearchChoice\x12\x0f\n\x07hnsw_ef\x18\x01 \x01(\r\x12\x14\n\x0coversampling\x18\x02 \x01(\x01\x12\x12\n\nneighbours\x18\x03 \x01(\r\x12&\n\x06layers\x18\x04 \x03(\x0b\x32\x16.knnmoe.v1.LayerSearch\"\x8f\x01\n\x0bLayerSearch\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07queries\x18\x02 \x01(\r\x12\x13\n\x0brecall_at_1\x18\x03 \x01(\x01\x12\x13\n\x0brecall_at_k\x18\x04 \x01(\x01\x12\x15\n\rms_per_lookup\x18\x05 \x01(\x01\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x10\n\x08segments\x18\x07 \x01(\r\"\xc3\x01\n\x10OptimizeResponse\x12*\n\x05layer\x18\x01 \x01(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12\'\n\toperation\x18\x03 \x01(\x0b\x32\x14.knnmoe.v1.Operation\x12\x13\n\x06recall\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\'\n\x06search\x18\x05 \x01(\x0b\x32\x17.knnmoe.v1.SearchChoiceB\t\n\x07_recall\"\x1e\n\x0cStatsRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\"\x8f\x01\n\rStatsResponse\x12(\n\x08memories\x18\x01 \x03(\x0b\x32\x16.knnmoe.v1.MemoryStats\x12\x10\n\x08uptime_s\x18\x02 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fservice_version\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\"D\n\x0bMemoryStats\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12%\n\x06layers\x18\x02 \x03(\x0b\x32\x15.knnmoe.v1.LayerStats\"\xf4\x01\n\nLayerStats\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eroute_requests\x18\x04 \x01(\x04\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x18\n\x10tokens_abstained\x18\x06 \x01(\x04\x12\x13\n\x0bmean_lambda\x18\x07 \x01(\x01\x12\x16\n\x0emean_search_ms\x18\x08 \x01(\x01\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\x19\n\x11\x65ntries_never_hit\x18\n \x01(\x04\x12\x1a\n\x12\x64isk_bytes_unknown\x18\x0b \x01(\x08*V\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x01\x12\x14\n\x10\x44URABILITY_FSYNC\x10\x02\x32\x94\x07\n\x12MemoryAdminService\x12O\n\x0c\x43reateMemory\x12\x1e.knnmoe.v1.CreateMemoryRequest\x1a\x1f.knnmoe.v1.CreateMemoryResponse\x12O\n\x0cListMemories\x12\x1e.knnmoe.v1.ListMemoriesRequest\x1a\x1f.knnmoe.v1.ListMemoriesResponse\x12U\n\x0e\x44\x65scribeMemory\x12 .knnmoe.v1.DescribeMemoryRequest\x1a!.knnmoe.v1.DescribeMemoryResponse\x12O\n\x0c\x44\x65leteMemory\x12\x1e.knnmoe.v1.DeleteMemoryRequest\x1a\x1f.knnmoe.v1.DeleteMemoryResponse\x12R\n\rReplaceMemory\x12\x1f.knnmoe.v1.ReplaceMemoryRequest\x1a .knnmoe.v1.ReplaceMemoryResponse\x12U\n\x0eUpdateSettings\x12 .knnmoe.v1.UpdateSettingsRequest\x1a!.knnmoe.v1.UpdateSettingsResponse\x12\x41\n\x06Upsert\x12\x18.knnmoe.v1.UpsertRequest\x1a\x19.knnmoe.v1.UpsertResponse(\x01\x30\x01\x12:\n\x05\x43ount\x12\x17.knnmoe.v1.CountRequest\x1a\x18.knnmoe.v1.CountResponse\x12?\n\x06\x45xport\x12\x18.knnmoe.v1.ExportRequest\x1a\x19.knnmoe.v1.ExportResponse0\x01\x12\x46\n\tCalibrate\x12\x1b.knnmoe.v1.CalibrateRequest\x1a\x1c.knnmoe.v1.CalibrateResponse\x12\x45\n\x08Optimize\x12\x1a.knnmoe.v1.OptimizeRequest\x1a\x1b.knnmoe.v1.OptimizeResponse0\x01\x12:\n\x05Stats\x12\x17.knnmoe.v1.StatsRequest\x1a\x18.knnmoe.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'knnmoe.v1.memory_admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=3192
-  _globals['_DURABILITY']._serialized_end=3278
+  _globals['_DURABILITY']._serialized_start=3229
+  _globals['_DURABILITY']._serialized_end=3315
   _globals['_CREATEMEMORYREQUEST']._serialized_start=120
   _globals['_CREATEMEMORYREQUEST']._serialized_end=250
   _globals['_CREATEMEMORYRESPONSE']._serialized_start=252
@@ -61,43 +61,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATESETTINGSRESPONSE']._serialized_start=836
   _globals['_UPDATESETTINGSRESPONSE']._serialized_end=906
   _globals['_ENTRIES']._serialized_start=909
-  _globals['_ENTRIES']._serialized_end=1131
-  _globals['_UPSERTREQUEST']._serialized_start=1134
-  _globals['_UPSERTREQUEST']._serialized_end=1302
-  _globals['_UPSERTRESPONSE']._serialized_start=1304
-  _globals['_UPSERTRESPONSE']._serialized_end=1358
-  _globals['_COUNTREQUEST']._serialized_start=1360
-  _globals['_COUNTREQUEST']._serialized_end=1452
-  _globals['_COUNTRESPONSE']._serialized_start=1454
-  _globals['_COUNTRESPONSE']._serialized_end=1529
-  _globals['_EXPORTREQUEST']._serialized_start=1531
-  _globals['_EXPORTREQUEST']._serialized_end=1619
-  _globals['_EXPORTRESPONSE']._serialized_start=1621
-  _globals['_EXPORTRESPONSE']._serialized_end=1674
-  _globals['_CALIBRATEREQUEST']._serialized_start=1677
-  _globals['_CALIBRATEREQUEST']._serialized_end=1819
-  _globals['_LAYERINPUTS']._serialized_start=1821
-  _globals['_LAYERINPUTS']._serialized_end=1891
-  _globals['_CALIBRATERESPONSE']._serialized_start=1893
-  _globals['_CALIBRATERESPONSE']._serialized_end=2003
-  _globals['_LAYERCALIBRATION']._serialized_start=2006
-  _globals['_LAYERCALIBRATION']._serialized_end=2147
-  _globals['_OPTIMIZEREQUEST']._serialized_start=2149
-  _globals['_OPTIMIZEREQUEST']._serialized_end=2236
-  _globals['_SEARCHCHOICE']._serialized_start=2238
-  _globals['_SEARCHCHOICE']._serialized_end=2351
-  _globals['_LAYERSEARCH']._serialized_start=2354
-  _globals['_LAYERSEARCH']._serialized_end=2497
-  _globals['_OPTIMIZERESPONSE']._serialized_start=2500
-  _globals['_OPTIMIZERESPONSE']._serialized_end=2695
-  _globals['_STATSREQUEST']._serialized_start=2697
-  _globals['_STATSREQUEST']._serialized_end=2727
-  _globals['_STATSRESPONSE']._serialized_start=2730
-  _globals['_STATSRESPONSE']._serialized_end=2873
-  _globals['_MEMORYSTATS']._serialized_start=2875
-  _globals['_MEMORYSTATS']._serialized_end=2943
-  _globals['_LAYERSTATS']._serialized_start=2946
-  _globals['_LAYERSTATS']._serialized_end=3190
-  _globals['_MEMORYADMINSERVICE']._serialized_start=3281
-  _globals['_MEMORYADMINSERVICE']._serialized_end=4197
+  _globals['_ENTRIES']._serialized_end=1168
+  _globals['_UPSERTREQUEST']._serialized_start=1171
+  _globals['_UPSERTREQUEST']._serialized_end=1339
+  _globals['_UPSERTRESPONSE']._serialized_start=1341
+  _globals['_UPSERTRESPONSE']._serialized_end=1395
+  _globals['_COUNTREQUEST']._serialized_start=1397
+  _globals['_COUNTREQUEST']._serialized_end=1489
+  _globals['_COUNTRESPONSE']._serialized_start=1491
+  _globals['_COUNTRESPONSE']._serialized_end=1566
+  _globals['_EXPORTREQUEST']._serialized_start=1568
+  _globals['_EXPORTREQUEST']._serialized_end=1656
+  _globals['_EXPORTRESPONSE']._serialized_start=1658
+  _globals['_EXPORTRESPONSE']._serialized_end=1711
+  _globals['_CALIBRATEREQUEST']._serialized_start=1714
+  _globals['_CALIBRATEREQUEST']._serialized_end=1856
+  _globals['_LAYERINPUTS']._serialized_start=1858
+  _globals['_LAYERINPUTS']._serialized_end=1928
+  _globals['_CALIBRATERESPONSE']._serialized_start=1930
+  _globals['_CALIBRATERESPONSE']._serialized_end=2040
+  _globals['_LAYERCALIBRATION']._serialized_start=2043
+  _globals['_LAYERCALIBRATION']._serialized_end=2184
+  _globals['_OPTIMIZEREQUEST']._serialized_start=2186
+  _globals['_OPTIMIZEREQUEST']._serialized_end=2273
+  _globals['_SEARCHCHOICE']._serialized_start=2275
+  _globals['_SEARCHCHOICE']._serialized_end=2388
+  _globals['_LAYERSEARCH']._serialized_start=2391
+  _globals['_LAYERSEARCH']._serialized_end=2534
+  _globals['_OPTIMIZERESPONSE']._serialized_start=2537
+  _globals['_OPTIMIZERESPONSE']._serialized_end=2732
+  _globals['_STATSREQUEST']._serialized_start=2734
+  _globals['_STATSREQUEST']._serialized_end=2764
+  _globals['_STATSRESPONSE']._serialized_start=2767
+  _globals['_STATSRESPONSE']._serialized_end=2910
+  _globals['_MEMORYSTATS']._serialized_start=2912
+  _globals['_MEMORYSTATS']._serialized_end=2980
+  _globals['_LAYERSTATS']._serialized_start=2983
+  _globals['_LAYERSTATS']._serialized_end=3227
+  _globals['_MEMORYADMINSERVICE']._serialized_start=3318
+  _globals['_MEMORYADMINSERVICE']._serialized_end=4234
 # @@protoc_insertion_point(module_scope)

@@ -100,18 +100,20 @@ class UpdateSettingsResponse(_message.Message):
     def __init__(self, memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
 
 class Entries(_message.Message):
-    __slots__ = ("ids", "keys", "assignments", "logit_deltas", "provenance")
+    __slots__ = ("ids", "keys", "assignments", "logit_deltas", "logits", "provenance")
     IDS_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_DELTAS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     ids: _types_pb2.Tensor
     keys: _types_pb2.Tensor
     assignments: _types_pb2.SparseAssignment
     logit_deltas: _types_pb2.Tensor
+    logits: _types_pb2.Tensor
     provenance: _containers.RepeatedCompositeFieldContainer[_types_pb2.Provenance]
-    def __init__(self, ids: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignments: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., logit_deltas: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., provenance: _Optional[_Iterable[_Union[_types_pb2.Provenance, _Mapping]]] = ...) -> None: ...
+    def __init__(self, ids: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignments: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., logit_deltas: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., provenance: _Optional[_Iterable[_Union[_types_pb2.Provenance, _Mapping]]] = ...) -> None: ...
 
 class UpsertRequest(_message.Message):
     __slots__ = ("memory", "layer", "entries", "durability", "request_id", "model_digest")

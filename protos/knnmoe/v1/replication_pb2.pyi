@@ -71,13 +71,14 @@ class ReplicaStart(_message.Message):
     def __init__(self, memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ..., service_version: _Optional[str] = ..., entries: _Optional[int] = ..., foreign_writes_after_ms: _Optional[int] = ...) -> None: ...
 
 class ReplicaEntries(_message.Message):
-    __slots__ = ("layer", "ids", "keys", "scales", "assignments", "logit_deltas", "digests", "examples", "example_numbers")
+    __slots__ = ("layer", "ids", "keys", "scales", "assignments", "logit_deltas", "logits", "digests", "examples", "example_numbers")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_DELTAS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     EXAMPLE_NUMBERS_FIELD_NUMBER: _ClassVar[int]
@@ -87,10 +88,11 @@ class ReplicaEntries(_message.Message):
     scales: _types_pb2.Tensor
     assignments: _types_pb2.SparseAssignment
     logit_deltas: _types_pb2.Tensor
+    logits: _types_pb2.Tensor
     digests: _types_pb2.Tensor
     examples: _containers.RepeatedCompositeFieldContainer[_routing_pb2.ExampleRef]
     example_numbers: _types_pb2.Tensor
-    def __init__(self, layer: _Optional[int] = ..., ids: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., scales: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignments: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., logit_deltas: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., digests: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., examples: _Optional[_Iterable[_Union[_routing_pb2.ExampleRef, _Mapping]]] = ..., example_numbers: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, layer: _Optional[int] = ..., ids: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., keys: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., scales: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignments: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., logit_deltas: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., digests: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., examples: _Optional[_Iterable[_Union[_routing_pb2.ExampleRef, _Mapping]]] = ..., example_numbers: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ReplicaDeletion(_message.Message):
     __slots__ = ("layer", "ids")

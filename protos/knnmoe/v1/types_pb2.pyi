@@ -23,6 +23,7 @@ class MemoryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MEMORY_KIND_UNSPECIFIED: _ClassVar[MemoryKind]
     MEMORY_KIND_ASSIGNMENT: _ClassVar[MemoryKind]
     MEMORY_KIND_LOGIT_DELTA: _ClassVar[MemoryKind]
+    MEMORY_KIND_LOGITS: _ClassVar[MemoryKind]
 
 class Similarity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -46,6 +47,7 @@ DTYPE_I8: Dtype
 MEMORY_KIND_UNSPECIFIED: MemoryKind
 MEMORY_KIND_ASSIGNMENT: MemoryKind
 MEMORY_KIND_LOGIT_DELTA: MemoryKind
+MEMORY_KIND_LOGITS: MemoryKind
 SIMILARITY_UNSPECIFIED: Similarity
 SIMILARITY_RBF: Similarity
 SIMILARITY_COSINE: Similarity

@@ -13,6 +13,7 @@ from knnmoe.client import ServiceUnavailable
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_ASSIGNMENT,
     MEMORY_KIND_LOGIT_DELTA,
+    MEMORY_KIND_LOGITS,
     MemorySettings,
 )
 
@@ -23,7 +24,7 @@ from model_runner.memory_builder.learner import (
     KnownTokens,
     RunningMedians,
 )
-from model_runner.memory_builder.recipes import PAPER, RECOMMENDED, recipe_of
+from model_runner.memory_builder.recipes import PAPER, PAPER_V2, RECOMMENDED, recipe_of
 from model_runner.text_files import Example
 
 
@@ -32,8 +33,11 @@ from model_runner.text_files import Example
     [
         ("paper", MEMORY_KIND_ASSIGNMENT, PAPER),
         ("recommended", MEMORY_KIND_LOGIT_DELTA, RECOMMENDED),
+        ("paper-v2", MEMORY_KIND_LOGITS, PAPER_V2),
         ("recommended", MEMORY_KIND_ASSIGNMENT, PAPER),
+        ("recommended", MEMORY_KIND_LOGITS, PAPER_V2),
         ("paper", MEMORY_KIND_LOGIT_DELTA, RECOMMENDED),
+        ("paper-v2", MEMORY_KIND_ASSIGNMENT, PAPER),
     ],
 )
 def test_the_recipe_is_the_presets_unless_it_makes_another_kind(

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
-from knnmoe.v1.types_pb2 import MEMORY_KIND_ASSIGNMENT, MEMORY_KIND_LOGIT_DELTA
+from knnmoe.v1.types_pb2 import (
+    MEMORY_KIND_ASSIGNMENT,
+    MEMORY_KIND_LOGIT_DELTA,
+    MEMORY_KIND_LOGITS,
+)
 
 from model_runner.cli import options
-from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED, Norm, step_sizes
+from model_runner.memory_builder.recipes import (
+    PAPER,
+    PAPER_V2,
+    PRESETS,
+    RECOMMENDED,
+    Norm,
+    step_sizes,
+)
 
 
 def test_step_sizes_of_the_measured_depth() -> None:
@@ -45,8 +57,16 @@ def test_settings_of_a_new_memory() -> None:
     assert list(recommended.step_size) == step_sizes(4)
 
 
+def test_the_second_reading_of_the_paper_differs_in_its_kind_alone() -> None:
+    settings = PRESETS["paper-v2"].settings(4)
+    assert (settings.preset, settings.kind) == ("paper-v2", MEMORY_KIND_LOGITS)
+    assert replace(PAPER_V2, kind=PAPER.kind) == PAPER
+    assert PRESETS["paper-v2"].lambda0 == PRESETS["paper"].lambda0
+
+
 def test_one_name_for_preset_recipe_and_option() -> None:
     assert set(PRESETS) == set(get_args(options.Preset))
-    assert (PRESETS["paper"].recipe, PRESETS["recommended"].recipe) == (PAPER, RECOMMENDED)
+    recipes = {name: preset.recipe for name, preset in PRESETS.items()}
+    assert recipes == {"paper": PAPER, "paper-v2": PAPER_V2, "recommended": RECOMMENDED}
     assert all(name == preset.name for name, preset in PRESETS.items())
     assert set(get_args(options.Norm)) == set(Norm)

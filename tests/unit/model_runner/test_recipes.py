@@ -17,15 +17,17 @@ from model_runner.memory_builder.objective import LayerTrace, router_gradients
 from model_runner.memory_builder.recipes import (
     CONTROLS,
     PAPER,
+    PAPER_V2,
     RECOMMENDED,
     Direction,
     Kind,
     Norm,
     Recipe,
+    Values,
     entry_values,
     step,
 )
-from model_runner.router_hooks import RouterCall, RouterHooks
+from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Window, make_batch, token_nll
 from tests.families import prompt, shared_model
 
@@ -200,7 +202,17 @@ def test_logit_deltas_are_the_steps_of_the_kept_tokens() -> None:
         assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", [RECOMMENDED, PAPER], ids=["logit_delta", "assignment"])
+def test_logits_are_the_stepped_ones_of_the_kept_tokens() -> None:
+    traces, kept = traces_of(shared_model("olmoe"))
+    for trace in traces:
+        value = entry_values(trace, PAPER_V2, 0.3, kept, seeded())
+        assert isinstance(value, Logits)
+        logits, gradient = trace.router_logits.flatten(0, 1), trace.gradient.flatten(0, 1)
+        assert torch.equal(value.router_logits, (logits - PAPER_V2.step_size * gradient)[kept])
+        assert value.router_logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("recipe", [RECOMMENDED, PAPER, PAPER_V2], ids=lambda recipe: recipe.kind)
 def test_shuffled_values_are_the_same_values_at_other_keys(recipe: Recipe) -> None:
     traces, kept = traces_of(shared_model("olmoe"))
     straight = rows_of(entry_values(traces[0], recipe, 1.0, kept, seeded()))
@@ -209,10 +221,10 @@ def test_shuffled_values_are_the_same_values_at_other_keys(recipe: Recipe) -> No
     assert dealt != straight
 
 
-def rows_of(values: Assignment | Tensor) -> list[list[float]]:
+def rows_of(values: Values) -> list[list[float]]:
     if isinstance(values, Assignment):
         return torch.cat([values.experts.float(), values.weights], dim=-1).tolist()
-    return values.tolist()
+    return (values.router_logits if isinstance(values, Logits) else values).tolist()
 
 
 def test_controls_differ_from_the_paper_in_one_field() -> None:

@@ -17,6 +17,7 @@ from router_service.blending import (
     Support,
     blend_assignments,
     blend_logits,
+    blend_stored_logits,
     scatter_dense,
     top_k_of,
 )
@@ -192,6 +193,22 @@ def test_a_heavier_null_neighbour_moves_the_logits_less(blend: tuple[F32, F32, F
     ]
     for lighter, heavier in pairwise(shifts):
         assert (heavier <= lighter + 1e-6).all()
+
+
+@given(logit_blends(), st.integers(0, 2**32))
+def test_stored_logits_take_the_place_of_the_own_by_lambda(
+    blend: tuple[F32, F32, F32], seed: int
+) -> None:
+    own, stored, s = blend
+    lambdas = kernels.mean_lambda(s)
+    lambdas[np.random.default_rng(seed).random(len(own)) < 0.3] = 0  # they abstain
+    own[0, 0] = -0.0
+    got = blend_stored_logits(own, stored, s, lambdas)
+    share = lambdas[:, None].astype(np.float64)
+    average = np.einsum("tk,tkn->tn", s.astype(np.float64), stored) / s.sum(axis=1)[:, None]
+    np.testing.assert_allclose(got, (1 - share) * own + share * average, atol=1e-5)
+    abstained = lambdas == 0
+    assert got[abstained].tobytes() == own[abstained].tobytes()
 
 
 @given(logit_blends(), st.integers(0, 2**32))

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from knnmoe.client import KindMismatch
 from knnmoe.v1.routing_pb2 import LayerDescription, MemoryDescription
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_ASSIGNMENT,
     MEMORY_KIND_LOGIT_DELTA,
+    MEMORY_KIND_LOGITS,
     MemorySettings,
     ModelFingerprint,
 )
@@ -92,9 +94,15 @@ def test_only_layers_that_the_memory_speaks_for_count() -> None:
 
 
 def test_assignments_are_experts_and_weights() -> None:
-    logits = replica_size(described(), "f32", CPU)
+    logits = replica_size(described(kind=MEMORY_KIND_LOGITS), "f32", CPU)
+    assert logits == replica_size(described(), "f32", CPU)  # of deltas
     assignments = replica_size(described(kind=MEMORY_KIND_ASSIGNMENT), "f32", CPU)
     assert logits.row_bytes - assignments.row_bytes == 4 * (64 - 16)
+
+
+def test_values_of_a_later_version_are_refused() -> None:
+    with pytest.raises(KindMismatch, match="of kind 9, which this version of knn-moe does not"):
+        replica_size(described(kind=9), "f32", CPU)
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:

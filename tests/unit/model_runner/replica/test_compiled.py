@@ -25,9 +25,10 @@ from tests.replicas import TwinMemory, message, random_copy
 LAYERS, HIDDEN, EXPERTS, TOP_K, ENTRIES = 2, 32, 8, 2, 40
 DELTAS = MemorySettings(neighbours=4, gamma=(0.05,))
 ASSIGNMENTS = MemorySettings(kind=Kind.ASSIGNMENT, neighbours=2, gamma=(0.05,))
+LOGITS = MemorySettings(kind=Kind.LOGITS, neighbours=2, gamma=(0.05,))
 TOP = MemorySettings(kind=Kind.ASSIGNMENT, neighbours=2, gamma=(0.05,), support=Support.TOP_K)
 SETTINGS = pytest.mark.parametrize(
-    "settings", [DELTAS, ASSIGNMENTS, TOP], ids=["deltas", "assignments", "top k"]
+    "settings", [DELTAS, LOGITS, ASSIGNMENTS, TOP], ids=["deltas", "logits", "assignments", "top k"]
 )
 
 

@@ -50,7 +50,7 @@ def assert_same(
     assert found.abstained.numpy().tolist() == (expected.abstained != 0).tolist()
     if found.blended is None or expected.blended is None:
         assert expected.blended is None
-        stands = found.blended or (Logits(logits) if memory.settings.kind is DELTAS else own)
+        stands = found.blended or (Logits(logits) if memory.settings.kind.blends_logits else own)
     else:
         stands = found.blended
     if isinstance(stands, Logits):
@@ -86,6 +86,9 @@ VARIANTS = {
     "all too far": settings_of(ASSIGNMENTS, gamma=(1e6,), min_lambda=0.5),
     "wide gamma": settings_of(gamma=(1e300,)),
     "small gamma": settings_of(gamma=(1e-300,)),
+    "some too far, logits": settings_of(Kind.LOGITS, min_lambda=0.2),
+    "all too far, logits": settings_of(Kind.LOGITS, gamma=(1e6,), min_lambda=0.5),
+    "layer off, logits": settings_of(Kind.LOGITS, layers=(0, 2)),
     "layer off": settings_of(layers=(0, 2)),
     "layer on": settings_of(layers=(0, 1)),
 }

@@ -38,6 +38,10 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert (paper.kind, paper.similarity, paper.neighbours) == (Kind.ASSIGNMENT, Similarity.RBF, 1)
 
 
+def test_the_second_reading_of_the_paper_differs_in_its_kind_alone() -> None:
+    assert preset("paper-v2") == replace(preset("paper"), preset="paper-v2", kind=Kind.LOGITS)
+
+
 def test_unknown_preset() -> None:
     with pytest.raises(InvalidField, match=r"settings\.preset: got 'best', expected one of paper"):
         preset("best")

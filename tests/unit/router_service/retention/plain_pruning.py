@@ -16,6 +16,8 @@ from router_service.retention.scores import LayerReading
 def dense(row: np.ndarray, reading: LayerReading) -> list[float]:
     if reading.settings.kind is Kind.LOGIT_DELTA:
         return [float(v) for v in row]
+    if reading.settings.kind is Kind.LOGITS:
+        return [float(v) - float(sum(row)) / len(row) for v in row]
     half = len(row) // 2
     weights = [0.0] * reading.num_experts
     for expert, weight in zip(row[:half], row[half:], strict=True):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from router_service.arrays import F32, Entries, Provenance
 from router_service.backends.base import Collection, CollectionSpec, Metric
 from router_service.backends.exact import ExactCollection
-from router_service.memories.settings import Kind, MemorySettings, preset
+from router_service.memories.settings import MemorySettings, preset
 from router_service.retention.plan import PrunePlan
 from router_service.retention.pruning import PruneOptions, PruneResult, plan_prune
 from router_service.retention.scores import LayerReading
@@ -25,7 +26,12 @@ DELTAS = LayerReading(
 ASSIGNMENTS = LayerReading(
     0, EXPERTS, replace(preset("paper"), gamma=(0.1,), neighbours=4, min_lambda=0.1)
 )
-READINGS = [DELTAS, ASSIGNMENTS]
+LOGITS = LayerReading(
+    0, EXPERTS, replace(preset("paper-v2"), gamma=(0.1,), neighbours=4, min_lambda=0.1)
+)
+READINGS = pytest.mark.parametrize(
+    "reading", [DELTAS, ASSIGNMENTS, LOGITS], ids=lambda reading: reading.settings.kind
+)
 
 
 def filled(entries: Entries, metric: Metric = Metric.EUCLID) -> ExactCollection:
@@ -63,8 +69,8 @@ def random_entries(n: int, reading: LayerReading = DELTAS, *, seed: int = 0) -> 
 
 
 def random_values(random: np.random.Generator, n: int, reading: LayerReading) -> F32:
-    """Deltas of small whole numbers, or two different experts with weights from 1/4 to 1."""
-    if reading.settings.kind is Kind.LOGIT_DELTA:
+    """Logits or deltas of small whole numbers, or two different experts with weights from 1/4 to 1."""
+    if reading.settings.kind.blends_logits:
         return random.integers(-2, 3, (n, EXPERTS)).astype(np.float32)
     experts = random.permuted(np.tile(np.arange(EXPERTS), (n, 1)), axis=1)[:, :TOP_K]
     weights = random.integers(1, 5, (n, TOP_K)) / 4

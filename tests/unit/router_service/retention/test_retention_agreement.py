@@ -21,7 +21,7 @@ from tests.unit.router_service.retention.pruning_memories import (
 )
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 @settings(max_examples=40)
 @given(data=st.data())
 def test_against_one_entry_at_a_time(reading: LayerReading, data: st.DataObject) -> None:
@@ -46,7 +46,7 @@ def planted(reading: LayerReading, n: int = 120, bad: int = 6) -> tuple[Entries,
     side = np.arange(n) % 2
     keys = side[:, None] * 20 + random.normal(size=(n, 6)) * 0.3
     wrong = set(random.choice(n, bad, replace=False).tolist())
-    if reading is DELTAS:
+    if reading.settings.kind.blends_logits:
         said = np.array([[1, -1, 0.5, 0], [-1, 0.5, 0, 1]])
         noise = random.normal(size=(n, 4)) * 0.1
     else:
@@ -59,14 +59,14 @@ def planted(reading: LayerReading, n: int = 120, bad: int = 6) -> tuple[Entries,
     return entries, wrong
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 def test_planted_bad_entries_rank_first(reading: LayerReading) -> None:
     entries, wrong = planted(reading)
     result = pruned(entries, Agreement(), reading=reading, max_entries=120 - len(wrong))
     assert set(result.ids_to_drop.tolist()) == wrong
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 def test_planted_bad_entries_fall_below_a_threshold(reading: LayerReading) -> None:
     entries, wrong = planted(reading)
     result = pruned(entries, Agreement(below=0.4), reading=reading)

@@ -28,7 +28,7 @@ from tests.unit.router_service.retention.pruning_memories import (
 )
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 @pytest.mark.parametrize("similarity", [1.0, 0.85, 0.7])
 @settings(max_examples=40)
 @given(data=st.data())
@@ -54,7 +54,7 @@ def groups_of(
     return Entries(np.arange(n, dtype=np.uint64), keys.astype(np.float32), values, provenance)
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 @pytest.mark.parametrize("spread", [0.0, 0.01])
 @pytest.mark.parametrize("size", [1, 7, 150])
 def test_a_group_keeps_exactly_its_highest_gain(

@@ -91,7 +91,7 @@ def expected(
     return set(rows) - set(left) - back, counts, len(back)
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 @settings(max_examples=40)
 @given(data=st.data())
 def test_streamed_equals_plain(reading: LayerReading, data: st.DataObject) -> None:
@@ -133,7 +133,7 @@ def _example_1() -> frozenset[ExampleRef]:
 
 
 @pytest.mark.parametrize("ranking", RANKINGS, ids=lambda policy: policy.name)
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 def test_a_maximum_size_is_met_exactly(ranking: Age, reading: LayerReading) -> None:
     entries = random_entries(30, reading)
     for size in (1, 7, 30, 31):

@@ -50,6 +50,7 @@ UNSORTED = HitCounts(np.array([2, 1], np.uint64), np.array([1, 1]))
         (PrunePlan([Coverage(0)], max_entries=1), DELTA, "block_entries"),
         (PrunePlan([Use(UNSORTED, 1)]), DELTA, "hits.ids.*ascending"),
         (PrunePlan([Strength(0.1, OWN)]), DELTA, "own.*none for a memory of logit deltas"),
+        (PrunePlan([Strength(0.1, OWN)]), Kind.LOGITS, "own.*none for a memory of logit deltas or"),
     ],
 )
 def test_what_makes_no_sense_is_named(plan: PrunePlan, kind: Kind, message: str) -> None:

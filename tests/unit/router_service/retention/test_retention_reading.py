@@ -68,7 +68,7 @@ def test_contribution_and_lambda_are_those_of_routing(reading: LayerReading) -> 
     np.testing.assert_allclose(found, routed, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 @settings(max_examples=40)
 @given(data=st.data())
 def test_agreement_is_symmetric_bounded_and_1_for_equals(

@@ -23,6 +23,8 @@ from tests.unit.router_service.retention.pruning_memories import (
     ASSIGNMENTS,
     DELTAS,
     EXPERTS,
+    LOGITS,
+    READINGS,
     layers,
     random_entries,
 )
@@ -40,6 +42,12 @@ def test_hits_of_ids_that_were_never_retrieved_are_0(
 def test_the_strength_of_a_delta_is_its_norm(entries: Entries) -> None:
     expected = [np.hypot.reduce(row.astype(float)) for row in entries.values]
     np.testing.assert_allclose(scores.strength(entries, DELTAS, None), expected, rtol=1e-12)
+
+
+@given(layers(LOGITS))
+def test_strength_of_logits_is_how_far_apart_they_are(entries: Entries) -> None:
+    expected = np.std(entries.values.astype(float), axis=1) * EXPERTS**0.5
+    np.testing.assert_allclose(scores.strength(entries, LOGITS, None), expected, rtol=1e-12)
 
 
 @given(layers(ASSIGNMENTS), st.data())
@@ -115,7 +123,7 @@ def test_tables_have_ascending_ids(ids: list[int]) -> None:
         require_ascending("hits.ids", np.array(ids, np.uint64), len(ids))
 
 
-@pytest.mark.parametrize("reading", [DELTAS, ASSIGNMENTS], ids=["deltas", "assignments"])
+@READINGS
 def test_scoring_leaves_its_inputs_alone(reading: LayerReading) -> None:
     entries = random_entries(10, reading)
     values = entries.values.copy()

@@ -48,7 +48,7 @@ def assert_same(one: PruneResult, other: PruneResult) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=range(len(PLANS)))
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 def test_pages_do_not_show_in_the_result(plan: PrunePlan, reading: LayerReading) -> None:
     collection = filled(random_entries(100, reading))
     whole = plan_prune(collection, plan, reading, PruneOptions(page_entries=1000))
@@ -86,7 +86,7 @@ def test_a_dry_run_counts_entries_and_bytes() -> None:
     assert (np.diff(result.ids_to_drop) > 0).all()
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 def test_the_effect_is_that_of_a_layer_without_the_dropped_entries(reading: LayerReading) -> None:
     entries = random_entries(100, reading)
     plan = PrunePlan([Random()], max_entries=30)
@@ -190,7 +190,7 @@ class Busy(ExactCollection):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=range(len(PLANS)))
-@pytest.mark.parametrize("reading", READINGS, ids=["deltas", "assignments"])
+@READINGS
 def test_entries_written_meanwhile_stay(plan: PrunePlan, reading: LayerReading) -> None:
     both = random_entries(120, reading)
     order = np.random.default_rng(0).permutation(120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -133,9 +134,8 @@ def test_entries_without_provenance_get_an_empty_one() -> None:
     assert list(codec.decode_entries(message, Kind.LOGIT_DELTA).provenance) == [Provenance()] * 2
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_values_of_the_other_kind(kind: Kind) -> None:
-    other = next(k for k in Kind if k is not kind)
+@pytest.mark.parametrize(("kind", "other"), permutations(Kind, 2))
+def test_values_of_another_kind(kind: Kind, other: Kind) -> None:
     row = np.ones((1, 4), np.float32)
     message = codec.encode_entries(Entries(np.zeros(1, np.uint64), row, row, [Provenance()]), kind)
     with pytest.raises(InvalidField, match=r"entries\.values"):

@@ -17,6 +17,7 @@ from router_service.transfer.file import open_reader
 
 DELTAS = EntryShape(Kind.LOGIT_DELTA, hidden_size=3, num_experts=4, top_k=2)
 SPARSE = EntryShape(Kind.ASSIGNMENT, hidden_size=3, num_experts=4, top_k=2)
+LOGITS = EntryShape(Kind.LOGITS, hidden_size=3, num_experts=4, top_k=2)
 SUFFIXES = ("jsonl", "parquet", "safetensors")
 
 

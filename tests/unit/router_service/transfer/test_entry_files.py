@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from knnmoe.entry_ids import entry_id
 
 from router_service.arrays import Entries, Provenance
 from router_service.memories.settings import Kind
+from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
 from router_service.transfer.entry_fields import regroup
 from router_service.transfer.file import format_of, open_reader, open_writer
 from tests.unit.router_service.transfer.entry_rows import (
     DELTAS,
+    LOGITS,
     SPARSE,
     SUFFIXES,
     error_of,
@@ -27,7 +30,7 @@ from tests.unit.router_service.transfer.entry_rows import (
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("shape", [DELTAS, SPARSE], ids=["logit_delta", "assignment"])
+@pytest.mark.parametrize("shape", [DELTAS, SPARSE, LOGITS], ids=lambda shape: shape.kind)
 def test_round_trip(tmp_path: Path, suffix: str, shape: EntryShape) -> None:
     rng = np.random.default_rng(0)
     path = tmp_path / f"x.{suffix}"
@@ -73,6 +76,20 @@ def test_rows_of_several_layers_are_sorted_out(tmp_path: Path) -> None:
         (0, [0, 2, 4], [1, 3, 5]),
         (1, [1, 3], [2, 4]),
     ]
+
+
+@pytest.mark.parametrize(("shape", "other"), [(DELTAS, LOGITS), (LOGITS, DELTAS)])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_logits_are_not_read_as_deltas(
+    tmp_path: Path, suffix: str, shape: EntryShape, other: EntryShape
+) -> None:
+    path = tmp_path / f"x.{suffix}"
+    writer = open_writer(path, shape, format_of(path))
+    ones, origins = np.ones((1, 4), np.float32), [Provenance()]
+    writer.append(0, Entries(np.ones(1, np.uint64), ones[:, :3], ones, origins))
+    writer.finish()
+    field = next(name for name in fields.widths(shape) if name != "key")
+    assert re.search(rf"{field}.*unknown .*\({other.kind} memory\)", error_of(path, other))
 
 
 def test_empty_lines_are_skipped_but_counted(tmp_path: Path) -> None:
