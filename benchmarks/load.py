@@ -7,12 +7,13 @@ Numbers of runners take turns, so that ratios to one runner are of one run.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,10 +66,12 @@ def look_up(target: str, workload: Workload, orders: Connection) -> None:
 
 
 def follow(target: str, workload: Workload, orders: Connection) -> None:
-    """A runner with a replica, on one thread."""
+    """A runner with a replica, on one thread; it goes on when the sidecar is away."""
     import torch
 
     from model_runner.architectures.families import Assignment
+    from model_runner.replica.first_pass import CodedFirstPass
+    from model_runner.replica.retriever import ReplicaRetriever
     from model_runner.retrieval import Retrieval, open_retriever
 
     torch.set_num_threads(1)
@@ -81,7 +84,7 @@ def follow(target: str, workload: Workload, orders: Connection) -> None:
         MEMORY,
         fingerprint_of(workload, layers),
         torch.device("cpu"),
-        Retrieval("replica"),
+        Retrieval("replica", max_staleness_s=math.inf),
         on_error="raise",
     )
     with opened as memory:
@@ -90,7 +93,47 @@ def follow(target: str, workload: Workload, orders: Connection) -> None:
             mine = Assignment(own.weights[tokens], own.experts[tokens])
             return memory.retriever.lookup(0, inputs[tokens], logits[tokens], mine)
 
+        for start in range(QUERIES):  # from which a first pass is learned
+            lookup(slice(start, start + 1))
+        assert isinstance(memory.retriever, ReplicaRetriever)  # it was asked for
+        if isinstance(first_pass := memory.retriever.copy.layers[0].first_pass, CodedFirstPass):
+            first_pass.wait()
         _obey(orders, lookup)
+
+
+class RunnerFailed(Exception):
+    """A runner's process failed; says why."""
+
+
+def ordered(end: Connection, order: tuple[float, int] | None) -> None:
+    """Gives a runner an order; that it is gone received() says."""
+    with suppress(OSError):
+        end.send(order)
+
+
+def received(end: Connection) -> Any:
+    """What a runner sends next. Raises RunnerFailed."""
+    try:
+        found = end.recv()
+    except (EOFError, OSError):
+        raise RunnerFailed("a runner's process was ended") from None
+    if isinstance(found, RunnerFailed):
+        raise found
+    return found
+
+
+def _run(
+    of: Callable[[str, Workload, Connection], None],
+    target: str,
+    workload: Workload,
+    orders: Connection,
+) -> None:
+    """A runner's process: its failure is the last that it sends."""
+    try:
+        of(target, workload, orders)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the benchmark says it
+        with suppress(OSError):  # nobody listens any more
+            orders.send(RunnerFailed(f"{of.__name__}: {type(error).__name__}: {error}"))
 
 
 def _obey(orders: Connection, lookup: Lookup) -> None:
@@ -121,17 +164,17 @@ def runners(
         for _ in range(count):
             here, there = context.Pipe()
             process: BaseProcess = context.Process(
-                target=of, args=(target, workload, there), daemon=True
+                target=_run, args=(of, target, workload, there), daemon=True
             )
             process.start()
             there.close()
             ends.append(here)
             processes.append(process)
         for end in ends:
-            end.recv()
+            received(end)
         yield ends
         for end, process in zip(ends, processes, strict=True):
-            end.send(None)
+            ordered(end, None)
             process.join(JOIN_TIMEOUT_S)
     finally:
         for process in processes:
@@ -178,8 +221,8 @@ def take_turns(
             ends = pools[where][:count]
             with write() if where == WRITTEN else nullcontext():
                 for end in ends:
-                    end.send((seconds, tokens))
-                found[cells[index]].append([ms for end in ends for ms in end.recv()])
+                    ordered(end, (seconds, tokens))
+                found[cells[index]].append([ms for end in ends for ms in received(end)])
     return found
 
 

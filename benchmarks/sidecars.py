@@ -49,10 +49,13 @@ class SidecarClient:
         self.memory = self._stub.Describe(
             pb.DescribeRequest(memory=MEMORY), timeout=TIMEOUT_S, wait_for_ready=True
         ).memory
-        direct = DirectStream.connected(target)  # as RoutingClient
-        self._stream: Stream[pb.RouteRequest, pb.RouteResponse] = direct or DuplexStream(
-            self._stub.RouteStream, target
-        )
+        self._target = target
+        self._stream = self._connected()
+
+    def _connected(self) -> Stream[pb.RouteRequest, pb.RouteResponse]:
+        """As RoutingClient."""
+        direct = DirectStream.connected(self._target)
+        return direct or DuplexStream(self._stub.RouteStream, self._target)
 
     def request(
         self, inputs: Any, logits: Any, k: int, *, with_neighbours: bool = False
@@ -75,6 +78,11 @@ class SidecarClient:
         """The next exchange of the stream."""
         self._stream.send(request)
         return self._stream.receive(TIMEOUT_S)
+
+    def reconnect(self) -> None:
+        """After an exchange that failed: another stream."""
+        self._stream.close()
+        self._stream = self._connected()
 
     def search_with(self, hnsw_ef: int) -> None:
         """Sets the size of the candidate list for the calls that follow."""
