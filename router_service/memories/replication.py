@@ -8,6 +8,7 @@ there is no such moment, they are held off for as long as the last few are read.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -33,10 +34,10 @@ _ROUNDS, _FEW_ENTRIES, _MOST_ROUNDS = 8, 1024, 16
 _HOLD_OFF_S = 1.0
 # Ids and digests that are looked at together.
 _IDS_PER_PAGE = 4096
-# While the memory is searched a copy rests so many times as long as it read, but no longer than so many seconds: what
-# takes as long has waited, not read.
-_REST, _LONGEST_REST_S = 8.0, 2.0
-# Layers that are copied at a time: more would wait for each other's Python.
+# While the memory is searched a copy reads one layer at a time, and rests so many times as long as it read, but no
+# longer than so many seconds: what takes as long has waited, not read.
+_REST, _LONGEST_REST_S = 6.0, 2.0
+# Layers that are copied at a time when it is not: more would wait for each other's Python.
 _TOGETHER = 2
 _NO_IDS: U64 = np.empty(0, np.uint64)
 
@@ -149,7 +150,7 @@ class Feed:
         self._require()
         started = time.monotonic()
         found = read()
-        if any(pacing.being_searched for pacing in self._pacings):
+        if self._is_searched():
             now = time.monotonic()
             rest_s = min(_REST * (now - started), _LONGEST_REST_S)
             self._rest_until[layer.layer] = now + rest_s
@@ -157,10 +158,14 @@ class Feed:
 
     def _copied(self, held: Mapping[int, Held]) -> Iterator[Event]:
         layers = self._layers.items()
-        return _side_by_side(
+        parts = (
             self._differences(layer, held[number]) if number in held else self._all_of(layer)
             for number, layer in layers
         )
+        return _side_by_side(parts, lambda: 1 if self._is_searched() else _TOGETHER)
+
+    def _is_searched(self) -> bool:
+        return any(pacing.being_searched for pacing in self._pacings)
 
     def _all_of(self, layer: LayerMemory) -> Iterator[Event]:
         pages = layer.collection.all_entries(self._page_entries)
@@ -260,22 +265,21 @@ def _upserted(layer: LayerMemory, entries: Entries) -> Upserted:
     return Upserted(layer.layer, entries, combined_digests(digests_of(entries)))
 
 
-def _side_by_side(iterators: Iterable[Iterator[T]]) -> Iterator[T]:
-    """All that they give, in any order, one item ahead of who takes it."""
-    waiting = iter(iterators)
+def _side_by_side(iterators: Iterable[Iterator[T]], together: Callable[[], int]) -> Iterator[T]:
+    """All that they give, in any order, of so many at a time, one item ahead of who takes it."""
+    waiting, begun, items = iter(iterators), deque[Iterator[T]](), list[T]()
     under_way: dict[Future[T | None], Iterator[T]] = {}
     with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="copy") as pool:
-
-        def begin(iterator: Iterator[T] | None) -> None:
-            if iterator is not None:
+        while True:
+            while len(under_way) < together():
+                iterator = begun.popleft() if begun else next(waiting, None)
+                if iterator is None:
+                    break
                 under_way[pool.submit(next, iterator, None)] = iterator
-
-        for _ in range(_TOGETHER):
-            begin(next(waiting, None))
-        while under_way:
+            yield from items
+            if not under_way:
+                return
             done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-            for each in done:
-                iterator, item = under_way.pop(each), each.result()
-                begin(next(waiting, None) if item is None else iterator)
-                if item is not None:
-                    yield item
+            found = [(under_way.pop(each), each.result()) for each in done]
+            begun.extend(iterator for iterator, item in found if item is not None)
+            items = [item for _, item in found if item is not None]

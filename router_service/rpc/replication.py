@@ -42,9 +42,9 @@ from router_service.rpc.routing import Memories
 MOST_COPIES = 64
 # How long those that end by themselves may take when the service stops; those whose client does not read are cut off.
 _END_S = 0.5
-# Of one message of entries: what packs a larger one keeps the interpreter for long. And entries in it: the names of
-# examples may be long.
-_MESSAGE_BYTES, _MOST_ENTRIES = 1 << 20, 4096
+# Of one message of entries: what reads and packs a larger one keeps lookups waiting, 1 MiB twice as long, and smaller
+# ones copy no faster (benchmarks/README.md). And entries in it: the names of examples may be long.
+_MESSAGE_BYTES, _MOST_ENTRIES = 1 << 18, 4096
 _DEFAULT_HEARTBEAT_MS, _LEAST_HEARTBEAT_MS, _MOST_HEARTBEAT_MS = 1000, 20, 60_000
 _KEY_BYTES = {
     types_pb.DTYPE_F32: 4,

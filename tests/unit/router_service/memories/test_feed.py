@@ -128,6 +128,21 @@ def test_a_rest_shows_signs_of_life_and_ends_with_the_feed(
             list(takewhile(_is_sign, events))
 
 
+def test_layers_are_copied_one_after_the_other_while_the_memory_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_RECENT_S", float("inf"))
+    monkeypatch.setattr(replication, "_LONGEST_REST_S", 0.0)
+    with closing(EdgeBackend(tmp_path)) as backend:
+        memory = MemoryStore(backend, None).create("m", MODEL, SETTINGS)
+        fill(memory, 0, 40)
+        memory.layers[1].collection.pacing.searched()
+        found = until_synced(feed_of(memory).events())
+    layers = [event.layer for event in found if isinstance(event, Upserted)]
+    assert len(layers) > 2 * len(set(layers)) > 2
+    assert layers == sorted(layers)
+
+
 def test_nothing_new_is_the_same_position_again(memory: RoutingMemory) -> None:
     events = feed_of(memory, heartbeat_s=0.001).events()
     first = until_synced(events)[-1]
