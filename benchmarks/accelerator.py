@@ -39,7 +39,7 @@ from benchmarks.olmoe import (
     make_model,
     zipf_tokens,
 )
-from benchmarks.replicas import Layers, settings_of
+from benchmarks.replicas import KINDS, Layers, settings_of
 from model_runner.architectures.families import Assignment
 from model_runner.errors import RunnerError
 from model_runner.models import pick_device
@@ -116,7 +116,7 @@ class Steps:
 class Check:
     """One comparison: memory, K, tokens, dtype of the keys."""
 
-    values: str  # logits, top-k, union
+    values: str  # deltas, logits, top-k, union
     neighbours: int
     tokens: int
     dtype: torch.dtype
@@ -126,7 +126,7 @@ def checks(plan: Plan) -> list[Check]:
     """Every kind, K and number of tokens."""
     return [
         Check(values, k, count, dtype)
-        for values in ("logits", "top-k", "union")
+        for values in ("deltas", "logits", "top-k", "union")
         for k in plan.checked_neighbours
         for count in plan.checked_tokens
         for dtype in TOLERANCES
@@ -149,13 +149,16 @@ def error_of(check: Check, device: torch.device, shape: Shape) -> float:
         rng.standard_normal((rows, experts), np.float32),
         _random_assignments(rng, rows, experts, top_k),
     )
-    if check.values == "logits":
+    values: Tensor | Assignment = torch.from_numpy(deltas)
+    if check.values == "deltas":
         lambdas = kernels.shrunk_lambda(similar, NULL_WEIGHT)
         every = np.ones(check.tokens, bool)
         expected = blending.blend_logits(
             logits, deltas[found], similar, NULL_WEIGHT, STEP_SIZE, every
         )
-        values: Tensor | Assignment = torch.from_numpy(deltas)
+    elif check.values == "logits":
+        lambdas = kernels.mean_lambda(similar)
+        expected = blending.blend_stored_logits(logits, deltas[found], similar, lambdas)
     else:
         lambdas = kernels.mean_lambda(similar)
         neighbours = NumpyAssignment(
@@ -168,7 +171,7 @@ def error_of(check: Check, device: torch.device, shape: Shape) -> float:
     settings = settings_of(
         check.neighbours,
         [gamma],
-        values="logits" if check.values == "logits" else "assignments",
+        values=check.values if check.values in KINDS else "assignments",
         union=check.values == "union",
     )
     layers = Layers.of([stored], [values], experts, dtype=check.dtype, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from knnmoe.client import ExampleRef
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_ASSIGNMENT,
     MEMORY_KIND_LOGIT_DELTA,
+    MEMORY_KIND_LOGITS,
     SIMILARITY_RBF,
     SUPPORT_TOP_K,
     SUPPORT_UNION,
@@ -34,6 +34,12 @@ TOKENS_PER_EXAMPLE = 128
 HEADROOM = 8
 # The first one trains a first pass, the second one has as many tokens as plans are measured on, the third one reads it.
 LOOKUPS_TO_SETTLE = 3
+
+KINDS = {
+    "deltas": MEMORY_KIND_LOGIT_DELTA,
+    "logits": MEMORY_KIND_LOGITS,
+    "assignments": MEMORY_KIND_ASSIGNMENT,
+}
 
 
 @dataclass(slots=True)
@@ -65,7 +71,7 @@ class Layers:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Layers:
-        """Keys [n, d] and values by layer: logit deltas f32 [n, N], or assignments [n, k]."""
+        """Keys [n, d] and values by layer: logits or logit deltas f32 [n, N], or assignments [n, k]."""
         lock, layers = LookupLock(), {}
         for number, (rows, each) in enumerate(zip(keys, values, strict=True)):
             wide = (
@@ -92,16 +98,18 @@ def settings_of(
     neighbours: int,
     gammas: Sequence[float],
     *,
-    values: Literal["logits", "assignments"] = "logits",
+    values: str = "deltas",
     step_size: float = STEP_SIZE,
     null_weight: float = NULL_WEIGHT,
     union: bool = False,
     layers: Sequence[int] = (),
 ) -> MemorySettings:
-    """RBF over stored vectors, every field that a replica reads set; `layers`: it speaks for these alone."""
-    logits = values == "logits"
+    """RBF over stored vectors, every field that a replica reads set; `layers`: it speaks for these alone.
+
+    values: one of KINDS.
+    """
     return MemorySettings(
-        kind=MEMORY_KIND_LOGIT_DELTA if logits else MEMORY_KIND_ASSIGNMENT,
+        kind=KINDS[values],
         similarity=SIMILARITY_RBF,
         neighbours=neighbours,
         gamma=gammas,

@@ -168,6 +168,7 @@ def settings_to_try() -> Iterator[Setting]:
     for recipe in (PAPER, PAPER_V2):
         for eta, lambda0 in itertools.product((1.0, 2.0, 3.0, 5.0), (0.8, 0.9)):
             yield Setting(replace(recipe, step_size=eta), 1, lambda0)
+    yield Setting(PAPER_V2, 3, 0.9)
     yield Setting(replace(PAPER, norm=Norm.UNIT, step_size=1.0), 1, 0.9)
     for step, lambda0 in itertools.product((1.5, 2.25, 3.0), (0.3, 0.5, 0.7)):
         yield Setting(RECOMMENDED, 32, lambda0, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import typer
 from typer.testing import CliRunner
@@ -45,9 +46,10 @@ def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
     assert "s left, it may take" in output
 
 
-def test_answers_are_those_of_numpy() -> None:
+@pytest.mark.parametrize("values", ["deltas", "logits"])
+def test_answers_are_those_of_numpy(values: str) -> None:
     shape = Shape.tiny(1, keys=50)
-    check = Check("logits", 3, 8, torch.float32)
+    check = Check(values, 3, 8, torch.float32)
     assert error_of(check, torch.device("cpu"), shape) < 1e-5
 
 
