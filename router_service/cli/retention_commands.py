@@ -228,8 +228,8 @@ def prune(
     The service answers meanwhile; entries that are written meanwhile stay. Ctrl-C ends it: what was deleted until
     then stays deleted. Disk space comes back with `optimize`.
 
-    To shrink a memory take --max-entries with --by strength for logit deltas, with --by gain for assignments: they
-    kept most of the gain (docs/experiments.md).
+    To shrink a memory take --max-entries with --by strength for logit deltas, with --by gain for assignments and
+    logits: they kept most of the gain (docs/experiments.md).
 
     Example:
       router-admin prune bible --near-duplicates 0.98 --dry-run
