@@ -21,6 +21,7 @@ from tests.sidecar import (
     CALL_TIMEOUT_S,
     COSINE,
     LOGIT_DELTA,
+    LOGITS,
     RBF,
     Sidecar,
     exported,
@@ -30,7 +31,9 @@ from tests.sidecar import (
 
 Endpoint = tuple[str, ...]
 KINDS = pytest.mark.parametrize(
-    ("kind", "similarity"), [(ASSIGNMENT, COSINE), (LOGIT_DELTA, RBF)], ids=["cosine", "rbf"]
+    ("kind", "similarity"),
+    [(ASSIGNMENT, COSINE), (LOGIT_DELTA, RBF), (LOGITS, RBF)],
+    ids=["cosine", "rbf", "logits"],
 )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from knnmoe.client import AdminClient, ExampleRef
+from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor, nn
 
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import MemoryBuilder, Target
-from model_runner.memory_builder.recipes import PRESETS
+from model_runner.memory_builder.recipes import PAPER_V2, PRESETS, Direction
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
@@ -38,8 +41,11 @@ def run(model: nn.Module, target: str, memory: str) -> Tensor:
     return logits
 
 
+FAMILIES = pytest.mark.parametrize("family", [*CORE_FAMILIES, *ODD_FAMILIES])
+
+
 @pytest.mark.parametrize("preset", PRESET_NAMES)
-@pytest.mark.parametrize("family", [*CORE_FAMILIES, *ODD_FAMILIES])
+@FAMILIES
 def test_empty_then_built(ram_sidecar: Sidecar, name: str, family: str, preset: str) -> None:
     model = shared_model(family, torch.bfloat16)
     fingerprint = model_fingerprint(model)
@@ -56,3 +62,23 @@ def test_empty_then_built(ram_sidecar: Sidecar, name: str, family: str, preset: 
     routed = run(model, ram_sidecar.target, name)
     assert torch.isfinite(routed).all()
     assert not torch.equal(routed, plain)
+
+
+@FAMILIES
+def test_stored_logits_without_a_step_are_the_own_ones(
+    ram_sidecar: Sidecar, name: str, family: str
+) -> None:
+    """What is stored and what is blended with it is the same point of the family's code."""
+    model, unchanged = shared_model(family), replace(PAPER_V2, direction=Direction.NONE)
+    fingerprint = model_fingerprint(model)
+    with torch.no_grad():
+        plain = model(input_ids=prompt()).logits
+    with AdminClient(ram_sidecar.target) as client:
+        settings = PRESETS["paper-v2"].settings(fingerprint.num_layers)
+        client.find_or_create(name, fingerprint.message(), settings)
+        client.update_settings(name, MemorySettings(gamma=[1e-9]))  # lambda is near 1
+        MemoryBuilder(model, fingerprint, client).build(WINDOWS, [Target(name, unchanged)], QUIET)
+    routed = run(model, ram_sidecar.target, name)
+    stored = slice(None, -1)  # all tokens but each window's last
+    torch.testing.assert_close(routed[:, stored], plain[:, stored], rtol=0, atol=1e-5)
+    assert not torch.equal(routed[:, -1], plain[:, -1])
