@@ -19,7 +19,8 @@ from model_runner.architectures import Assignment
 from model_runner.router_hooks import Logits
 from model_runner.routing_policy import Retrieved
 from tests.congruence.fast_dir import fast_dir
-from tests.faults.replica import LEAST_RECALL, MODEL, PATIENCE_S, STEPS, Replica, World
+from tests.faults.replica import LEAST_RECALL, STEPS
+from tests.faults.replica_world import MODEL, PATIENCE_S, Replica, World
 from tests.sidecar import EXPERTS, LOGIT_DELTA, Sidecar, random_keys
 
 __all__ = ["fast_dir"]
