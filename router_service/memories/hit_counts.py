@@ -6,6 +6,8 @@ import logging
 import struct
 import threading
 import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,11 +24,17 @@ log = logging.getLogger(__name__)
 MIN_SIMILARITY = 0.01
 # Ids noted before a caller merges them itself rather than leave them to the flush: 4 MiB, and some milliseconds.
 _MOST_PENDING = 1 << 19
+# Clients whose last report is remembered.
+_CLIENTS = 4096
 # What NumPy and zipfile raise on files that they did not write.
 _DAMAGE = (
     *(OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, TypeError, SyntaxError),
     *(OverflowError, struct.error, zipfile.BadZipFile),
 )
+
+
+# By client the number of its last report; who reported last comes last.
+Reports = OrderedDict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class HitCounter:
         self._counts = HitCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
         self._pending: list[U64] = []
         self._pending_ids = 0
+        self._reports: Reports = OrderedDict()
         self._changed = False
         self._lock = threading.Lock()
         self._file_lock = threading.Lock()
@@ -59,7 +68,7 @@ class HitCounter:
                 # Layers on a server have no directory
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.exists():
-                    counter._counts = _read(path)
+                    counter._counts, counter._reports = _read(path)
         except _DAMAGE as error:
             log.warning("%s cannot be read (%s); counting hits from 0", path, error)
         return counter
@@ -85,11 +94,31 @@ class HitCounter:
         counts = self.counts()
         return HitSummary(int(counts.hits.sum()), len(counts.ids))
 
-    def add(self, counts: HitCounts) -> None:
-        """Counts what was counted elsewhere."""
+    def has_report(self, client: str, number: int) -> bool:
+        """Whether this report of a client, or a later one, was counted; by an earlier process of the service too."""
+        with self._lock:
+            return number <= self._reports.get(client, -1)
+
+    def add_report(self, client: str, number: int, counts: HitCounts) -> None:
+        """Counts what was counted elsewhere. Its number is saved with it: what is lost in a crash may come again."""
         with self._lock:
             self._counts = _sum(self._merge(), counts)
-            self._changed = True
+            self._note_reports({client: max(number, self._reports.get(client, -1))})
+
+    def go_on_from(self, before: HitCounter) -> None:
+        """Counts what another one has counted, which is not used any more."""
+        counts = before.counts()
+        with self._lock:
+            self._counts = _sum(self._merge(), counts)
+            self._note_reports(before._reports)
+
+    def _note_reports(self, last: Mapping[str, int]) -> None:
+        for client, number in last.items():
+            self._reports[client] = number
+            self._reports.move_to_end(client)
+        while len(self._reports) > _CLIENTS:
+            self._reports.popitem(last=False)
+        self._changed = True
 
     def forget(self, ids: U64) -> None:
         """Drops the counts of entries that were deleted."""
@@ -105,11 +134,12 @@ class HitCounter:
         with self._file_lock:
             with self._lock:
                 counts, changed = self._merge(), self._changed
+                reports = self._reports.copy()
                 self._changed = False
             if self._path is None or not changed:
                 return
             try:
-                write_atomically(self._path, lambda file: _write(file, counts))
+                write_atomically(self._path, lambda file: _write(file, counts, reports))
             except StorageError as error:
                 self._changed = True
                 log.warning(
@@ -149,15 +179,24 @@ def _sum(one: HitCounts, other: HitCounts) -> HitCounts:
     return HitCounts(ids, hits)
 
 
-def _write(file: IO[bytes], counts: HitCounts) -> None:
-    np.savez(file, ids=counts.ids, hits=counts.hits)
+def _write(file: IO[bytes], counts: HitCounts, reports: Reports) -> None:
+    np.savez(
+        file,
+        ids=counts.ids,
+        hits=counts.hits,
+        clients=np.array(list(reports), np.str_),
+        reports=np.array(list(reports.values()), np.uint64),
+    )
 
 
-def _read(path: Path) -> HitCounts:
+def _read(path: Path) -> tuple[HitCounts, Reports]:
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         ids, hits = file["ids"], file["hits"]
+        # 0.1.0 knew no reports
+        clients, numbers = (file.get(name, []) for name in ("clients", "reports"))
+        reports = OrderedDict(zip(map(str, clients), map(int, numbers), strict=True))
     if (ids.dtype, hits.dtype) != (np.uint64, np.int64) or ids.ndim != 1 or ids.shape != hits.shape:
         raise ValueError("no columns of ids and hits")
     if (ids[:-1] >= ids[1:]).any() or (hits < 0).any():
         raise ValueError("ids that do not ascend, or negative hits")
-    return HitCounts(ids, hits)
+    return HitCounts(ids, hits), reports

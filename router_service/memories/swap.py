@@ -198,7 +198,7 @@ def _continue_replaced(memory: RoutingMemory, old: RoutingMemory) -> None:
     memory.versions.advance(old.version + 1)
     for layer, before in zip(memory.layers, old.layers, strict=True):
         layer.counters = before.counters
-        layer.hits.add(before.hits.counts())
+        layer.hits.go_on_from(before.hits)
 
 
 def _present(store: MemoryStore, name: str) -> MemoryRecord | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ _KEY_BYTES = {
     types_pb.DTYPE_BF16: 2,
     types_pb.DTYPE_I8: 1,
 }
-# Clients whose last report is remembered, and the most that one can have counted.
-_CLIENTS, _MOST_COUNTED = 4096, 1 << 40
+# The most that a client can have counted.
+_MOST_COUNTED = 1 << 40
 # Sums of as many lambdas, which are 1 at most but for rounding.
 _ROUNDED = 1.001
 _IDS_PER_LOOK = 512
@@ -73,7 +72,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
     def __init__(self, memories: ServedMemories) -> None:
         self._memories = memories
         self._copies = _Copies()
-        self._reports = _Reports()
+        self._reporting = threading.Lock()
         self._foreign: WeakKeyDictionary[RoutingMemory, ForeignWrites] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -120,10 +119,24 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         def report(memory: RoutingMemory) -> None:
             memory.record.fingerprint.require_digest(request.model_digest)
             counted = [_decode_hits(memory, n, hits) for n, hits in enumerate(request.layers)]
-            self._reports.count(request, counted)
+            with self._reporting:
+                self._count(request, counted)
 
         self._memories.asked(request.memory, report)
         return pb.ReportHitsResponse()
+
+    def _count(self, request: pb.ReportHitsRequest, counted: Sequence[_Counted]) -> None:
+        """Once, however often it comes, as long as the client is among the last that reported."""
+        of_client = request.client, request.number
+        layers = {each.layer for each in counted}
+        known = {layer for layer in layers if layer.hits.has_report(*of_client)}
+        for each in counted:
+            if each.layer not in known:
+                each.layer.hits.add_report(*of_client, each.hits)
+                each.layer.counters.add_found(
+                    *(each.message.lookups, each.message.tokens),
+                    *(each.message.tokens_abstained, each.message.lambda_sum),
+                )
 
     def _not_served(self, name: str) -> RoutingServiceError:
         """Why a memory does not serve under its name. Called under the lock of its changes: looks nowhere."""
@@ -312,11 +325,6 @@ class _Counted:
     hits: HitCounts
     message: pb.LayerHits
 
-    def add(self) -> None:
-        of = self.message
-        self.layer.hits.add(self.hits)
-        self.layer.counters.add_found(of.lookups, of.tokens, of.tokens_abstained, of.lambda_sum)
-
 
 def _decode_hits(memory: RoutingMemory, number: int, message: pb.LayerHits) -> _Counted:
     field, layer = f"layers[{number}]", memory.layer(message.layer)
@@ -350,24 +358,3 @@ def _decode_hits(memory: RoutingMemory, number: int, message: pb.LayerHits) -> _
 def _there(layer: LayerMemory, ids: U64) -> U64:
     found = layer.provenance_of(ids)
     return np.fromiter(found.keys(), np.uint64, len(found))
-
-
-class _Reports:
-    """Counts each report once, as long as its client is among the last that reported."""
-
-    def __init__(self) -> None:
-        self._last: OrderedDict[tuple[str, str], int] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def count(self, request: pb.ReportHitsRequest, counted: Sequence[_Counted]) -> None:
-        """Unless it, or a later one of the client, was counted."""
-        client = (request.memory, request.client)
-        with self._lock:
-            if request.number <= self._last.get(client, -1):
-                return
-            for each in counted:
-                each.add()
-            self._last[client] = request.number
-            self._last.move_to_end(client)
-            if len(self._last) > _CLIENTS:
-                self._last.popitem(last=False)

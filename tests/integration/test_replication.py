@@ -498,6 +498,23 @@ def test_reported_hits_count_like_those_of_route(sidecar: Sidecar, name: str) ->
     assert found[1].mean_search_ms == 0  # nothing was searched here
 
 
+def test_a_report_whose_answer_was_lost_counts_once_after_a_restart(tmp_path: Path) -> None:
+    """After a stop what was counted is saved, and its number with it."""
+    counted = {"lookups": 1, "tokens": 1, "lambda_sum": 1.0}
+    with Sidecar(tmp_path / "data") as first:
+        fill(first, "m", rows=4)
+        digest, ids = first.describe("m").model_digest, ids_of(random_entries(LOGIT_DELTA, 4))
+        client = ReplicationClient(first.target, "m", make_fingerprint())
+        client.report_hits(digest, [report(1, [ids[0]], [3], **counted)], 7)
+        first.stop_cleanly()
+    with client, Sidecar(tmp_path / "data", listen=first.target) as again:
+        for number in (7, 8):
+            client.report_hits(digest, [report(1, [ids[0]], [3], **counted)], number)
+        request = admin_pb.StatsRequest(memory="m")
+        found = again.admin.Stats(request, timeout=CALL_TIMEOUT_S).memories[0].layers[1]
+    assert (found.hits, found.tokens) == (6, 1)
+
+
 def test_a_client_that_is_closed(ram_sidecar: Sidecar, name: str) -> None:
     fill(ram_sidecar, name, rows=2)
     client = ReplicationClient(ram_sidecar.target, name, make_fingerprint())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_service.arrays import NO_ID
+from router_service.arrays import NO_ID, HitCounts
 from router_service.memories import hit_counts
 from router_service.memories.hit_counts import HitCounter, HitSummary
 
@@ -52,6 +52,22 @@ def test_many_hits_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         _note(counter, number % 3, 7)
         assert counter._pending_ids <= 10
     assert _counts(counter) == {0: 17, 1: 17, 2: 16, 7: 50}
+
+
+def test_reports_are_known_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hit_counts, "_CLIENTS", 2)
+    counter = HitCounter.load(path)
+    for client, number in (("a", 1), ("b", 2**63), ("a", 2), ("c", 5)):
+        assert not counter.has_report(client, number)
+        counter.add_report(client, number, HitCounts.of({4: 2}))
+    counter.save()
+    later = HitCounter.load(path)
+    later.go_on_from(HitCounter())
+    assert _counts(later) == {4: 8}
+    assert later.has_report("a", 2)
+    assert later.has_report("a", 1)
+    assert not later.has_report("a", 3)
+    assert not later.has_report("b", 2**63)  # who has not reported for long
 
 
 def test_saved_and_read_again(path: Path) -> None:
