@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
@@ -154,7 +156,17 @@ def save_checkpoint(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast,
         eos_token_id=END_OF_TEXT_ID, pad_token_id=END_OF_TEXT_ID
     )
     copy.to(torch.bfloat16).save_pretrained(out)
+    _write_out_tied_weights(out / "model.safetensors")
     tokenizer.save_pretrained(out)
+
+
+def _write_out_tied_weights(checkpoint: Path) -> None:
+    """Adds `lm_head.weight`: vLLM's OLMoE does not tie it, and gives nonsense without a word where it is missing."""
+    with safe_open(checkpoint, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(checkpoint)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, checkpoint, metadata)
 
 
 def train(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.small_moe.sources import Document
@@ -52,6 +53,7 @@ def out(texts, tmp_path_factory):
 def test_two_steps_leave_a_checkpoint_that_loads(out, streams_and_tokenizer):
     streams, tokenizer = streams_and_tokenizer
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert "lm_head.weight" in load_file(out / "model.safetensors")
     windows = spaced_windows(streams["dev"], 4)
     untrained = mean_nll(new_model(0), windows)
     assert mean_nll(model, windows) < untrained

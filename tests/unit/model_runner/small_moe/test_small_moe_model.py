@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.small_moe.token_streams import END_OF_TEXT, spaced_windows, stream_of
@@ -44,6 +45,13 @@ def test_checkpoint_is_a_small_mixture_of_experts(model):
 
 def test_checkpoint_stays_small():
     assert sum(file.stat().st_size for file in MODEL_DIR.iterdir()) < 16 * 2**20
+
+
+def test_checkpoint_holds_the_weights_that_its_embedding_shares():
+    # vLLM's OLMoE does not tie them
+    with safe_open(MODEL_DIR / "model.safetensors", "pt") as checkpoint:
+        embedding = checkpoint.get_tensor("model.embed_tokens.weight")
+        assert torch.equal(checkpoint.get_tensor("lm_head.weight"), embedding)
 
 
 def test_tokenizer_round_trips_any_text(tokenizer):
