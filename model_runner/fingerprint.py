@@ -7,15 +7,15 @@ memory exactly when their routers agree.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from knnmoe.fingerprint import ModelFingerprint
 from torch import Tensor, nn
 
 from model_runner.architectures.discovery import decoder_of, find_router_sites
-from model_runner.architectures.families import RouterSite
 from model_runner.errors import UnsupportedModel
 
 
@@ -35,11 +35,31 @@ def model_fingerprint(model: nn.Module) -> ModelFingerprint:
         hidden_size=sites[0].hidden_size,
         num_experts=max(site.num_logits for site in sites),
         top_k=max(site.top_k for site in sites),
-        router_hash=_router_hash(sites),
+        router_hash=router_hash(sites),
     )
 
 
-def _router_hash(sites: tuple[RouterSite, ...]) -> str:
+class HashedSite(Protocol):
+    """What is hashed of a MoE layer: its number, and the module that makes its logits."""
+
+    @property
+    def layer(self) -> int:
+        """0..L-1."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def router(self) -> nn.Module:
+        """Its weights are hashed."""
+        ...
+
+
+def router_hash(sites: Sequence[HashedSite]) -> str:
+    """ModelFingerprint.router_hash. Raises UnsupportedModel for weights that are not loaded."""
     digest = hashlib.sha256()
     for site in sites:
         for path, module in site.router.named_modules():
@@ -65,7 +85,7 @@ def _loaded(module: nn.Module) -> AbstractContextManager[Any]:
     return context
 
 
-def _update(digest: Any, site: RouterSite, name: str, tensor: Tensor) -> None:
+def _update(digest: Any, site: HashedSite, name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise UnsupportedModel(
             f"the weight {name} of {site.name} is on the meta device; load the model's weights, or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -96,6 +96,14 @@ class OpenMemory:
     def where(self) -> Where:
         """REPLICA or REMOTE."""
         return Where.REMOTE if self.follower is None else Where.REPLICA
+
+    def one_version(self) -> AbstractContextManager[None]:
+        """Within it, lookups of the calling thread in a replica are answered from one version of the memory.
+
+        Of lookups in the sidecar each is of the version that is there when it comes.
+        """
+        retriever = self.retriever
+        return retriever.copy.lock if isinstance(retriever, ReplicaRetriever) else nullcontext()
 
     def catch_up(self) -> None:
         """Returns when lookups find all that the sidecar has acknowledged. Raises ServiceError."""

@@ -36,28 +36,34 @@ _DELETED = -1  # in the place of a row
 
 
 class LookupLock:
-    """Many lookups, or one commit: `with lock:` is a lookup, `with lock.committing():` a commit. Not reentrant.
+    """Many lookups, or one commit: `with lock:` is a lookup, `with lock.committing():` a commit.
 
-    A commit that waits holds new lookups back: it waits for those inside only. Layers of one replica may share it, so
-    that a change of several takes effect at once.
+    A commit that waits holds new lookups back: it waits for those inside only. A thread that is inside may enter again,
+    so that several lookups are answered from one version. Layers of one replica may share it, so that a change of
+    several takes effect at once.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
-        self._inside = 0
+        self._inside: dict[int, int] = {}  # how often, by thread
         self._committing = False
 
     def __enter__(self) -> None:
+        thread = threading.get_ident()
         with self._changed:
-            while self._committing:
+            entered = self._inside.get(thread, 0)
+            while self._committing and not entered:
                 self._changed.wait()
-            self._inside += 1
+            self._inside[thread] = entered + 1
 
     def __exit__(self, *_: object) -> None:
+        thread = threading.get_ident()
         with self._changed:
-            self._inside -= 1
-            if self._committing and not self._inside:
-                self._changed.notify_all()
+            self._inside[thread] -= 1
+            if not self._inside[thread]:
+                del self._inside[thread]
+                if self._committing:
+                    self._changed.notify_all()
 
     @contextmanager
     def committing(self) -> Iterator[None]:

@@ -214,3 +214,24 @@ def test_lookups_see_all_of_a_commit_or_nothing() -> None:
         sys.setswitchinterval(before_s)
     assert {len(values) for values in seen} == {2}
     assert {count for count, *_ in seen} == {20}
+
+
+def test_a_thread_that_is_inside_enters_again_while_a_commit_waits() -> None:
+    lock, inside, done = LookupLock(), threading.Event(), threading.Event()
+
+    def commit() -> None:
+        inside.wait()
+        with lock.committing():
+            done.set()
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    with lock:
+        inside.set()
+        while not lock._committing:  # the commit has come, and waits
+            pass
+        with lock:
+            assert not done.is_set()
+        assert not done.is_set()
+    thread.join()
+    assert done.is_set()

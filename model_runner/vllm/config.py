@@ -1,0 +1,114 @@
+"""What a server is configured with: `knn_moe` in vLLM's --additional-config, or JSON in the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from model_runner.errors import BadInput
+from model_runner.replica.budget import KeyDtype, parse_bytes
+from model_runner.retrieval import Retrieval
+
+KEY = "knn_moe"
+ENVIRONMENT = "KNNMOE_VLLM"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Of one server; the same names in `--additional-config '{"knn_moe": {...}}'`.
+
+    Attributes:
+        target: address of the sidecar.
+        memories: those that requests may name.
+        memory: what requests read that name none; none: these run plain. It need not be among `memories`.
+        retrieval: auto, replica or remote (model_runner.retrieval.Where).
+        replica_memory: what each replica may take, e.g. "2GiB".
+        replica_keys: how replicas keep keys: f32, f16, bf16 or int8.
+        first_pass: how a replica on a CPU is searched.
+        max_staleness_s: lookups of a replica that may be older fall back.
+        timeout_s: longest lookup of one token in the sidecar.
+        strict: a request fails afterwards when a lookup of it fell back; a request may say so for itself.
+
+    """
+
+    target: str = "127.0.0.1:50051"
+    memories: tuple[str, ...] = ()
+    memory: str | None = None
+    retrieval: str = "auto"
+    replica_memory: str | int | None = None
+    replica_keys: KeyDtype = "f32"
+    first_pass: str = "auto"
+    max_staleness_s: float | None = None
+    timeout_s: float = 0.05
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for what cannot be."""
+        self.how()
+        if not self.served:
+            raise BadInput(f"{KEY}: no memory is named, expected `memory`, `memories` or both")
+        if not isinstance(self.strict, bool):
+            raise BadInput(f"{KEY}.strict: got {self.strict!r}, expected true or false")
+        if not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
+            raise BadInput(f"{KEY}.timeout_s: got {self.timeout_s!r}, expected seconds above 0")
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Every memory that requests may read, the default one first."""
+        default = () if self.memory is None else (self.memory,)
+        return tuple(dict.fromkeys((*default, *self.memories)))
+
+    def how(self) -> Retrieval:
+        """How memories are to be read."""
+        size = self.replica_memory
+        try:
+            return Retrieval(
+                self.retrieval,
+                parse_bytes(size) if isinstance(size, str) else size,
+                self.replica_keys,
+                self.first_pass,
+                self.max_staleness_s,
+            )
+        except (ValueError, BadInput) as error:
+            raise BadInput(f"{KEY}: {error}") from error
+
+
+def configured(additional_config: Any) -> Config | None:
+    """What vLLM's additional_config says, or else the environment; None: there is no memory to serve.
+
+    Raises BadInput naming what is not known or cannot be.
+    """
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    if given is None:
+        text = os.environ.get(ENVIRONMENT)
+        if not text:
+            return None
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise BadInput(f"{ENVIRONMENT}: got {text!r}, expected JSON: {error}") from error
+    if not isinstance(given, Mapping):
+        raise BadInput(f"{KEY}: got {given!r}, expected an object such as {{'memory': 'law'}}")
+    return _config(given)
+
+
+def _config(given: Mapping[str, Any]) -> Config:
+    known = [field.name for field in fields(Config)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise BadInput(f"{KEY}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    values = dict(given)
+    memories = values.pop("memories", ())
+    names = [values.get("memory") or "-", *memories] if _is_list(memories) else [None]
+    if not all(isinstance(name, str) and name for name in names):
+        raise BadInput(
+            f"{KEY}: memory {values.get('memory')!r}, memories {memories!r}: expected a name, and a list of names"
+        )
+    return Config(memories=tuple(memories), **values)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)

@@ -1,0 +1,155 @@
+"""Where the plug-in stands in vLLM: three functions, each of which does as before where nothing is configured.
+
+    front end    InputProcessor.process_inputs       checks what a request says, and writes down what a worker needs
+    engine       EngineCore.add_request               salts the prefix cache
+    worker       WorkerWrapperBase.init_device        hooks this worker's model, runner and methods, on the instances
+
+All of it is one process, or several; each of them calls install().
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from model_runner.errors import BadInput, UnsupportedModel
+from model_runner.vllm.config import KEY, configured
+from model_runner.vllm.request import Wanted, settled
+
+_installed = False
+
+
+def install() -> None:
+    """Puts them in place, once per process."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    _wrap(InputProcessor, "process_inputs", _checked)
+    _wrap(EngineCore, "add_request", _salted)
+    _wrap(WorkerWrapperBase, "init_device", _served)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _checked(
+    process: Callable[..., Any],
+    self: Any,
+    request_id: str,
+    prompt: Any,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        config = configured(self.vllm_config.additional_config)
+        wanted = Wanted.of(getattr(params, "extra_args", None), config)
+    except BadInput as error:  # HTTP 400
+        raise VLLMValidationError(str(error), parameter=KEY) from error
+    request = process(self, request_id, prompt, params, *args, **kwargs)
+    own = request.sampling_params
+    if own is not None and wanted.memory is not None:
+        own.extra_args = {**(own.extra_args or {}), KEY: wanted.settled(request_id)}
+    return request
+
+
+def _salted(add_request: Callable[..., Any], self: Any, request: Any, *args: Any) -> Any:
+    params = request.sampling_params
+    memory, _ = settled(None if params is None else params.extra_args)
+    if memory is not None and request._block_hasher is not None:
+        (salt, *_) = self.model_executor.collective_rpc("knn_moe_salt", args=(memory,))
+        request.cache_salt = f"{salt}|{request.cache_salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+    return add_request(self, request, *args)
+
+
+def _served(init_device: Callable[..., Any], self: Any) -> Any:
+    done = init_device(self)
+    config = configured(self.vllm_config.additional_config)
+    if config is None:
+        return done
+    from model_runner.vllm.limits import require_served
+    from model_runner.vllm.serving import Serving
+
+    require_served(self.vllm_config)
+    serving, worker = Serving(config), self.worker
+    runner = worker.model_runner
+    worker.load_model = _loading(worker.load_model, self.vllm_config, serving)
+    runner._model_forward = _in_forward_pass(runner._model_forward, runner, serving)
+    worker.shutdown = _closing(worker.shutdown, serving)
+    worker.knn_moe_salt = serving.salt
+    worker.knn_moe_status = serving.status
+    worker.knn_moe_report = serving.report
+    return done
+
+
+def _loading(load_model: Callable[..., Any], vllm_config: Any, serving: Any) -> Callable[..., Any]:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with _before_packing(vllm_config, serving):
+            loaded = load_model(*args, **kwargs)
+        if not serving.sites:
+            raise UnsupportedModel(
+                f"knn_moe: --load-format {vllm_config.load_config.load_format} packs weights before they can be "
+                "looked at; take --load-format auto"
+            )
+        return loaded
+
+    return load
+
+
+@contextmanager
+def _before_packing(vllm_config: Any, serving: Any) -> Iterator[None]:
+    """Within it `serving` sees the model when its weights are loaded; packing them empties the router's on a CPU."""
+    from vllm.model_executor.model_loader import base_loader
+
+    pack = base_loader.process_weights_after_loading
+
+    def seen(model: nn.Module, model_config: Any, device: torch.device) -> Any:
+        if model_config is vllm_config.model_config and not serving.sites:  # no draft model
+            serving.load(model, model_config.hf_text_config.model_type, device)
+        return pack(model, model_config, device)
+
+    base_loader.process_weights_after_loading = seen
+    try:
+        yield
+    finally:
+        base_loader.process_weights_after_loading = pack
+
+
+def _in_forward_pass(forward: Callable[..., Any], runner: Any, serving: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        ids = batch.req_ids[: batch.num_reqs]
+        starts = runner.query_start_loc.np[: len(ids) + 1].tolist()
+        with serving.forward_pass(runner.requests, ids, starts):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _closing(shutdown: Callable[[], Any], serving: Any) -> Callable[[], Any]:
+    def close() -> Any:
+        serving.close()
+        return shutdown()
+
+    return close

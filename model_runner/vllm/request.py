@@ -1,0 +1,90 @@
+"""What a request says of a memory: `knn_moe` in SamplingParams.extra_args, an object or its JSON.
+
+    SamplingParams(extra_args={"knn_moe": {"memory": "law"}})
+
+The front end checks it and writes down what a worker needs (`Wanted.settled`), so that a worker never meets a name that
+it does not serve.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model_runner.errors import BadInput
+from model_runner.vllm.config import KEY, Config
+
+_FIELDS = ("memory", "report", "strict")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Of one request.
+
+    Attributes:
+        memory: what it reads; None: it runs plain.
+        report: its answer says how many lookups it made, and how many fell back.
+        strict: it fails afterwards when a lookup fell back.
+
+    """
+
+    memory: str | None
+    report: bool = False
+    strict: bool = False
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None, config: Config | None) -> Wanted:
+        """Raises BadInput that names what was asked for and what is served."""
+        given = None if extra_args is None else extra_args.get(KEY)
+        if given is None:
+            return cls(None) if config is None else cls(config.memory, strict=config.strict)
+        fields = _fields(given)
+        if config is None:
+            raise BadInput(
+                f"{KEY}: got {given!r}, and this server serves no memory; start it with --additional-config "
+                f"'{{\"{KEY}\": {{...}}}}'"
+            )
+        wanted = cls(
+            memory=fields.get("memory", config.memory),
+            report=fields.get("report", False),
+            strict=fields.get("strict", config.strict),
+        )
+        wanted._check(config)
+        return wanted
+
+    def settled(self, request_id: str) -> dict[str, Any]:
+        """For extra_args: what a worker reads with `settled`."""
+        return {"memory": self.memory, "request": request_id}
+
+    def _check(self, config: Config) -> None:
+        for name in ("report", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadInput(f"{KEY}.{name}: got {getattr(self, name)!r}, expected true or false")
+        if self.memory is not None and self.memory not in config.served:
+            raise BadInput(
+                f"{KEY}.memory: got {self.memory!r}, and this server serves {', '.join(config.served)}"
+            )
+
+
+def settled(extra_args: Mapping[str, Any] | None) -> tuple[str | None, str]:
+    """(memory, request id) of a request that the front end has checked."""
+    found = (extra_args or {}).get(KEY)
+    if not isinstance(found, Mapping) or "request" not in found:
+        return None, ""
+    return found["memory"], found["request"]
+
+
+def _fields(given: Any) -> Mapping[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise BadInput(f"{KEY}: got {given!r}, expected JSON: {error}") from error
+    if not isinstance(given, Mapping):
+        raise BadInput(f"{KEY}: got {given!r}, expected an object such as {{'memory': 'law'}}")
+    unknown = sorted(set(given) - set(_FIELDS))
+    if unknown:
+        raise BadInput(f"{KEY}: unknown {', '.join(unknown)}; known are {', '.join(_FIELDS)}")
+    return given
