@@ -6,6 +6,7 @@ depend on those of the arguments only and nothing waits for the host, so a CUDA 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from model_runner.architectures.families import Assignment
 _FLOATS = torch.finfo(torch.float32)
 # Of all f32 above 0.
 SMALLEST = _FLOATS.smallest_normal * _FLOATS.eps
+# As the sidecar counts hits: a neighbour counts when it is at least this similar.
+MIN_SIMILARITY = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,24 @@ def weights_of_memory(near: Tensor, settings: LayerSettings) -> tuple[Tensor, Te
     if settings.logits:
         return lambdas, near / near.shape[1]
     return lambdas, near / total.clamp_min_(SMALLEST)
+
+
+def weights_of_token(
+    squared_distances: list[float], settings: LayerSettings
+) -> tuple[float, list[float], int]:
+    """(lambda, shares [K], neighbours that count as hits) of one token's ascending distances [K]; RBF.
+
+    `similarities` and `weights_of_memory` in numbers of Python, for where reading one is free.
+    """
+    near = [math.exp(-settings.gamma * each) for each in squared_distances]
+    near = [each if each >= SMALLEST else 0.0 for each in near]  # as in f32
+    total, count = sum(near), len(near)
+    hits = sum(each >= MIN_SIMILARITY for each in near)
+    if settings.logit_deltas:
+        beside_null = max(total + settings.null_weight, SMALLEST)
+        return total / beside_null, [each / beside_null for each in near], hits
+    whole = count if settings.logits else max(total, SMALLEST)
+    return total / count, [each / whole for each in near], hits
 
 
 def blended_logits(

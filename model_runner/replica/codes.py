@@ -54,10 +54,19 @@ class Reduction:
         reduced = torch.addmm(self.offset, vectors, self.projection)
         if not agreement:
             return reduced.numpy()
+        if len(vectors) == 1:
+            return self._with_rest(vectors.numpy(), reduced.numpy(), agreement)
         centred = vectors - self.mean
         left = torch.linalg.vecdot(centred, centred) - torch.linalg.vecdot(reduced, reduced)
         left = left.clamp_min_(0).sqrt_().unsqueeze(1)
         return reduced.addcmul_(left, self.rest, value=agreement).numpy()
+
+    def _with_rest(self, vector: F32, reduced: F32, agreement: float) -> F32:
+        """`reduced` [1, r] of one vector [1, d] with what is left; by NumPy, in half the time of torch."""
+        centred = vector[0] - self.mean.numpy()
+        left = float(centred @ centred) - float(reduced[0] @ reduced[0])
+        reduced += self.rest.numpy() * np.float32(agreement * max(left, 0.0) ** 0.5)
+        return reduced
 
 
 def reductions(sample: Tensor, generator: torch.Generator) -> list[Reduction]:

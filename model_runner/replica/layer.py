@@ -292,6 +292,18 @@ class LayerReplica:
             self.counts += counts
             self._lookups += 1
 
+    def count_token(
+        self, hits: I64, looked_up: float, abstained: float, not_finite: float, weight: float
+    ) -> Tensor:
+        """`count` of a lookup of one token on the CPU, which hit rows [n], each once; gives the counts, f64 [4]."""
+        counts = np.array((looked_up, abstained, not_finite, weight))
+        with self._counting:
+            self.hits.numpy()[hits] += 1
+            of_all = self.counts.numpy()
+            of_all += counts
+            self._lookups += 1
+        return torch.from_numpy(counts)
+
     def take_hits(self) -> tuple[U64, U64]:
         """(ids, hits) of the entries that were hit since it was last called; those of entries that are gone too."""
         with self._counting:

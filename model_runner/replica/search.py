@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ Found = tuple[Tensor, Tensor]
 MORE_CANDIDATES = 8
 # Scores of a scan, and differences between queries and candidates, that are held at once: 32 and 8 MiB.
 _SCORES, _DIFFERENCES = 1 << 23, 1 << 21
+# From so many tokens on their candidates are looked at key by key.
+_TOKENS_BY_KEY = 128
 # From so many numbers of queries on FAISS takes keys by blocks (faiss::distance_compute_blas_threshold); with fewer it
 # is slower than torch, and does not look at the norms that say which rows count.
 _NUMBERS_OF_BLOCKS = 128_000
@@ -128,15 +131,24 @@ def _scores(layer: LayerReplica, squared_norms: Tensor, queries: Tensor, rows: s
 
 def closest(layer: LayerReplica, queries: Tensor, rows: Tensor, k: int) -> Found:
     """The k nearest of each token's candidates, rows int64 [T, c], -1: none; by exact distances, as `nearest`."""
-    distances, order = exact_distances(layer, queries, rows).topk(
-        min(k, rows.shape[1]), largest=False
-    )
+    every = exact_distances(layer, queries, rows)
+    if len(queries) == 1 and rows.shape[1] >= k and layer.device.type == "cpu":
+        return _closest_of_one(rows, every, k)
+    distances, order = every.topk(min(k, rows.shape[1]), largest=False)
     rows = rows.gather(1, order).masked_fill_(distances == INFINITY, 0)
     if rows.shape[1] == k:
         return rows, distances
     missing = k - rows.shape[1]
     pad = torch.nn.functional.pad
     return pad(rows, (0, missing)), pad(distances, (0, missing), value=INFINITY)
+
+
+def _closest_of_one(rows: Tensor, distances: Tensor, k: int) -> Found:
+    """Of one token's candidates, rows [1, c] and distances [1, c], by NumPy: in a third of the time of torch."""
+    near, found = distances.numpy(), rows.numpy()
+    order = near.argmin(1) if k == 1 else near[0].argsort()[:k]
+    near, found = near[:, order], found[:, order]
+    return torch.from_numpy(np.where(near == INFINITY, 0, found)), torch.from_numpy(near)
 
 
 def exact_distances(layer: LayerReplica, queries: Tensor, rows: Tensor) -> Tensor:
@@ -157,6 +169,8 @@ def exact_distances(layer: LayerReplica, queries: Tensor, rows: Tensor) -> Tenso
 def _distances_in_place(keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
     """`exact_distances` without a copy of the candidates' keys; all tensors contiguous, on the CPU."""
     tokens, count = rows.shape
+    if tokens >= _TOKENS_BY_KEY:
+        return _distances_by_key(keys, queries, rows)
     distances = torch.empty(tokens, count)
     library = faiss()
     floats = library.cast_integer_to_float_ptr
@@ -174,6 +188,25 @@ def _distances_in_place(keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
     finally:
         library.omp_set_num_threads(threads)
     return distances
+
+
+def _distances_by_key(keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+    """`_distances_in_place` in the order of the keys: of many tokens each is read from RAM once, not once a token.
+
+    512 tokens with 256 candidates each among 8,000 keys, d = 2,048: 21 ms, 55 token by token (one thread, 2026-11-28).
+    """
+    library, count = faiss(), rows.shape[1]
+    by_key = rows.view(-1).int().argsort()
+    wanted, tokens = rows.view(-1)[by_key], by_key // count
+    ordered = torch.full((len(by_key),), INFINITY)
+    floats, integers = library.cast_integer_to_float_ptr, library.cast_integer_to_idx_t_ptr
+    library.pairwise_indexed_L2sqr(
+        *(keys.shape[1], len(by_key)),
+        *(floats(queries.data_ptr()), integers(tokens.data_ptr())),
+        *(floats(keys.data_ptr()), integers(wanted.data_ptr())),
+        floats(ordered.data_ptr()),
+    )
+    return torch.empty_like(ordered).scatter_(0, by_key, ordered).view(rows.shape)
 
 
 @cache

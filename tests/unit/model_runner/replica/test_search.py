@@ -150,6 +150,19 @@ def test_a_key_beside_a_long_one(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(distances, brute_force(layer, queries, 2), rtol=1e-5)
 
 
+def test_candidates_of_many_tokens_are_as_far_as_those_of_few() -> None:
+    """Key by key or token by token, bit for bit; a candidate that is none is infinitely far."""
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(2, 300, D, generator=generator)
+    layer, rows = filled(keys), torch.randint(-1, 300, (300, 9), generator=generator)
+    found = search.exact_distances(layer, queries, rows)
+    few = [
+        search.exact_distances(layer, queries[n : n + 2], rows[n : n + 2]) for n in range(0, 300, 2)
+    ]
+    assert torch.equal(found, torch.cat(few))
+    assert torch.equal(found == torch.inf, rows < 0)
+
+
 def test_keys_at_the_same_distance_are_all_found() -> None:
     layer = filled(Keys().some(1).expand(12, D).contiguous())
     rows, _ = search.nearest(layer, torch.zeros(1, D), 12)
