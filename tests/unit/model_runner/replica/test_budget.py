@@ -34,13 +34,21 @@ CPU = torch.device("cpu")
 
 
 def described(
-    entries: int = 20_000, layers: int = 16, kind: int = MEMORY_KIND_LOGIT_DELTA, spoken: tuple = ()
+    entries: int = 20_000,
+    layers: int = 16,
+    kind: int = MEMORY_KIND_LOGIT_DELTA,
+    spoken: tuple = (),
+    hidden_size: int = 2048,
 ) -> MemoryDescription:
-    """A memory of OLMoE's shape."""
+    """A memory of OLMoE's shape, or of shorter keys."""
     return MemoryDescription(
         name="law",
         fingerprint=ModelFingerprint(
-            num_layers=layers, hidden_size=2048, num_experts=64, top_k=8, architecture="olmoe"
+            num_layers=layers,
+            hidden_size=hidden_size,
+            num_experts=64,
+            top_k=8,
+            architecture="olmoe",
         ),
         settings=MemorySettings(kind=kind, layers=spoken),
         layers=[LayerDescription(layer=number, entries=entries) for number in range(layers)],
@@ -86,6 +94,8 @@ def test_what_a_replica_takes() -> None:
     assert replica_size(described(), "int8", CPU).bytes == rows * (2048 + 4 + beside)
     codes = 3 * 128 + 8
     assert replica_size(described(), "f32", CPU, "auto").bytes == rows * (4 * 2048 + beside + codes)
+    short = replica_size(described(hidden_size=128), "f32", CPU, "auto")
+    assert short.bytes == rows * (4 * 128 + beside + 3 * 64 + 8 + 128 + 16)
 
 
 def test_only_layers_that_the_memory_speaks_for_count() -> None:

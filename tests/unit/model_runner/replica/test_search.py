@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model_runner.errors import BadInput
-from model_runner.replica import first_pass, search
+from model_runner.replica import batches, budget, first_pass, search
+from model_runner.replica.batches import BatchScan, multiplies_bytes
 from model_runner.replica.first_pass import CodedFirstPass
 from model_runner.replica.layer import INFINITY, KEY_DTYPES, LayerReplica
 
@@ -339,6 +340,83 @@ def test_auto_scans_where_that_costs_less() -> None:
     passed.train(1, keys.some(256))
     assert passed.nearest(keys.some(8), 1) is None
     assert CodedFirstPass(layer, "exact").nearest(keys.some(8), 1) is None
+
+
+@pytest.mark.parametrize("dtype", KEY_DTYPES)
+def test_a_scan_of_bytes_finds_nearly_all_with_exact_distances(dtype: torch.dtype) -> None:
+    keys = Keys()
+    layer, queries = filled(keys.some(1500), dtype), keys.some(150)
+    queries[7:9] = 0.0  # padding
+    scan = BatchScan(layer)
+    for k in (1, 32, 1600):  # more than there are
+        found = scan.nearest(queries, k)
+        assert found is not None
+        require_consistent(layer, queries, *found)
+        assert recall(layer, queries, k, found[1]) >= (0.98 if k == 1 else 0.94)
+        assert scan.efforts[k].tokens > 100
+    assert 0 < scan.nbytes < 2 * 1500 * (D + budget.DIGITS)
+
+
+def test_a_scan_of_bytes_follows_its_layer() -> None:
+    keys = Keys()
+    layer = filled(keys.some(1500))
+    scan = BatchScan(layer)
+    scan.nearest(keys.some(100), 8)
+    encoded = scan._bytes
+    fresh = keys.some(20, centre=3)
+    write(layer, np.arange(5, 25, dtype=np.uint64), fresh)
+    layer.stage_deletion(np.arange(100, 160, dtype=np.uint64))
+    layer.commit()
+    write(layer, np.arange(5000, 5010, dtype=np.uint64), keys.some(10))  # staged: not found
+    found = scan.nearest(torch.cat((fresh, keys.some(80))), 8)
+    assert found is not None
+    assert found[1][:20, 0].max() == 0.0
+    assert scan._bytes is encoded
+    write(layer, np.arange(9000, 9040, dtype=np.uint64), 50 * keys.some(40))  # beyond its scales
+    layer.commit()
+    queries = torch.cat((fresh, keys.some(80)))
+    found = scan.nearest(queries, 8)
+    assert found is not None
+    require_consistent(layer, queries, *found)
+    assert recall(layer, queries, 8, found[1]) >= 0.94
+    assert scan._bytes is not encoded
+
+
+def test_where_bytes_tell_keys_apart_badly_every_key_is_looked_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Many keys far closer to one another than a byte's step, beside a few that are far away."""
+    keys = Keys()
+    close = keys.centres[0] + 1e-4 * keys.draw(1900)
+    layer = filled(torch.cat((close, 100 * keys.some(100))))
+    scan = BatchScan(layer)
+    with caplog.at_level(logging.INFO):
+        assert scan.nearest(keys.centres[0] + 1e-4 * keys.draw(200), 1) is None
+    assert "every key is looked at" in caplog.text
+
+
+def test_tokens_of_another_text_are_measured_anew() -> None:
+    """What was near enough for the first ones is not for those."""
+    keys = Keys()
+    close = keys.centres[0] + 1e-4 * keys.draw(1900)
+    layer = filled(torch.cat((close, 100 * keys.some(600))))
+    scan = BatchScan(layer)
+    assert scan.nearest(100 * keys.some(300), 1) is not None
+    assert scan.nearest(keys.centres[0] + 1e-4 * keys.draw(20_000), 1) is None
+
+
+@pytest.mark.skipif(not multiplies_bytes(), reason="this CPU multiplies no bytes")
+def test_large_batches_of_short_keys_are_searched_by_bytes() -> None:
+    keys = Keys()
+    layer = filled(keys.some(1500))
+    passed = layer.first_pass = CodedFirstPass(layer)
+    queries = keys.some(batches.FEWEST_TOKENS)
+    for few in (queries[:-1], queries):
+        assert not passed.batches.efforts
+        search.nearest(layer, few, 2)
+    assert passed.batches.efforts[2].finds_enough
+    assert passed.nbytes >= passed.batches.nbytes > 0
+    passed.wait()
 
 
 def test_without_faiss_every_row_is_looked_at_and_the_log_says_so_once(
