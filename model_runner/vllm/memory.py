@@ -25,7 +25,7 @@ from model_runner.routing_policy import FellBack, Retrieved
 from model_runner.vllm.config import Config
 from model_runner.vllm.logit_space import as_logits, own_assignment
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.knn_moe")  # as vLLM shows its own
 
 # A front end waits for it, and so does the engine.
 DESCRIBE_TIMEOUT_S = 0.2
@@ -97,7 +97,9 @@ class ServedMemory:
             "where": str(self.opened.where),
             "lookups": self.lookups,
             "fell_back": dict(self.fell_back),
-            "staleness_s": None if follower is None else follower.staleness_s,
+            "staleness_s": None
+            if follower is None or not follower.complete
+            else follower.staleness_s,
         }
 
     def _found(

@@ -1,6 +1,7 @@
-"""Where the plug-in stands in vLLM: three functions, each of which does as before where nothing is configured.
+"""Where the plug-in stands in vLLM: four functions, each of which does as before where nothing is configured.
 
     front end    InputProcessor.process_inputs       checks what a request says, and writes down what a worker needs
+                 init_entrypoints_middleware          adds http.Middleware to the OpenAI server
     engine       EngineCore.add_request               salts the prefix cache
     worker       WorkerWrapperBase.init_device        hooks this worker's model, runner and methods, on the instances
 
@@ -10,6 +11,7 @@ All of it is one process, or several; each of them calls install().
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +24,11 @@ from model_runner.vllm.config import KEY, configured
 from model_runner.vllm.request import Wanted, settled
 
 _installed = False
+_OPENAI_APP = "vllm.entrypoints.launchers.app"
 
 
 def install() -> None:
-    """Puts them in place, once per process."""
+    """Puts the four in place, once per process."""
     global _installed
     if _installed:
         return
@@ -37,6 +40,8 @@ def install() -> None:
     _wrap(InputProcessor, "process_inputs", _checked)
     _wrap(EngineCore, "add_request", _salted)
     _wrap(WorkerWrapperBase, "init_device", _served)
+    if _OPENAI_APP in sys.modules:  # an OpenAI server, which has imported it
+        _wrap(sys.modules[_OPENAI_APP], "init_entrypoints_middleware", _with_middleware)
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -81,6 +86,13 @@ def _salted(add_request: Callable[..., Any], self: Any, request: Any, *args: Any
         request.block_hashes.clear()
         request.update_block_hashes()
     return add_request(self, request, *args)
+
+
+def _with_middleware(initialise: Callable[..., Any], args: Any, app: Any, *more: Any) -> Any:
+    from model_runner.vllm.http import Middleware
+
+    app.add_middleware(Middleware)  # innermost: behind authentication
+    return initialise(args, app, *more)
 
 
 def _served(init_device: Callable[..., Any], self: Any) -> Any:

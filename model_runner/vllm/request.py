@@ -16,7 +16,7 @@ from typing import Any
 from model_runner.errors import BadInput
 from model_runner.vllm.config import KEY, Config
 
-_FIELDS = ("memory", "report", "strict")
+_FIELDS = ("memory", "tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,46 +25,47 @@ class Wanted:
 
     Attributes:
         memory: what it reads; None: it runs plain.
-        report: its answer says how many lookups it made, and how many fell back.
-        strict: it fails afterwards when a lookup fell back.
+        tag: its lookups are counted under it, for Serving.report; "": under its id.
 
     """
 
     memory: str | None
-    report: bool = False
-    strict: bool = False
+    tag: str = ""
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None, config: Config | None) -> Wanted:
         """Raises BadInput that names what was asked for and what is served."""
         given = None if extra_args is None else extra_args.get(KEY)
         if given is None:
-            return cls(None) if config is None else cls(config.memory, strict=config.strict)
-        fields = _fields(given)
-        if config is None:
+            fields: Mapping[str, Any] = {}
+        elif config is None:
             raise BadInput(
                 f"{KEY}: got {given!r}, and this server serves no memory; start it with --additional-config "
                 f"'{{\"{KEY}\": {{...}}}}'"
             )
-        wanted = cls(
-            memory=fields.get("memory", config.memory),
-            report=fields.get("report", False),
-            strict=fields.get("strict", config.strict),
-        )
+        else:
+            fields = _fields(given)
+        if config is None:
+            return cls(None)
+        wanted = cls(fields.get("memory", config.memory), fields.get("tag", ""))
         wanted._check(config)
         return wanted
 
     def settled(self, request_id: str) -> dict[str, Any]:
         """For extra_args: what a worker reads with `settled`."""
-        return {"memory": self.memory, "request": request_id}
+        return {"memory": self.memory, "request": self.tag or request_id}
 
     def _check(self, config: Config) -> None:
-        for name in ("report", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise BadInput(f"{KEY}.{name}: got {getattr(self, name)!r}, expected true or false")
+        if not isinstance(self.tag, str):
+            raise BadInput(f"{KEY}.tag: got {self.tag!r}, expected a string")
         if self.memory is not None and self.memory not in config.served:
             raise BadInput(
                 f"{KEY}.memory: got {self.memory!r}, and this server serves {', '.join(config.served)}"
+            )
+        if config.strict and self.memory is not None and not self.tag:
+            raise BadInput(
+                f"{KEY}: the server is strict, and nobody would look at this request's lookups; ask through "
+                "its HTTP API, or give a `tag` and look at knn_moe_report"
             )
 
 

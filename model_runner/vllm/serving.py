@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +21,7 @@ from model_runner.vllm.memory import ServedMemory, ServedModel, opened_memory
 from model_runner.vllm.request import settled
 from model_runner.vllm.site import Site, find_sites
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.knn_moe")  # as vLLM shows its own
 
 # Requests whose counts are kept for whoever asks for them later.
 MOST_REPORTS = 4096
@@ -119,22 +119,14 @@ class Serving:
         }
 
     def report(self, request: str) -> dict[str, Any]:
-        """What the lookups of a request came to, and of those that were made of it (`ID-0`, `ID-1`, ...)."""
-        found = [
-            use
-            for id_, uses in self._reports.items()
-            if id_ == request or id_.startswith(f"{request}-")
-            for use in uses
-        ]
-        reasons: dict[str, int] = {}
-        for use in found:
-            for reason, number in use.fell_back.items():
-                reasons[reason] = reasons.get(reason, 0) + number
+        """What the lookups of a request came to, by its tag or id; of several under one tag, all."""
+        found = self._reports.get(request, [])
+        reasons = sum((use.fell_back for use in found), Counter[str]())
         return {
             "memory": found[0].memory if found else None,
             "lookups": sum(use.lookups for use in found),
-            "fell_back": sum(reasons.values()),
-            "reasons": reasons,
+            "fell_back": reasons.total(),
+            "reasons": dict(reasons),
         }
 
     def _route(self, groups: Sequence[Group], layer: int, x: Tensor, logits: Tensor) -> None:

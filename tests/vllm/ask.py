@@ -46,10 +46,20 @@ def ask(
     """Each text with the memory of its place; one name is for all of them."""
     each = [memories] * len(texts) if memories is None or isinstance(memories, str) else memories
     params = [sampling(memory, **options) for memory in each]
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(text)} for text in texts], params, use_tqdm=False
-    )
-    return [_text(output) for output in outputs]
+    return [_text(output) for output in generate(llm, texts, params)]
+
+
+def generate(llm: Any, texts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+    """vLLM's own outputs."""
+    inputs = [{"prompt_token_ids": list(text)} for text in texts]
+    outputs: list[Any] = llm.generate(inputs, params, use_tqdm=False)
+    return outputs
+
+
+def report(llm: Any, request: str) -> dict[str, Any]:
+    """What the lookups of a request came to."""
+    found: dict[str, Any] = llm.collective_rpc("knn_moe_report", args=(request,))[0]
+    return found
 
 
 def sampling(memory: str | None, *, prompt_logprobs: bool = True, **knn_moe: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from model_runner.routing_policy import RetrievalPolicy
 from model_runner.vllm.logit_space import own_assignment
 from model_runner.wire import encode_assignment, encode_floats
 from tests.families import tiny_model
-from tests.sidecar import LOGIT_DELTA, Sidecar
+from tests.sidecar import Sidecar
 
 VOCABULARY = 512
 NEW_TOKENS = 12
@@ -72,6 +72,10 @@ class Text:
     prompt: list[float]
     tokens: list[int]
     logprobs: list[float]
+
+    def answer(self) -> Text:
+        """Without the prompt's."""
+        return replace(self, prompt=[])
 
 
 def saved(family: str, path: Path) -> Checkpoint:
@@ -141,38 +145,62 @@ def fill(
     **settings: Any,
 ) -> None:
     """A memory of the model's own router inputs for `texts`, with made-up values that move its output."""
-    calls: dict[int, RouterCall] = {}
-    written(checkpoint, texts[:1], lambda call: calls.setdefault(call.site.layer, call) and None)
-    keys: dict[int, list[Tensor]] = {layer: [] for layer in calls}
-    with (
-        torch.no_grad(),
-        RouterHooks(checkpoint.model, lambda call: keys[call.site.layer].append(call.router_input)),
-    ):
-        for text in texts:
-            checkpoint.model(torch.tensor([text]), use_cache=False)
-    spread = torch.cat(keys[max(keys)]).var(0).sum().item() * 2
+    keys = router_inputs(checkpoint, texts)
+    spread = keys[max(keys)].var(0).sum().item() * 2
     defaults = {"gamma": [0.3 / spread], "preset": "recommended"}
     sidecar.create(name, model=asdict(checkpoint.fingerprint), **(defaults | settings))
-    kind = sidecar.describe(name).settings.kind
-    generator = torch.Generator().manual_seed(seed)
+    _upsert(sidecar, name, checkpoint, keys, seed, first=0)
+
+
+def more(
+    sidecar: Sidecar, name: str, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]
+) -> None:
+    """Further entries in a memory."""
+    _upsert(sidecar, name, checkpoint, router_inputs(checkpoint, texts), seed=99, first=100_000)
+
+
+@torch.no_grad()
+def router_inputs(checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    """Of every token of the texts, by layer."""
+    found: dict[int, list[Tensor]] = {}
+
+    def keep(call: RouterCall) -> None:
+        found.setdefault(call.site.layer, []).append(call.router_input)
+
+    with RouterHooks(checkpoint.model, keep):
+        for text in texts:
+            checkpoint.model(torch.tensor([text]), use_cache=False)
+    return {layer: torch.cat(inputs) for layer, inputs in found.items()}
+
+
+def _upsert(
+    sidecar: Sidecar,
+    name: str,
+    checkpoint: Checkpoint,
+    keys: dict[int, Tensor],
+    seed: int,
+    first: int,
+) -> None:
+    kind, generator = sidecar.describe(name).settings.kind, torch.Generator().manual_seed(seed)
     for layer, inputs in keys.items():
-        sidecar.upsert(
-            name, layer, _entries(torch.cat(inputs), kind, checkpoint.fingerprint, generator, layer)
-        )
+        entries = _entries(inputs, kind, checkpoint.fingerprint, generator)
+        ids = (np.arange(len(inputs), dtype=np.uint64) + np.uint64(first)) * np.uint64(7919)
+        entries.ids.CopyFrom(tensors.to_tensor(ids))
+        sidecar.upsert(name, layer, entries)
 
 
 def _entries(
-    keys: Tensor, kind: int, model: ModelFingerprint, generator: torch.Generator, layer: int
+    keys: Tensor, kind: int, model: ModelFingerprint, generator: torch.Generator
 ) -> admin_pb.Entries:
-    count = len(keys)
-    ids = (np.arange(count, dtype=np.uint64) + 1) * np.uint64(7919) + np.uint64(layer)
-    origins = [pb.Provenance(source="text", example=str(n % 7), position=n) for n in range(count)]
-    entries = admin_pb.Entries(
-        ids=tensors.to_tensor(ids), keys=encode_floats(keys), provenance=origins
-    )
-    logits = torch.randn(count, model.num_experts, generator=generator) * 2
-    if kind == LOGIT_DELTA:
-        entries.logit_deltas.CopyFrom(encode_floats(logits))
+    origins = [
+        pb.Provenance(source="text", example=str(n % 7), position=n) for n in range(len(keys))
+    ]
+    entries = admin_pb.Entries(keys=encode_floats(keys), provenance=origins)
+    values = torch.randn(len(keys), model.num_experts, generator=generator) * 2
+    if kind == pb.MEMORY_KIND_LOGIT_DELTA:
+        entries.logit_deltas.CopyFrom(encode_floats(values))
+    elif kind == pb.MEMORY_KIND_LOGITS:
+        entries.logits.CopyFrom(encode_floats(values))
     else:
-        entries.assignments.CopyFrom(encode_assignment(own_assignment(logits, model.top_k)))
+        entries.assignments.CopyFrom(encode_assignment(own_assignment(values, model.top_k)))
     return entries

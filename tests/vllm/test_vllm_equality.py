@@ -22,6 +22,7 @@ TEXTS = prompts(4)
 # Their routing is a softmax over the k largest logits: assignments can be said in logits.
 SCALED_TO_ONE = ("qwen3_moe", "mixtral", "gpt_oss")
 PAPER: dict[str, Any] = {"preset": "paper", "support": SUPPORT_TOP_K}
+PAPER_V2: dict[str, Any] = {"preset": "paper-v2"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +31,7 @@ def test_a_memory_acts_as_in_transformers(
     family: str, retrieval: str, checkpoint: Callable[[str], Checkpoint], sidecar: Sidecar
 ) -> None:
     model = checkpoint(family)
-    settings = {f"{family}-{retrieval}-deltas": {}}
+    settings = {f"{family}-{retrieval}-deltas": {}, f"{family}-{retrieval}-logits": PAPER_V2}
     if family in SCALED_TO_ONE:
         settings[f"{family}-{retrieval}-paper"] = PAPER
     for name, given in settings.items():
@@ -53,3 +54,24 @@ def test_a_memory_acts_as_in_transformers(
         assert not status["memories"][name]["fell_back"]
         assert apart(texts, with_memory(model, sidecar.target, name, TEXTS)) < TOLERANCE
         assert apart(plain, texts) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("retrieval", ["remote", "replica"])
+def test_a_compiled_model_reads_its_memory(
+    retrieval: str, checkpoint: Callable[[str], Checkpoint], sidecar: Sidecar
+) -> None:
+    model, name = checkpoint("qwen3_moe"), f"compiled-{retrieval}"
+    fill(sidecar, name, model, TEXTS[:2])
+    config = {
+        "target": sidecar.target,
+        "memories": [name],
+        "retrieval": retrieval,
+        "timeout_s": 20,
+    }
+    with engine(model.path, config, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
+        plain, remembered = ask(llm, TEXTS), ask(llm, TEXTS, name)
+        [status] = llm.collective_rpc("knn_moe_status")
+    assert (status["hooked"], status["layers"], status["missed"]) == (3, 3, [])
+    assert apart(plain, written(model, TEXTS)) < TOLERANCE
+    assert apart(remembered, with_memory(model, sidecar.target, name, TEXTS)) < TOLERANCE

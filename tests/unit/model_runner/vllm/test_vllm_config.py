@@ -52,18 +52,23 @@ def test_what_cannot_be_is_named(given: Any, names: str) -> None:
 
 
 def test_a_request_reads_what_it_names() -> None:
-    assert Wanted.of({"knn_moe": {"memory": "law", "report": True}}, TWO) == Wanted(
-        "law", report=True
-    )
+    assert Wanted.of({"knn_moe": {"memory": "law", "tag": "a"}}, TWO) == Wanted("law", "a")
     assert Wanted.of({"knn_moe": '{"memory": "code"}'}, TWO) == Wanted("code")
     assert Wanted.of(None, TWO) == Wanted(None)
     assert Wanted.of({"other": 1}, None) == Wanted(None)
 
 
 def test_a_default_memory_is_for_who_names_none() -> None:
+    config = Config(memory="law")
+    assert Wanted.of({}, config) == Wanted("law")
+    assert Wanted.of({"knn_moe": {"memory": None}}, config) == Wanted(None)
+
+
+def test_a_strict_server_takes_no_request_that_nobody_looks_after() -> None:
     config = Config(memory="law", strict=True)
-    assert Wanted.of({}, config) == Wanted("law", strict=True)
-    assert Wanted.of({"knn_moe": {"memory": None, "strict": False}}, config) == Wanted(None)
+    assert Wanted.of({"knn_moe": {"tag": "a"}}, config) == Wanted("law", "a")
+    with pytest.raises(BadInput, match="the server is strict"):
+        Wanted.of({}, config)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_a_default_memory_is_for_who_names_none() -> None:
         ({"memory": "medicine"}, "'medicine', and this server serves law, code"),
         ({"memory": ["law"]}, r"\['law'\]"),
         ({"memry": "law"}, "unknown memry"),
-        ({"memory": "law", "report": 1}, "report: got 1"),
+        ({"memory": "law", "tag": 1}, "tag: got 1"),
         ("law", "expected JSON"),
         ('["law"]', "expected an object"),
     ],
@@ -89,5 +94,6 @@ def test_a_server_without_memories_says_so() -> None:
 
 def test_a_worker_reads_what_was_checked() -> None:
     assert settled({"knn_moe": Wanted("law").settled("7")}) == ("law", "7")
+    assert settled({"knn_moe": Wanted("law", "a").settled("7")}) == ("law", "a")
     assert settled(None) == (None, "")
     assert settled({"knn_moe": {"memory": "law"}}) == (None, "")
