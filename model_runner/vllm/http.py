@@ -37,7 +37,12 @@ class Middleware:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        handle = self._handler(scope) if scope["type"] == "http" else None
+        handle = None
+        if (
+            scope["type"] == "http" and KEY not in scope
+        ):  # by itself and by --middleware it is there twice
+            scope[KEY] = True
+            handle = self._handler(scope)
         await (handle or self._app)(scope, receive, send)
 
     def _handler(self, scope: Message) -> App | None:
@@ -214,6 +219,8 @@ def _asked(body: dict[str, Any], path: str, engine: _Engine) -> _Asked | None:
     report, strict = fields.pop("report", False), fields.pop("strict", engine.config.strict)
     tag = uuid.uuid4().hex
     xargs = body.get("vllm_xargs") or {}
+    if not isinstance(xargs, dict) or KEY in xargs:
+        raise BadInput(f"vllm_xargs: got {xargs!r}, expected an object, and {KEY} beside it")
     body["vllm_xargs"] = {**xargs, KEY: json.dumps({**fields, "tag": tag})}
     frame = {
         "id": tag,
