@@ -1,6 +1,7 @@
 """Everything that the model runner raises on purpose.
 
     RunnerError
+      +-- UnsupportedLibrary   transformers is of a version that the runner was not tested with
       +-- UnsupportedModel     no router that the hooks can serve; says what to do
       +-- HooksInUse           hooks are already installed on this model
       +-- HookBypassed         a forward pass went around a hooked router
@@ -15,6 +16,10 @@ from collections.abc import Sequence
 
 class RunnerError(Exception):
     """Base of the tree above."""
+
+
+class UnsupportedLibrary(RunnerError):
+    """An installed library is of a version that is not supported."""
 
 
 class UnsupportedModel(RunnerError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from knnmoe.fingerprint import ModelFingerprint
 from torch import nn
 
 from model_runner.architectures.discovery import decoder_of
-from model_runner.errors import BadInput
+from model_runner.errors import BadInput, UnsupportedLibrary
 from model_runner.fingerprint import model_fingerprint
 from model_runner.router_hooks import verify_hooks
 
 # A gradient pass keeps every layer's activations, so a longer window costs memory before it helps.
 DEFAULT_WINDOW = 512
+TRANSFORMERS = ">=5.16.1,<5.24"
+"""Versions that the tests pass with; the `runner` extra asks for the same."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,8 +42,10 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     """Loads a local path or hub name with transformers; hooks are verified by one dummy pass.
 
     device: "auto" (an accelerator when there is one), "cpu", "cuda", ... dtype: "auto" (the checkpoint's; f32 on a
-    CPU), "float32", "bfloat16", "float16". Raises BadInput naming the model, UnsupportedModel, HookBypassed.
+    CPU), "float32", "bfloat16", "float16". Raises BadInput naming the model, UnsupportedModel, UnsupportedLibrary,
+    HookBypassed.
     """
+    _require_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = pick_device(device)
@@ -58,6 +63,18 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     model = model.eval().requires_grad_(False)
     verify_hooks(model)
     return LoadedModel(name, model, tokenizer, model_fingerprint(model))
+
+
+def _require_transformers() -> None:
+    """Raises UnsupportedLibrary when the installed version is not one of TRANSFORMERS."""
+    from packaging.specifiers import SpecifierSet
+
+    found = version("transformers")  # not by its import, which may fail before it says so
+    if not SpecifierSet(TRANSFORMERS).contains(found, prereleases=True):
+        raise UnsupportedLibrary(
+            f"transformers {found} is not supported, expected {TRANSFORMERS}: "
+            f"pip install 'transformers{TRANSFORMERS}'"
+        )
 
 
 def _require_embeddings(name: str, tokenizer: Any, model: nn.Module) -> None:

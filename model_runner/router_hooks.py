@@ -152,7 +152,7 @@ class RouterHooks:
                 if width is not None:
                     key = route_operation.key_of(site.router)
                     undo.enter_context(route_operation.answering(key, self._answer(site, here)))
-                    on_output = _one_operation(on_output, key, width)
+                    on_output = _one_operation(on_output, site.family, key, width)
                 for handle in site.family.attach(site, on_output):
                     undo.callback(handle.remove)
             # Last, so that it is left first: a pass that goes on meanwhile must not look complete.
@@ -226,19 +226,16 @@ class RouterHooks:
             self.hits[site.layer] += 1
 
 
-def _one_operation(on_output: OnOutput, key: int, width: int) -> OnOutput:
+def _one_operation(on_output: OnOutput, family: Family, key: int, width: int) -> OnOutput:
     """`on_output`, and within compiled code one operation in its place: no lock, no state, no break of the graph."""
 
     def traced(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> Any:
         # A router that reads more than hidden states could not be run again from within the operation.
         if not torch.compiler.is_compiling() or kwargs or len(args) != 1:
             return on_output(args, kwargs, output)
-        logits, own_weights, own_experts, *rest = output
         hidden_states = args[0].reshape(-1, args[0].shape[-1])
-        weights, experts = route_operation.route(
-            hidden_states, logits, own_weights, own_experts, key, width
-        )
-        return (logits, weights, experts, *rest)
+        routed = route_operation.route(hidden_states, *family.read(output), key, width)
+        return family.write(output, Assignment(*routed))
 
     return traced
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every Mixture-of-Experts causal LM of transformers 5.23.
+"""Tiny random models of every Mixture-of-Experts causal LM of transformers.
 
     from tests.families import FAMILIES, tiny_model
     model = tiny_model("olmoe")
@@ -14,8 +14,10 @@ import functools
 import re
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -244,6 +246,38 @@ FAMILIES: tuple[str, ...] = (
 )
 """Model types that the hooks serve."""
 
+_SINCE = {
+    "aria_text": "5.18",
+    "hy_v4": "5.17",
+    "kimi_linear": "5.17",
+    "bailing_hybrid": "5.20",
+    "kolibri1": "5.20",
+    "beam": "5.21",
+    "flint": "5.21",
+    "dots3_note_text": "5.23",
+    "inkling2_text": "5.23",
+}
+"""The first version of transformers that has a family with a router to hook, where an older one is supported."""
+
+_BF16_SINCE = {"deepseek_v4": "5.20"}
+"""The first version of transformers that runs a family in bf16, where an older one is supported."""
+
+
+def _missing(family: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """What the installed transformers is too old for, if it is."""
+    needed = {family: _SINCE.get(family)}
+    if dtype == torch.bfloat16:
+        needed[f"{family} in bf16"] = _BF16_SINCE.get(family)
+    installed = transformers.__version__
+    for what, version in needed.items():
+        if version is not None and Version(installed) < Version(version):
+            return f"{what} needs transformers {version}, this is {installed}"
+    return None
+
+
+FAMILIES_HERE = tuple(family for family in FAMILIES if _missing(family) is None)
+"""Those that the installed transformers has."""
+
 CORE_FAMILIES = ("olmoe", "qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3")
 """Softmax, softmax over the chosen k, renormalised fp32 weights, sigmoid with groups and bias."""
 
@@ -260,7 +294,11 @@ def tiny_model(
         family: a model type of `FAMILIES` or `UNSERVED`.
         dtype: the dtype to cast the weights to.
         overrides: configuration fields that replace the tiny defaults.
+
+    Skips the test when the installed transformers is too old for the family.
     """
+    if reason := _missing(family, dtype):
+        pytest.skip(reason)
     transformers.logging.set_verbosity_error()
     model_class = getattr(
         transformers, _CLASSES.get(family) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]

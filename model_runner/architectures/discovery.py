@@ -9,6 +9,7 @@ from model_runner.architectures.families import (
     DbrxFamily,
     Family,
     JetMoeFamily,
+    LinearRouterFamily,
     Llama4Family,
     LongcatFlashFamily,
     RouterSite,
@@ -85,13 +86,24 @@ def _family(router: nn.Module, block: nn.Module, top_k: int) -> Family:
     names = {cls.__name__ for cls in type(router).__mro__}
     if "DbrxRouter" in names:
         return DbrxFamily(block=block)
+    if type(router) is nn.Linear:
+        return _family_of_linear_router(block)
     if "Llama4Router" in names:
         return Llama4Family(top_k=top_k)
     if "JetMoeTopKGating" in names:
         return JetMoeFamily()
     if "LongcatFlashTopkRouter" in names:
-        return LongcatFlashFamily()
+        return LongcatFlashFamily(returns_raw_logits=False)
     return Family(returns_raw_logits=names.isdisjoint(_CHANGED_LOGITS))
+
+
+def _family_of_linear_router(block: nn.Module) -> Family:
+    if hasattr(block, "route_tokens_to_experts"):
+        return LinearRouterFamily(block=block)
+    raise UnsupportedModel(
+        f"{type(block).__name__} is not served: its router gives logits only, and the assignment is made inside its "
+        "experts. A newer transformers may have a router to hook (aria: from 5.18)."
+    )
 
 
 def _widths(router: nn.Module) -> tuple[int, int]:

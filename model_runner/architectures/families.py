@@ -101,11 +101,13 @@ class RouterSite:
 class Family:
     """How a router is hooked, read and overwritten: one whose output starts with logits, weights and experts.
 
+    Or with experts, weights and logits: granitemoe and aria before transformers 5.21.
+
     An `output` is what the family's router returns; `attach` may give another, as long as `read` and `write` take it.
 
     Attributes:
         returns_raw_logits: False where the first item is something else: probabilities
-            (gemma4), soft-capped logits (laguna), the routed experts' logits only (inkling).
+            (gemma4), soft-capped logits (laguna), the routed experts' logits only (inkling), weights (longcat).
 
     """
 
@@ -120,13 +122,16 @@ class Family:
 
     def read(self, output: Any) -> RouterOutput:
         """The first three items of the output."""
-        logits, weights, experts, *_ = output
+        first, weights, third, *_ = output
+        logits, experts = (first, third) if first.is_floating_point() else (third, first)
         return RouterOutput(logits, weights, experts)
 
     def write(self, output: Any, assignment: Assignment) -> Any:
-        """The output with another second and third item."""
-        logits, _, _, *rest = output
-        return (logits, assignment.weights, assignment.experts, *rest)
+        """The output with another assignment."""
+        first, _, third, *rest = output
+        if first.is_floating_point():
+            return (first, assignment.weights, assignment.experts, *rest)
+        return (assignment.experts, assignment.weights, third, *rest)
 
     def reassign(
         self, site: RouterSite, logits: Tensor, args: RouterArgs, kwargs: RouterKwargs
@@ -187,8 +192,22 @@ class DbrxFamily(Family):
     ) -> Any:
         """Lets the block assign `logits`, once the router has cast them (and any tap seen them)."""
         chosen = Family.reassign(self, site, logits, args, kwargs)
-        weights, experts = self.block.route_tokens_to_experts(chosen)
+        weights, experts = self._assigned(site.router_input(args, kwargs), chosen)
         return (chosen, weights, experts)
+
+    def _assigned(self, _hidden_states: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's weights and experts."""
+        weights, experts = self.block.route_tokens_to_experts(logits)
+        return weights, experts
+
+
+class LinearRouterFamily(DbrxFamily):
+    """As dbrx, with a block that says experts before weights: jamba before transformers 5.21."""
+
+    @override
+    def _assigned(self, hidden_states: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        experts, weights = self.block.route_tokens_to_experts(hidden_states, logits)
+        return weights, experts
 
 
 class JetMoeFamily(Family):
@@ -239,7 +258,16 @@ class Llama4Family(Family):
 
 
 class LongcatFlashFamily(Family):
-    """The generic family, with a second slot of weight zero where there is only one."""
+    """The generic family, with a second slot of weight zero where there is only one.
+
+    Before transformers 5.19 the output is weights and experts alone, so its logits are never read from it.
+    """
+
+    @override
+    def read(self, output: Any) -> RouterOutput:
+        """The last two items of the output."""
+        *_, weights, experts = output
+        return RouterOutput(output[0], weights, experts)
 
     @override
     def write(self, output: Any, assignment: Assignment) -> Any:
@@ -248,7 +276,7 @@ class LongcatFlashFamily(Family):
         if experts.shape[1] == 1:
             weights = torch.cat([weights, torch.zeros_like(weights)], -1)
             experts = torch.cat([experts, experts], -1)
-        return (output[0], weights, experts, *output[3:])
+        return (*output[:-2], weights, experts)
 
 
 def uncompiled(function: Function, *, recursive: bool = True) -> Function:

@@ -16,6 +16,7 @@ from model_runner.cli.learn import learn
 from model_runner.errors import BadInput, RunnerError
 
 _INTERRUPTED = "interrupted; what the sidecar acknowledged is kept, so a build or `learn` goes on where it stopped"
+_OF_THE_EXTRA = ("torch", "transformers")
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
@@ -53,6 +54,13 @@ def main() -> None:
         if ended.code == EXIT_INTERRUPTED:  # Ctrl-C within a command: typer ends it without a word
             _fail(_INTERRUPTED, EXIT_INTERRUPTED)
         raise
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_THE_EXTRA:
+            raise
+        _fail(
+            f"{error.name} is not installed; the runner needs it: pip install 'knn-moe[runner]'",
+            EXIT_FAILED,
+        )
     except (BadInput, _client().KindMismatch) as error:
         _fail(error, EXIT_BAD_INPUT)
     except _client().ServiceUnavailable as error:

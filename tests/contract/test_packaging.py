@@ -1,9 +1,19 @@
-"""The base distribution is the service: nothing of torch in its dependencies, nothing of it at import."""
+"""What needs which dependency: the service no torch, what a worker of vLLM imports no transformers."""
 
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from model_runner.models import TRANSFORMERS
+
+ROOT = Path(__file__).parents[2]
 
 
 def _closure(package: str, seen: set[str]) -> set[str]:
@@ -35,3 +45,35 @@ def test_the_service_starts_where_torch_cannot_be_imported() -> None:
         "import router_service.backends.edge.backend, router_service.backends.exact"
     )
     subprocess.run([sys.executable, "-c", blocked], check=True)
+
+
+def test_retrieval_needs_torch_and_nothing_else_of_the_runners_dependencies() -> None:
+    """A process that serves a model with something else than transformers imports these."""
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(['transformers', 'accelerate', 'matplotlib', 'faiss']));"
+        "import pkgutil, model_runner.replica as replica;"
+        "[__import__(m.name) for m in pkgutil.walk_packages(replica.__path__, 'model_runner.replica.')];"
+        "import model_runner.retrieval, model_runner.router_client, model_runner.routing_policy;"
+        "from model_runner import RetrievalPolicy, RouterClient, open_retriever;"
+        "assert 'torch' in sys.modules and 'model_runner.replica.search' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", blocked], check=True)
+
+
+def test_the_range_of_transformers_is_the_one_that_is_checked() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ranges = {one.name: one.specifier for one in map(Requirement, extra["runner"])}
+    assert ranges["transformers"] == SpecifierSet(TRANSFORMERS)
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_a_missing_library_of_the_runner_is_one_line(missing: str) -> None:
+    blocked = (
+        f"import sys; sys.modules[{missing!r}] = None; from model_runner.cli import main;"
+        f"sys.argv = ['model-runner', 'generate', '--model', '.', '--prompt', 'a']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, text=True, check=False
+    )
+    said = f"model-runner: {missing} is not installed; the runner needs it: pip install 'knn-moe[runner]'\n"
+    assert (done.returncode, done.stderr) == (1, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model_runner.errors import BadInput, UnsupportedModel
+from model_runner.errors import BadInput, UnsupportedLibrary, UnsupportedModel
 from model_runner.fingerprint import model_fingerprint
 from model_runner.models import load_model, pick_device, window_length
 from tests.families import shared_model, tiny_model
@@ -73,6 +74,24 @@ def test_a_model_that_is_not_there(name: str) -> None:
     with pytest.raises(BadInput, match="there is no such directory") as caught:
         load_model(name, device="cpu")
     assert f"model {name!r} cannot be loaded" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.16.0", "5.24.0", "6.0.0.dev0"])
+def test_a_transformers_outside_of_the_range(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("model_runner.models.version", {"transformers": version}.get)
+    expected = f"transformers {version} is not supported, expected >=5.16.1,<5.24: pip install 'transformers>"
+    with pytest.raises(UnsupportedLibrary, match=re.escape(expected)):
+        load_model(str(checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "5.20.0.dev0", "5.23.9"])
+def test_a_transformers_within_the_range(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("model_runner.models.version", {"transformers": version}.get)
+    assert load_model(str(checkpoint), device="cpu").name == str(checkpoint)
 
 
 def truncated_weights(path: Path) -> None:

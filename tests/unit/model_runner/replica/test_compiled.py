@@ -65,7 +65,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("family", "settings", "backend"),
-    [(family, DELTAS, "eager") for family in ("qwen3_moe", "mixtral", "gpt_oss")]
+    [(family, DELTAS, "eager") for family in ("qwen3_moe", "mixtral", "gpt_oss", "granitemoe")]
     + [("gpt_oss", ASSIGNMENTS, "eager")]
     + [("olmoe", DELTAS, "aot_eager"), ("olmoe", TOP, "aot_eager")],
 )
