@@ -49,4 +49,10 @@ def _limits(vllm_config: Any) -> list[tuple[str, bool]]:
             vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
         ),
         ("LoRA adapters (--enable-lora)", vllm_config.lora_config is not None),
+        # A replay runs no Python: it would leave the memory out without a word.
+        (
+            'CUDA graphs: take --enforce-eager, or --compilation-config \'{"cudagraph_mode": "NONE"}\'',
+            vllm_config.device_config.device_type != "cpu"
+            and vllm_config.compilation_config.cudagraph_mode.name != "NONE",
+        ),
     ]

@@ -1,0 +1,167 @@
+"""What a memory costs inside vLLM: `python -m benchmarks.vllm --json FILE`, in the environment of `make test-vllm`.
+
+Decoded tokens a second of the shipped model and of a random OLMoE, without a memory and with one, in a replica and in
+the sidecar, at batches of 1 and 16. Both take turns in one engine, on the same prompts; what is said is the median of
+the paired ratios.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from knnmoe.client import AdminClient
+from knnmoe.v1.types_pb2 import MemorySettings
+from torch import nn
+
+from benchmarks.olmoe import MEMORY, Shape, fill, make_entries, make_model, zipf_tokens
+from model_runner.sidecar import running_sidecar
+from model_runner.small_moe import MODEL_DIR
+
+# Of the shipped model, and of a random one.
+SHAPES = {
+    "shipped": Shape(4, 128, 16, 4, 128, 4, 4096, keys=7_600),
+    "random": Shape(8, 512, 64, 8, 256, 8, 4096, keys=20_000),
+}
+PROMPT, NEW_TOKENS = 32, 64
+BATCHES = (1, 16)
+NEIGHBOURS = 32
+# A replica measures its first pass on the tokens of its first lookups.
+WARM_UP = 4
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Pairs of each arm.")] = 5,
+    only: Annotated[
+        list[str] | None, typer.Option(help="shipped, random; both by default.")
+    ] = None,
+    retrievals: Annotated[list[str] | None, typer.Option(help="replica, remote; both.")] = None,
+    keys: Annotated[int | None, typer.Option(help="Entries a layer.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Prints a row for each model, retrieval and batch."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    rows: list[dict[str, Any]] = []
+    for name in only or SHAPES:
+        with tempfile.TemporaryDirectory() as directory:
+            for row in _measured(
+                name, Path(directory), rounds, retrievals or ["replica", "remote"], keys
+            ):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1))
+
+
+def _measured(
+    name: str, directory: Path, rounds: int, retrievals: list[str], keys: int | None
+) -> Iterator[dict[str, Any]]:
+    shape = SHAPES[name] if keys is None else replace(SHAPES[name], keys=keys)
+    model = _model(name, shape)
+    model.save_pretrained(directory / "model")  # type: ignore[operator]
+    with running_sidecar(directory / "data", directory / "log") as target:
+        fill(target, model, make_entries(model, shape, None))
+        with AdminClient(target) as admin:
+            admin.update_settings(MEMORY, MemorySettings(neighbours=NEIGHBOURS))
+        for retrieval in retrievals:
+            config = {
+                "target": target,
+                "memories": [MEMORY],
+                "retrieval": retrieval,
+                "timeout_s": 10,
+            }
+            with _engine(directory / "model", config) as llm:
+                for batch in BATCHES:
+                    yield {"model": name, "retrieval": retrieval} | _paired(
+                        llm, shape, batch, rounds
+                    )
+
+
+def _model(name: str, shape: Shape) -> nn.Module:
+    if name != "shipped":
+        model = make_model(shape)
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # type: ignore[union-attr,operator]
+        return model
+    from transformers import AutoModelForCausalLM
+
+    shipped: nn.Module = AutoModelForCausalLM.from_pretrained(
+        MODEL_DIR, dtype=torch.bfloat16
+    ).eval()
+    shipped.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    shipped.lm_head.weight = nn.Parameter(shipped.lm_head.weight.clone(), requires_grad=False)  # type: ignore[union-attr,operator]
+    return shipped
+
+
+def _paired(llm: Any, shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second without and with the memory, in turn, after WARM_UP pairs."""
+    plain, remembered = [], []
+    for number in range(WARM_UP + rounds):
+        texts = zipf_tokens(shape, batch, PROMPT, number).tolist()
+        plain.append(_tokens_per_s(llm, texts, None))
+        remembered.append(_tokens_per_s(llm, texts, MEMORY))
+    [status] = llm.collective_rpc("knn_moe_status")
+    ratios = [with_ / without for with_, without in zip(remembered[WARM_UP:], plain[WARM_UP:], strict=True)]
+    return {
+        "batch": batch,
+        "plain tokens/s": round(statistics.median(plain[WARM_UP:]), 1),
+        "memory tokens/s": round(statistics.median(remembered[WARM_UP:]), 1),
+        "ratio": round(statistics.median(ratios), 3),
+        "fell_back": status["memories"][MEMORY]["fell_back"],
+    }
+
+
+def _tokens_per_s(llm: Any, texts: list[list[int]], memory: str | None) -> float:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"knn_moe": {"memory": memory}},
+    )
+    inputs = [{"prompt_token_ids": text} for text in texts]
+    started = time.perf_counter()
+    llm.generate(inputs, params, use_tqdm=False)
+    return len(texts) * NEW_TOKENS / (time.perf_counter() - started)
+
+
+@contextmanager
+def _engine(model: Path, config: dict[str, Any]) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        max_num_seqs=16,
+        additional_config={"knn_moe": config},
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    typer.run(main)
