@@ -113,7 +113,10 @@ def _paired(llm: Any, shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
         plain.append(_tokens_per_s(llm, texts, None))
         remembered.append(_tokens_per_s(llm, texts, MEMORY))
     [status] = llm.collective_rpc("knn_moe_status")
-    ratios = [with_ / without for with_, without in zip(remembered[WARM_UP:], plain[WARM_UP:], strict=True)]
+    ratios = [
+        with_ / without
+        for with_, without in zip(remembered[WARM_UP:], plain[WARM_UP:], strict=True)
+    ]
     return {
         "batch": batch,
         "plain tokens/s": round(statistics.median(plain[WARM_UP:]), 1),
