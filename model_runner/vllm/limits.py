@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import vllm
-from vllm.config import CUDAGraphMode
 
 from model_runner.errors import UnsupportedModel
 
@@ -44,10 +43,6 @@ def _limits(vllm_config: Any) -> list[tuple[str, bool]]:
             max(parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size) > 1,
         ),
         ("overlapped micro-batches (--enable-dbo)", parallel.use_ubatching),
-        (  # what is replayed runs no Python: it would be the plain model, without a word
-            "CUDA graphs: --enforce-eager, or -cc.cudagraph_mode=NONE to keep compiled code",
-            vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
-        ),
         ("LoRA adapters (--enable-lora)", vllm_config.lora_config is not None),
         # A replay runs no Python: it would leave the memory out without a word.
         (

@@ -1,4 +1,4 @@
-"""What a memory is not served with is refused by name."""
+"""What a memory is not served with is refused by name: settings that cannot be started on a CPU."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import pytest
 from model_runner.errors import UnsupportedModel
 from tests.vllm.models import Checkpoint
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+FULL = "FULL_AND_PIECEWISE"
 
 
 @pytest.mark.parametrize(
-    ("named", "place", "value"),
+    ("named", "settings"),
     [
-        ("CUDA graphs: --enforce-eager", "compilation_config.cudagraph_mode", "FULL_AND_PIECEWISE"),
-        ("--enable-expert-parallel", "parallel_config.enable_expert_parallel", True),
-        ("--enable-eplb", "parallel_config.enable_eplb", True),
-        ("--data-parallel-size", "parallel_config.data_parallel_size", 2),
-        ("--pipeline-parallel-size", "parallel_config.pipeline_parallel_size", 2),
-        ("--enable-lora", "lora_config", object()),
+        (
+            "CUDA graphs: take --enforce-eager",
+            {"device_config.device_type": "cuda", "compilation_config.cudagraph_mode": FULL},
+        ),
+        ("--enable-eplb", {"parallel_config.enable_eplb": True}),
+        ("--data-parallel-size", {"parallel_config.data_parallel_size": 2}),
+        ("--pipeline-parallel-size", {"parallel_config.pipeline_parallel_size": 2}),
     ],
 )
-def test_a_setting_that_was_not_tested_is_refused(
-    named: str, place: str, value: Any, checkpoint: Callable[[str], Checkpoint]
+def test_a_setting_of_other_machines_is_refused(
+    named: str, settings: dict[str, Any], checkpoint: Callable[[str], Checkpoint]
 ) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.engine.arg_utils import EngineArgs
@@ -35,10 +38,8 @@ def test_a_setting_that_was_not_tested_is_refused(
     options = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 64}
     config = EngineArgs(str(checkpoint("olmoe").path), **options).create_engine_config()
     require_served(config)
-    *path, last = place.split(".")
-    owner = config
-    for name in path:
-        owner = getattr(owner, name)
-    setattr(owner, last, CUDAGraphMode[value] if last == "cudagraph_mode" else value)
+    for place, value in settings.items():
+        section, name = place.split(".")
+        setattr(getattr(config, section), name, CUDAGraphMode[FULL] if value is FULL else value)
     with pytest.raises(UnsupportedModel, match=named):
         require_served(config)
