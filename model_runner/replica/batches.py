@@ -26,19 +26,21 @@ from model_runner.replica.search import Found
 
 log = logging.getLogger(__name__)
 
-# Where a product of bytes takes less than what else would: longer keys can be reduced. Scores of some tokens and all
-# keys have to stay in the cache.
+# Where a product of bytes takes less than a scan of the keys. Codes of the keys, once they are learnt, take less still
+# where they find enough; of keys longer than this they do. Scores of some tokens and all keys should stay in the cache.
 SHORTEST, FEWEST_TOKENS, MOST_ROWS = 32, 512, 1 << 16
 _BYTE = 127
 # The best score of a group stands for its rows, which are `rows / _GROUP` apart; of so many tokens at once.
 _GROUP, _TOKENS = 16, 64
+# Scores of which the best stands for all, where some of many are selected.
+_OF_SCORES = 8
 # Groups beyond K that are looked into, and half of the candidates beyond K: the first that finds enough.
 _EFFORTS = (8, 16, 32, 64)
 # Tokens on which an effort is measured at first, and one of how many afterwards; those that are remembered.
 _MEASURED, _ONE_OF, _REMEMBERED = 256, 128, 1024
 _SAME = 1 + 1e-5  # of distances
-# Of the numbers of keys, those that are not cut off.
-_WITHIN = 0.9999
+# Of the numbers of keys, those that are not cut off; of so many keys: an order of all takes half of encoding them.
+_WITHIN, _SAMPLE = 0.9999, 4096
 
 
 @dataclass(slots=True)
@@ -198,9 +200,9 @@ class _Bytes:
         for part in torch.split(asked, _TOKENS):
             scored = torch._int_mm(part, self.keys.T, out=scores[: len(part)])
             best = scored.view(-1, _GROUP, groups).amax(1)
-            chosen = best.topk(into, sorted=False).indices
+            chosen = _largest(best, into)
             near = (chosen.unsqueeze(1) + members).flatten(1)
-            order = scored.gather(1, near).topk(min(count, near.shape[1]), sorted=False).indices
+            order = _largest(scored.gather(1, near), min(count, near.shape[1]))
             found.append(near.gather(1, order))
         return torch.cat(found)
 
@@ -237,9 +239,25 @@ def _some(tokens: Tensor, number: int) -> Tensor:
     return tokens[:: max(1, len(tokens) // max(1, number))]
 
 
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Columns int64 [T, count] of each row's largest scores [T, n], in no order.
+
+    They are all in the `count` groups whose own largest are the largest: two selections among few take two thirds of
+    the time of one among many (40 of 1,920 for 4,096 rows: 14 ms instead of 21, 2026-11-28).
+    """
+    columns = scores.shape[1]
+    groups = columns // _OF_SCORES
+    if columns % _OF_SCORES or 2 * count > groups:
+        return scores.topk(count, sorted=False).indices
+    chosen = scores.view(-1, _OF_SCORES, groups).amax(1).topk(count, sorted=False).indices
+    near = (chosen.unsqueeze(1) + torch.arange(0, columns, groups).view(1, -1, 1)).flatten(1)
+    order = scores.gather(1, near).topk(count, sorted=False).indices
+    return near.gather(1, order)
+
+
 def _longest(rotated: Tensor) -> float:
     """What numbers are cut off at: the few beyond it would take the others' precision, and cost recall themselves."""
-    numbers = rotated.abs().flatten()
+    numbers = _some(rotated, _SAMPLE).abs().flatten()
     return max(float(numbers.kthvalue(max(1, int(len(numbers) * _WITHIN))).values), 1e-30)
 
 

@@ -23,7 +23,14 @@ from model_runner.replica import search
 from model_runner.replica.batches import BatchScan
 from model_runner.replica.codes import U8, WIDTHS, Codes, levels, reductions
 from model_runner.replica.layer import I64, LayerReplica
-from model_runner.replica.plans import CANDIDATES, COSTS, AskedTokens, Plan, measure
+from model_runner.replica.plans import (
+    CANDIDATES,
+    COSTS,
+    AskedTokens,
+    Plan,
+    finds_less,
+    measure,
+)
 from model_runner.replica.search import Found
 
 log = logging.getLogger(__name__)
@@ -226,7 +233,7 @@ class CodedFirstPass:
             self._read += tokens * (1 + changed)
             if self._read > _RENEWAL + _ENCODING * changed:
                 return True
-        return self._asked.times_filled > state.measured
+        return self._asked.to_check or self._asked.times_filled > state.measured
 
     def _want(self, k: int) -> None:
         if self._working and k in self._wanted:
@@ -256,6 +263,10 @@ class CodedFirstPass:
         state = self._state
         if state is not None:
             state = self._renewed(state)
+            if self._is_of_another_text(state):
+                self._asked.forget()
+                self._publish(replace(state, plans={}, measured=0))
+                return
             if state.renewed <= state.trained_on // 4:
                 measured = self._measured(state)
                 if measured is state or all(plan.candidates for plan in measured.plans.values()):
@@ -284,6 +295,17 @@ class CodedFirstPass:
             renewed=state.renewed + len(added),
             unmeasured=state.unmeasured + len(added),
         )
+
+    def _is_of_another_text(self, state: State) -> bool:
+        """Whether a plan finds too few of the latest tokens' nearest; then every row is looked at until others came."""
+        if not self._asked.to_check or any(k not in state.plans for k in self._wanted):
+            return False
+        latest = self._asked.latest()
+        for k, plan in state.plans.items():
+            if plan.candidates and finds_less(self._layer, state.codes, plan, latest):
+                log.info("K = %d: tokens of another text, whose first pass is measured anew", k)
+                return True
+        return False
 
     def _encoded(self, codes: Codes, rows: I64) -> list[U8]:
         encoded = []

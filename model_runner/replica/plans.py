@@ -24,6 +24,10 @@ AGREEMENTS = (0.0, 0.1, 0.2, 0.3)
 # OLMoE's tokens (2026-11-28).
 MEASURED = 256
 ENOUGH = MEASURED // 2
+# Between two measurements a plan is tried on so many of the latest tokens: another text's may be found less.
+CHECKED = 16
+# Every which lookup gives tokens, once there are enough: of CHECKED and more tokens, and of fewer.
+_ONE_OF_LONG, _ONE_OF_SHORT = 32, 16
 _SAME = 1 + 1e-5  # of distances
 
 
@@ -88,7 +92,7 @@ class AskedTokens:
 
     def __init__(self, dimension: int) -> None:
         self._kept = np.zeros((MEASURED, dimension), np.float32)
-        self._filled = self._lookups = 0
+        self._filled = self._lookups = self._checked = 0
 
     @property
     def enough(self) -> bool:
@@ -100,10 +104,16 @@ class AskedTokens:
         """How often as many came as are kept."""
         return self._filled // MEASURED
 
+    @property
+    def to_check(self) -> bool:
+        """Whether enough came since plans were last measured or checked."""
+        return self._filled - self._checked >= CHECKED
+
     def notice(self, queries: Tensor) -> None:
         """Tokens [T, d] of a lookup; threads that come together lose one another's, which does no harm."""
         self._lookups += 1
-        if self._filled >= MEASURED and self._lookups % 32:
+        one_of = _ONE_OF_LONG if len(queries) >= CHECKED else _ONE_OF_SHORT
+        if self._filled >= MEASURED and self._lookups % one_of:
             return
         some = queries[:: max(1, len(queries) // MEASURED)].numpy()
         some = some[some.any(1)]  # a token that is not looked up searches for the zero vector
@@ -113,20 +123,44 @@ class AskedTokens:
         self._filled += len(some)
 
     def tokens(self) -> Tensor:
-        """Those that are kept, f32 [n, d]."""
+        """Those that are kept, f32 [n, d]; they count as checked."""
+        self._checked = self._filled
         return torch.from_numpy(self._kept[: self._filled].copy())
+
+    def latest(self) -> Tensor:
+        """The last CHECKED of them, f32 [n, d]; they count as checked."""
+        self._checked = filled = self._filled
+        places = np.arange(max(0, filled - CHECKED), filled) % MEASURED
+        return torch.from_numpy(self._kept[places])
+
+    def forget(self) -> None:
+        """They are of another text than what is asked for now."""
+        self._filled = self._checked = 0
 
 
 def measure(
     layer: LayerReplica, tried: Sequence[Codes], wanted: Sequence[int], tokens: Tensor
 ) -> list[dict[int, Plan]]:
     """The plan of each K that is wanted, for each of some codes of the same rows."""
-    rows = torch.from_numpy(tried[0].rows)
+    nearest = _nearest(layer, tried[0], tokens, max(wanted))
+    return [_plans(layer, codes, wanted, tokens, nearest) for codes in tried]
+
+
+def finds_less(layer: LayerReplica, codes: Codes, plan: Plan, tokens: Tensor) -> bool:
+    """Whether a plan misses more of these tokens' nearest [n, d] than one that was measured does by chance."""
+    rows = codes.candidates(codes.reduction(tokens, plan.agreement), plan.candidates)
+    found = search.exact_distances(layer, tokens, torch.from_numpy(rows)).amin(1)
+    missed = found > _nearest(layer, codes, tokens, 1)[:, 0] * _SAME
+    return int(missed.sum()) > 1
+
+
+def _nearest(layer: LayerReplica, codes: Codes, tokens: Tensor, k: int) -> Tensor:
+    """Distances f32 [T, k] of the true neighbours among the rows of the codes that are still shown."""
+    rows = torch.from_numpy(codes.rows)
     norms = torch.full((layer.capacity,), INFINITY)
     norms[rows] = layer.squared_norms[rows]
-    near = search.scan(layer, norms, tokens, max(wanted) + search.MORE_CANDIDATES)
-    _, nearest = search.closest(layer, tokens, near, max(wanted))
-    return [_plans(layer, codes, wanted, tokens, nearest) for codes in tried]
+    near = search.scan(layer, norms, tokens, k + search.MORE_CANDIDATES)
+    return search.closest(layer, tokens, near, k)[1]
 
 
 def _plans(

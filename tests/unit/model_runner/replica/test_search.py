@@ -317,6 +317,29 @@ def test_lookups_train_it_and_are_scans_until_then() -> None:
     assert passed.plans[300].candidates == 0
 
 
+def test_a_first_pass_that_finds_less_of_another_text_is_measured_anew() -> None:
+    """One token at a time: plans must not outlive some hundred of them. What is close together has the same codes."""
+    keys = Keys()
+    close = keys.centres[0] + 1e-4 * keys.draw(1900)
+    layer = filled(torch.cat((close, 100 * keys.some(1100))))
+    passed = CodedFirstPass(layer, "pca")
+    passed.train(1, 100 * keys.some(256))
+    assert passed.plans[1].candidates
+
+    def ask(tokens: Tensor) -> None:
+        for token in tokens.split(1):
+            passed.nearest(token, 1)
+        passed.wait()
+
+    ask(100 * keys.some(260))
+    assert passed.plans[1].candidates
+    ask(keys.centres[0] + 1e-4 * keys.draw(520))
+    ask(keys.centres[0] + 1e-4 * keys.draw(1))
+    assert not any(plan.candidates for plan in passed.plans.values())
+    queries = keys.centres[0] + 1e-4 * keys.draw(5)
+    assert passed.nearest(queries, 1) is None
+
+
 def test_where_nothing_finds_enough_every_row_is_looked_at(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
