@@ -25,8 +25,8 @@ class ModelFingerprint:
         """16 hex digits over the canonical JSON of the fields; what every Route carries."""
         return _digest(self)
 
-    def require_same(self, other: ModelFingerprint) -> None:
-        """Raises ModelMismatch that names each differing field on both sides."""
+    def require_same(self, other: ModelFingerprint, memory: str) -> None:
+        """Raises ModelMismatch that names the memory, and each differing field on both sides."""
         differing = [
             f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)
         ]
@@ -35,7 +35,7 @@ class ModelFingerprint:
                 f"{name}: memory {shorten(getattr(self, name))}, client {shorten(getattr(other, name))}"
                 for name in differing
             )
-            raise ModelMismatch(f"the memory was made for another model ({both})")
+            raise ModelMismatch(f"memory {memory!r} was made for another model ({both})")
 
     def require_digest(self, digest: str) -> None:
         """Raises ModelMismatch when a request's digest is not this model's."""

@@ -86,7 +86,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         """All entries, or what differs, and then every change."""
         memory = self._memories.get(request.memory)
         if request.HasField("fingerprint"):
-            memory.record.fingerprint.require_same(codec.decode_fingerprint(request.fingerprint))
+            client = codec.decode_fingerprint(request.fingerprint)
+            memory.record.fingerprint.require_same(client, memory.record.name)
         wanted = _decode_wanted(request, memory)
         foreign = self._foreign_writes_of(memory)
 

@@ -52,7 +52,8 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
 
         def describe(memory: RoutingMemory) -> pb.DescribeResponse:
             if request.HasField("fingerprint"):
-                memory.record.fingerprint.require_same(decode_fingerprint(request.fingerprint))
+                client = decode_fingerprint(request.fingerprint)
+                memory.record.fingerprint.require_same(client, memory.record.name)
             return encode_described(memory)
 
         return self._memories.asked(request.memory, describe)

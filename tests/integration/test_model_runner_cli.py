@@ -348,7 +348,7 @@ def test_another_models_memory(
     ):
         done = run(*command, *where)
         assert done.code == 1
-        assert "made for another model (top_k: memory 2, " in done.err
+        assert f"memory '{built}' was made for another model (top_k: memory 2, " in done.err
         assert done.out == ""
 
 
