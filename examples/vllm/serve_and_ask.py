@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(Path(directory), given)
     except KeyboardInterrupt:
         echo("ended")
+    except subprocess.CalledProcessError as error:  # which has said why
+        sys.exit(f"{Path(error.cmd[0]).name} ended with code {error.returncode}")
 
 
 def _run(directory: Path, given: argparse.Namespace) -> None:
