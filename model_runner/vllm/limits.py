@@ -44,6 +44,12 @@ def _limits(vllm_config: Any) -> list[tuple[str, bool]]:
         ),
         ("overlapped micro-batches (--enable-dbo)", parallel.use_ubatching),
         ("LoRA adapters (--enable-lora)", vllm_config.lora_config is not None),
+        (
+            "speculative decoding (--speculative-config)",
+            vllm_config.speculative_config is not None,
+        ),
+        ("several API servers (--api-server-count)", parallel._api_process_count > 1),
+        ("a multimodal model", model.is_multimodal_model),
         # A replay runs no Python: it would leave the memory out without a word.
         (
             'CUDA graphs: take --enforce-eager, or --compilation-config \'{"cudagraph_mode": "NONE"}\'',
