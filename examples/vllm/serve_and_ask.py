@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from typer import echo
@@ -170,8 +170,13 @@ def _wait_until_served(server: subprocess.Popen[bytes], url: str, log: Path) -> 
         if server.poll() is not None or time.monotonic() > until:
             sys.exit(f"vLLM did not start:\n{_end_of(log)}")
         time.sleep(0.2)
-    with urlopen(f"{url}/knn_moe") as answer:  # noqa: S310  # of this machine
-        status = json.load(answer)
+    try:
+        with urlopen(f"{url}/knn_moe") as answer:  # noqa: S310  # of this machine
+            status = json.load(answer)
+    except HTTPError as error:
+        sys.exit(
+            f"the plug-in does not serve: /knn_moe answers {error}; install this project beside vLLM"
+        )
     echo(f"hooked {status['hooked']} of {status['layers']} layers, {status['memories']}")
 
 
