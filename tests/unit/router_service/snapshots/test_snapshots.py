@@ -33,7 +33,7 @@ from router_service.errors import (
 from router_service.memories import swap
 from router_service.memories.layer import RouteQuery
 from router_service.memories.memory import RoutingMemory
-from router_service.memories.settings import MemorySettings
+from router_service.memories.settings import Kind, MemorySettings
 from router_service.memories.store import MemoryStore
 from router_service.snapshots import local
 from router_service.snapshots.local import SnapshotInfo
@@ -319,7 +319,7 @@ def test_at_what_a_restore_stops(
     store.create(
         "other-kind",
         MODEL,
-        dataclasses.replace(MemorySettings(), preset="paper", kind="assignment"),
+        dataclasses.replace(MemorySettings(), preset="paper", kind=Kind.ASSIGNMENT),
     )
     before = tree(fast_dir / "data")
 
