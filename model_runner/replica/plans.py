@@ -28,7 +28,8 @@ ENOUGH = MEASURED // 2
 CHECKED = 16
 # Every which lookup gives tokens, once there are enough: of CHECKED and more tokens, and of fewer.
 _ONE_OF_LONG, _ONE_OF_SHORT = 32, 16
-_SAME = 1 + 1e-5  # of distances
+# Distances are the same within it.
+SAME = 1 + 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def finds_less(layer: LayerReplica, codes: Codes, plan: Plan, tokens: Tensor) ->
     """Whether a plan misses more of these tokens' nearest [n, d] than one that was measured does by chance."""
     rows = codes.candidates(codes.reduction(tokens, plan.agreement), plan.candidates)
     found = search.exact_distances(layer, tokens, torch.from_numpy(rows)).amin(1)
-    missed = found > _nearest(layer, codes, tokens, 1)[:, 0] * _SAME
+    missed = found > _nearest(layer, codes, tokens, 1)[:, 0] * SAME
     return int(missed.sum()) > 1
 
 
@@ -191,8 +192,8 @@ def _plan(k: int, found: dict[float, Tensor], nearest: Tensor) -> Plan:
 
 def _tried(k: int, candidates: int, found: tuple[float, Tensor], nearest: Tensor) -> Plan:
     near = found[1][:, :candidates]
-    first = (near <= nearest[:, :1] * _SAME).any(1)
-    every = (near <= nearest[:, k - 1 : k] * _SAME).sum(1).clamp_max(k)
+    first = (near <= nearest[:, :1] * SAME).any(1)
+    every = (near <= nearest[:, k - 1 : k] * SAME).sum(1).clamp_max(k)
     at_1, at_k = float(first.float().mean()), float(every.float().mean()) / k
     missed = int((~first).sum()) + 1  # one more than was seen: the sample is small
     enough = missed <= (1 - RECALL_AT_1) * (len(nearest) + 1) and at_k >= RECALL_AT_K

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,21 +86,29 @@ def configured(additional_config: Any) -> Config | None:
         text = os.environ.get(ENVIRONMENT)
         if not text:
             return None
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise BadInput(f"{ENVIRONMENT}: got {text!r}, expected JSON: {error}") from error
+        given = parsed(text, ENVIRONMENT)
+    return _config(checked(given, [field.name for field in fields(Config)]))
+
+
+def parsed(text: str, name: str = KEY) -> Any:
+    """JSON, of a setting or a field of this name. Raises BadInput for what is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{name}: got {text!r}, expected JSON: {error}") from error
+
+
+def checked(given: Any, known: Sequence[str]) -> dict[str, Any]:
+    """A copy of an object with no other fields than these. Raises BadInput naming what is not known."""
     if not isinstance(given, Mapping):
         raise BadInput(f"{KEY}: got {given!r}, expected an object such as {{'memory': 'law'}}")
-    return _config(given)
-
-
-def _config(given: Mapping[str, Any]) -> Config:
-    known = [field.name for field in fields(Config)]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise BadInput(f"{KEY}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    values = dict(given)
+    return dict(given)
+
+
+def _config(values: dict[str, Any]) -> Config:
     memories = values.pop("memories", ())
     names = [values.get("memory") or "-", *memories] if _is_list(memories) else [None]
     if not all(isinstance(name, str) and name for name in names):

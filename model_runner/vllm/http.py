@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_runner.errors import BadInput
-from model_runner.vllm.config import KEY, Config, configured
+from model_runner.vllm.config import KEY, Config, checked, configured
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,9 +38,8 @@ class Middleware:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """See ASGI."""
         handle = None
-        if (
-            scope["type"] == "http" and KEY not in scope
-        ):  # by itself and by --middleware it is there twice
+        # By itself and by --middleware it is there twice.
+        if scope["type"] == "http" and KEY not in scope:
             scope[KEY] = True
             handle = self._handler(scope)
         await (handle or self._app)(scope, receive, send)
@@ -232,17 +231,11 @@ def _asked(body: dict[str, Any], path: str, engine: _Engine) -> _Asked | None:
 
 
 def _checked(given: Any) -> dict[str, Any]:
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        raise BadInput(f"{KEY}: got {given!r}, expected an object such as {{'memory': 'law'}}")
-    unknown = sorted(set(given) - set(_FIELDS))
-    if unknown:
-        raise BadInput(f"{KEY}: unknown {', '.join(unknown)}; known are {', '.join(_FIELDS)}")
+    fields = {} if given is None else checked(given, _FIELDS)
     for name in ("report", "strict"):
-        if not isinstance(given.get(name, False), bool):
-            raise BadInput(f"{KEY}.{name}: got {given[name]!r}, expected true or false")
-    return dict(given)
+        if not isinstance(fields.get(name, False), bool):
+            raise BadInput(f"{KEY}.{name}: got {fields[name]!r}, expected true or false")
+    return fields
 
 
 def _named(body: dict[str, Any], engine: _Engine) -> str | None:

@@ -8,13 +8,12 @@ it does not serve.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from model_runner.errors import BadInput
-from model_runner.vllm.config import KEY, Config
+from model_runner.vllm.config import KEY, Config, checked, parsed
 
 _FIELDS = ("memory", "tag")
 
@@ -44,7 +43,7 @@ class Wanted:
                 f"'{{\"{KEY}\": {{...}}}}'"
             )
         else:
-            fields = _fields(given)
+            fields = checked(parsed(given) if isinstance(given, str) else given, _FIELDS)
         if config is None:
             return cls(None)
         wanted = cls(fields.get("memory", config.memory), fields.get("tag", ""))
@@ -75,17 +74,3 @@ def settled(extra_args: Mapping[str, Any] | None) -> tuple[str | None, str]:
     if not isinstance(found, Mapping) or "request" not in found:
         return None, ""
     return found["memory"], found["request"]
-
-
-def _fields(given: Any) -> Mapping[str, Any]:
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise BadInput(f"{KEY}: got {given!r}, expected JSON: {error}") from error
-    if not isinstance(given, Mapping):
-        raise BadInput(f"{KEY}: got {given!r}, expected an object such as {{'memory': 'law'}}")
-    unknown = sorted(set(given) - set(_FIELDS))
-    if unknown:
-        raise BadInput(f"{KEY}: unknown {', '.join(unknown)}; known are {', '.join(_FIELDS)}")
-    return given
