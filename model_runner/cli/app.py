@@ -13,6 +13,7 @@ from model_runner.cli.build import build, calibrate
 from model_runner.cli.evaluate import demo, evaluate
 from model_runner.cli.generate import generate
 from model_runner.cli.learn import learn
+from model_runner.cli.sample_data import sample_data
 from model_runner.errors import BadInput, RunnerError
 
 _INTERRUPTED = "interrupted; what the sidecar acknowledged is kept, so a build or `learn` goes on where it stopped"
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 
 
-for command in (build, calibrate, evaluate, generate, learn, demo):
+for command in (build, calibrate, evaluate, generate, learn, demo, sample_data):
     app.command()(command)
 
 
