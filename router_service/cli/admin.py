@@ -48,6 +48,7 @@ app.add_typer(snapshot_commands.app, name="snapshot")
 app.add_typer(operation_commands.app, name="operations")
 for _command in (
     entry_commands.upsert,
+    retention_commands.sources,
     retention_commands.delete,
     entry_commands.count,
     entry_commands.export,

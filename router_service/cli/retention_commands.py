@@ -1,7 +1,8 @@
-"""`router-admin delete` and `prune`: entries that go, by name or by policy."""
+"""`router-admin sources`, `delete` and `prune`: where entries came from, and those that go, by name or by policy."""
 
 from __future__ import annotations
 
+import difflib
 import re
 import time
 from collections.abc import Sequence
@@ -17,16 +18,72 @@ from knnmoe.v1 import retention_pb2 as pb
 from rich.console import Console
 
 from router_service.arrays import MAX_ENTRY_ID
-from router_service.cli.errors import BadInput
+from router_service.cli.errors import AdminError, BadInput
 from router_service.cli.operation_commands import followed
 from router_service.cli.options import MemoryName, OnlyLayers, Yes
-from router_service.cli.output import Session, confirm, plain, session_of, table
+from router_service.cli.output import Session, confirm, plain, session_of, table, utc
 
 _NOTHING = (
     "say what goes: --forget, --older-than, --unused-below, --gain-below, --strength-below, --disagreeing-below, "
     "--near-duplicates, or --max-entries with --by"
 )
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+# Sources that are named when another one is not there.
+_NEAR = 3
+
+
+def sources(context: typer.Context, name: MemoryName, layer: OnlyLayers = None) -> None:
+    """List where a memory's entries came from: entries, examples, when they were written, and hits.
+
+    An example of several layers counts once; hits are how often lookups found an entry near. The service reads every
+    entry, and answers lookups meanwhile; Ctrl-C ends it. `delete --source` forgets one.
+
+    Example:
+      router-admin sources bible
+      router-admin sources bible --layer 15
+
+    """
+    session = session_of(context)
+    found, unlisted = _sources(session, name, layer)
+    document = {
+        "memory": name,
+        "layers": sorted(set(layer or ())),
+        "entries": sum(one.entries for one in found) + unlisted,
+        "sources": [plain(one) for one in found],
+        "unlisted_entries": unlisted,
+    }
+    columns = ("source", "entries", "examples", "first written", "last written", "hits")
+    rows = [
+        (
+            one.source or "(no source)",
+            one.entries,
+            one.examples,
+            utc(one.first_unix_ms, seconds=False),
+            utc(one.last_unix_ms, seconds=False),
+            one.hits,
+        )
+        for one in found
+    ]
+    title = f"{len(found)} source(s) of {name}, {document['entries']} entries"
+    session.output.table(document, columns, rows, title)
+    if unlisted:
+        session.output.remark(
+            f"only the first {len(found)} sources are listed; {unlisted} entries are of others"
+        )
+
+
+def _sources(
+    session: Session, name: str, layers: Sequence[int] | None = None
+) -> tuple[list[admin_pb.SourceDescription], int]:
+    """In the order of their names, and how many entries are of sources that are not listed."""
+    request = admin_pb.ListSourcesRequest(memory=name, layers=layers)
+    found: list[admin_pb.SourceDescription] = []
+    unlisted = 0
+    for reply in followed(session, session.client.admin.ListSources, request, "page"):
+        found += reply.page.sources
+        unlisted += reply.page.unlisted_entries
+    return found, unlisted
 
 
 def delete(
@@ -68,6 +125,8 @@ def delete(
 ) -> None:
     """Delete entries of a memory: some ids, or all of a source or of one of its examples. Asks first.
 
+    `sources` lists what there is. The exit code is 1 when there was nothing to delete.
+
     Example:
       router-admin delete bible --source genesis.txt --dry-run
       router-admin delete bible --source genesis.txt --example 3 --yes
@@ -82,6 +141,8 @@ def delete(
     session = session_of(context)
     if not dry_run and not yes:
         counted = _delete(session, request, dry_run=True)
+        if not counted.deleted:
+            raise AdminError(_nothing(session, request))
         layers = sum(1 for one in counted.layers if one.deleted)
         question = f"Delete {counted.deleted} entries of {layers} layer(s) of {name}?"
         confirm(f"delete ({counted.deleted} entries)", lambda: question)
@@ -94,6 +155,37 @@ def delete(
         console.print(table(("layer", verb, "left"), rows))
 
     session.output.emit({"memory": name, "dry_run": dry_run, **plain(reply)}, render)
+    if not reply.deleted:
+        raise AdminError(_nothing(session, request))
+
+
+def _nothing(session: Session, request: pb.DeleteRequest) -> str:
+    """Why a deletion found no entry: which of the names is not there, and which are near it."""
+    where = request.memory + (f", layer {request.layer}" if request.HasField("layer") else "")
+    if request.WhichOneof("what") == "ids":
+        return f"nothing to delete: {where} has no entry of these ids"
+    wanted = request.filter
+    found = {one.source: one for one in _sources(session, request.memory)[0]}
+    if wanted.source not in found:
+        return f"nothing to delete: {request.memory} has no source {wanted.source!r}; " + _near(
+            wanted.source, list(found), request.memory
+        )
+    there = found[wanted.source]
+    example = f"example {wanted.example!r} of " if wanted.HasField("example") else ""
+    return (
+        f"nothing to delete: {where} has no entry of {example}source {wanted.source!r} "
+        f"({there.entries} entries of {there.examples} examples in all layers)"
+    )
+
+
+def _near(wanted: str, names: Sequence[str], memory: str) -> str:
+    """What may have been meant, and where the rest is to be found."""
+    near = [name for name in names if wanted.lower() in name.lower()]
+    near = near or difflib.get_close_matches(wanted, names, _NEAR)
+    shown = ", ".join(repr(name) for name in near[:_NEAR])
+    return (
+        f"near it: {shown}; " if near else ""
+    ) + f"all {len(names)}: router-admin sources {memory}"
 
 
 def _delete_request(

@@ -19,6 +19,7 @@ from router_service.backends.base import Report, pages
 from router_service.doctor import Severity, check_known_keys, diagnose_store
 from router_service.errors import Cancelled, InvalidField
 from router_service.jobs.optimize import Indexed, SearchChoice, optimized, optimized_to
+from router_service.jobs.sources import Sources, sources_of
 from router_service.memories.calibration import LayerCalibration
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
@@ -34,6 +35,8 @@ DEFAULT_SAMPLE = 1000
 MAX_SAMPLE = 100_000
 # Bytes of one Export message stay well under the message limit.
 EXPORT_BYTES = 4 * 1024 * 1024
+# Of one message; a name has 1,024 characters at most.
+_SOURCES_PER_PAGE = 512
 _SEVERITIES = {
     Severity.OK: doctor_pb2.SEVERITY_OK,
     Severity.WARNING: doctor_pb2.SEVERITY_WARNING,
@@ -176,6 +179,28 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             service_version=__version__,
             in_flight=self._planes.in_flight,
         )
+
+    def ListSources(  # noqa: N802
+        self, request: pb.ListSourcesRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ListSourcesResponse]:
+        """What there is of each source."""
+        layers = self._store.get(request.memory).chosen_layers(request.layers)
+
+        def steps(report: Report) -> Iterator[pb.SourcePage]:
+            yield from _source_pages(sources_of(layers, report))
+
+        running = self._operations.run("sources", request.memory, steps, exclusive=False)
+        return encoded(running, pb.ListSourcesResponse, lambda page: {"page": page})
+
+
+def _source_pages(found: Sources) -> Iterator[pb.SourcePage]:
+    """One at least."""
+    rows = [codec.filled(pb.SourceDescription, source) for source in found.sources]
+    for start in range(0, max(1, len(rows)), _SOURCES_PER_PAGE):
+        page = pb.SourcePage(sources=rows[start : start + _SOURCES_PER_PAGE])
+        if start + _SOURCES_PER_PAGE >= len(rows):
+            page.unlisted_entries = found.unlisted_entries
+        yield page
 
 
 def _upsert(request: pb.UpsertRequest, memory: RoutingMemory) -> int:

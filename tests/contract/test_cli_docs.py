@@ -35,7 +35,7 @@ def test_every_command_is_there() -> None:
     names = {name for name, command in COMMANDS.items() if not hasattr(command, "commands")}
     memory = {f"router-admin memory {verb}" for verb in ("list", "show", "create", "set", "delete")}
     verbs = ("upsert", "count", "export", "import", "merge", "calibrate", "optimize", "stats")
-    verbs += ("health", "doctor", "delete", "prune", "migrate")
+    verbs += ("health", "doctor", "sources", "delete", "prune", "migrate")
     verbs += tuple(f"operations {verb}" for verb in ("list", "show", "cancel"))
     snapshots = ("create", "list", "verify", "restore", "pack", "delete")
     verbs += tuple(f"snapshot {verb}" for verb in snapshots)

@@ -59,6 +59,7 @@ USES: dict[str, Use] = {
     "memory delete": Use("memory delete {name} --yes", needs=True),
     "memory replace": Use("memory replace {name} --by other --yes", needs=True),
     "memory replace/by": Use("memory replace other --by {name} --yes", needs=True),
+    "sources": Use("sources {name}", needs=True, reads=True),
     "delete": Use("delete {name} --source text-0 --yes", needs=True),
     "prune": Use("prune {name} --max-entries 1 --by age --yes", needs=True),
     "snapshot create": Use("snapshot create {name}", needs=True, grows=True),

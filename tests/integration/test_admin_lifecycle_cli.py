@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,45 @@ def test_delete_by_id(admin: Admin, memory: str, ram_sidecar: Sidecar) -> None:
     ids = [str(number) for number in tensors.to_array(entries.ids)[:2].tolist()]
     flags = [word for number in ids for word in ("--id", number)]
     assert _document(admin("--json", "delete", memory, *flags, "--yes"))["deleted"] == 2
-    assert _document(admin("--json", "delete", memory, *flags, "--yes"))["deleted"] == 0
+    again = admin("--json", "delete", memory, *flags, "--yes", code=1)
+    assert _document(again)["deleted"] == 0
+    assert again.stderr == (
+        f"router-admin: nothing to delete: {memory} has no entry of these ids\n"
+    )
+
+
+def test_sources(admin: Admin, memory: str) -> None:
+    document = _document(admin("--json", "sources", memory))
+    assert (document["entries"], document["unlisted_entries"]) == (60, 0)
+    assert [(one["source"], one["entries"], one["examples"]) for one in document["sources"]] == [
+        ("text-0", 30, 5),
+        ("text-1", 30, 5),
+    ]
+    table = admin("sources", memory, "--layer", "1").stdout
+    assert f"2 source(s) of {memory}, 20 entries" in table
+    assert re.search(r"text-1 +10 +5 +20\d\d-.* UTC +20\d\d-.* UTC +0 *$", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("flags", [["--yes"], ["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (["texte-1"], "has no source 'texte-1'; near it: 'text-1', 'text-0'; all 2: router-admin"),
+        (["EXT"], "has no source 'EXT'; near it: 'text-0', 'text-1'; all 2"),
+        (["genesis.txt"], "has no source 'genesis.txt'; all 2: router-admin sources"),
+        (
+            ["text-1", "--example", "99"],
+            "no entry of example '99' of source 'text-1' (30 entries of",
+        ),
+    ],
+)
+def test_a_deletion_that_finds_nothing_says_what_is_near(
+    admin: Admin, memory: str, what: list[str], words: str, flags: list[str]
+) -> None:
+    done = admin("delete", memory, "--source", *what, *flags, code=1)
+    assert words in done.stderr
+    assert done.stderr.startswith("router-admin: nothing to delete: ")
+    assert _count(admin, memory) == 60
 
 
 @pytest.mark.usefixtures("at_a_terminal")

@@ -95,6 +95,34 @@ def test_delete_a_document(sidecar: Sidecar, filled: str) -> None:
             assert (origin.source, origin.example) != ("text-0", "example-2")
 
 
+def test_sources(sidecar: Sidecar, filled: str) -> None:
+    [asked] = exported(sidecar, filled, 0)
+    digest, nearest = sidecar.describe(filled).model_digest, tensors.to_array(asked.keys)[:6]
+    own = np.zeros((6, EXPERTS), np.float32)
+    sidecar.routing.Route(route_request(filled, digest, nearest, own, neighbours=1))
+    late = random_entries(LOGIT_DELTA, 2, seed=3, first_id=500)
+    for origin in late.provenance:
+        origin.source, origin.created_unix_ms = "späte Texte/3", 1_700_000_000_000 + origin.position
+    sidecar.upsert(filled, 1, late)
+
+    replies = list(sidecar.admin.ListSources(admin_pb.ListSourcesRequest(memory=filled)))
+    [found] = [reply.page for reply in replies if reply.HasField("page")]
+    by_name = {one.source: one for one in found.sources}
+    assert list(by_name) == sorted(by_name) == ["späte Texte/3", "text-0", "text-1"]
+    assert [(one.entries, one.examples) for one in found.sources] == [(2, 2), (40, 5), (40, 5)]
+    of_hits = [sum(origin.source == name for origin in asked.provenance[:6]) for name in by_name]
+    assert [one.hits for one in found.sources] == of_hits
+    assert sum(of_hits) == 6
+    times = by_name["späte Texte/3"]
+    assert (times.first_unix_ms, times.last_unix_ms) == (1_700_000_000_000, 1_700_000_000_001)
+    assert 0 < by_name["text-0"].first_unix_ms <= by_name["text-0"].last_unix_ms
+    assert (replies[-1].operation.kind, replies[-1].operation.done) == ("sources", 82)
+
+    request = admin_pb.ListSourcesRequest(memory=filled, layers=[1, 1])
+    [only] = [each.page for each in sidecar.admin.ListSources(request) if each.HasField("page")]
+    assert [one.source for one in only.sources] == ["späte Texte/3"]
+
+
 def test_prune_says_what_it_did(sidecar: Sidecar, filled: str) -> None:
     before = sidecar.describe(filled)
     dry = _layers(_prune(sidecar, filled, dry_run=True, max_share=0.5, by=pb.PRUNE_RANKING_GAIN))

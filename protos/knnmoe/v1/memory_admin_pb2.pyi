@@ -332,3 +332,43 @@ class LayerStats(_message.Message):
     entries_never_hit: int
     disk_bytes_unknown: bool
     def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ..., hits: _Optional[int] = ..., entries_never_hit: _Optional[int] = ..., disk_bytes_unknown: _Optional[bool] = ...) -> None: ...
+
+class ListSourcesRequest(_message.Message):
+    __slots__ = ("memory", "layers")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ListSourcesResponse(_message.Message):
+    __slots__ = ("operation", "page")
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    operation: _operations_pb2.Operation
+    page: SourcePage
+    def __init__(self, operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., page: _Optional[_Union[SourcePage, _Mapping]] = ...) -> None: ...
+
+class SourcePage(_message.Message):
+    __slots__ = ("sources", "unlisted_entries")
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    UNLISTED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedCompositeFieldContainer[SourceDescription]
+    unlisted_entries: int
+    def __init__(self, sources: _Optional[_Iterable[_Union[SourceDescription, _Mapping]]] = ..., unlisted_entries: _Optional[int] = ...) -> None: ...
+
+class SourceDescription(_message.Message):
+    __slots__ = ("source", "entries", "examples", "first_unix_ms", "last_unix_ms", "hits")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    LAST_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    entries: int
+    examples: int
+    first_unix_ms: int
+    last_unix_ms: int
+    hits: int
+    def __init__(self, source: _Optional[str] = ..., entries: _Optional[int] = ..., examples: _Optional[int] = ..., first_unix_ms: _Optional[int] = ..., last_unix_ms: _Optional[int] = ..., hits: _Optional[int] = ...) -> None: ...

@@ -94,6 +94,11 @@ class MemoryAdminServiceStub:
                 request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.StatsRequest.SerializeToString,
                 response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.StatsResponse.FromString,
                 _registered_method=True)
+        self.ListSources = channel.unary_stream(
+                '/knnmoe.v1.MemoryAdminService/ListSources',
+                request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesRequest.SerializeToString,
+                response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesResponse.FromString,
+                _registered_method=True)
 
 
 class MemoryAdminServiceServicer:
@@ -179,6 +184,14 @@ class MemoryAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSources(self, request, context):
+        """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
+        entries that are written or deleted meanwhile are counted or not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -241,6 +254,11 @@ def add_MemoryAdminServiceServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.StatsRequest.FromString,
                     response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.StatsResponse.SerializeToString,
+            ),
+            'ListSources': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListSources,
+                    request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesRequest.FromString,
+                    response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -567,6 +585,33 @@ class MemoryAdminService:
             '/knnmoe.v1.MemoryAdminService/Stats',
             knnmoe_dot_v1_dot_memory__admin__pb2.StatsRequest.SerializeToString,
             knnmoe_dot_v1_dot_memory__admin__pb2.StatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSources(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/knnmoe.v1.MemoryAdminService/ListSources',
+            knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesRequest.SerializeToString,
+            knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,10 @@ class MemoryAdminServiceStub:
     Optimize: _grpc.UnaryStreamMultiCallable[_memory_admin_pb2.OptimizeRequest, _memory_admin_pb2.OptimizeResponse]
     """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
     Stats: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.StatsRequest, _memory_admin_pb2.StatsResponse]
+    ListSources: _grpc.UnaryStreamMultiCallable[_memory_admin_pb2.ListSourcesRequest, _memory_admin_pb2.ListSourcesResponse]
+    """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
+    entries that are written or deleted meanwhile are counted or not.
+    """
 
 @_typing.type_check_only
 class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
@@ -79,6 +83,10 @@ class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
     Optimize: _aio.UnaryStreamMultiCallable[_memory_admin_pb2.OptimizeRequest, _memory_admin_pb2.OptimizeResponse]  # type: ignore[assignment]
     """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
     Stats: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.StatsRequest, _memory_admin_pb2.StatsResponse]  # type: ignore[assignment]
+    ListSources: _aio.UnaryStreamMultiCallable[_memory_admin_pb2.ListSourcesRequest, _memory_admin_pb2.ListSourcesResponse]  # type: ignore[assignment]
+    """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
+    entries that are written or deleted meanwhile are counted or not.
+    """
 
 class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -174,5 +182,15 @@ class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_admin_pb2.StatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_admin_pb2.StatsResponse, _abc.Awaitable[_memory_admin_pb2.StatsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListSources(
+        self,
+        request: _memory_admin_pb2.ListSourcesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_memory_admin_pb2.ListSourcesResponse], _abc.AsyncIterator[_memory_admin_pb2.ListSourcesResponse]]:
+        """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
+        entries that are written or deleted meanwhile are counted or not.
+        """
 
 def add_MemoryAdminServiceServicer_to_server(servicer: MemoryAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
