@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from model_runner.text_files import ASSISTANT, Example, read_examples, say_left_
 SHORTEST_WINDOW_SHARE = 0.25
 # Stands in for a turn to find where a chat template puts it.
 _MARK = "\ue000"
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,27 @@ def distinct(windows: Iterable[Window]) -> list[Window]:
     for window in windows:
         first.setdefault((window.ref, window.identity, window.offset), window)
     return list(first.values())
+
+
+def drawn(windows: Sequence[Window], most: int | None) -> list[Window]:
+    """At most so many of them, in order: as many of each example as can be, evenly spaced; None: all."""
+    by_example: dict[ExampleRef, list[Window]] = {}
+    for window in windows:
+        by_example.setdefault(window.ref, []).append(window)
+    groups, left = list(by_example.values()), len(windows) if most is None else most
+    quotas = [0] * len(groups)
+    while left > 0 and (more := [n for n, group in enumerate(groups) if len(group) > quotas[n]]):
+        turn = _evenly(more, left)
+        for n in turn:
+            quotas[n] += 1
+        left -= len(turn)
+    kept = {id(w) for n, group in enumerate(groups) for w in _evenly(group, quotas[n])}
+    return [window for window in windows if id(window) in kept]
+
+
+def _evenly(items: Sequence[Item], most: int) -> list[Item]:
+    taken = min(most, len(items))
+    return [items[n * len(items) // taken] for n in range(taken)]
 
 
 def open_ids(text: str, tokenizer: Any) -> list[int]:

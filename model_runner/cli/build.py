@@ -46,7 +46,7 @@ def build(
     ] = "recommended",
     window: options.Window = None,
     max_windows: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many windows. Default: all.")
+        int | None, typer.Option(min=1, help=f"Remember {options.DRAWN}")
     ] = None,
     batch_size: options.BatchSize = 8,
     step_size: Annotated[
@@ -116,8 +116,8 @@ def build(
     from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
     from model_runner.memory_builder.entries import forget_other_texts
     from model_runner.memory_builder.recipes import PRESETS
-    from model_runner.models import load_model, window_length
-    from model_runner.texts import read_windows
+    from model_runner.models import window_length
+    from model_runner.texts import drawn, read_windows
 
     progress, chosen = Progress(quiet=quiet), PRESETS[preset]
     entries = Target(memory, chosen.recipe.altered(norm, step_size), measure_gain=gain)
@@ -125,14 +125,14 @@ def build(
     with AdminClient(target) as client:
         # A sidecar that is not there is noticed before the model is loaded, bad text before the long work.
         is_new = client.find(memory) is None
-        loaded = load_model(model, device=device, dtype=dtype)
+        loaded = options.load(model, device, dtype)
         length = window_length(loaded.model, window)
         every = read_windows(reference, loaded.tokenizer, length)
-        windows, held_out = every[:max_windows], None
+        windows, held_out = drawn(every, max_windows), None
         if calibrate_on is not None:
             held_out = read_windows(calibrate_on, loaded.tokenizer, length)
         elif is_new:
-            _require_two_examples(windows, reference)
+            _require_two_examples(windows, every, reference)
         settings = chosen.settings(loaded.fingerprint.num_layers)
         client.find_or_create(memory, loaded.fingerprint.message(), settings)
         if not replace_source:
@@ -194,13 +194,21 @@ def windows_as_known(client: AdminClient, memory: str, windows: Sequence[Window]
     return known.windows
 
 
-def _require_two_examples(windows: Sequence[Window], reference: Path) -> None:
+def _require_two_examples(
+    windows: Sequence[Window], every: Sequence[Window], reference: Path
+) -> None:
     """Calibration inside the memory leaves a token's own example out: something must remain."""
-    if len({window.ref for window in windows}) < 2:
-        raise BadInput(
-            f"{reference}: one example only, so its bandwidths cannot be calibrated by leaving examples out; "
-            "give --calibrate-on FILE, or more text"
-        )
+    kept, there = (len({window.ref for window in some}) for some in (windows, every))
+    if kept > 1:
+        return
+    if there > 1:
+        found = f"--max-windows {len(windows)} leaves one of its {there} examples"
+        remedy = "give --calibrate-on FILE, or --max-windows 2 or more"
+    else:
+        found, remedy = "one example only", "give --calibrate-on FILE, or more text"
+    raise BadInput(
+        f"{reference}: {found}, so its bandwidths cannot be calibrated by leaving examples out; {remedy}"
+    )
 
 
 def _say_copies(progress: Progress, memory: str, layers: Sequence[LayerCalibration]) -> None:
@@ -250,14 +258,14 @@ def calibrate(
     """
     from knnmoe.client import AdminClient
 
-    from model_runner.models import load_model, window_length
+    from model_runner.models import window_length
     from model_runner.texts import read_windows
 
     with AdminClient(target) as client:
         client.describe(memory)  # what is not there is noticed before the model is loaded
         inputs = None
         if text is not None:
-            loaded = load_model(model, device=device, dtype=dtype)
+            loaded = options.load(model, device, dtype)
             length = window_length(loaded.model, window)
             inputs = _inputs(loaded, read_windows(text, loaded.tokenizer, length), batch_size)
         response = client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)

@@ -38,9 +38,7 @@ def evaluate(
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
     window: options.Window = None,
-    max_windows: Annotated[
-        int | None, typer.Option(min=1, help="Score so many windows, drawn evenly. Default: all.")
-    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help=f"Score {options.DRAWN}")] = None,
     batch_size: options.BatchSize = 8,
     leave_one_out: Annotated[
         bool,
@@ -74,19 +72,19 @@ def evaluate(
 
     from model_runner.evaluation.nll import score
     from model_runner.memory_builder.entries import known_text
-    from model_runner.models import load_model, window_length
+    from model_runner.models import window_length
     from model_runner.retrieval import open_retriever
     from model_runner.router_client import OnError
     from model_runner.routing_policy import RetrievalPolicy
-    from model_runner.texts import read_windows
+    from model_runner.texts import drawn, read_windows
 
     options.require_writable("--json", json_file)
     how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass, max_staleness_s)
     with AdminClient(target) as admin:
         admin.describe(memory)  # what is not there is noticed before the model is loaded
-        loaded = load_model(model, device=device, dtype=dtype)
+        loaded = options.load(model, device, dtype)
         length = window_length(loaded.model, window)
-        windows = _spread(read_windows(text, loaded.tokenizer, length), max_windows)
+        windows = drawn(read_windows(text, loaded.tokenizer, length), max_windows)
         # What a memory of version 0.1 holds of this text has other names; they are what is left out.
         windows = known_text(admin, memory, windows).windows
         if not leave_one_out:
@@ -174,12 +172,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _spread(windows: list[Window], most: int | None) -> list[Window]:
-    if most is None or most >= len(windows):
-        return windows
-    return [windows[i * len(windows) // most] for i in range(most)]
 
 
 def demo(

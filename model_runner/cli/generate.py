@@ -104,7 +104,6 @@ def generate(
     import torch
     from knnmoe.client import AdminClient
 
-    from model_runner.models import load_model
     from model_runner.progress import Progress
     from model_runner.retrieval import open_retriever
     from model_runner.routing_policy import RetrievalPolicy
@@ -120,7 +119,7 @@ def generate(
         if learn is not None and memory is not None:
             # What is not there is noticed before the model is loaded.
             stack.enter_context(AdminClient(target)).describe(memory)
-        loaded = load_model(model, device=device, dtype=dtype)
+        loaded = options.load(model, device, dtype)
         torch.manual_seed(seed)
         policy = opened = None
         if memory is not None:

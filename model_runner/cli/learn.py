@@ -137,7 +137,7 @@ def learn(
     from model_runner.memory_builder.entries import forget_other_texts
     from model_runner.memory_builder.learner import DURABILITIES, OnlineLearner
     from model_runner.memory_builder.recipes import PRESETS, recipe_of
-    from model_runner.models import load_model, window_length
+    from model_runner.models import window_length
     from model_runner.retrieval import open_retriever
     from model_runner.router_client import OnError
     from model_runner.routing_policy import RetrievalPolicy
@@ -150,7 +150,7 @@ def learn(
         client = stack.enter_context(AdminClient(target))
         # What is not there is noticed before the model is loaded, bad text before anything is written.
         description = client.describe(memory)
-        loaded = load_model(model, device=device, dtype=dtype)
+        loaded = options.load(model, device, dtype)
         require_same_model(description, loaded.fingerprint.message())
         read = read_windows(file, loaded.tokenizer, window_length(loaded.model, window))
         windows = distinct(read)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from model_runner.errors import BadInput
 from model_runner.small_moe import MODEL_DIR
+
+if TYPE_CHECKING:
+    from model_runner.models import LoadedModel
 
 # Names of recipes.PRESETS, recipes.Norm and router_client.OnError, which need torch; tests compare them.
 Preset = Literal["paper", "paper-v2", "recommended"]
@@ -57,6 +61,7 @@ Window = Annotated[
         help="Tokens that the model reads in one go. Default: as many as the model was made for, at most 512.",
     ),
 ]
+DRAWN = "so many windows at most: as many of each document as can be, drawn evenly. Default: all."
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
 TEXT_FILE = (
     "JSON Lines, JSON, CSV or Parquet with `text`, or `prompt` and `answer` (the loss counts on the answer only), or "
@@ -114,6 +119,17 @@ MaxStaleness = Annotated[
         "text is generated, 10 s where lookups that fail end the work.",
     ),
 ]
+
+
+def load(model: str, device: str, dtype: str) -> LoadedModel:
+    """The model of these options; the default one is said on stderr. Raises as models.load_model."""
+    from model_runner.models import load_model
+
+    if model == DEFAULT_MODEL:
+        sys.stderr.write(
+            "model: the small one that ships with this package; --model DIRECTORY or NAME for another\n"
+        )
+    return load_model(model, device=device, dtype=dtype)
 
 
 def retrieval(

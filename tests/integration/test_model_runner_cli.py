@@ -26,9 +26,11 @@ from tests.integration.runner_parts import (
     LENGTH,
     PRESET_NAMES,
     PROMPT,
+    SENTENCES,
     build,
     everything,
     loaded_model,
+    stored,
     windows_of,
     write_text,
 )
@@ -460,6 +462,27 @@ def test_one_example_cannot_be_calibrated_inside_itself(
         assert client.find(name) is None
     given = run(*build_arguments, "--reference", one, "--calibrate-on", texts / FILE_NAME)
     assert given.code == 0
+
+
+def test_few_windows_are_of_many_documents(
+    run: Run,
+    edge_sidecar: Sidecar,
+    build_arguments: list[object],
+    name: str,
+) -> None:
+    one = run(*build_arguments, "--max-windows", 1)
+    assert one.code == 2
+    assert f"--max-windows 1 leaves one of its {len(SENTENCES)} examples" in one.err
+    assert "give --calibrate-on FILE, or --max-windows 2 or more" in one.err
+    assert run(*build_arguments, "--max-windows", 4).code == 0
+    sources = {provenance.example for _, _, provenance in stored(edge_sidecar, name, 0).values()}
+    assert len(sources) == 4
+
+
+def test_the_model_that_ships_is_the_default_and_named(run: Run) -> None:
+    done = run("generate", "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert (done.code, done.out[: len(PROMPT)]) == (0, PROMPT)
+    assert "model: the small one that ships with this package" in done.err
 
 
 def test_text_made_from_a_template_is_said_and_calibrated_past_its_copies(

@@ -11,7 +11,7 @@ from knnmoe.client import ExampleRef
 
 from model_runner.errors import BadInput
 from model_runner.text_files import Example
-from model_runner.texts import Window, batched, cut_windows, distinct, open_ids, prompt_ids
+from model_runner.texts import Window, batched, cut_windows, distinct, drawn, open_ids, prompt_ids
 from tests.tiny_checkpoint import END, byte_tokenizer, closing_tokenizer
 from tests.unit.model_runner.byte_tokenizer import ByteTokenizer
 
@@ -224,3 +224,31 @@ def test_windows_that_repeat_others() -> None:
     one, other = (Example(ExampleRef("s", n), "text " * 5) for n in ("1", "2"))
     windows = cut_windows([one, other, one], ByteTokenizer(), 8)
     assert distinct(windows) == cut_windows([one, other], ByteTokenizer(), 8)
+
+
+def of_lengths(*lengths: int) -> list[Window]:
+    """Documents of so many windows."""
+    return [
+        Window(ExampleRef("s", str(document)), (1, 2), (1,), offset)
+        for document, length in enumerate(lengths)
+        for offset in range(length)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ((3, 3), None, "00 01 02 10 11 12"),
+        ((3, 3), 9, "00 01 02 10 11 12"),
+        ((9, 1, 1), 3, "00 10 20"),
+        ((9, 1, 1), 5, "00 03 06 10 20"),
+        ((4, 4), 4, "00 02 10 12"),
+        ((1, 1, 1, 1), 2, "00 20"),
+        ((1, 1, 1, 1), 3, "00 10 20"),
+    ],
+)
+def test_windows_are_drawn_of_as_many_documents_as_can_be(
+    lengths: tuple[int, ...], most: int | None, expected: str
+) -> None:
+    windows = drawn(of_lengths(*lengths), most)
+    assert " ".join(f"{w.ref.example}{w.offset}" for w in windows) == expected
