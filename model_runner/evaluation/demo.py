@@ -5,6 +5,7 @@ Reference, settings and test windows are drawn with one seed; every setting was 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -55,6 +56,18 @@ METHODS = {
     "knn_moe": "paper",
     "knn_moe_paper_v2": "paper-v2",
     "knn_moe_recommended": "recommended",
+}
+# Arm of results.json -> what readers know it by.
+ARM_LABELS = {
+    "zero_shot": "plain model",
+    "knn_moe": "paper (kNN-MoE)",
+    "knn_moe_paper_v2": "paper, second reading",
+    "knn_moe_recommended": "recommended",
+    "control_eta0": "control: without the step",
+    "control_random": "control: random step",
+    "control_negated": "control: negated step",
+    "control_shuffled": "control: shuffled values",
+    "oracle": "oracle: each token's own",
 }
 # Of the plots, by domain.
 _COLOURS = {"shifted": "#2a6f97", "in_domain": "#d98032"}
@@ -321,8 +334,8 @@ def table_rows(results: dict[str, Any]) -> Sequence[tuple[str, ...]]:
     """Arm, domain, NLL, perplexity, change, mean lambda: one row per arm, as text."""
     return [
         (
-            arm["name"],
-            arm["domain"],
+            ARM_LABELS[arm["name"]],
+            _LABELS[arm["domain"]],
             f"{arm['nll']:.4f}",
             f"{arm['perplexity']:.2f}",
             "" if arm["name"] == "zero_shot" else f"{arm['delta']:+.4f} ± {arm['se']:.4f}",
@@ -333,36 +346,61 @@ def table_rows(results: dict[str, Any]) -> Sequence[tuple[str, ...]]:
 
 
 def plot_deltas(arms: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of `delta` with 95 % intervals, one panel per domain; zero_shot, the baseline, is the zero line."""
-    domains = [
-        d for d in _LABELS if any(a["domain"] == d and a["name"] != "zero_shot" for a in arms)
-    ]
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(domains), squeeze=False, width_ratios=[3, 2][: len(domains)])[0]
-    for panel, domain in zip(panels, domains, strict=True):
-        rows = [a for a in arms if a["domain"] == domain and a["name"] != "zero_shot"]
-        _bars(panel, rows, _COLOURS[domain])
-        panel.set_title(f"{_LABELS[domain]}, {rows[0]['windows']} windows", fontsize=10)
-    panels[0].set_xlabel("change in NLL, nats per token (left is better)")
-    _save(figure, path)
+    """Bars of `delta` with 95 % intervals, all on one scale; zero_shot, the baseline, is the zero line.
 
-
-def _bars(panel: Any, rows: Sequence[dict[str, Any]], colour: str) -> None:
-    names = [r["name"].replace("_", " ") for r in rows]
-    deltas, halves = [r["delta"] for r in rows], [1.96 * r["se"] for r in rows]
-    panel.barh(
-        names, deltas, xerr=halves, color=colour, capsize=3, height=min(0.6, 0.1 * len(rows))
-    )
+    The PNG's Description is the digest of what it shows.
+    """
+    shown = [arm for arm in arms if arm["name"] != "zero_shot"]
+    names = list(dict.fromkeys(arm["name"] for arm in shown))
+    figure = Figure(figsize=(8.5, 1.2 + 0.45 * len(names)), layout="constrained")
+    panel = figure.subplots()
+    for domain, label in _LABELS.items():
+        rows = [arm for arm in shown if arm["domain"] == domain]
+        both = {arm["name"] for arm in shown if arm["domain"] != domain}
+        at = [_height(names, arm["name"], domain, shared=arm["name"] in both) for arm in rows]
+        _bars(panel, rows, at, f"{label}, {rows[0]['windows']} windows", _COLOURS[domain])
     panel.axvline(0, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(names)), [ARM_LABELS[name] for name in names])
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
-    panel.tick_params(labelsize=9)
-    gap = 0.03 * max(abs(d) + h for d, h in zip(deltas, halves, strict=True))
-    for number, (delta, half) in enumerate(zip(deltas, halves, strict=True)):
+    panel.margins(x=0.15)
+    panel.set_xlabel("change in NLL, nats per token (left is better)")
+    panel.legend(loc="lower right", fontsize=9)
+    _save(figure, path, {"Description": deltas_digest(arms)})
+
+
+def deltas_digest(arms: Sequence[dict[str, Any]]) -> str:
+    """Of what plot_deltas() draws: which results a picture shows."""
+    drawn = [[arm["name"], arm["domain"], arm["delta"], arm["se"]] for arm in arms]
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+
+
+_BAR = 0.36
+
+
+def _height(names: Sequence[str], name: str, domain: str, *, shared: bool) -> float:
+    """Where a bar is: in the middle of its arm, or beside that of the other text."""
+    beside = (_BAR / 2) * (-1 if domain == "shifted" else 1)
+    return names.index(name) + (beside if shared else 0)
+
+
+def _bars(
+    panel: Any, rows: Sequence[dict[str, Any]], at: Sequence[float], label: str, colour: str
+) -> None:
+    deltas, halves = [r["delta"] for r in rows], [1.96 * r["se"] for r in rows]
+    panel.barh(at, deltas, xerr=halves, color=colour, capsize=2, height=_BAR, label=label)
+    for height, delta, half in zip(at, deltas, halves, strict=True):
         sign, where = (1, "left") if delta >= 0 else (-1, "right")
-        at = delta + sign * (half + gap)
-        panel.annotate(f"{delta:+.3f}", (at, number), ha=where, va="center", fontsize=8)
-    panel.margins(x=0.25)
+        end = delta + sign * half
+        panel.annotate(
+            f"{delta:+.3f}",
+            (end, height),
+            xytext=(4 * sign, 0),
+            textcoords="offset points",
+            ha=where,
+            va="center",
+            fontsize=8,
+        )
 
 
 def plot_lambdas(arms: Sequence[dict[str, Any]], path: Path) -> None:
@@ -380,7 +418,7 @@ def plot_lambdas(arms: Sequence[dict[str, Any]], path: Path) -> None:
                 color=_COLOURS[arm["domain"]],
                 label=_LABELS[arm["domain"]],
             )
-        panel.set_title(name.replace("_", " "), fontsize=10)
+        panel.set_title(ARM_LABELS[name], fontsize=10)
         panel.set_xlabel("MoE layer")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(0, 1)
@@ -390,6 +428,6 @@ def plot_lambdas(arms: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:
     with mpl.rc_context({"svg.hashsalt": "knn-moe"}):
-        figure.savefig(path, dpi=140)
+        figure.savefig(path, dpi=140, metadata=metadata)
