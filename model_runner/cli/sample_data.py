@@ -15,10 +15,10 @@ from model_runner.small_moe import DATA_DIR, data_file
 
 # File -> the shipped split that it is cut from, the first document, and how many.
 FILES = {
-    "reference.jsonl": (data_file("shifted", "reference"), 0, 64),
-    "new-cases.jsonl": (data_file("shifted", "reference"), 64, 4),
-    "held-out.jsonl": (data_file("shifted", "test"), 0, 32),
-    "general.jsonl": (data_file("general", "test"), 0, 32),
+    "reference.jsonl": (data_file("shifted", "reference"), 0, 24),
+    "new-cases.jsonl": (data_file("shifted", "reference"), 24, 2),
+    "held-out.jsonl": (data_file("shifted", "test"), 0, 12),
+    "general.jsonl": (data_file("general", "test"), 0, 12),
 }
 NOTICE = "NOTICE"
 
@@ -30,8 +30,8 @@ def sample_data(
 ) -> None:
     """Write sample texts: something to remember, to score and to teach, for the small model that is the default.
 
-    reference.jsonl: 64 chapters of the King James Bible, which the model never saw. held-out.jsonl: 32 others.
-    new-cases.jsonl: 4 more, for `learn`. general.jsonl: 32 pieces of manuals like those it was trained on, to see what
+    reference.jsonl: 24 chapters of the King James Bible, which the model never saw. held-out.jsonl: 12 others.
+    new-cases.jsonl: 2 more, for `learn`. general.jsonl: 12 pieces of manuals like those it was trained on, to see what
     a memory harms. The Bible is in the public domain (in the United Kingdom the Crown holds printing rights), the
     manuals are under the licences in NOTICE, which is written beside them. For example:
 
