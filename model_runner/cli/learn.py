@@ -5,15 +5,13 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -115,7 +113,10 @@ def learn(
     replica_keys: options.ReplicaKeysOption = "f32",
     first_pass: options.FirstPassOption = "auto",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write a report per example to this file.")
+        Path | None,
+        typer.Option(
+            "--json", help=f"Also write a report per example to this file; {options.JSON_FILE}"
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -145,6 +146,7 @@ def learn(
 
     options.require_writable("--json", json_file)
     how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass)
+    out = options.words_beside(json_file)
     progress, started = Progress(quiet=quiet), time.monotonic()
     with ExitStack() as stack:
         client = stack.enter_context(AdminClient(target))
@@ -187,7 +189,7 @@ def learn(
 
         examples = [list(group) for _, group in groupby(windows, key=lambda w: w.ref)]
         reports = [
-            _learn_example(group, learner, again, nll_sum if evaluate else None)
+            _learn_example(group, learner, again, nll_sum if evaluate else None, out)
             for group in progress.track(examples, "learning", "examples")
         ]
         if replace_source:
@@ -201,10 +203,9 @@ def learn(
     )
     if len(read) > len(windows):
         progress.say(f"{len(read) - len(windows)} windows repeat others of the file")
-    _print_all(reports)
-    if json_file is not None:
-        rows = {"memory": memory, "examples": [asdict(report) for report in reports]}
-        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    _print_all(reports, out)
+    rows = {"memory": memory, "examples": [asdict(report) for report in reports]}
+    options.write_json(json_file, rows)
     if _never_calibrated(description):
         progress.say(
             f"{memory} was never calibrated, so it hardly speaks: "
@@ -226,8 +227,9 @@ def _learn_example(
     learner: OnlineLearner,
     again: bool,
     nll_sum: Callable[[Sequence[Window], bool], float] | None,
+    out: TextIO,
 ) -> ExampleReport:
-    """Learns one example and says so on stdout. nll_sum: nats of windows, without or with retrieval."""
+    """Learns one example and says so. nll_sum: nats of windows, without or with retrieval."""
     was_there = not again and learner.is_there(windows)
     off = before = 0.0
     if nll_sum is not None:
@@ -245,8 +247,8 @@ def _learn_example(
         was_there,
         None if nll_sum is None else NllSums(off, before, nll_sum(windows, True)),
     )
-    sys.stdout.write(_line(report) + "\n")
-    sys.stdout.flush()
+    out.write(_line(report) + "\n")
+    out.flush()
     return report
 
 
@@ -267,13 +269,13 @@ def _means(sums: NllSums, tokens: int) -> str:
     return f"{off:.4f} off, {before:.4f} before, {after:.4f} after"
 
 
-def _print_all(reports: Sequence[ExampleReport]) -> None:
+def _print_all(reports: Sequence[ExampleReport], out: TextIO) -> None:
     """The NLL over all examples, where they were scored."""
     sums = [astuple(report.nll_sums) for report in reports if report.nll_sums is not None]
     if sums:
         total = NllSums(*(sum(column) for column in zip(*sums, strict=True)))
         tokens = sum(report.tokens for report in reports)
-        sys.stdout.write(f"all: {tokens} tokens; NLL {_means(total, tokens)}\n")
+        out.write(f"all: {tokens} tokens; NLL {_means(total, tokens)}\n")
 
 
 def _never_calibrated(memory: MemoryDescription) -> bool:

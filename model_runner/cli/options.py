@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -51,6 +52,7 @@ Target = Annotated[
         "router-service serve --data DIR",
     ),
 ]
+STANDARD_OUTPUT = Path("-")
 DEFAULT_TARGET = "127.0.0.1:50051"
 Memory = Annotated[str, typer.Option("--memory", help="Name of the memory at the sidecar.")]
 Window = Annotated[
@@ -167,10 +169,31 @@ def file_option(explained: str) -> Any:
     return typer.Option(help=explained, dir_okay=False, callback=existing, show_default=False)
 
 
+JSON_FILE = "- is standard output, where nothing else is written then."
+
+
 def require_writable(option: str, path: Path | None) -> None:
     """Notices before the work what would fail after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise BadInput(f"{option}: got {path}, expected a file in a directory that exists")
+    if path in (None, STANDARD_OUTPUT):
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadInput(f"{option}: got {path}, expected a file in a directory that exists, or -")
+
+
+def words_beside(json_file: Path | None) -> TextIO:
+    """Where a command says what it has found: stdout, unless that is for JSON alone."""
+    return sys.stderr if json_file == STANDARD_OUTPUT else sys.stdout
+
+
+def write_json(path: Path | None, document: Any) -> None:
+    """What --json names, if anything. Raises OSError."""
+    if path is None:
+        return
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if path == STANDARD_OUTPUT:
+        sys.stdout.write(text)
+    else:
+        path.write_text(text)
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]

@@ -113,6 +113,9 @@ def test_learn_evaluate_and_learn_again(
     again = run(*command, "--again")
     assert "0 of 3 examples were there already" in again.err
     assert everything(edge_sidecar, memory) == before
+    printed = run(*command, "--json", "-")
+    assert [e["was_there"] for e in json.loads(printed.out)["examples"]] == [True] * 3
+    assert printed.err.count("was there already\n") == 3
     known = run(*command, "--again", "--skip-known", 0.5)
     assert "that are known" in known.out  # by the other examples' entries: WIDE
 
