@@ -105,6 +105,10 @@ class OpenMemory:
         retriever = self.retriever
         return retriever.copy.lock if isinstance(retriever, ReplicaRetriever) else nullcontext()
 
+    def paused(self) -> AbstractContextManager[object]:
+        """Within it a replica does not change, and asks nothing of its device: see Follower.paused."""
+        return nullcontext() if self.follower is None else self.follower.paused()
+
     def catch_up(self) -> None:
         """Returns when lookups find all that the sidecar has acknowledged. Raises ServiceError."""
         if self.follower is not None:

@@ -22,7 +22,7 @@ from model_runner.replica.budget import (
     capacity_for,
     replica_size,
 )
-from model_runner.replica.layer import I64, LayerReplica, LookupLock
+from model_runner.replica.layer import I64, LayerReplica, LookupLock, drain_of
 from model_runner.wire import decode_as_sent
 
 # How keys are kept, and how they are sent.
@@ -59,7 +59,7 @@ class ReplicaCopy:
         """first_pass: of the lookups; it takes a part of the budget."""
         self.layers: dict[int, LayerReplica] = {}
         self.settings = MemorySettings()
-        self.lock = LookupLock()
+        self.lock = LookupLock(drain_of(device))
         self.examples: dict[ExampleRef, int] = {}
         self.complete = False
         self.model_digest = ""
@@ -181,8 +181,9 @@ class ReplicaCopy:
                 yield pb.LayerHits(layer=number, ids=more_ids, hits=more_hits)
 
     def _clear(self) -> None:
-        self.layers.clear()
-        self.complete = False
+        with self.lock.committing():
+            self.layers.clear()
+            self.complete = False
 
     def _stage_entries(self, message: pb.ReplicaEntries) -> int:
         ids, digests = tensors.to_array(message.ids), tensors.to_array(message.digests)

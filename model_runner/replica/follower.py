@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -81,6 +82,7 @@ class Follower:
         self._heard_s = -math.inf
         self._process = os.getpid()
         self._closing = threading.Event()
+        self._working = threading.Lock()  # held by the thread while it works on the copy
         self._thread = threading.Thread(target=self._run, name="replica-follower", daemon=True)
         # Of what follows.
         self._changed = threading.Condition()
@@ -173,6 +175,10 @@ class Follower:
                     "replica_behind",
                 )
 
+    def paused(self) -> AbstractContextManager[object]:
+        """Within it the thread asks nothing of the device: while a CUDA graph is captured no thread may."""
+        return self._working
+
     # The thread.
 
     def _run(self) -> None:
@@ -195,7 +201,8 @@ class Follower:
         self._connected = False
         try:
             for message in self._opened():
-                self._take(message)
+                with self._working:
+                    self._take(message)
         except (ReplicaBehind, AskAgain) as behind:
             asked_before, self._after = self._after is None, None
             if not self._copy.complete:
@@ -212,7 +219,8 @@ class Follower:
         return ServiceUnavailable("it ended the stream", target=self._client.target)
 
     def _opened(self) -> ReplicaStream:
-        self._copy.cut()
+        with self._working:
+            self._copy.cut()
         stream = self._client.replicate(
             self._copy.layers_to_ask_for,
             self._copy.wire_dtype,

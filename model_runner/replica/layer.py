@@ -4,8 +4,9 @@ An entry has a row. What is written goes into free rows, which no lookup finds, 
 hold the layer's lock (`with layer.lock:`); a commit waits until none is inside, flips a few norms and lets them in
 again. Staging, committing and taking hits are for one thread at a time; lookups come from any.
 
-On CUDA all of it happens in the order of one stream: a follower and a model that use the default stream do. The tensors
-stay where they are until the capacity grows, so a CUDA graph that reads them may be replayed across commits.
+On CUDA the follower's thread and the model may use other streams: a commit, and taking counts, wait for the device
+before and after. The tensors stay where they are until the capacity grows, so a CUDA graph that reads them may be
+replayed across commits.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -35,15 +37,30 @@ INFINITY = float("inf")
 _DELETED = -1  # in the place of a row
 
 
+def nothing() -> None:
+    """Of a device that does what it is asked for at once."""
+
+
+def drain_of(device: torch.device) -> Callable[[], None]:
+    """Waits until the device has done all that it was asked for, on any stream."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else nothing
+
+
 class LookupLock:
     """Many lookups, or one commit: `with lock:` is a lookup, `with lock.committing():` a commit.
 
     A commit that waits holds new lookups back: it waits for those inside only. A thread that is inside may enter again,
     so that several lookups are answered from one version. Layers of one replica may share it, so that a change of
     several takes effect at once.
+
+    Args:
+        drain: waits for the device: what lookups inside have asked of it is done before a commit, and a commit is done
+            before lookups are let in again, whichever streams they use.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drain: Callable[[], None] = nothing) -> None:
+        self.drain = drain
         self._changed = threading.Condition(threading.Lock())
         self._inside: dict[int, int] = {}  # how often, by thread
         self._committing = False
@@ -75,7 +92,9 @@ class LookupLock:
             while self._inside:
                 self._changed.wait()
         try:
+            self.drain()
             yield
+            self.drain()
         finally:
             with self._changed:
                 self._committing = False
@@ -142,7 +161,7 @@ class LayerReplica:
             raise BadInput(f"keys of a replica: got {dtype}, expected one of {KEY_DTYPES}")
         self.dimension, self.value_width, self.dtype = dimension, value_width, dtype
         self.device = torch.device(device)
-        self.lock = lock or LookupLock()
+        self.lock = lock or LookupLock(drain_of(self.device))
         self.first_pass: FirstPass | None = None
         self.rows = self.version = self.growths = 0
         self.row_versions = np.zeros(0, np.int64)
@@ -306,7 +325,7 @@ class LayerReplica:
 
     def take_hits(self) -> tuple[U64, U64]:
         """(ids, hits) of the entries that were hit since it was last called; those of entries that are gone too."""
-        with self._counting:
+        with self._taking_counts():
             counts = self.hits.clone()
             self.hits.zero_()
         counted = counts.cpu().numpy()
@@ -321,7 +340,7 @@ class LayerReplica:
 
     def take_counts(self) -> tuple[int, int, int, float]:
         """(lookups, tokens, tokens that abstained, their lambdas' sum) since it was last called."""
-        with self._counting:
+        with self._taking_counts():
             counts, lookups = self.counts.clone(), self._lookups
             self.counts.zero_()
             self._lookups = 0
@@ -332,13 +351,20 @@ class LayerReplica:
         """Those of rows that are about to be used for others."""
         if not len(flip.rows[1]):
             return
-        with self._counting:
+        with self._taking_counts():
             counts = self.hits[flip.hidden]
             self.hits.index_fill_(0, flip.hidden, 0)
         ids = self._row_ids[flip.rows[1]].tolist()
         for entry, hits in zip(ids, counts.tolist(), strict=True):
             if hits:
                 self._hits_of_gone[entry] += hits
+
+    @contextmanager
+    def _taking_counts(self) -> Iterator[None]:
+        with self._counting:
+            self.lock.drain()
+            yield
+            self.lock.drain()
 
     def _drop_staged(self, entry: int) -> None:
         row = self._staged.pop(entry, _DELETED)

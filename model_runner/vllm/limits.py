@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import vllm
+from vllm.config import CompilationMode
 
 from model_runner.errors import UnsupportedModel
+from model_runner.vllm import op
 
 # Each minor version of vLLM moves what the plug-in stands on.
 TESTED_VLLM = "0.32."
+PIECEWISE = "PIECEWISE"
 
 
 def require_served(vllm_config: Any) -> None:
@@ -50,10 +53,47 @@ def _limits(vllm_config: Any) -> list[tuple[str, bool]]:
         ),
         ("several API servers (--api-server-count)", parallel._api_process_count > 1),
         ("a multimodal model", model.is_multimodal_model),
-        # A replay runs no Python: it would leave the memory out without a word.
+        *_graph_limits(vllm_config),
+    ]
+
+
+def _graph_limits(vllm_config: Any) -> list[tuple[str, bool]]:
+    """A replay runs no Python: a lookup that is captured would be left out without a word."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode.name
+    captured = vllm_config.device_config.device_type != "cpu" and mode != "NONE"
+    return [
         (
-            'CUDA graphs: take --enforce-eager, or --compilation-config \'{"cudagraph_mode": "NONE"}\'',
-            vllm_config.device_config.device_type != "cpu"
-            and vllm_config.compilation_config.cudagraph_mode.name != "NONE",
+            f"CUDA graphs of a whole model (cudagraph_mode {mode}): take --compilation-config "
+            f'\'{{"cudagraph_mode": "{PIECEWISE}"}}\', or --enforce-eager',
+            captured and mode != PIECEWISE,
+        ),
+        (
+            "graphs that Inductor cuts (use_inductor_graph_partition): leave it to vLLM's default, false",
+            captured and bool(compilation.use_inductor_graph_partition),
+        ),
+        (
+            "graphs that are cut while they are captured: set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
+            captured and is_breakable_cudagraph_enabled(),
+        ),
+        (
+            f"piecewise CUDA graphs of a model that vLLM does not compile (mode {compilation.mode.name}): take "
+            "--compilation-config '{\"mode\": 3}', or --enforce-eager",
+            captured and mode == PIECEWISE and compilation.mode != CompilationMode.VLLM_COMPILE,
         ),
     ]
+
+
+def cut_at_lookups(compilation: Any) -> None:
+    """The compiler cuts a model at each lookup, which then runs between two replays, as it does at attention.
+
+    Of vLLM 0.32: compilation/partition_rules.py:14 takes any operation of torch.library by its name,
+    compilation/backends.py:557 cuts in the order of the graph before anything is made functional, so that what is
+    written in place stays so, and :1206 compiles and captures what lies between. The list is filled by
+    config/compilation.py:1155 in the front end, attention's operations first; vLLM adds to it itself while it makes a
+    model (models/bailing_moe_v3.py:761), which is before it compiles one.
+    """
+    if compilation.cudagraph_mode.name == PIECEWISE and op.NAME not in compilation.splitting_ops:
+        compilation.splitting_ops.append(op.NAME)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from model_runner.vllm.config import KEY, configured
 from model_runner.vllm.request import Wanted, settled
 
 _installed = False
+_CAPTURING = ("capture_model", "profile_cudagraph_memory")  # of a model runner
 _OPENAI_APP = "vllm.entrypoints.launchers.app"
 
 
@@ -100,14 +101,17 @@ def _served(init_device: Callable[..., Any], self: Any) -> Any:
     config = configured(self.vllm_config.additional_config)
     if config is None:
         return done
-    from model_runner.vllm.limits import require_served
+    from model_runner.vllm.limits import cut_at_lookups, require_served
     from model_runner.vllm.serving import Serving
 
     require_served(self.vllm_config)
+    cut_at_lookups(self.vllm_config.compilation_config)
     serving, worker = Serving(config), self.worker
     runner = worker.model_runner
     worker.load_model = _loading(worker.load_model, self.vllm_config, serving)
     runner._model_forward = _in_forward_pass(runner._model_forward, runner, serving)
+    for name in _CAPTURING:
+        setattr(runner, name, _while_paused(getattr(runner, name), serving))
     worker.shutdown = _closing(worker.shutdown, serving)
     worker.knn_moe_salt = serving.salt
     worker.knn_moe_status = serving.status
@@ -157,6 +161,18 @@ def _in_forward_pass(forward: Callable[..., Any], runner: Any, serving: Any) -> 
             return forward(*args, **kwargs)
 
     return run
+
+
+def _while_paused(capture: Callable[..., Any], serving: Any) -> Callable[..., Any]:
+    """While CUDA graphs are captured no other thread may ask anything of the device."""
+
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as paused:
+            for memory in serving.memories.values():
+                paused.enter_context(memory.opened.paused())
+            return capture(*args, **kwargs)
+
+    return captured
 
 
 def _closing(shutdown: Callable[[], Any], serving: Any) -> Callable[[], Any]:

@@ -44,8 +44,8 @@ class Serving:
         self.device = torch.device("cpu")
         self._stack = ExitStack()
         self._agreement: Agreement | None = None
-        self._called: set[int] = set()
-        self._checked = False
+        self._called: set[int] = set()  # in the forward pass that runs
+        self._missed: set[int] = set()  # in any
         self._uses: dict[str, RequestUse] = {}
         self._reports: OrderedDict[str, list[RequestUse]] = OrderedDict()
 
@@ -108,9 +108,7 @@ class Serving:
 
     def status(self) -> dict[str, Any]:
         """What is hooked, and each memory."""
-        missed = [
-            site.name for site in self.sites if self._checked and site.layer not in self._called
-        ]
+        missed = [site.name for site in self.sites if site.layer in self._missed]
         return {
             "layers": len(self.sites),
             "hooked": len(self.sites) - len(missed),
@@ -160,12 +158,15 @@ class Serving:
             self._uses = {id_: use for id_, use in self._uses.items() if id_ in requests}
 
     def _check_called(self) -> None:
-        """A kernel that goes around a layer's runner is said, and shown by health checks."""
-        if not self._checked:
-            self._checked = True
-            missed = self.status()["missed"]
-            if missed:
-                log.error("knn_moe: layers ran without their hook: %s", ", ".join(missed))
+        """A kernel, or a CUDA graph, that goes around a layer's hook is said, and shown by health checks."""
+        if len(self._called) < len(self.sites):
+            missed = {site.layer for site in self.sites} - self._called
+            if not missed <= self._missed:
+                self._missed |= missed
+                log.error(
+                    "knn_moe: layers ran without their hook: %s", ", ".join(self.status()["missed"])
+                )
+        self._called.clear()
 
 
 class _Forward:

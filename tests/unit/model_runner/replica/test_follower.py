@@ -233,6 +233,17 @@ def test_a_change_takes_effect_when_it_is_whole(following: Following) -> None:
     assert layer.examples[row] == number(ExampleRef("s", "odd")) != number(ExampleRef("s", "no"))
 
 
+def test_a_follower_that_is_paused_changes_nothing(following: Following) -> None:
+    stream = following.whole()
+    with following.follower.paused():
+        stream.say(deleted(0, [1]), synced(8))
+        while stream._said.qsize() > 1:
+            pass  # the thread has taken the first one
+        assert following.found(0) == {1, 2, 3}
+    following.at(8)
+    assert following.found(0) == {2, 3}
+
+
 def test_settings_take_effect_with_the_rest(following: Following) -> None:
     stream = following.whole()
     stream.say(pb.ReplicateResponse(settings=described(neighbours=5).settings), deleted(0, [1]))

@@ -162,6 +162,26 @@ def test_what_does_not_fit_is_named() -> None:
     assert len(layer) == 0
 
 
+def test_the_device_is_waited_for_before_and_after_what_changes() -> None:
+    """Whichever streams lookups and commits use, as on a GPU."""
+    seen = list[tuple[float, int]]()
+    layer = LayerReplica(D, W, lock=LookupLock(lambda: seen.append(state())))
+
+    def state() -> tuple[float, int]:
+        return float(layer.squared_norms[:1].sum()), int(layer.hits[:1].sum())
+
+    layer.reserve(1)
+    stage(layer, u64(7))
+    seen.clear()
+    layer.commit()
+    norm = float(layer.squared_norms[0])
+    assert seen == [(INFINITY, 0), (norm, 0)]
+    seen.clear()
+    layer.count(torch.tensor([0]), torch.tensor([True]), torch.zeros(4, dtype=torch.float64))
+    layer.take_hits()
+    assert seen == [(norm, 1), (norm, 0)]
+
+
 def test_a_commit_waits_for_lookups_and_they_for_it() -> None:
     lock, events = LookupLock(), list[str]()
     inside, waiting = threading.Event(), threading.Event()
