@@ -11,6 +11,7 @@ import typer
 
 from model_runner.cli import app as runner
 from router_service.cli import admin, serve
+from router_service.cli.options import whole
 
 APPS = {"router-service": serve.app, "router-admin": admin.app, "model-runner": runner.app}
 PAGE = Path(__file__).with_name("cli.md")
@@ -43,7 +44,7 @@ def options_of(command: Any) -> list[Any]:
 def _walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
     yield name, command
     for child in getattr(command, "commands", {}).values():
-        yield from _walk(f"{name} {child.name}", child)
+        yield from _walk(f"{name} {child.name}", whole(child))
 
 
 def _section(name: str, command: Any) -> Iterator[str]:

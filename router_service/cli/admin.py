@@ -2,38 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
-from knnmoe.client import AdminClient, ServiceError
 
-from router_service import __version__
-from router_service.cli import (
-    entry_commands,
-    job_commands,
-    memory_commands,
-    migrate_command,
-    operation_commands,
-    retention_commands,
-    service_commands,
-    snapshot_commands,
-)
 from router_service.cli.errors import AdminError, admin_error
-from router_service.cli.options import ExampleCommand, ExampleGroup
-from router_service.cli.output import Output, Session
+from router_service.cli.options import Later, LazyGroup, print_version
 
 
-class AdminGroup(ExampleGroup):
+class AdminGroup(LazyGroup):
     """Ends with one line on stderr and the error's exit code."""
+
+    places: ClassVar = {
+        "upsert": Later("entry_commands:upsert", "Write entries into a memory."),
+        "sources": Later(
+            "retention_commands:sources",
+            "List where a memory's entries came from: entries, examples, when they were written, and hits.",
+        ),
+        "delete": Later(
+            "retention_commands:delete",
+            "Delete entries of a memory: some ids, or all of a source or of one of its examples.",
+        ),
+        "count": Later("entry_commands:count", "Count a memory's entries, exactly."),
+        "export": Later(
+            "entry_commands:export",
+            "Copy a memory's entries to a file, in a format that `import` and `upsert` read.",
+        ),
+        "merge": Later(
+            "entry_commands:merge",
+            "Add the entries of one memory to another of the same model, kind and similarity.",
+        ),
+        "migrate": Later(
+            "migrate_command:migrate",
+            "Move memories between a service, Qdrant servers and data directories; the source stays as it is.",
+        ),
+        "calibrate": Later(
+            "job_commands:calibrate",
+            "Set the RBF bandwidth gamma of each layer from the distances to its nearest keys.",
+        ),
+        "optimize": Later("job_commands:optimize", "Build the search index of a memory's layers."),
+        "prune": Later(
+            "retention_commands:prune",
+            "Delete the entries of a memory that any of the given policies drops.",
+        ),
+        "quantize": Later(
+            "job_commands:quantize_app",
+            "Compress the search keys of a memory, or measure what each method costs.",
+        ),
+        "stats": Later(
+            "service_commands:stats",
+            "Show what the service holds and what it has done since it started.",
+        ),
+        "health": Later("service_commands:health", "Ask the service whether it serves."),
+        "import": Later(
+            "entry_commands:import_memory",
+            "Make a memory from an exported file, or add the file to one.",
+        ),
+        "doctor": Later(
+            "service_commands:doctor",
+            "Look for what is wrong with the service, or with a data directory that no service has open.",
+        ),
+        "memory": Later("memory_commands:app", "Make, look at, change and remove memories."),
+        "snapshot": Later(
+            "snapshot_commands:app", "Whole copies of memories: make, check, restore and move them."
+        ),
+        "operations": Later(
+            "operation_commands:app",
+            "Look at and cancel long operations: optimize, prune, snapshots.",
+        ),
+    }
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except (AdminError, ServiceError) as error:
-            shown = admin_error(error) if isinstance(error, ServiceError) else error
+        except (typer.Exit, typer.Abort):
+            raise
+        except (AdminError, _service_error()) as error:
+            shown = error if isinstance(error, AdminError) else admin_error(error)
             typer.echo(f"router-admin: {shown}", err=True)
             raise typer.Exit(int(shown.exit_code)) from error
+
+
+def _service_error() -> Any:
+    """Imported when there is an error: --help does not wait for gRPC."""
+    from knnmoe.client import ServiceError
+
+    return ServiceError
 
 
 app = typer.Typer(
@@ -43,33 +98,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.add_typer(memory_commands.app, name="memory")
-app.add_typer(snapshot_commands.app, name="snapshot")
-app.add_typer(operation_commands.app, name="operations")
-for _command in (
-    entry_commands.upsert,
-    retention_commands.sources,
-    retention_commands.delete,
-    entry_commands.count,
-    entry_commands.export,
-    entry_commands.merge,
-    migrate_command.migrate,
-    job_commands.calibrate,
-    job_commands.optimize,
-    retention_commands.prune,
-    job_commands.quantize,
-    service_commands.stats,
-    service_commands.health,
-):
-    app.command(cls=ExampleCommand)(_command)
-app.command("import", cls=ExampleCommand)(entry_commands.import_memory)
-app.command(cls=ExampleCommand)(service_commands.doctor)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.callback()
@@ -103,7 +131,7 @@ def root(
         bool,
         typer.Option(
             "--version",
-            callback=_print_version,
+            callback=print_version,
             is_eager=True,
             help="Print the version and stop, e.g. router-admin --version.",
         ),
@@ -111,7 +139,8 @@ def root(
 ) -> None:
     """Make, fill, look at and remove the routing memories of a kNN-MoE service.
 
-    Options named here come before the command. Results go to stdout; progress, remarks and errors to stderr.
+    Options named here come before the command; --json may come after it too. Results go to stdout; progress,
+    remarks and errors to stderr.
 
     Example:
       router-admin --target 127.0.0.1:50051 memory list
@@ -126,6 +155,10 @@ def root(
       130  Ctrl-C; a long operation was cancelled and left a sound state
 
     """
+    from knnmoe.client import AdminClient
+
+    from router_service.cli.output import Output, Session
+
     client = AdminClient(target, timeout_s)
     context.call_on_close(client.close)
     context.obj = Session(client, Output(as_json=as_json))

@@ -19,8 +19,9 @@ from knnmoe.v1 import types_pb2 as types_pb
 from pydantic import ValidationError
 
 from router_service.cli.errors import AdminError, BadInput, Unreachable, admin_error
-from router_service.cli.options import MemoryName, OnlyLayers, environment_problem
+from router_service.cli.options import MemoryName, OnlyLayers
 from router_service.cli.output import Session, parse_plain, plain, session_of
+from router_service.cli.setting_options import environment_problem
 from router_service.errors import BackendUnavailable, InvalidRequest, RoutingServiceError, shorten
 from router_service.memories.memory import MemoryRecord
 from router_service.rpc import codec

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-import grpc
-from knnmoe.client import ServiceError
+if TYPE_CHECKING:  # --help does not wait for gRPC
+    from knnmoe.client import ServiceError
 
 
 class ExitCode(IntEnum):
@@ -44,6 +45,8 @@ class Interrupted(AdminError):
 
 def admin_error(error: ServiceError) -> AdminError:
     """What a failed call means to the user of `router-admin`."""
+    import grpc
+
     if error.reason:
         return AdminError(error.message)
     if error.code is grpc.StatusCode.UNAVAILABLE:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,7 +19,7 @@ from knnmoe.v1 import quantization_pb2 as quantization_pb
 from router_service.backends.base import Compression, Projection, Quantization
 from router_service.cli.errors import BadInput
 from router_service.cli.operation_commands import followed
-from router_service.cli.options import MemoryName, OnlyLayers
+from router_service.cli.options import AdminTyper, ExampleCommand, MemoryName, OnlyLayers
 from router_service.cli.output import Session, plain, session_of
 from router_service.transfer.entry_fields import FileError
 from router_service.transfer.safetensors import TensorFile
@@ -182,6 +183,24 @@ def _not_reached(memory: str, recall: float, layers: Sequence[int]) -> str:
     )
 
 
+class QuantizeCommand(ExampleCommand):
+    """--json may go without its FILE."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts - where FILE could be."""
+        given = [*args, "--"]  # what follows the last one is an option, or nothing
+        whole = [
+            word
+            for one, following in pairwise(given)
+            for word in ([one, "-"] if one == "--json" and following[:2] == "--" else [one])
+        ]
+        return super().parse_args(ctx, whole)
+
+
+quantize_app = AdminTyper()
+
+
+@quantize_app.command("quantize", cls=QuantizeCommand)
 def quantize(
     context: typer.Context,
     name: MemoryName,
@@ -254,8 +273,9 @@ def quantize(
         Path | None,
         typer.Option(
             "--json",
-            metavar="FILE",
-            help="With --measure: also write the results there, e.g. --json trade-off.json.",
+            metavar="[FILE]",
+            help="Without FILE, or with -: as for every command. With FILE and --measure: also write the results "
+            "there, e.g. --json trade-off.json.",
         ),
     ] = None,
     plot: Annotated[
@@ -279,6 +299,8 @@ def quantize(
 
     """
     session = session_of(context)
+    if json_file == Path("-"):
+        session.output.as_json, json_file = True, None
     if measure == (method is not None or search_dimension is not None):
         raise BadInput(
             "give either --measure, or --method (and --search-dimension) to change the memory"

@@ -19,11 +19,11 @@ from rich.console import Console
 
 from router_service.blending import Support
 from router_service.cli.errors import BadInput
-from router_service.cli.options import ExampleCommand, MemoryName, Yes, command_group
+from router_service.cli.options import AdminTyper, MemoryName, Yes
 from router_service.cli.output import Session, confirm, plain, session_of, table, utc
 from router_service.memories.settings import Kind, Similarity
 
-app = command_group("Make, look at, change and remove memories.")
+app = AdminTyper("Make, look at, change and remove memories.")
 
 
 class Preset(StrEnum):
@@ -88,7 +88,7 @@ Oversampling = Annotated[
 ]
 
 
-@app.command("list", cls=ExampleCommand)
+@app.command("list")
 def list_memories(context: typer.Context) -> None:
     """List the memories that the service holds.
 
@@ -112,7 +112,7 @@ def list_memories(context: typer.Context) -> None:
     session.output.table(plain(reply), columns, [_summary(memory) for memory in reply.memories])
 
 
-@app.command("show", cls=ExampleCommand)
+@app.command("show")
 def show(context: typer.Context, name: MemoryName) -> None:
     """Show a memory: the model it was made for, its settings, and the entries of each layer.
 
@@ -125,7 +125,7 @@ def show(context: typer.Context, name: MemoryName) -> None:
     _emit(session, session.client.describe(name))
 
 
-@app.command("create", cls=ExampleCommand)
+@app.command("create")
 def create(
     context: typer.Context,
     name: Annotated[
@@ -204,7 +204,7 @@ def create(
     _emit(session, session.client.unary(session.client.admin.CreateMemory, request).memory)
 
 
-@app.command("set", cls=ExampleCommand)
+@app.command("set")
 def set_settings(
     context: typer.Context,
     name: MemoryName,
@@ -237,7 +237,7 @@ def set_settings(
     )
 
 
-@app.command("delete", cls=ExampleCommand)
+@app.command("delete")
 def delete(context: typer.Context, name: MemoryName, yes: Yes = False) -> None:
     """Delete a memory and all its entries. Asks first.
 
@@ -255,7 +255,7 @@ def delete(context: typer.Context, name: MemoryName, yes: Yes = False) -> None:
     session.output.line(document, f"deleted {name} ({entries} entries)")
 
 
-@app.command("replace", cls=ExampleCommand)
+@app.command("replace")
 def replace(
     context: typer.Context,
     name: MemoryName,

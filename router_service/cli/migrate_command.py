@@ -23,7 +23,7 @@ from router_service.backends.qdrant_server.options import (
     urls_of,
     without_key,
 )
-from router_service.cli import options
+from router_service.cli import setting_options as options
 from router_service.cli.entry_commands import copy_errors, require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted, admin_error
 from router_service.cli.operation_commands import first_interrupt

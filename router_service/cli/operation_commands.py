@@ -16,7 +16,7 @@ from knnmoe.client import ServiceError
 from knnmoe.v1 import operations_pb2 as pb
 
 from router_service.cli.errors import Interrupted, admin_error
-from router_service.cli.options import ExampleCommand, command_group
+from router_service.cli.options import AdminTyper
 from router_service.cli.output import Session, plain, session_of, utc
 
 
@@ -75,7 +75,7 @@ def first_interrupt(second: Any) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-app = command_group("Look at and cancel long operations: optimize, prune, snapshots.")
+app = AdminTyper("Look at and cancel long operations: optimize, prune, snapshots.")
 
 OperationId = Annotated[
     str,
@@ -83,7 +83,7 @@ OperationId = Annotated[
 ]
 
 
-@app.command("list", cls=ExampleCommand)
+@app.command("list")
 def list_operations(
     context: typer.Context,
     name: Annotated[
@@ -110,7 +110,7 @@ def list_operations(
     session.output.table(plain(reply), columns, rows)
 
 
-@app.command("show", cls=ExampleCommand)
+@app.command("show")
 def show(context: typer.Context, operation_id: OperationId) -> None:
     """Show one operation: how far it is, or how it ended.
 
@@ -125,7 +125,7 @@ def show(context: typer.Context, operation_id: OperationId) -> None:
     session.output.table(document, ("operation", ""), list(document.items()))
 
 
-@app.command("cancel", cls=ExampleCommand)
+@app.command("cancel")
 def cancel(context: typer.Context, operation_id: OperationId) -> None:
     """Ask an operation to end. It does within moments, and leaves a sound state.
 

@@ -1,20 +1,18 @@
-"""What modules of commands share: help with examples, the most common options, and those of a Qdrant server."""
+"""What modules of commands share: groups that import a command when it is used, help with examples, common options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings
 from typer.core import TyperCommand, TyperGroup
 
-from router_service.backends.qdrant_server.options import WriteOrdering
-from router_service.cli.errors import BadInput
-from router_service.settings import QdrantSettings
+from router_service import __version__
 
 
 class _Examples:
@@ -34,9 +32,117 @@ class ExampleGroup(_Examples, TyperGroup):
     """A group whose docstring shows examples."""
 
 
-def command_group(help_text: str) -> typer.Typer:
-    """A group of commands such as `router-admin memory`."""
-    return typer.Typer(help=help_text, no_args_is_help=True, rich_markup_mode=None)
+JsonFlag = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout and nothing else, e.g. --json."),
+]
+
+
+class AdminTyper(typer.Typer):
+    """Commands of `router-admin`: each takes --json too, as the root does, unless it has a --json of its own."""
+
+    def __init__(self, help_text: str | None = None) -> None:
+        super().__init__(
+            help=help_text,
+            no_args_is_help=help_text is not None,
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,
+        )
+
+    def command(self, name: str | None = None, **attributes: Any) -> Callable[[Any], Any]:
+        """Registers a function that has a `context`."""
+        register = super().command(name, **{"cls": ExampleCommand} | attributes)
+
+        def registered(function: Callable[..., None]) -> Callable[..., None]:
+            register(_with_json(function))
+            return function
+
+        return registered
+
+
+def _with_json(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with a parameter more, which sets `as_json` of the session's output."""
+    hints = get_type_hints(function, include_extras=True)
+    declared = [each for hint in hints.values() for each in getattr(hint, "__metadata__", ())]
+    if any("--json" in _names_of(each) for each in declared):
+        return function
+
+    @wraps(function)
+    def run(*, as_json: bool, **given: Any) -> None:
+        if as_json:
+            given["context"].find_root().obj.output.as_json = True
+        function(**given)
+
+    signature, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+    parameters = [one.replace(annotation=hints[n]) for n, one in signature.parameters.items()]
+    more = inspect.Parameter("as_json", kind, default=False, annotation=JsonFlag)
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters, more]
+    )
+    run.__annotations__ = hints | {"as_json": JsonFlag}
+    return run
+
+
+def _names_of(declared: Any) -> tuple[Any, ...]:
+    """Of an option; typer has the first one as the default until it reads the annotation."""
+    return getattr(declared, "default", None), *(getattr(declared, "param_decls", None) or ())
+
+
+@dataclass(frozen=True)
+class Later:
+    """Where a command is, MODULE:NAME in this package: a function of `router-admin`, or a Typer."""
+
+    place: str
+    summary: str  # the first sentence of its help
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a command in the help of its group and in completion: importing all of them takes most of a second."""
+
+    def __init__(self, name: str, later: Later) -> None:
+        super().__init__(name, help=later.summary)
+        self._place = later.place
+
+    @cached_property
+    def itself(self) -> Any:
+        """The command, imported."""
+        module, name = self._place.split(":")
+        found = getattr(import_module(f"{__package__}.{module}"), name)
+        if not isinstance(found, typer.Typer):
+            function, found = found, AdminTyper()
+            found.command(self.name)(function)
+        command = typer.main.get_command(found)
+        command.name = self.name
+        return command
+
+
+class LazyGroup(ExampleGroup):
+    """A group whose commands are in `places`, by name."""
+
+    places: ClassVar[Mapping[str, Later]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name, later in self.places.items():
+            self.add_command(LazyCommand(name, later))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command itself, to be run or completed."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, whole(command), rest
+
+
+def whole(command: Any) -> Any:
+    """The command that a LazyCommand stands for; of others themselves."""
+    return command.itself if isinstance(command, LazyCommand) else command
+
+
+def print_version(wanted: bool) -> None:
+    """Of --version: prints it and stops."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 MemoryName = Annotated[
@@ -51,68 +157,3 @@ OnlyLayers = Annotated[
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed in scripts, e.g. --yes.")]
-
-
-def setting_help(settings: type[BaseSettings], name: str, prefix: str = "") -> str:
-    """A setting's description, with its environment variable and its default."""
-    field = settings.model_fields[name]
-    default = "required" if field.is_required() else f"default: {field.get_default()}"
-    return f"{field.description} [env var: ROUTER_SERVICE_{prefix}{name.upper()}; {default}]"
-
-
-def environment_problem(invalid: ValidationError) -> BadInput:
-    """The first setting of the environment that cannot be used."""
-    problem = invalid.errors()[0]
-    name = "_".join(str(part) for part in problem["loc"]).upper()
-    return BadInput(f"environment: ROUTER_SERVICE_{name}: {problem['msg']}")
-
-
-_PREFIX = "qdrant_"
-_help = partial(setting_help, QdrantSettings, prefix="QDRANT_")
-
-ApiKeyFile = Annotated[
-    Path | None, typer.Option("--qdrant-api-key-file", help=_help("api_key_file"))
-]
-CaFile = Annotated[Path | None, typer.Option("--qdrant-ca-file", help=_help("ca_file"))]
-Prefix = Annotated[str | None, typer.Option("--qdrant-prefix", help=_help("prefix"))]
-ShardNumber = Annotated[
-    int | None, typer.Option("--qdrant-shard-number", help=_help("shard_number"))
-]
-ReplicationFactor = Annotated[
-    int | None, typer.Option("--qdrant-replication-factor", help=_help("replication_factor"))
-]
-WriteConsistencyFactor = Annotated[
-    int | None,
-    typer.Option("--qdrant-write-consistency-factor", help=_help("write_consistency_factor")),
-]
-OnDisk = Annotated[
-    bool | None, typer.Option("--qdrant-on-disk/--no-qdrant-on-disk", help=_help("on_disk"))
-]
-Ordering = Annotated[
-    WriteOrdering | None, typer.Option("--qdrant-write-ordering", help=_help("write_ordering"))
-]
-Wait = Annotated[bool | None, typer.Option("--qdrant-wait/--no-qdrant-wait", help=_help("wait"))]
-Timeout = Annotated[float | None, typer.Option("--qdrant-timeout-s", help=_help("timeout_s"))]
-Connections = Annotated[int | None, typer.Option("--qdrant-connections", help=_help("connections"))]
-
-
-def qdrant_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a command's parameters those named qdrant_... that were given, without that prefix."""
-    return {
-        name.removeprefix(_PREFIX): value
-        for name, value in parameters.items()
-        if name.startswith(_PREFIX) and value is not None
-    }
-
-
-def qdrant_settings(parameters: Mapping[str, Any]) -> QdrantSettings:
-    """Of a command's parameters those named qdrant_...; what is None comes from the environment. Raises BadInput.
-
-    A write is acknowledged when it can be read, whatever the environment says: what was written is read again.
-    """
-    try:
-        return QdrantSettings(**qdrant_fields(parameters) | {"wait": True})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        flag = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-        raise BadInput(f"--qdrant-{flag}: {problem['msg']}") from error

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from router_service import __version__
 from router_service.cli.errors import BadInput, ExitCode, Unreachable, admin_error
-from router_service.cli.options import environment_problem
 from router_service.cli.output import plain, session_of, table
+from router_service.cli.setting_options import environment_problem
 from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
 from router_service.settings import ServiceSettings
 

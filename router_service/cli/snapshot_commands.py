@@ -9,10 +9,10 @@ from knnmoe.v1 import snapshots_pb2 as pb
 
 from router_service.cli.errors import AdminError, BadInput
 from router_service.cli.operation_commands import followed
-from router_service.cli.options import ExampleCommand, MemoryName, Yes, command_group
+from router_service.cli.options import AdminTyper, MemoryName, Yes
 from router_service.cli.output import Session, confirm, plain, session_of, utc
 
-app = command_group("Whole copies of memories: make, check, restore and move them.")
+app = AdminTyper("Whole copies of memories: make, check, restore and move them.")
 
 SnapshotName = Annotated[
     str,
@@ -33,7 +33,7 @@ SnapshotOrPath = Annotated[
 ]
 
 
-@app.command("create", cls=ExampleCommand)
+@app.command("create")
 def create(
     context: typer.Context,
     name: MemoryName,
@@ -60,7 +60,7 @@ def create(
     _emit(session, "made", _result(session, session.client.snapshots.CreateSnapshot, request))
 
 
-@app.command("list", cls=ExampleCommand)
+@app.command("list")
 def list_snapshots(
     context: typer.Context,
     name: Annotated[
@@ -94,7 +94,7 @@ def list_snapshots(
     session.output.table(plain(reply), columns, rows)
 
 
-@app.command("verify", cls=ExampleCommand)
+@app.command("verify")
 def verify(context: typer.Context, name: MemoryName, snapshot: SnapshotOrPath) -> None:
     """Read all of a snapshot and compare it with its manifest.
 
@@ -108,7 +108,7 @@ def verify(context: typer.Context, name: MemoryName, snapshot: SnapshotOrPath) -
     _emit(session, "whole:", _result(session, session.client.snapshots.VerifySnapshot, request))
 
 
-@app.command("restore", cls=ExampleCommand)
+@app.command("restore")
 def restore(
     context: typer.Context,
     name: MemoryName,
@@ -160,7 +160,7 @@ def restore(
     session.output.line(plain(memory), line)
 
 
-@app.command("pack", cls=ExampleCommand)
+@app.command("pack")
 def pack(
     context: typer.Context,
     name: MemoryName,
@@ -188,7 +188,7 @@ def pack(
     session.output.line(plain(reply.snapshot) | {"archive": reply.archive}, line)
 
 
-@app.command("delete", cls=ExampleCommand)
+@app.command("delete")
 def delete(
     context: typer.Context, name: MemoryName, snapshot: SnapshotName, yes: Yes = False
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from router_service.cli.admin import app
+from router_service.cli.options import whole
 
 FLAGS = (
     "--architecture tiny_moe --num-layers 3 --hidden-size 16 --num-experts 8 --top-k 2 --router-hash "
@@ -80,7 +81,8 @@ def command_names() -> set[str]:
 
 
 def _names(prefix: str, command: Any) -> Iterator[str]:
-    for name, child in command.commands.items():
+    for name, each in command.commands.items():
+        child = whole(each)
         if hasattr(child, "commands"):
             yield from _names(f"{prefix}{name} ", child)
         else:

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import typer
 from knnmoe import tensors
 from typer.testing import CliRunner
 
 from router_service.cli.admin import app
+from router_service.cli.options import whole
+from tests.integration.admin_uses import command_names
 from tests.sidecar import LOGIT_DELTA, Sidecar, exported, random_entries
 
 Admin = Callable[..., Any]
@@ -266,3 +269,31 @@ def test_operations(admin: Admin, memory: str) -> None:
 )
 def test_a_missing_memory(admin: Admin, command: list[str]) -> None:
     assert f"memory '{command[1]}' not found" in admin(*command, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["memory show {}", "count {}", "sources {}", "prune {} --gain-below 0 --dry-run", "health"],
+)
+def test_json_before_or_after_the_command(admin: Admin, memory: str, words: str) -> None:
+    command = words.format(memory).split()
+    before, after = _document(admin("--json", *command)), _document(admin(*command, "--json"))
+    for document in (before, after):
+        for layer in document.get("layers", []):
+            layer.pop("elapsed_s", None)
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    "words", ["--json --method none", "--method none --json", "--method none --json -"]
+)
+def test_json_after_quantize_whose_own_takes_a_file(admin: Admin, memory: str, words: str) -> None:
+    assert _document(admin("quantize", memory, *words.split()))["memory"] == memory
+
+
+def test_every_command_takes_json() -> None:
+    for name in command_names():
+        command: Any = typer.main.get_command(app)
+        for word in name.split():
+            command = whole(command.commands[word])
+        assert any("--json" in one.opts for one in command.params), name
