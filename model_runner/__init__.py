@@ -1,8 +1,9 @@
 """The model runner: hooks a Mixture-of-Experts model's routers up with a routing memory.
 
-    from model_runner import RetrievalPolicy, RouterHooks, load_model, open_retriever
+    from model_runner import RoutingMemory, load_model
 
-The names below are the public ones. They are imported when they are first used: importing this package needs no torch.
+`RoutingMemory` is all that most programs need; the other names are what it is made of. They are the public ones, and
+imported when they are first used: importing this package needs no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from model_runner.errors import RunnerError
     from model_runner.fingerprint import model_fingerprint
+    from model_runner.memory import LayerReport, MemoryReport, RoutingMemory
+    from model_runner.memory_builder.learner import ExampleReport
     from model_runner.models import LoadedModel, load_model
     from model_runner.retrieval import OpenMemory, Retrieval, open_retriever
     from model_runner.router_client import OnError, RouterClient
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ExampleReport",
     "FellBack",
+    "LayerReport",
     "LoadedModel",
     "Lookups",
+    "MemoryReport",
     "OnError",
     "OpenMemory",
     "Retrieval",
@@ -37,6 +43,7 @@ __all__ = [
     "Retriever",
     "RouterClient",
     "RouterHooks",
+    "RoutingMemory",
     "RunnerError",
     "load_model",
     "model_fingerprint",
@@ -44,9 +51,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExampleReport": "memory_builder.learner",
     "FellBack": "routing_policy",
+    "LayerReport": "memory",
     "LoadedModel": "models",
     "Lookups": "routing_policy",
+    "MemoryReport": "memory",
     "OnError": "router_client",
     "OpenMemory": "retrieval",
     "Retrieval": "retrieval",
@@ -55,6 +65,7 @@ _HOMES = {
     "Retriever": "routing_policy",
     "RouterClient": "router_client",
     "RouterHooks": "router_hooks",
+    "RoutingMemory": "memory",
     "RunnerError": "errors",
     "load_model": "models",
     "model_fingerprint": "fingerprint",

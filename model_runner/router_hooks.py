@@ -37,6 +37,7 @@ from model_runner.architectures.families import (
 )
 from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
 from model_runner.logit_tap import LogitTap, wrapped_forward
+from model_runner.replica.layer import LookupLock
 
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()
@@ -128,9 +129,43 @@ class RouterHooks:
         self._policy = policy
         self._counting = threading.Lock()
         self._here = _ThreadState(len(self.sites))
+        self._passes = LookupLock()
         self._undo: ExitStack | None = None
+        self._attached = ExitStack()
 
     def __enter__(self) -> RouterHooks:
+        with ExitStack() as undo:
+            here = _ThreadState(len(self.sites))
+            widths = self._attach(here)
+            undo.callback(self._detach)
+            self.hits[:] = [0] * len(self.sites)
+            self._here = here
+            # Last, so that it is left first: a pass that goes on meanwhile must not look complete.
+            traced = None not in widths
+            undo.enter_context(watched_batches(self._model, here, self._passes, traced=traced))
+            self._undo = undo.pop_all()
+        return self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it this thread has the plain model to itself, e.g. to learn from.
+
+        Waits for the forward passes of other threads; those that begin meanwhile wait for its end. Neither is known of
+        one in compiled code. Raises HooksInUse when the context was not entered.
+        """
+        if self._undo is None:
+            raise HooksInUse("these RouterHooks were not entered, and cannot be paused")
+        with self._passes.committing():
+            self._detach()
+            self._here.pausing = True
+            try:
+                yield
+            finally:
+                self._here.pausing = False
+                self._attach(self._here)
+
+    def _attach(self, here: _ThreadState) -> list[int | None]:
+        """Hooks the routers until `_detach`; returns the width of each one's replies, as far as known."""
         routers = [site.router for site in self.sites]
         to_tap = [site for site in self.sites if not site.family.returns_raw_logits]
         with ExitStack() as undo:
@@ -138,12 +173,10 @@ class RouterHooks:
                 if any(router in _hooked_routers for router in routers):
                     raise HooksInUse(
                         f"{type(self._model).__name__} is already hooked; leave the other "
-                        "RouterHooks first"
+                        "RouterHooks, or RoutingMemory, first"
                     )
                 _hooked_routers.update(routers)
                 undo.callback(_unhook, routers)
-            self.hits[:] = [0] * len(self.sites)
-            self._here = here = _ThreadState(len(self.sites))
             keep_logits = uncompiled(here.keep_logits)
             undo.enter_context(LogitTap(self._model, keep_logits, to_tap))
             widths = [self._width(site) for site in self.sites]
@@ -155,10 +188,11 @@ class RouterHooks:
                     on_output = _one_operation(on_output, site.family, key, width)
                 for handle in site.family.attach(site, on_output):
                     undo.callback(handle.remove)
-            # Last, so that it is left first: a pass that goes on meanwhile must not look complete.
-            undo.enter_context(watched_batches(self._model, here, traced=None not in widths))
-            self._undo = undo.pop_all()
-        return self
+            self._attached = undo.pop_all()
+        return widths
+
+    def _detach(self) -> None:
+        self._attached.close()
 
     def __exit__(self, *_: object) -> None:
         undo, self._undo = self._undo, None
@@ -273,6 +307,7 @@ class _ThreadState(threading.local):
         raw_logits: by layer, from the router's forward until the policy is asked.
         hits: calls of each layer's router by this thread since its last check.
         checked_hits: those of all threads at its last check.
+        pausing: this thread has paused the hooks.
 
     """
 
@@ -282,6 +317,7 @@ class _ThreadState(threading.local):
         self.raw_logits: dict[int, Tensor] = {}
         self.hits = [0] * layers
         self.checked_hits = [0] * layers
+        self.pausing = False
 
     def keep_logits(self, site: RouterSite, logits: Tensor) -> Tensor:
         """A LogitFunction that changes nothing."""
@@ -291,12 +327,12 @@ class _ThreadState(threading.local):
 
 @contextmanager
 def watched_batches(
-    model: nn.Module, here: _ThreadState, *, traced: bool = False
+    model: nn.Module, here: _ThreadState, passes: LookupLock, *, traced: bool = False
 ) -> Iterator[None]:
     """Within it, `here` has shape and padding of the thread's forward pass through the decoder of `model`.
 
-    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both.
-    traced: compiled code does not note them, and is one graph.
+    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both. passes: each is inside
+    of it, but those of a thread that has paused the hooks. traced: compiled code does not note them, and is one graph.
     """
     inside = True
 
@@ -305,13 +341,16 @@ def watched_batches(
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if here.pausing:
+                return forward(*args, **kwargs)
             before = here.batch_shape, here.valid
             given = dict(zip(parameters, args, strict=False)) | kwargs
-            here.batch_shape, here.valid = _batch_of(given)
-            try:
-                output = forward(*args, **kwargs)
-            finally:
-                here.batch_shape, here.valid = before
+            with passes:
+                here.batch_shape, here.valid = _batch_of(given)
+                try:
+                    output = forward(*args, **kwargs)
+                finally:
+                    here.batch_shape, here.valid = before
             if not inside:
                 raise HooksInUse(
                     f"the RouterHooks of {type(model).__name__} was left while this forward pass ran, in part with "

@@ -137,6 +137,11 @@ class LayerUse:
         tokens, _, _, lambda_sum = self._read()
         return lambda_sum / max(1.0, tokens)
 
+    def copy(self) -> LayerUse:
+        """What was counted so far; numbers of tokens stay where they are."""
+        counts = None if self.counts is None else self.counts.clone()
+        return LayerUse(self.lookups, self.fell_back.copy(), counts)
+
     def count(self, found: Retrieved | FellBack) -> None:
         """Counts one lookup."""
         self.lookups += 1
@@ -206,6 +211,11 @@ class RetrievalPolicy:
             for use in self.use.values():
                 fell_back += use.fell_back
             return Lookups(sum(use.lookups for use in self.use.values()), fell_back)
+
+    def use_now(self) -> dict[int, LayerUse]:
+        """A copy of `use` at one moment, whatever other threads look up meanwhile."""
+        with self._lock:
+            return {layer: use.copy() for layer, use in self.use.items()}
 
     def width(self, top_k: int) -> int | None:
         """Experts per token of every assignment; None when the retriever does not know: see router_hooks.Policy."""

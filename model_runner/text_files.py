@@ -95,6 +95,13 @@ def read_examples(path: Path) -> list[Example]:
         raise BadInput(f"{path}: cannot be read ({error})") from error
 
 
+def examples_of(rows: Iterable[Mapping[str, Any]], source: str) -> list[Example]:
+    """Examples of rows as a file named `source` would hold them. Raises BadInput naming source, row and field."""
+    if not source or Path(source).name != source:
+        raise BadInput(f"source: got {source!r}, expected a name without /")
+    return _from_rows(Path(source), enumerate(rows, 1))
+
+
 def say_left_out(source: str, left_out: Counter[str], total: int) -> None:
     """Warns of examples that are left out, by reason."""
     if number := left_out.total():

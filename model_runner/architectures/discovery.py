@@ -20,6 +20,8 @@ _ROUTER_NAMES = ("gate", "router")
 _TOP_K_NAMES = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
 # MoE blocks whose experts are no module named `experts`.
 _BLOCKS_WITHOUT_EXPERTS_CHILD = frozenset({"JetMoeMoE"})
+# Names under which peft keeps the module that it adapts, or trains a copy of.
+_KEPT_BY_PEFT = frozenset({"base_layer", "original_module"})
 # Routers that return something else than what their last linear map computed: see Family.returns_raw_logits.
 _CHANGED_LOGITS = frozenset({"Gemma4TextRouter", "LagunaTopKRouter", "InklingTopkRouter"})
 _UNSERVED_BLOCKS = {
@@ -39,20 +41,38 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def find_router_sites(model: nn.Module) -> tuple[RouterSite, ...]:
     """The routers of the text decoder's MoE layers, in module order, which is execution order.
 
+    A wrapper of peft or torch.compile around the model, or around its parts, is looked through.
+
     Raises:
-        UnsupportedModel: none was found; says why where the family is known.
+        UnsupportedModel: none was found; says why where the family is known. Or an adapter changes a router.
 
     """
     in_decoder = set(decoder_of(model).modules())
-    sites: list[RouterSite] = []
+    sites: dict[nn.Module, RouterSite] = {}
     for block_name, block in model.named_modules():
         for leaf, router in _routers_in(block):
-            if router in in_decoder:
+            # A compiled block has its router, and so has the block in it.
+            if router in in_decoder and router not in sites:
                 name = f"{block_name}.{leaf}" if block_name else leaf
-                sites.append(_site(len(sites), name, router, block))
+                _require_unadapted(name, router)
+                sites[router] = _site(len(sites), name, router, block)
     if not sites:
         raise UnsupportedModel(_why_unserved(model))
-    return tuple(sites)
+    return tuple(sites.values())
+
+
+def _require_unadapted(name: str, router: nn.Module) -> None:
+    """Raises UnsupportedModel when peft wraps a router, a part of it, or what it is in: which one acts may change."""
+    wrapped = any(
+        isinstance(getattr(part, kept, None), nn.Module)
+        for part in router.modules()
+        for kept in _KEPT_BY_PEFT
+    )
+    if wrapped or not _KEPT_BY_PEFT.isdisjoint(name.split(".")):
+        raise UnsupportedModel(
+            f"an adapter changes the router {name}, and a memory is of one model's routers: leave the routers out of "
+            "the adapter, or merge it (model.merge_and_unload()) and build a memory for what results"
+        )
 
 
 def _routers_in(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

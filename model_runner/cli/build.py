@@ -5,7 +5,6 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,14 +18,11 @@ from model_runner.errors import BadInput
 from model_runner.progress import Progress
 
 if TYPE_CHECKING:
-    from knnmoe.client import AdminClient
     from knnmoe.v1.memory_admin_pb2 import LayerCalibration
     from knnmoe.v1.types_pb2 import Tensor
 
     from model_runner.models import LoadedModel
     from model_runner.texts import Window
-
-log = logging.getLogger(__name__)
 
 # Whether a gradient passes later routers.
 Scope = Literal["leaf", "live"]
@@ -114,7 +110,7 @@ def build(
     from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
 
     from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
-    from model_runner.memory_builder.entries import forget_other_texts
+    from model_runner.memory_builder.entries import forget_other_texts, windows_as_known
     from model_runner.memory_builder.recipes import PRESETS
     from model_runner.models import window_length
     from model_runner.texts import drawn, read_windows
@@ -163,35 +159,6 @@ def build(
         gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
         progress.say(f"calibrated, gamma per layer: {gammas}")
         _say_copies(progress, memory, response.layers)
-
-
-def windows_as_known(client: AdminClient, memory: str, windows: Sequence[Window]) -> list[Window]:
-    """The windows under the names that the memory knows them by. Warns of other text of the same source.
-
-    Raises BadInput when the memory holds an `id` of theirs with other text.
-    """
-    from model_runner.memory_builder.entries import known_text
-
-    known, source = known_text(client, memory, windows), windows[0].ref.source
-    if known.changed:
-        raise BadInput(
-            f"{source}: memory {memory!r} holds {len(known.changed)} of its examples with other text, e.g. `id` "
-            f"{known.changed[0]!r}; if the text has changed, build or learn with --replace-source, "
-            "if it is another text, rename the file"
-        )
-    if known.by_tokens:
-        log.warning(
-            "%s: %d windows are in memory %r from version 0.1, which kept no digest of their text: they are compared "
-            "by their tokens, all but the last of each window; --replace-source writes them anew",
-            *(source, known.by_tokens, memory),
-        )
-    if known.others and not known.is_there:
-        log.warning(
-            "memory %r holds %d entries per layer of other text that is named %s: this text is added; if it is a new "
-            "version of that one, run this again with --replace-source",
-            *(memory, known.others, source),
-        )
-    return known.windows
 
 
 def _require_two_examples(

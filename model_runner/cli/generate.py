@@ -286,7 +286,7 @@ class Lessons:
         """Examples of one file, and what learns each, as learn() does. What cannot be learnt is refused before."""
         from knnmoe.client import AdminClient
 
-        from model_runner.cli.build import windows_as_known
+        from model_runner.memory_builder.entries import windows_as_known
 
         memory, cut = self._named(), self._cut(examples)
         with AdminClient(self._target) as client:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -16,41 +16,18 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from model_runner.cli import options
-from model_runner.cli.build import windows_as_known
 from model_runner.progress import Progress
 
 if TYPE_CHECKING:
     from knnmoe.v1.routing_pb2 import MemoryDescription
 
     from model_runner.memory_builder.builder import Keep
-    from model_runner.memory_builder.learner import OnlineLearner
+    from model_runner.memory_builder.learner import ExampleReport, NllSums, OnlineLearner
     from model_runner.retrieval import OpenMemory
     from model_runner.texts import Window
 
 # For scores and --skip-known, which must not fall back: a busy sidecar gets its time.
 LOOKUP_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class NllSums:
-    """Nats over an example's tokens: without retrieval, with it before and after learning the example."""
-
-    off: float
-    before: float
-    after: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleReport:
-    """One learnt example, as the memory and as its file names it; `nll_sums` only with --evaluate."""
-
-    example: str
-    name: str
-    tokens: int
-    entries: int
-    known: int
-    was_there: bool
-    nll_sums: NllSums | None
 
 
 def learn(
@@ -135,7 +112,7 @@ def learn(
     from knnmoe.client import AdminClient, require_same_model
 
     from model_runner.evaluation.nll import score
-    from model_runner.memory_builder.entries import forget_other_texts
+    from model_runner.memory_builder.entries import forget_other_texts, windows_as_known
     from model_runner.memory_builder.learner import DURABILITIES, OnlineLearner
     from model_runner.memory_builder.recipes import PRESETS, recipe_of
     from model_runner.models import window_length
@@ -230,23 +207,12 @@ def _learn_example(
     out: TextIO,
 ) -> ExampleReport:
     """Learns one example and says so. nll_sum: nats of windows, without or with retrieval."""
-    was_there = not again and learner.is_there(windows)
-    off = before = 0.0
-    if nll_sum is not None:
-        off, before = nll_sum(windows, False), nll_sum(windows, True)
-    entries = known = 0
-    if not was_there:
-        learnt = learner.learn(windows)
-        entries, known = learnt.entries, learnt.known
-    report = ExampleReport(
-        windows[0].ref.example,
-        windows[0].name,
-        sum(window.targets for window in windows),
-        entries,
-        known,
-        was_there,
-        None if nll_sum is None else NllSums(off, before, nll_sum(windows, True)),
-    )
+    from model_runner.memory_builder.learner import NllSums
+
+    before = None if nll_sum is None else (nll_sum(windows, False), nll_sum(windows, True))
+    report = learner.learn_example(windows, again=again)
+    if nll_sum is not None and before is not None:
+        report = replace(report, nll_sums=NllSums(*before, nll_sum(windows, True)))
     out.write(_line(report) + "\n")
     out.flush()
     return report
@@ -271,6 +237,8 @@ def _means(sums: NllSums, tokens: int) -> str:
 
 def _print_all(reports: Sequence[ExampleReport], out: TextIO) -> None:
     """The NLL over all examples, where they were scored."""
+    from model_runner.memory_builder.learner import NllSums
+
     sums = [astuple(report.nll_sums) for report in reports if report.nll_sums is not None]
     if sums:
         total = NllSums(*(sum(column) for column in zip(*sums, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,13 @@ from knnmoe.v1.types_pb2 import Provenance
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
+from model_runner.errors import BadInput
 from model_runner.memory_builder.recipes import Values
 from model_runner.router_hooks import Logits
 from model_runner.texts import Window
 from model_runner.wire import encode_assignment, encode_floats
+
+log = logging.getLogger(__name__)
 
 # The one place where the runner cuts an upsert: entries per request, and bytes of their keys and values. Far below the
 # message limit, because lookups of the same layer wait while a request is written.
@@ -168,6 +172,33 @@ def known_text(client: AdminClient, memory: str, windows: Sequence[Window]) -> K
         sum(map(len, others.values())),
         there.issuperset(entry_ids(known).tolist()),
     )
+
+
+def windows_as_known(client: AdminClient, memory: str, windows: Sequence[Window]) -> list[Window]:
+    """The windows under the names that the memory knows them by. Warns of other text of the same source.
+
+    Raises BadInput when the memory holds an `id` of theirs with other text.
+    """
+    known, source = known_text(client, memory, windows), windows[0].ref.source
+    if known.changed:
+        raise BadInput(
+            f"{source}: memory {memory!r} holds {len(known.changed)} of its examples with other text, e.g. `id` "
+            f"{known.changed[0]!r}; if the text has changed, build or learn with --replace-source, "
+            "if it is another text, rename the file"
+        )
+    if known.by_tokens:
+        log.warning(
+            "%s: %d windows are in memory %r from version 0.1, which kept no digest of their text: they are compared "
+            "by their tokens, all but the last of each window; --replace-source writes them anew",
+            *(source, known.by_tokens, memory),
+        )
+    if known.others and not known.is_there:
+        log.warning(
+            "memory %r holds %d entries per layer of other text that is named %s: this text is added; if it is a new "
+            "version of that one, run this again with --replace-source",
+            *(memory, known.others, source),
+        )
+    return known.windows
 
 
 def forget_other_texts(

@@ -38,6 +38,38 @@ class Learnt:
     known: int
 
 
+@dataclass(frozen=True, slots=True)
+class NllSums:
+    """Nats over an example's tokens: without retrieval, with it before and after learning the example."""
+
+    off: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleReport:
+    """One learnt example.
+
+    Attributes:
+        example, name: as the memory and as its file names it.
+        tokens: those with a loss.
+        entries: written, over all layers.
+        known: left out, since the memory knew them (KnownTokens).
+        was_there: the example was in the memory, and was not written again.
+        nll_sums: None when it was not scored.
+
+    """
+
+    example: str
+    name: str
+    tokens: int
+    entries: int
+    known: int
+    was_there: bool
+    nll_sums: NllSums | None = None
+
+
 class OnlineLearner:
     """Learns windows into one memory over one Upsert stream. Not for several threads at once.
 
@@ -92,6 +124,15 @@ class OnlineLearner:
     def is_there(self, windows: Sequence[Window]) -> bool:
         """Whether every token of these windows has an entry."""
         return self._builder.is_there(windows, [self._target.memory])
+
+    def learn_example(self, windows: Sequence[Window], *, again: bool = False) -> ExampleReport:
+        """learn() of one example's windows, unless it is there already; `again`: also then."""
+        was_there = not again and self.is_there(windows)
+        learnt = Learnt(0, 0) if was_there else self.learn(windows)
+        first, tokens = windows[0], sum(window.targets for window in windows)
+        return ExampleReport(
+            first.ref.example, first.name, tokens, learnt.entries, learnt.known, was_there
+        )
 
     def learn(self, windows: Sequence[Window]) -> Learnt:
         """Writes an entry per token with a loss and layer; returns when all are acknowledged, and `catch_up` is done.

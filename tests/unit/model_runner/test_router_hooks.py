@@ -285,6 +285,56 @@ def test_a_model_is_hooked_once_at_a_time() -> None:
         assert run_count(hooks, model) == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("family", ["olmoe", "gemma4_text"])  # with and without raw logits
+def test_a_pause_has_the_plain_model_to_itself(family: str) -> None:
+    model, started = shared_model(family), threading.Event()
+    plain, routed, before = run(model), run(model, logit_step), footprint(model)
+    found: list[Tensor] = []
+
+    def work() -> None:
+        started.set()
+        found.append(model(input_ids=prompt()).logits.detach())
+
+    with RouterHooks(model, logit_step) as hooks:
+        with hooks.paused():
+            other = threading.Thread(target=work)
+            other.start()
+            started.wait()
+            assert torch.equal(run(model), plain)
+            assert torch.equal(run(model, logit_step), routed)
+            assert hooks.hits == [0] * len(hooks.sites)
+        other.join()
+        assert hooks.hits == [1] * len(hooks.sites)
+    assert torch.equal(found[0], routed)
+    assert footprint(model) == before
+    with pytest.raises(HooksInUse, match="not entered"), hooks.paused():
+        pass
+
+
+def test_a_pause_waits_for_what_has_begun() -> None:
+    model, inside, go_on = shared_model("olmoe"), threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(call: RouterCall) -> None:
+        inside.set()
+        go_on.wait()
+        order.append("looked up")
+
+    def pause() -> None:
+        with hooks.paused():
+            order.append("paused")
+
+    with RouterHooks(model, slow) as hooks:
+        threads = [threading.Thread(target=run, args=(model,)), threading.Thread(target=pause)]
+        threads[0].start()
+        inside.wait()
+        threads[1].start()
+        go_on.set()
+        for thread in threads:
+            thread.join()
+    assert order == ["looked up"] * len(hooks.sites) + ["paused"]
+
+
 def run_count(hooks: RouterHooks, model: nn.Module) -> list[int]:
     model(input_ids=prompt())
     return hooks.hits
