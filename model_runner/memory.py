@@ -135,14 +135,16 @@ class RoutingMemory:
         on_error: OnError | str = OnError.FALL_BACK,
         timeout_s: float = 0.05,
     ) -> None:
-        loaded = model if isinstance(model, LoadedModel) else None
-        self.model, self._verified = (model, False) if loaded is None else (loaded.model, True)
-        if not isinstance(self.model, nn.Module):
+        # What load_model() gives was verified then.
+        self._verified = isinstance(model, LoadedModel)
+        if isinstance(model, LoadedModel):
+            model, tokenizer = model.model, tokenizer or model.tokenizer
+        if not isinstance(model, nn.Module):
             raise BadInput(
-                f"model: got {self.model!r}, expected a model of transformers, or load_model(NAME)"
+                f"model: got {model!r}, expected a model of transformers, or load_model(NAME)"
             )
+        self.model, self.tokenizer = model, tokenizer
         self.memory, self.target, self.timeout_s = memory, target, timeout_s
-        self.tokenizer = tokenizer if loaded is None or tokenizer is not None else loaded.tokenizer
         self.retrieval = retrieval if isinstance(retrieval, Retrieval) else Retrieval(retrieval)
         self.on_error = OnError(on_error)
         self._layers = 0
