@@ -53,6 +53,8 @@ TIMEOUT_S_PER_MORE_TOKEN = 0.002
 # request. A quarter of channels.MAX_MESSAGE_BYTES: the rest is for examples to exclude, the own assignment and a reply
 # as large as the request, and for a service whose limit is set lower.
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
+# Tokens whose neighbours, with where they are from, go in one answer: 32 each, of 300 bytes, are 2.5 MB.
+TOKENS_WITH_NEIGHBOURS = 256
 
 
 class OnError(StrEnum):
@@ -203,10 +205,12 @@ class RouterClient:
         *,
         valid: Tensor | None = None,
         exclude: Sequence[ExampleRef] = (),
+        note: Callable[[pb.RouteResponse], None] | None = None,
     ) -> Retrieved | FellBack:
         """See Retriever. Padding is not sent; what does not go in one message goes in several.
 
         A lookup of which one part fails falls back; so does one that is not finite somewhere, without being sent.
+        note: gets each answer, with the neighbours, in the order of the tokens that are not padding.
         """
         self._count_lookup()
         rows = _rows_to_ask(valid)
@@ -216,21 +220,29 @@ class RouterClient:
         refs = _per_token(exclude, len(router_input), rows)
         answers: list[Retrieved] = []
         most = tokens_per_request(router_input, router_logits)
+        most = most if note is None else min(most, TOKENS_WITH_NEIGHBOURS)
         for start in range(0, len(asked.inputs), most):
             part = slice(start, start + most)
-            found = self._ask(layer, asked.take(part), refs[part])
+            found = self._ask(layer, asked.take(part), refs[part], note)
             if isinstance(found, FellBack):
                 return found
             answers.append(found)
         return _joined(answers, _Asked(router_input, router_logits, own), rows)
 
     def _ask(
-        self, layer: int, asked: _Asked, exclude: Sequence[ExampleRef]
+        self,
+        layer: int,
+        asked: _Asked,
+        exclude: Sequence[ExampleRef],
+        note: Callable[[pb.RouteResponse], None] | None,
     ) -> Retrieved | FellBack:
         """One message, as tensors on the host."""
-        response = self._routed(layer, asked.inputs, asked.logits, asked.own, {"exclude": exclude})
+        options = {"exclude": exclude, "with_neighbours": note is not None}
+        response = self._routed(layer, asked.inputs, asked.logits, asked.own, options)
         if isinstance(response, FellBack):
             return response
+        if note is not None:
+            note(response)
         blended: Assignment | Logits | None = None
         if response.HasField("router_logits"):
             blended = Logits(decode_floats(response.router_logits))

@@ -86,6 +86,8 @@ Policy = Callable[[RouterCall], Assignment | Logits | None]
 
 A policy may have a method `width(top_k) -> int | None`: how many experts per token its assignments name, for a router
 that uses top_k; None when it does not know. Then it is asked by one operation within compiled code.
+It may have `routed`, a function that hears of each call and of the assignment that the experts follow, outside compiled
+code; None: nobody does.
 """
 
 
@@ -217,16 +219,23 @@ class RouterHooks:
             raise HookBypassed(missed)
 
     def _on_output(self, site: RouterSite, here: _ThreadState) -> OnOutput:
+        routed = getattr(self._policy, "routed", None)
+
         @uncompiled
         def on_output(args: RouterArgs, kwargs: RouterKwargs, output: Any) -> Any:
             self._count(site, here)
             own = site.family.read(output)
-            reply = self._policy(_call(site, own, site.router_input(args, kwargs), here))
-            if reply is None:
-                return None
+            call = _call(site, own, site.router_input(args, kwargs), here)
+            reply = self._policy(call)
+            replaced = None
             if isinstance(reply, Logits):
-                return site.family.reassign(site, reply.router_logits, args, kwargs)
-            return site.family.write(output, _fitted(reply, own, site))
+                replaced = site.family.reassign(site, reply.router_logits, args, kwargs)
+            elif reply is not None:
+                replaced = site.family.write(output, _fitted(reply, own, site))
+            if routed is not None:
+                now = own if replaced is None else site.family.read(replaced)
+                routed(call, Assignment(now.weights, now.experts))
+            return replaced
 
         return on_output
 

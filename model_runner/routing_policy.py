@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -178,11 +178,13 @@ class RetrievalPolicy:
     Attributes:
         client: the retriever; says what happens when it fails.
         use: by layer, over all threads.
+        routed: see router_hooks.Policy.
 
     """
 
     client: Retriever
     use: dict[int, LayerUse] = field(default_factory=dict)
+    routed: Callable[[RouterCall, Assignment], None] | None = None
     _exclude: ContextVar[Refs] = field(
         default_factory=_no_refs, init=False, repr=False, compare=False
     )

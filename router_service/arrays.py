@@ -42,7 +42,10 @@ class ExampleRef:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an entry came from; `gain` in nats, `created_unix_ms` in milliseconds since the epoch."""
+    """Where an entry came from; `gain` in nats, `created_unix_ms` in milliseconds since the epoch.
+
+    `snippet`: the words around the entry's token, the characters [token_start, token_end) of it; empty when not kept.
+    """
 
     source: str = ""
     example: str = ""
@@ -50,6 +53,9 @@ class Provenance:
     token: int = -1
     gain: float = 0.0
     created_unix_ms: int = 0
+    snippet: str = ""
+    token_start: int = 0
+    token_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +202,8 @@ def entry_bytes(entries: Entries) -> Iterator[bytes]:
     """The bytes of each entry, little-endian, one after the other.
 
     id u64; key f32 [d]; value f32 [W]; position i64, token i64, gain f32, created_unix_ms u64; source and example, each
-    as the number of its UTF-8 bytes (u32) and these bytes.
+    as the number of its UTF-8 bytes (u32) and these bytes. Where a snippet is kept: the snippet likewise, token_start
+    and token_end u32.
     """
     origins = [
         (origin.position, origin.token, origin.gain, origin.created_unix_ms)
@@ -213,7 +220,16 @@ def entry_bytes(entries: Entries) -> Iterator[bytes]:
         return
     numbers = np.hstack([column.view(np.uint8).reshape(count, -1) for column in columns])
     for row, origin in zip(numbers, entries.provenance, strict=True):
-        yield row.tobytes() + _text(origin.source) + _text(origin.example)
+        names = _text(origin.source) + _text(origin.example)
+        yield row.tobytes() + names + _snippet(origin)
+
+
+def _snippet(origin: Provenance) -> bytes:
+    """Nothing where none is kept: such entries have the digests that they had before there were snippets."""
+    if not origin.snippet:
+        return b""
+    ends = (origin.token_start, origin.token_end)
+    return _text(origin.snippet) + b"".join(end.to_bytes(4, "little") for end in ends)
 
 
 def _text(text: str) -> bytes:

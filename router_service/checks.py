@@ -91,7 +91,7 @@ def require_provenance(provenance: Sequence[Provenance], entries: int) -> None:
             "entries.provenance", len(provenance), f"none or {entries} (one per entry)"
         )
     for number, origin in enumerate(provenance):
-        for name in ("source", "example"):
+        for name in ("source", "example", "snippet"):
             require_text(f"entries.provenance[{number}].{name}", getattr(origin, name))
         if not np.isfinite(origin.gain):
             raise NotFinite(
@@ -102,6 +102,12 @@ def require_provenance(provenance: Sequence[Provenance], entries: int) -> None:
                 f"entries.provenance[{number}].created_unix_ms",
                 origin.created_unix_ms,
                 f"milliseconds since 1970, at most {MAX_TIME_MS}",
+            )
+        if not origin.token_start <= origin.token_end <= len(origin.snippet):
+            raise InvalidField(
+                f"entries.provenance[{number}].token_start, token_end",
+                f"{origin.token_start}, {origin.token_end}",
+                f"a part of the snippet, which has {len(origin.snippet)} characters",
             )
 
 

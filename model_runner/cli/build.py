@@ -88,6 +88,7 @@ def build(
         bool,
         typer.Option("--gain/--no-gain", help="Measure what each entry saves (one more pass)."),
     ] = True,
+    snippets: options.Snippets = True,
     replace_source: options.ReplaceSource = False,
     optimize: Annotated[
         bool, typer.Option("--optimize/--no-optimize", help="Index the keys when they are written.")
@@ -134,7 +135,9 @@ def build(
         if not replace_source:
             windows = windows_as_known(client, memory, windows)
         builder = MemoryBuilder(
-            loaded.model, loaded.fingerprint, client, gradient, batch_size=batch_size
+            *(loaded.model, loaded.fingerprint, client, gradient),
+            batch_size=batch_size,
+            tokenizer=loaded.tokenizer if snippets else None,
         )
         report = builder.build(windows, [entries], progress)
         progress.say(

@@ -328,6 +328,7 @@ class Lessons:
                     *(model, fingerprint, client, memory),
                     durability=durability,
                     catch_up=self._catch_up,
+                    tokenizer=self._loaded.tokenizer,
                 )
                 self._learner = opening.enter_context(learner)
                 self._open = opening.pop_all()

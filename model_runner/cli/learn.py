@@ -75,6 +75,7 @@ def learn(
             help="Write examples that are there already once more, e.g. with another --step-size.",
         ),
     ] = False,
+    snippets: options.Snippets = True,
     replace_source: options.ReplaceSource = False,
     evaluate: Annotated[
         bool,
@@ -155,6 +156,7 @@ def learn(
                 catch_up=None if opened is None else opened.catch_up,
                 durability=DURABILITIES[durability],
                 batch_size=batch_size,
+                tokenizer=loaded.tokenizer if snippets else None,
             )
         )
         policy = None if opened is None else RetrievalPolicy(opened.retriever)

@@ -78,6 +78,14 @@ ReplaceSource = Annotated[
     ),
 ]
 
+Snippets = Annotated[
+    bool,
+    typer.Option(
+        "--snippets/--no-snippets",
+        help="Keep with each entry up to 160 bytes of the words around its token, which `model-runner explain` shows.",
+    ),
+]
+
 RetrievalOption = Annotated[
     Retrieval,
     typer.Option(

@@ -198,6 +198,7 @@ class Demo:
                 self._loaded.fingerprint,
                 client,
                 batch_size=self._settings.batch_size,
+                tokenizer=self._loaded.tokenizer,
             )
             with self._timings.step("build"):
                 report = builder.build(texts.reference, full + unstepped, self._progress)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from model_runner.router_hooks import Policy, RouterHooks, require_no_nan
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.texts import Batch, Window, batched, make_batch, token_nll
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 
@@ -33,12 +36,16 @@ class Scores:
         nll_sums: [W] nats over the window's targets.
         targets: [W] tokens whose loss counts.
         examples: the example of each window; windows of one example are not independent.
+        windows: they themselves, longest first.
+        token_nll: of each window f32 [targets], nats of each target.
 
     """
 
     nll_sums: F64
     targets: F64
     examples: tuple[ExampleRef, ...]
+    windows: tuple[Window, ...] = ()
+    token_nll: tuple[F32, ...] = ()
 
     @property
     def nll(self) -> float:
@@ -75,6 +82,27 @@ def score(
     leave_one_out: a RetrievalPolicy never reads an entry of the window's own example (for scores on reference text).
     Raises UnsupportedModel when the model gives NaN.
     """
+    return _collected(
+        losses(
+            *(model, windows, policy, progress),
+            what=what,
+            batch_size=batch_size,
+            leave_one_out=leave_one_out,
+        )
+    )
+
+
+def losses(
+    model: nn.Module,
+    windows: Sequence[Window],
+    policy: Policy | None,
+    progress: Progress,
+    *,
+    what: str,
+    batch_size: int = 16,
+    leave_one_out: bool = False,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """What `score` adds up, batch by batch: the loss f32 [B, S] of each token's successor. Raises as `score`."""
 
     def logits_of(batch: Batch) -> Tensor:
         with _without_own(policy, batch.windows) if leave_one_out else nullcontext():
@@ -85,7 +113,7 @@ def score(
                 hooks.assert_complete()
                 return logits
 
-    return _scored(model, windows, logits_of, progress, what, batch_size)
+    return _losses(model, windows, logits_of, progress, what, batch_size)
 
 
 def oracle_scores(
@@ -106,36 +134,50 @@ def oracle_scores(
         with RouterHooks(model, lambda call: values[call.site.layer]):
             return _logits(model, batch)
 
-    return _scored(model, windows, logits_of, progress, "oracle", batch_size)
+    return _collected(_losses(model, windows, logits_of, progress, "oracle", batch_size))
 
 
-def _scored(
+def _losses(
     model: nn.Module,
     windows: Sequence[Window],
     logits_of: Callable[[Batch], Tensor],
     progress: Progress,
     what: str,
     batch_size: int,
-) -> Scores:
+) -> Iterator[tuple[Batch, Tensor]]:
     device = next(model.parameters()).device
     groups = list(batched(windows, batch_size))
-    sums = []
     for group in progress.track(groups, what, unit="batches"):
         batch = make_batch(group, device)
         with torch.no_grad():
             logits = logits_of(batch)
-        # Sums of thousands of tokens in f64: differences of two runs are taken afterwards.
-        sums.append(token_nll(logits, batch).double().sum(dim=1).cpu().numpy())
-        if np.isnan(sums[-1]).any():
+        nll = token_nll(logits, batch)
+        if bool(nll.isnan().any()):
             refs = {f"{w.ref.source} {w.ref.example}": None for w in batch.windows}
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             require_no_nan(model, logits, inputs, of=f"one of {', '.join(refs)}")
-    order = [w for group in groups for w in group]
+        yield batch, nll
+
+
+def _collected(scored: Iterable[tuple[Batch, Tensor]]) -> Scores:
+    sums, order, tokens = list[F64](), list[Window](), list[F32]()
+    for batch, nll in scored:
+        # Sums of thousands of tokens in f64: differences of two runs are taken afterwards.
+        sums.append(nll.double().sum(dim=1).cpu().numpy())
+        order += batch.windows
+        tokens += by_window(nll[batch.predicts].cpu().numpy(), batch.windows)
     return Scores(
         np.concatenate(sums),
         np.array([w.targets for w in order], dtype=np.float64),
         tuple(w.ref for w in order),
+        tuple(order),
+        tuple(tokens),
     )
+
+
+def by_window(rows: NDArray[Scalar], windows: Sequence[Window]) -> list[NDArray[Scalar]]:
+    """Rows [n, ...] of all targets of a batch, cut into those of each window."""
+    return np.split(rows, np.cumsum([w.targets for w in windows])[:-1])
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

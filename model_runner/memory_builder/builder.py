@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from knnmoe.client import AdminClient, Upserter
@@ -99,7 +100,10 @@ Keep = Callable[[TracedWindows, LayerTrace, LayerEntries], Tensor]
 
 
 class MemoryBuilder:
-    """Fills memories that exist already. The model is only read, and must not be routing with a memory."""
+    """Fills memories that exist already. The model is only read, and must not be routing with a memory.
+
+    tokenizer: the model's; the words around each entry's token are kept with it. None: without them.
+    """
 
     def __init__(
         self,
@@ -110,8 +114,9 @@ class MemoryBuilder:
         *,
         batch_size: int = 16,
         durability: pb.Durability = pb.DURABILITY_PROCESS,
+        tokenizer: Any = None,
     ) -> None:
-        self._model, self._client = model, client
+        self._model, self._client, self._tokenizer = model, client, tokenizer
         self._digest, self._layers = fingerprint.digest(), fingerprint.num_layers
         self._gradient = gradient or GradientSettings()
         self._batch_size, self._durability = batch_size, durability
@@ -235,7 +240,8 @@ class MemoryBuilder:
         gains = torch.zeros(len(kept))
         if target.measure_gain:
             gains = (traced.nll - self._replayed_nll(batch, values))[batch.predicts]
-        ids, provenance = entry_ids(batch.windows), provenance_of(batch.windows, gains)
+        ids = entry_ids(batch.windows)
+        provenance = provenance_of(batch.windows, gains, self._tokenizer)
         keys = [t.router_input.flatten(0, 1)[kept] for t in traced.traces]  # of the unmodified pass
         return [
             LayerEntries(trace.site.layer, ids, layer_keys, layer_values, provenance)

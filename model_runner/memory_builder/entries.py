@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from knnmoe import tensors
@@ -22,6 +23,7 @@ from model_runner.errors import BadInput
 from model_runner.memory_builder.recipes import Values
 from model_runner.router_hooks import Logits
 from model_runner.texts import Window
+from model_runner.token_texts import SNIPPET_BYTES, Snippet, TokenTexts
 from model_runner.wire import encode_assignment, encode_floats
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 ENTRIES_PER_REQUEST = 1024
 REQUEST_BYTES = 1024 * 1024
 # Added to keys and values for an entry's id and provenance.
-_BYTES_BESIDE = 128
+_BYTES_BESIDE = 128 + SNIPPET_BYTES
 # Ids of one Delete request: half a megabyte.
 _IDS_PER_REQUEST = 1 << 16
 
@@ -104,9 +106,15 @@ def entry_ids(windows: Sequence[Window]) -> np.ndarray[tuple[int], np.dtype[np.u
     )
 
 
-def provenance_of(windows: Sequence[Window], gains: Tensor) -> list[Provenance]:
-    """Provenance of the windows' entries, in the order of `entry_ids`; gains [n] in nats."""
+def provenance_of(
+    windows: Sequence[Window], gains: Tensor, tokenizer: Any = None
+) -> list[Provenance]:
+    """Provenance of the windows' entries, in the order of `entry_ids`; gains [n] in nats.
+
+    tokenizer: decodes the words around each token, which are kept with it; None: no snippets.
+    """
     now = time.time_ns() // 1_000_000
+    snippets = _snippets(windows, tokenizer)
     return [
         Provenance(
             source=window.ref.source,
@@ -115,9 +123,22 @@ def provenance_of(windows: Sequence[Window], gains: Tensor) -> list[Provenance]:
             token=window.token_ids[position - window.offset],
             gain=gain,
             created_unix_ms=now,
+            snippet=snippet.text,
+            token_start=snippet.token_start,
+            token_end=snippet.token_end,
         )
-        for (window, position), gain in zip(_places(windows), gains.tolist(), strict=True)
+        for (window, position), gain, snippet in zip(
+            _places(windows), gains.tolist(), snippets, strict=True
+        )
     ]
+
+
+def _snippets(windows: Sequence[Window], tokenizer: Any) -> Iterator[Snippet]:
+    """Of each entry, in the order of `entry_ids`."""
+    for window in windows:
+        texts = None if tokenizer is None else TokenTexts.of(window.token_ids, tokenizer)
+        for target in window.target_at:
+            yield Snippet("", 0, 0) if texts is None else texts.snippet(target - 1)
 
 
 @dataclass(frozen=True, slots=True)

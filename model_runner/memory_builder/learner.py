@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from knnmoe.client import AdminClient, ExampleRef, Upserter, require_same_model
@@ -86,6 +86,7 @@ class OnlineLearner:
         catch_up: called when an example is acknowledged, and waited for: a replica that is read meanwhile gets it.
         durability: of every upsert.
         batch_size: windows per pass.
+        tokenizer: as of MemoryBuilder.
 
     Raises ModelMismatch, ServiceRefused (no such memory), ServiceUnavailable;
     BadInput when a recipe makes another kind.
@@ -105,10 +106,14 @@ class OnlineLearner:
         catch_up: Callable[[], None] | None = None,
         durability: pb.Durability = pb.DURABILITY_PROCESS,
         batch_size: int = 8,
+        tokenizer: Any = None,
     ) -> None:
         self._target = Target(memory, _checked_recipe(client, memory, fingerprint, recipe))
         self._builder = MemoryBuilder(
-            model, fingerprint, client, batch_size=batch_size, durability=durability
+            *(model, fingerprint, client),
+            batch_size=batch_size,
+            durability=durability,
+            tokenizer=tokenizer,
         )
         self._norms = self._builder.median_norms(reference) if reference else None
         self._running = RunningMedians(fingerprint.num_layers)

@@ -25,6 +25,9 @@ _ATTRIBUTE_OF_FIELD = {
     "token": "token",
     "gain": "gain",
     "created": "created_unix_ms",
+    "snippet": "snippet",
+    "token_start": "token_start",
+    "token_end": "token_end",
 }
 _DEFAULTS = Provenance()
 

@@ -21,11 +21,18 @@ from router_service.errors import shorten
 from router_service.memories.settings import Kind
 from router_service.transfer.endpoints import Batch, EntryShape, Sink, Source
 
-PROVENANCE_FIELDS = ("source", "example", "position", "token", "gain", "created_unix_ms")
+# Written where an entry has a snippet.
+SNIPPET_FIELDS = ("snippet", "token_start", "token_end")
+PROVENANCE_FIELDS = (
+    *("source", "example", "position", "token", "gain", "created_unix_ms"),
+    *SNIPPET_FIELDS,
+)
 _LIMITS = {
     "position": (0, 2**32 - 1),
     "token": (-(2**31), 2**31 - 1),
     "created_unix_ms": (0, 2**64 - 1),
+    "token_start": (0, 2**32 - 1),
+    "token_end": (0, 2**32 - 1),
 }
 
 
@@ -228,7 +235,7 @@ def layer_of(row: Mapping[str, Any], default: int | None) -> int:
 def provenance_of(row: Mapping[str, Any]) -> Provenance:
     """Where the entry came from; fields that are missing keep their defaults."""
     given = {name: row[name] for name in PROVENANCE_FIELDS if row.get(name) is not None}
-    for name in ("source", "example"):
+    for name in ("source", "example", "snippet"):
         text = given.get(name, "")
         # JSON can escape half a character, which UTF-8 cannot hold.
         if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):

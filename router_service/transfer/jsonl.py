@@ -14,7 +14,12 @@ from router_service.arrays import F32, Entries, Provenance
 from router_service.errors import shorten
 from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
-from router_service.transfer.entry_fields import EntryReader, EntryWriter, by_layer
+from router_service.transfer.entry_fields import (
+    SNIPPET_FIELDS,
+    EntryReader,
+    EntryWriter,
+    by_layer,
+)
 
 _LINES_PER_BATCH = 256
 _F32_MAX = float(np.finfo(np.float32).max)
@@ -72,7 +77,10 @@ class JsonlWriter(EntryWriter):
         columns = fields.columns_of(layer, entries, self._shape)
         lists = (each if isinstance(each, list) else each.tolist() for each in columns.values())
         for row in zip(*lists, strict=True):
-            self._file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+            named = zip(columns, row, strict=True)
+            # A memory without snippets is written as it was before there were any.
+            given = {name: value for name, value in named if value or name not in SNIPPET_FIELDS}
+            self._file.write(json.dumps(given) + "\n")
 
     @override
     def close(self) -> None:

@@ -125,6 +125,9 @@ def schema_of(shape: EntryShape) -> pa.Schema:
             ("token", pa.int32()),
             ("gain", pa.float32()),
             ("created_unix_ms", pa.uint64()),
+            ("snippet", pa.string()),
+            ("token_start", pa.uint32()),
+            ("token_end", pa.uint32()),
         ]
     )
 

@@ -245,14 +245,20 @@ class SafetensorsWriter(EntryWriter):
         lists = self._origins.setdefault(layer, {name: [] for name in fields.PROVENANCE_FIELDS})
         for name, parts in lists.items():
             parts += map(json.dumps, columns[name])
-            self._origin_bytes += sum(2 + len(part) for part in parts[-len(entries) :])
+            if name not in fields.SNIPPET_FIELDS or any(columns[name]):
+                self._origin_bytes += sum(2 + len(part) for part in parts[-len(entries) :])
         self._require_header(self._origin_bytes)
 
     @override
     def finish(self) -> None:
         metadata = dict(self._metadata)
         for layer, lists in self._origins.items():
-            columns = (f'"{name}": [{", ".join(parts)}]' for name, parts in lists.items())
+            has_snippets = any(part != '""' for part in lists["snippet"])
+            columns = (
+                f'"{name}": [{", ".join(parts)}]'
+                for name, parts in lists.items()
+                if has_snippets or name not in fields.SNIPPET_FIELDS
+            )
             metadata[f"layers.{layer}.provenance"] = "{" + ", ".join(columns) + "}"
         self._require_header(len(json.dumps(metadata)))
         mode = self._path.stat().st_mode
@@ -287,5 +293,5 @@ class SafetensorsWriter(EntryWriter):
                 self._path,
                 "",
                 f"the provenance does not fit in a header of {MAX_HEADER_BYTES} bytes; a large memory needs Parquet, "
-                "e.g. FILE.parquet",
+                "and so does a smaller one that has snippets, e.g. FILE.parquet",
             )

@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router_service.arrays import MAX_ENTRY_ID, U64, Entries, combined_digests, digests_of
+from router_service.arrays import (
+    MAX_ENTRY_ID,
+    U64,
+    Entries,
+    Provenance,
+    combined_digests,
+    digests_of,
+)
 from router_service.backends.base import Backend, Collection, Compression, Metric
 from tests.congruence.knn_reference import EUCLID, NAME, clustered_entries, filled
 
@@ -87,6 +94,17 @@ def test_each_part_of_an_entry_counts_in_its_digest() -> None:
         replace(entry, values=-entry.values),
         replace(entry, provenance=[replace(origin, example="another")]),
         replace(entry, provenance=[replace(origin, created_unix_ms=1)]),
+        replace(entry, provenance=[replace(origin, snippet="it is")]),
+        replace(entry, provenance=[replace(origin, snippet="it is", token_end=2)]),
+        replace(entry, provenance=[replace(origin, snippet="it is", token_start=2, token_end=2)]),
     ]
     digests = [int(combined_digests(digests_of(each))[0]) for each in [entry, *others]]
     assert len(set(digests)) == len(digests)
+
+
+def test_an_entry_without_a_snippet_has_the_digests_that_it_always_had() -> None:
+    """Those on disk, and those of copies, are compared with them: numbers of a version that knew no snippets."""
+    origin = Provenance("täxt", "e", 3, 4, 0.5, 6)
+    key, value = np.array([[1, 2]], np.float32), np.array([[0.5]], np.float32)
+    [digests] = digests_of(Entries(np.array([7], np.uint64), key, value, [origin]))
+    assert digests.tolist() == [0x66557A26D78F100A, 0x88E0C687FAB9E2E1]

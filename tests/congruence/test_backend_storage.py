@@ -65,7 +65,7 @@ def test_what_comes_back_is_what_was_stored_to_the_last_bit(backend: Backend) ->
         [
             Provenance(),
             Provenance('sönne "x"\n', "例え" * 40, 2**40, -1, -0.1, 1_700_000_000_123),
-            Provenance("", "only an example", 0, 50_256, 1e-9, 0),
+            Provenance("", "only an example", 0, 50_256, 1e-9, 0, "例 \t\N{SNOWMAN}\n", 2, 4),
         ],
     )
     collection = filled(backend, entries)

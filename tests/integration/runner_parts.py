@@ -82,6 +82,7 @@ def build(
     windows: Sequence[Window] | None = None,
     progress: Progress = QUIET,
     settings: MemorySettings | None = None,
+    snippets: bool = False,
     **recipe: Any,
 ) -> BuildReport:
     """Makes or finds the memory and fills it; `recipe` are changes to the preset's."""
@@ -90,7 +91,11 @@ def build(
         client.find_or_create(name, loaded.fingerprint.message(), chosen.settings(LAYERS))
         if settings is not None:
             client.update_settings(name, settings)
-        builder = MemoryBuilder(loaded.model, loaded.fingerprint, client, batch_size=BATCH_SIZE)
+        builder = MemoryBuilder(
+            *(loaded.model, loaded.fingerprint, client),
+            batch_size=BATCH_SIZE,
+            tokenizer=loaded.tokenizer if snippets else None,
+        )
         targets = [Target(name, replace(chosen.recipe, **recipe))]
         return builder.build(windows_of() if windows is None else windows, targets, progress)
 

@@ -122,17 +122,23 @@ class MemorySettings(_message.Message):
     def __init__(self, preset: _Optional[str] = ..., kind: _Optional[_Union[MemoryKind, str]] = ..., similarity: _Optional[_Union[Similarity, str]] = ..., neighbours: _Optional[int] = ..., gamma: _Optional[_Iterable[float]] = ..., step_size: _Optional[_Iterable[float]] = ..., null_weight: _Optional[float] = ..., min_lambda: _Optional[float] = ..., support: _Optional[_Union[Support, str]] = ..., layers: _Optional[_Iterable[int]] = ..., hnsw_ef: _Optional[int] = ..., oversampling: _Optional[float] = ..., search_recall: _Optional[float] = ..., exact_layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Provenance(_message.Message):
-    __slots__ = ("source", "example", "position", "token", "gain", "created_unix_ms")
+    __slots__ = ("source", "example", "position", "token", "gain", "created_unix_ms", "snippet", "token_start", "token_end")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     EXAMPLE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     GAIN_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    SNIPPET_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_END_FIELD_NUMBER: _ClassVar[int]
     source: str
     example: str
     position: int
     token: int
     gain: float
     created_unix_ms: int
-    def __init__(self, source: _Optional[str] = ..., example: _Optional[str] = ..., position: _Optional[int] = ..., token: _Optional[int] = ..., gain: _Optional[float] = ..., created_unix_ms: _Optional[int] = ...) -> None: ...
+    snippet: str
+    token_start: int
+    token_end: int
+    def __init__(self, source: _Optional[str] = ..., example: _Optional[str] = ..., position: _Optional[int] = ..., token: _Optional[int] = ..., gain: _Optional[float] = ..., created_unix_ms: _Optional[int] = ..., snippet: _Optional[str] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ...) -> None: ...

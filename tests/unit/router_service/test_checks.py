@@ -96,6 +96,9 @@ def test_ids() -> None:
         checks.require_ids("ids", ids(7, 1, 2, 7))
 
 
+_ENDS = "entries.provenance[1].token_start, token_end"
+
+
 @pytest.mark.parametrize(
     ("origin", "field"),
     [
@@ -103,6 +106,9 @@ def test_ids() -> None:
         (Provenance(example="a\0"), "entries.provenance[1].example"),
         (Provenance(gain=float("nan")), "entries.provenance[1].gain"),
         (Provenance(created_unix_ms=2**63), "entries.provenance[1].created_unix_ms"),
+        (Provenance(snippet="x" * 1025), "entries.provenance[1].snippet"),
+        (Provenance(snippet="abc", token_end=4), _ENDS),
+        (Provenance(snippet="abc", token_start=3, token_end=2), _ENDS),
     ],
 )
 def test_provenance(origin: Provenance, field: str) -> None:

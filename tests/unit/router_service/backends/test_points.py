@@ -20,7 +20,7 @@ def test_defaults_are_not_stored_and_come_back() -> None:
 
 
 def test_all_fields_are_flat() -> None:
-    provenance = Provenance("bible", "Genesis 1", 4, 17, 0.25, 1_700_000_000_000)
+    provenance = Provenance("bible", "Genesis 1", 4, 17, 0.25, 1_700_000_000_000, "in the", 3, 6)
     (payload,) = payloads_of(one_entry(provenance), generation=0)
     assert payload == {
         "value": "AACAPwAAIMA=",
@@ -31,6 +31,9 @@ def test_all_fields_are_flat() -> None:
         "token": 17,
         "gain": 0.25,
         "created": 1_700_000_000_000,
+        "snippet": "in the",
+        "token_start": 3,
+        "token_end": 6,
     }
     assert provenance_of(payload) == provenance
     np.testing.assert_array_equal(value_rows([payload], 2), [[1.0, -2.5]])

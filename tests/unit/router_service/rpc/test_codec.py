@@ -104,6 +104,9 @@ def entries(draw: st.DrawFn, kind: Kind) -> Entries:
             draw(st.integers(-1, 2**31 - 1)),
             0.5,
             7,
+            draw(text),
+            draw(st.integers(0, 2**32 - 1)),
+            draw(st.integers(0, 2**32 - 1)),
         )
         for _ in range(n)
     ]

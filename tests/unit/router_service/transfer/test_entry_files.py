@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ def test_round_trip(tmp_path: Path, suffix: str, shape: EntryShape) -> None:
     if shape.kind is Kind.ASSIGNMENT:
         values[:, :2] = rng.integers(0, 4, (5, 2))
     origins = [Provenance("täxt", "e", n, n - 1, 0.1 * n, 2**40) for n in range(5)]
+    origins[1] = replace(
+        origins[1], snippet='the "ténant" \U0001f600\n', token_start=4, token_end=12
+    )
+    origins[2] = replace(origins[2], snippet="where it is, nobody knows")
     keys = rng.standard_normal((5, 3)).astype(np.float32)
     entries = Entries(np.array([0, 1, 2, 3, 2**63 - 1], np.uint64), keys, values, origins)
     writer = open_writer(path, shape, format_of(path))
