@@ -105,7 +105,7 @@ def upsert(
       layer             MoE layer, counted from 0 (or --layer)
       id                below 2^63; when left out, it is made from source, example and
                         position, so that the same entry always has the same id
-      source, example, position, token, gain, created_unix_ms   optional
+      source, example, position, token, gain, created_unix_ms, snippet, token_start, token_end   optional
     safetensors: tensors per layer N
       layers.N.keys     [n, hidden_size]; f32, f16 or bf16
       layers.N.values   [n, num_experts], layers.N.logits, likewise, or layers.N.experts

@@ -63,7 +63,7 @@ class CannedClient(RouterClient):
         self.answer, self.sent = answer, list[Message]()
 
     def _ask(
-        self, layer: int, asked: object, exclude: Sequence[ExampleRef]
+        self, layer: int, asked: object, exclude: Sequence[ExampleRef], note: object
     ) -> Retrieved | FellBack:
         self.sent.append(Message(asked.inputs, asked.logits, asked.own, exclude))
         return self.answer(self.sent[-1])
