@@ -19,7 +19,7 @@ from knnmoe.v1 import types_pb2 as types_pb
 from pydantic import ValidationError
 
 from router_service.cli.errors import AdminError, BadInput, Unreachable, admin_error
-from router_service.cli.options import MemoryName, OnlyLayers
+from router_service.cli.options import MemoryName, OnlyLayers, complete_memory
 from router_service.cli.output import Session, parse_plain, plain, session_of
 from router_service.cli.setting_options import environment_problem
 from router_service.errors import BackendUnavailable, InvalidRequest, RoutingServiceError, shorten
@@ -216,6 +216,7 @@ def import_memory(
         typer.Option(
             metavar="NAME",
             help="Add to this memory, whose settings stay, in place of making one, e.g. --into bible.",
+            autocompletion=complete_memory,
         ),
     ] = None,
     fingerprint: Annotated[
@@ -286,13 +287,19 @@ def merge(
     from_name: Annotated[
         str,
         typer.Argument(
-            metavar="FROM", help="Memory that is read and stays, e.g. psalms.", show_default=False
+            metavar="FROM",
+            help="Memory that is read and stays, e.g. psalms.",
+            show_default=False,
+            autocompletion=complete_memory,
         ),
     ],
     into_name: Annotated[
         str,
         typer.Argument(
-            metavar="INTO", help="Memory that is written to, e.g. bible.", show_default=False
+            metavar="INTO",
+            help="Memory that is written to, e.g. bible.",
+            show_default=False,
+            autocompletion=complete_memory,
         ),
     ],
     on_conflict: Annotated[

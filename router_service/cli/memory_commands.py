@@ -19,7 +19,7 @@ from rich.console import Console
 
 from router_service.blending import Support
 from router_service.cli.errors import BadInput
-from router_service.cli.options import AdminTyper, MemoryName, Yes
+from router_service.cli.options import AdminTyper, MemoryName, Yes, complete_memory
 from router_service.cli.output import Session, confirm, plain, session_of, table, utc
 from router_service.memories.settings import Kind, Similarity
 
@@ -262,7 +262,10 @@ def replace(
     by: Annotated[
         str,
         typer.Option(
-            metavar="OTHER", help="Memory that is swapped in, e.g. law-2.", show_default=False
+            metavar="OTHER",
+            help="Memory that is swapped in, e.g. law-2.",
+            show_default=False,
+            autocompletion=complete_memory,
         ),
     ],
     yes: Yes = False,

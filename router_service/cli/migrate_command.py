@@ -27,6 +27,7 @@ from router_service.cli import setting_options as options
 from router_service.cli.entry_commands import copy_errors, require_same_entries
 from router_service.cli.errors import AdminError, BadInput, Interrupted, admin_error
 from router_service.cli.operation_commands import first_interrupt
+from router_service.cli.options import complete_memory
 from router_service.cli.output import Session, session_of, table
 from router_service.errors import InvalidField, shorten
 from router_service.memories.memory import MemoryRecord
@@ -72,6 +73,7 @@ def migrate(
         list[str] | None,
         typer.Argument(
             metavar="[MEMORY...]",
+            autocompletion=complete_memory,
             help="Memories to move, e.g. bible; all of the source when none is named.",
             show_default=False,
         ),

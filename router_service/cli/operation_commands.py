@@ -16,7 +16,7 @@ from knnmoe.client import ServiceError
 from knnmoe.v1 import operations_pb2 as pb
 
 from router_service.cli.errors import Interrupted, admin_error
-from router_service.cli.options import AdminTyper
+from router_service.cli.options import AdminTyper, complete_memory
 from router_service.cli.output import Session, plain, session_of, utc
 
 
@@ -90,6 +90,7 @@ def list_operations(
         str,
         typer.Argument(
             metavar="[NAME]",
+            autocompletion=complete_memory,
             help="Only operations on this memory, e.g. bible; all when left out.",
             show_default=False,
         ),

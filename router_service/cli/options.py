@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -145,8 +146,24 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def complete_memory(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of memories at --target, for the shell."""
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # what it writes would be on the line that is typed
+    from knnmoe.client import memory_names
+
+    return memory_names(context.find_root().params["target"], incomplete)
+
+
 MemoryName = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the memory, e.g. bible.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Name of the memory, e.g. bible.",
+        show_default=False,
+        autocompletion=complete_memory,
+    ),
 ]
 
 OnlyLayers = Annotated[

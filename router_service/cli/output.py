@@ -20,7 +20,8 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from knnmoe.client import AdminClient
 from knnmoe.v1 import operations_pb2 as operations_pb
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -35,8 +36,13 @@ from rich.text import Text
 
 from router_service.cli.errors import BadInput
 
-# Wide enough that a table is not cut when stdout is a file or a pipe.
+# Wide enough that a table is not folded when stdout is a file or a pipe.
 PIPE_WIDTH = 160
+# A space on either side of a column.
+_PADDING = 2
+# Cells that are longer may take several lines: a time takes 23.
+_LONG_CELL = 24
+_UNIT = 1024
 
 Rows = Sequence[Sequence[object] | Mapping[str, object]]
 
@@ -118,20 +124,89 @@ def _bar(amount: ProgressColumn) -> Progress:
 
 
 def _console() -> Console:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=width, highlight=False)
+    columns, lines = shutil.get_terminal_size()  # with both a dumb terminal has them too
+    width = columns if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, height=lines, highlight=False)
 
 
-def table(columns: Sequence[str], rows: Rows, title: str = "") -> Table:
+class Bytes(int):
+    """A number of bytes: human-readable in tables, a number in JSON."""
+
+    def __str__(self) -> str:
+        amount, units = float(self), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+        unit = next(units)
+        for larger in units:
+            if amount < _UNIT:
+                break
+            amount, unit = amount / _UNIT, larger
+        return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedTable:
+    """A plain table; one that is wider than the console becomes several, which each begin with the first column."""
+
+    names: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    numeric: Sequence[bool]
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.title:
+            yield Text(self.title, style="table.title")
+        for number, columns in enumerate(self._folds(options.max_width)):
+            if number:
+                yield ""
+            yield self._part(columns)
+
+    def _folds(self, width: int) -> list[dict[int, int]]:
+        """By table the widths of its columns, which leave as few lines as they can."""
+        least = [self._least(number) + _PADDING for number in range(len(self.names))]
+        folds, used = [[0]], least[0]
+        for number in range(1, len(least)):
+            if used + least[number] > width and len(folds[-1]) > 1:
+                folds.append([0])
+                used = least[0]
+            folds[-1].append(number)
+            used += least[number]
+        return [self._widths(fold, width) for fold in folds]
+
+    def _least(self, number: int) -> int:
+        """Width in which no word of the heading, no number and no short cell is broken."""
+        heading = max(map(cell_len, self.names[number].split() or [""]))
+        column = max((cell_len(row[number]) for row in self.cells), default=0)
+        return max(heading, column if self.numeric[number] else min(column, _LONG_CELL))
+
+    def _widths(self, fold: Sequence[int], width: int) -> dict[int, int]:
+        """What is left goes to the columns whose cells or headings take several lines."""
+        widths = {number: self._least(number) for number in fold}
+        spare = width - sum(widths.values()) - _PADDING * len(fold)
+        for number in fold:
+            texts = [self.names[number], *(row[number] for row in self.cells)]
+            more = max(min(spare, max(map(cell_len, texts)) - widths[number]), min(spare, 0))
+            widths[number] = max(widths[number] + more, 1)
+            spare -= more
+        return widths
+
+    def _part(self, columns: Mapping[int, int]) -> Table:
+        made = Table(box=None, header_style="bold")
+        for number, width in columns.items():
+            justify: JustifyMethod = "right" if self.numeric[number] else "left"
+            made.add_column(self.names[number], justify=justify, overflow="fold", width=width)
+        for row in self.cells:
+            made.add_row(*(Text(row[number]) for number in columns))  # Text: no markup
+        return made
+
+
+def table(columns: Sequence[str], rows: Rows, title: str = "") -> FoldedTable:
     """A plain table; numbers to the right. Of a row that is a mapping the columns are shown."""
-    made = Table(title=title or None, title_justify="left", box=None, header_style="bold")
-    cells = [[row[name] for name in columns] if isinstance(row, Mapping) else row for row in rows]
-    for number, name in enumerate(columns):
-        numeric = bool(cells) and all(isinstance(row[number], int | float) for row in cells)
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        made.add_row(*(Text(_cell(value)) for value in row))  # Text: no markup
-    return made
+    values = [[row[name] for name in columns] if isinstance(row, Mapping) else row for row in rows]
+    numeric = [
+        bool(values) and all(isinstance(row[number], int | float | None) for row in values)
+        for number in range(len(columns))
+    ]
+    names = [name.replace("_", " ") for name in columns]
+    return FoldedTable(names, [list(map(_cell, row)) for row in values], numeric, title)
 
 
 def _cell(value: object) -> str:

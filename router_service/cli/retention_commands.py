@@ -21,7 +21,7 @@ from router_service.arrays import MAX_ENTRY_ID
 from router_service.cli.errors import AdminError, BadInput
 from router_service.cli.operation_commands import followed
 from router_service.cli.options import MemoryName, OnlyLayers, Yes
-from router_service.cli.output import Session, confirm, plain, session_of, table, utc
+from router_service.cli.output import Bytes, Session, confirm, plain, session_of, table, utc
 
 _NOTHING = (
     "say what goes: --forget, --older-than, --unused-below, --gain-below, --strength-below, --disagreeing-below, "
@@ -29,6 +29,24 @@ _NOTHING = (
 )
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
+# What the columns of `prune` say.
+_WORDS = {
+    "dropped": "entries that a policy lets go",
+    "deleted": "entries that are gone",
+    "kept": "entries that stay",
+    "rescued": "entries that a policy lets go and --keep-at-least keeps",
+    "spared": "entries that were written meanwhile, and so stay",
+    "disk": "what the entries that go take; `optimize` gives it back",
+    "unseen": "entries that were judged by a part of their neighbours, for they have too many",
+    "reasons": "entries by policy; one with several reasons counts in each",
+}
+_EFFECT_WORDS = {
+    "lookups": "entries of the layer that were looked up, each without its own example",
+    "lambda": "how far lookups trust the memory, from 0 to 1: the mean",
+    "abstained": "share of lookups that find nothing near and keep the model's own routing",
+    "agreement": "how well what is found agrees with the entry's own value; 1: it is the same, 0: no relation",
+    "contribution": "size of what the memory adds to the routing, and how much of it would be another",
+}
 # Sources that are named when another one is not there.
 _NEAR = 3
 
@@ -441,11 +459,11 @@ def _total(layers: list[dict[str, Any]], name: str) -> int:
 
 def _render(console: Console, layers: list[dict[str, Any]], *, dry_run: bool) -> None:
     gone = "dropped" if dry_run else "deleted"
-    columns = ("layer", "entries", gone, "kept", "rescued", "spared", "MiB", "unseen", "reasons")
+    columns = ("layer", "entries", gone, "kept", "rescued", "spared", "disk", "unseen", "reasons")
     rows = [
         [
             *(layer[name] for name in ("layer", "entries", gone, "kept", "rescued", "spared")),
-            round(layer["bytes_estimate"] / 2**20, 3),
+            Bytes(layer["bytes_estimate"]),
             layer["incomplete_searches"],
             ", ".join(f"{name} {count}" for name, count in layer["reasons"].items()),
         ]
@@ -453,10 +471,13 @@ def _render(console: Console, layers: list[dict[str, Any]], *, dry_run: bool) ->
     ]
     console.print("would be deleted; nothing was:" if dry_run else "deleted:")
     console.print(table(columns, rows))
+    words = [(word, meaning) for word, meaning in _WORDS.items() if word in columns]
     effects = [_effect(layer) for layer in layers if layer["expected_effect"]]
     if effects:
         console.print("expected effect on lookups, before -> after:")
         console.print(table(tuple(effects[0]), effects))
+        words += [(word, _EFFECT_WORDS[word]) for word in effects[0] if word in _EFFECT_WORDS]
+    console.print(table(("word", "what it says"), words))
 
 
 def _effect(layer: dict[str, Any]) -> dict[str, object]:

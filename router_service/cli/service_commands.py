@@ -16,7 +16,8 @@ from rich.console import Console
 
 from router_service import __version__
 from router_service.cli.errors import BadInput, ExitCode, Unreachable, admin_error
-from router_service.cli.output import plain, session_of, table
+from router_service.cli.options import complete_memory
+from router_service.cli.output import Bytes, plain, session_of, table
 from router_service.cli.setting_options import environment_problem
 from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
 from router_service.settings import ServiceSettings
@@ -30,6 +31,7 @@ def stats(
         str | None,
         typer.Argument(
             metavar="[NAME]",
+            autocompletion=complete_memory,
             help="Only this memory, e.g. bible; all when left out.",
             show_default=False,
         ),
@@ -54,12 +56,12 @@ def stats(
         service = [
             ("version", document["service_version"]),
             ("uptime", f"{document['uptime_s']} s"),
-            ("resident", f"{document['resident_bytes'] / 2**20:.0f} MiB"),
+            ("resident", Bytes(document["resident_bytes"])),
             ("calls in flight", str(document["in_flight"])),
         ]
         console.print(table(("service", ""), service))
         for memory in document["memories"]:
-            layers = memory["layers"]
+            layers = list(map(_row, memory["layers"]))
             console.print(table(tuple(layers[0]), layers, title=memory["memory"]))
 
     session.output.emit(document, render)
@@ -69,6 +71,14 @@ def _with_unknown(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer's numbers; None where the service does not know one."""
     known = {name: value for name, value in layer.items() if name != "disk_bytes_unknown"}
     return known | ({"disk_bytes": None} if layer["disk_bytes_unknown"] else {})
+
+
+def _row(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's numbers, under shorter headings, with bytes human-readable."""
+    disk = layer["disk_bytes"]
+    rest = {name: value for name, value in layer.items() if name not in ("layer", "disk_bytes")}
+    first = {"layer": layer["layer"], "disk": None if disk is None else Bytes(disk)}
+    return first | rest
 
 
 def health(context: typer.Context) -> None:

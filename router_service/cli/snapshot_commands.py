@@ -9,8 +9,8 @@ from knnmoe.v1 import snapshots_pb2 as pb
 
 from router_service.cli.errors import AdminError, BadInput
 from router_service.cli.operation_commands import followed
-from router_service.cli.options import AdminTyper, MemoryName, Yes
-from router_service.cli.output import Session, confirm, plain, session_of, utc
+from router_service.cli.options import AdminTyper, MemoryName, Yes, complete_memory
+from router_service.cli.output import Bytes, Session, confirm, plain, session_of, utc
 
 app = AdminTyper("Whole copies of memories: make, check, restore and move them.")
 
@@ -67,6 +67,7 @@ def list_snapshots(
         str,
         typer.Argument(
             metavar="[NAME]",
+            autocompletion=complete_memory,
             help="Only snapshots of this memory, e.g. bible; all when left out.",
             show_default=False,
         ),
@@ -81,12 +82,12 @@ def list_snapshots(
     session = session_of(context)
     request = pb.ListSnapshotsRequest(memory=name)
     reply = session.client.unary(session.client.snapshots.ListSnapshots, request, long=True)
-    columns = ("memory", "snapshot", "created", "entries", "MiB", "problem")
+    columns = ("memory", "snapshot", "created", "entries", "size", "problem")
     rows = [
         [
             *(one.memory, one.name, utc(one.created_unix_ms) if one.created_unix_ms else ""),
             one.entries,
-            round(one.content_bytes / 2**20, 3),
+            Bytes(one.content_bytes),
             one.problem,
         ]
         for one in reply.snapshots
@@ -229,6 +230,6 @@ def _last(session: Session, method: Any, request: Any, field: str) -> Any:
 
 
 def _emit(session: Session, verb: str, snapshot: pb.SnapshotDescription) -> None:
-    mib = snapshot.content_bytes / 2**20
-    line = f"{verb} {snapshot.memory} {snapshot.name}: {snapshot.entries} entries, {mib:.1f} MiB, {snapshot.path}"
+    size = Bytes(snapshot.content_bytes)
+    line = f"{verb} {snapshot.memory} {snapshot.name}: {snapshot.entries} entries, {size}, {snapshot.path}"
     session.output.line(plain(snapshot), line)

@@ -164,8 +164,13 @@ def test_prune(admin: Admin, memory: str) -> None:
         "max_entries_by_gain 20",
         "expected effect",
         "lambda",
+        "rescued       entries that a policy lets go and --keep-at-least keeps",
+        "abstained     share of lookups that find nothing near",
     ):
         assert word in table
+    lines, explained = table.splitlines(), re.findall(r"^ (\w+)  +\w", table, re.MULTILINE)
+    headings = {word for line in lines if line.startswith(" layer ") for word in line.split()}
+    assert headings - {"layer", "entries"} <= set(explained)
     assert "stdin is no terminal; pass --yes" in admin(*flags, code=2).stderr
     assert _count(admin, memory) == 60
     assert _document(admin("--json", *flags, "--yes"))["deleted"] == 30

@@ -2,6 +2,7 @@
 
 from knnmoe.client.admin import AdminClient, Upserter, require_same_model
 from knnmoe.client.calls import NO_PAUSES_S, PAUSES_S
+from knnmoe.client.completion import memory_names
 from knnmoe.client.errors import (
     ClientClosed,
     KindMismatch,
@@ -35,6 +36,7 @@ __all__ = [
     "ServiceUnavailable",
     "Upserter",
     "blends_logits",
+    "memory_names",
     "require_same_model",
     "service_error",
 ]
