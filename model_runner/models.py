@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from model_runner.errors import BadInput, UnsupportedLibrary
 from model_runner.fingerprint import model_fingerprint
 from model_runner.router_hooks import verify_hooks
 
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
 # A gradient pass keeps every layer's activations, so a longer window costs memory before it helps.
 DEFAULT_WINDOW = 512
 TRANSFORMERS = ">=5.16.1,<5.24"
@@ -50,11 +55,12 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
 
     where = pick_device(device)
     load_as = _dtype(dtype, where)
+    found = _found(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=load_as).to(where)
+        tokenizer = AutoTokenizer.from_pretrained(found)
+        model = AutoModelForCausalLM.from_pretrained(found, dtype=load_as).to(where)
     except Exception as error:  # parsers of several libraries, over files that may hold anything
-        raise BadInput(f"model {name!r} cannot be loaded{_hint(name)}: {error}") from error
+        raise BadInput(f"model {name!r} cannot be loaded: {error}") from error
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise BadInput(
             f"model {name!r} cannot be loaded: its tokenizer's files are missing or empty"
@@ -92,12 +98,79 @@ def _require_embeddings(name: str, tokenizer: Any, model: nn.Module) -> None:
         )
 
 
-def _hint(name: str) -> str:
-    if name and Path(name).exists():
-        return ""
-    if Path(name).is_absolute() or name.startswith("."):
-        return " (there is no such directory)"
-    return " (there is no such directory here; is the hub reachable?)"
+def _found(name: str) -> str:
+    """What transformers is to load: the name, or its directory in the hub's cache when the hub is away.
+
+    Raises BadInput at once for a model that is nowhere.
+
+    The hub is asked once: transformers would ask for several files and try again for half a minute with each.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
+
+    if name and Path(name).is_dir():
+        return name
+    _require_hub_name(name)
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG))
+    except GatedRepoError as error:
+        raise BadInput(
+            f"model {name!r} cannot be loaded: the hub gives it to those who accepted its terms; accept them on its "
+            "page there, then set HF_TOKEN"
+        ) from error
+    except EntryNotFoundError:
+        return name  # what it lacks is said when it is loaded
+    except RepositoryNotFoundError as error:
+        raise _not_there(
+            name, "nor one of that name at the hub (a private one needs HF_TOKEN)"
+        ) from error
+    except (HTTPError, OSError) as error:
+        cached = try_to_load_from_cache(name, CONFIG)
+        if not isinstance(cached, str):
+            why = f"nor is it in the hub's cache, and the hub cannot be reached ({error})"
+            raise _not_there(name, why) from error
+        log.info("model %r is loaded from the hub's cache: %s", name, error)
+        return str(Path(cached).parent)
+    return name
+
+
+def _require_hub_name(name: str) -> None:
+    """Raises BadInput for what is a path, or can be neither."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    path = Path(name)
+    if path.is_file():
+        raise BadInput(f"model {name!r} cannot be loaded: it is a file, expected its directory")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise _not_there(name) from error
+    if len(path.parts) > 1 and path.parent.is_dir():
+        raise _not_there(name)
+
+
+def _not_there(name: str, also: str = "") -> BadInput:
+    """One line, with what is near: directories beside it that hold a model, and what the hub's cache has."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    beside = Path(name).parent
+    there = [str(file.parent) for file in beside.glob(f"*/{CONFIG}")] if name else []
+    marked = "models--"
+    cached = [
+        d.name.removeprefix(marked).replace("--", "/")
+        for d in Path(HF_HUB_CACHE).glob(f"{marked}*")
+    ]
+    folded = {one.casefold(): one for one in (*cached, *there)}
+    near = [folded[one] for one in get_close_matches(name.casefold(), folded, cutoff=0.7)]
+    where = "there is no such directory" + (f" here, {also}" if also else "")
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    return BadInput(f"model {name!r} cannot be loaded: {where}{hint}")
 
 
 def window_length(model: nn.Module, asked: int | None) -> int:

@@ -383,7 +383,7 @@ def test_sampling_is_seeded(run: Run, model: Path) -> None:
         (["--reference", "/nowhere.jsonl"], "'/nowhere.jsonl' does not exist"),
         (["--reference", "/"], "'/' is a directory"),
         (["--calibrate-on", "/nowhere.jsonl"], "'/nowhere.jsonl' does not exist"),
-        (["--model", "/nowhere"], "model '/nowhere' cannot be loaded (there is no such directory)"),
+        (["--model", "/nowhere"], "model '/nowhere' cannot be loaded: there is no such directory"),
         (["--device", "tpu"], "device 'tpu' cannot be used"),
         (["--dtype", "int4"], "dtype: got 'int4', expected auto, float32"),
         (["--window", 4096], "window: got 4096 tokens, expected at most the model's 128"),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 import torch
@@ -74,6 +77,82 @@ def test_a_model_that_is_not_there(name: str) -> None:
     with pytest.raises(BadInput, match="there is no such directory") as caught:
         load_model(name, device="cpu")
     assert f"model {name!r} cannot be loaded" in str(caught.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Has no model; counts what it is asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """The hub is at this port of this machine."""
+    constants, address = "huggingface_hub.constants", f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub without models: what it was asked for."""
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever).start()
+        point_at(monkeypatch, server.server_port)
+        Hub.asked.clear()
+        yield Hub.asked
+        server.shutdown()
+
+
+def test_a_misspelt_name_is_asked_for_once(
+    hub: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    expected = (
+        "model 'olmo' cannot be loaded: there is no such directory here, nor one of that name at the hub "
+        "(a private one needs HF_TOKEN); near it: olmoe"
+    )
+    with pytest.raises(BadInput, match=f"^{re.escape(expected)}$"):
+        load_model("olmo", device="cpu")
+    assert hub == ["/olmo/resolve/main/config.json"]
+
+
+def test_a_misspelt_directory_is_not_asked_for(hub: list[str], checkpoint: Path) -> None:
+    with pytest.raises(BadInput, match=f"such directory; near it: {re.escape(str(checkpoint))}$"):
+        load_model(str(checkpoint.with_name("OLMo")), device="cpu")
+    with pytest.raises(BadInput, match="it is a file, expected its directory"):
+        load_model(str(checkpoint / "config.json"), device="cpu")
+    assert hub == []
+
+
+def test_a_hub_that_is_away(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Asked once; what is in its cache is loaded."""
+    point_at(monkeypatch, 1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--us--olmoe"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, cached / "snapshots" / ("0" * 40))
+    assert load_model("us/olmoe", device="cpu").name == "us/olmoe"
+    with pytest.raises(BadInput, match=r"the hub cannot be reached \(.*\); near it: us/olmoe$"):
+        load_model("us/OLMo", device="cpu")
+    assert "Retrying" not in caplog.text
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.16.0", "5.24.0", "6.0.0.dev0"])
