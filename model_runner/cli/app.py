@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib.metadata import version
 from types import ModuleType
+from typing import Annotated
 
 import typer
 
@@ -16,8 +18,9 @@ from model_runner.cli.learn import learn
 from model_runner.cli.sample_data import sample_data
 from model_runner.errors import BadInput, RunnerError
 
-_INTERRUPTED = "interrupted; what the sidecar acknowledged is kept, so a build or `learn` goes on where it stopped"
-_OF_THE_EXTRA = ("torch", "transformers")
+_KEPT = "; what the sidecar acknowledged is kept"
+_GOES_ON = f"{_KEPT}: the same command again goes on where it stopped"
+_OF_THE_EXTRA = ("torch", "transformers", "accelerate", "faiss", "matplotlib", "packaging")
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
@@ -36,6 +39,24 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{version('knn-moe')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """The help is the app's."""
+
+
 for command in (build, calibrate, evaluate, generate, learn, demo, sample_data):
     app.command()(command)
 
@@ -47,16 +68,17 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():  # the libraries' bars would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         app()
     except KeyboardInterrupt:
-        _fail(_INTERRUPTED, EXIT_INTERRUPTED)
+        _fail(_interrupted(), EXIT_INTERRUPTED)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # Ctrl-C within a command: typer ends it without a word
-            _fail(_INTERRUPTED, EXIT_INTERRUPTED)
+            _fail(_interrupted(), EXIT_INTERRUPTED)
         raise
     except ModuleNotFoundError as error:
-        if error.name not in _OF_THE_EXTRA:
+        if str(error.name).partition(".")[0] not in _OF_THE_EXTRA:
             raise
         _fail(
             f"{error.name} is not installed; the runner needs it: pip install 'knn-moe[runner]'",
@@ -71,6 +93,16 @@ def main() -> None:
         )
     except (RunnerError, _client().ServiceError, OSError) as error:
         _fail(error, EXIT_FAILED)
+
+
+def _interrupted() -> str:
+    """The root's own options take no values, so the first word is the command."""
+    words = sys.argv[1:]
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in ("build", "learn"):
+        return f"interrupted{_GOES_ON}"
+    learns = any(word.startswith(("--learn", "--interactive")) for word in words)
+    return f"interrupted{_KEPT if command == 'generate' and learns else ''}"
 
 
 def _client() -> ModuleType:
