@@ -109,15 +109,18 @@ def _found(name: str) -> str:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
     )
 
     if name and Path(name).is_dir():
         return name
-    _require_hub_name(name)
+    if Path(name).is_file():
+        raise BadInput(f"model {name!r} cannot be loaded: it is a file, expected its directory")
     try:
         get_hf_file_metadata(hf_hub_url(name, CONFIG))
+    except HFValidationError as error:
+        raise _not_there(name) from error
     except GatedRepoError as error:
         raise BadInput(
             f"model {name!r} cannot be loaded: the hub gives it to those who accepted its terms; accept them on its "
@@ -129,7 +132,7 @@ def _found(name: str) -> str:
         raise _not_there(
             name, "nor one of that name at the hub (a private one needs HF_TOKEN)"
         ) from error
-    except (HTTPError, OSError) as error:
+    except Exception as error:  # of whichever HTTP library
         cached = try_to_load_from_cache(name, CONFIG)
         if not isinstance(cached, str):
             why = f"nor is it in the hub's cache, and the hub cannot be reached ({error})"
@@ -137,22 +140,6 @@ def _found(name: str) -> str:
         log.info("model %r is loaded from the hub's cache: %s", name, error)
         return str(Path(cached).parent)
     return name
-
-
-def _require_hub_name(name: str) -> None:
-    """Raises BadInput for what is a path, or can be neither."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    path = Path(name)
-    if path.is_file():
-        raise BadInput(f"model {name!r} cannot be loaded: it is a file, expected its directory")
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise _not_there(name) from error
-    if len(path.parts) > 1 and path.parent.is_dir():
-        raise _not_there(name)
 
 
 def _not_there(name: str, also: str = "") -> BadInput:
