@@ -15,10 +15,10 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ from model_runner.replica.layer import LookupLock
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()
 _hooking = threading.Lock()
+# By decoder: hooks that are entered within a pause hold back the same passes as those that were paused.
+_passes: WeakKeyDictionary[nn.Module, _Passes] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class RouterHooks:
         self._policy = policy
         self._counting = threading.Lock()
         self._here = _ThreadState(len(self.sites))
-        self._passes = LookupLock()
+        self._passes = _passes_of(model)
         self._undo: ExitStack | None = None
         self._attached = ExitStack()
 
@@ -144,7 +146,7 @@ class RouterHooks:
             self._here = here
             # Last, so that it is left first: a pass that goes on meanwhile must not look complete.
             traced = None not in widths
-            undo.enter_context(watched_batches(self._model, here, self._passes, traced=traced))
+            undo.enter_context(watched_batches(self._model, here, traced=traced))
             self._undo = undo.pop_all()
         return self
 
@@ -157,13 +159,13 @@ class RouterHooks:
         """
         if self._undo is None:
             raise HooksInUse("these RouterHooks were not entered, and cannot be paused")
-        with self._passes.committing():
+        with self._passes.lock.committing():
             self._detach()
-            self._here.pausing = True
+            self._here.pausing, self._passes.pausing = True, threading.get_ident()
             try:
                 yield
             finally:
-                self._here.pausing = False
+                self._here.pausing, self._passes.pausing = False, None
                 self._attach(self._here)
 
     def _attach(self, here: _ThreadState) -> list[int | None]:
@@ -336,14 +338,14 @@ class _ThreadState(threading.local):
 
 @contextmanager
 def watched_batches(
-    model: nn.Module, here: _ThreadState, passes: LookupLock, *, traced: bool = False
+    model: nn.Module, here: _ThreadState, *, traced: bool = False
 ) -> Iterator[None]:
     """Within it, `here` has shape and padding of the thread's forward pass through the decoder of `model`.
 
-    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both. passes: each is inside
-    of it, but those of a thread that has paused the hooks. traced: compiled code does not note them, and is one graph.
+    Routers see tokens flattened to `[B*S, d]` and never the padding mask; the decoder sees both.
+    traced: compiled code does not note them, and is one graph.
     """
-    inside = True
+    inside, decoder, passes = True, decoder_of(model), _passes_of(model)
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
         parameters = tuple(inspect.signature(forward).parameters)
@@ -354,7 +356,9 @@ def watched_batches(
                 return forward(*args, **kwargs)
             before = here.batch_shape, here.valid
             given = dict(zip(parameters, args, strict=False)) | kwargs
-            with passes:
+            with passes.one():
+                if not inside:  # it waited for a pause, in which these hooks came and went
+                    return decoder.forward(*args, **kwargs)
                 here.batch_shape, here.valid = _batch_of(given)
                 try:
                     output = forward(*args, **kwargs)
@@ -379,11 +383,33 @@ def watched_batches(
 
         return watched_unless_compiled
 
-    with wrapped_forward(decoder_of(model), wrap):
+    with wrapped_forward(decoder, wrap):
         try:
             yield
         finally:
             inside = False
+
+
+@dataclass(slots=True)
+class _Passes:
+    """Forward passes through one decoder, and pauses in which there are none but of one thread.
+
+    Attributes:
+        pausing: that thread.
+
+    """
+
+    lock: LookupLock = field(default_factory=LookupLock)
+    pausing: int | None = None
+
+    def one(self) -> AbstractContextManager[None]:
+        """Around a pass of the calling thread."""
+        return nullcontext() if self.pausing == threading.get_ident() else self.lock
+
+
+def _passes_of(model: nn.Module) -> _Passes:
+    with _hooking:
+        return _passes.setdefault(decoder_of(model), _Passes())
 
 
 def _batch_of(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, Tensor | None]:
