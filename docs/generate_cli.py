@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands themselves: `python docs/generate_cli.py`. A test compares the two."""
+"""Writes docs/cli.md and the man pages from the commands: `python docs/generate_cli.py`. A test compares them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import typer
 
 from model_runner.cli import app as runner
+from router_service import __version__
 from router_service.cli import admin, serve
 from router_service.cli.options import whole
 
 APPS = {"router-service": serve.app, "router-admin": admin.app, "model-runner": runner.app}
 PAGE = Path(__file__).with_name("cli.md")
+MAN = Path(__file__).parents[1] / "router_service" / "system" / "man"
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -86,5 +88,50 @@ def _row(name: str, text: str) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
-if __name__ == "__main__":
+def man_page(script: str) -> str:
+    """Of one of the three, in roff."""
+    first, *others = _walk(script, typer.main.get_command(APPS[script]))
+    summary = (first[1].help or "").split("\n\n")[0].strip().rstrip(".")
+    parts = [
+        f'.TH {_roff(script.upper())} 1 "" "knn-moe {__version__}" "kNN-MoE"',
+        f".SH NAME\n{_roff(script)} \\- {_roff(' '.join(summary.split()))}",
+        f".SH SYNOPSIS\n{_roff(_usage(*first))}",
+        ".SH DESCRIPTION",
+        *_man_body(*first),
+        ".SH COMMANDS",
+    ]
+    for name, command in others:
+        parts += [f'.SS "{_roff(_usage(name, command))}"', *_man_body(name, command)]
+    others_of = ", ".join(f"{_roff(other)}(1)" for other in APPS if other != script)
+    return "\n".join([*parts, f".SH SEE ALSO\n{others_of}"]) + "\n"
+
+
+def _man_body(name: str, command: Any) -> Iterator[str]:
+    """The paragraphs of a help, and a tagged one per option."""
+    for paragraph in (command.help or "").split("\n\n"):
+        shown = textwrap.dedent(paragraph.removeprefix("\b\n"))
+        as_it_is = paragraph.startswith("\b\n")
+        yield ".PP\n" + (f".nf\n{_roff(shown)}\n.fi" if as_it_is else _roff(shown))
+    context = typer.Context(command, info_name=name)
+    for option in options_of(command):
+        names, text = option.get_help_record(context)
+        yield f".TP\n.B {_roff(names)}\n{_roff(' '.join(text.split()))}"
+
+
+def _roff(text: str) -> str:
+    """Text that roff prints as it is."""
+    lines = (
+        text.strip("\n").replace("\\", "\\e").replace("-", "\\-").replace('"', "\\(dq").splitlines()
+    )
+    return "\n".join(f"\\&{line}" if line[:1] in (".", "'") else line for line in lines)
+
+
+def write() -> None:
+    """All pages."""
     PAGE.write_text(page())
+    for script in APPS:
+        (MAN / f"{script}.1").write_text(man_page(script))
+
+
+if __name__ == "__main__":
+    write()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from docs.generate_cli import PAGE, commands, options_of, page
+from docs.generate_cli import APPS, MAN, PAGE, commands, man_page, options_of, page
 from router_service.arrays import Provenance
 from router_service.memories.settings import Kind
 from router_service.transfer.endpoints import EntryShape
@@ -22,8 +22,11 @@ COMPLETION = ("install_completion", "show_completion")
 FORMATS = PAGE.with_name("formats.md")
 
 
-def test_the_page_is_that_of_the_commands() -> None:
+def test_the_pages_are_those_of_the_commands() -> None:
     assert PAGE.read_text() == page(), "run `python docs/generate_cli.py`"
+    for script in APPS:
+        found = (MAN / f"{script}.1").read_text()
+        assert found == man_page(script), "run `python docs/generate_cli.py`"
 
 
 def test_every_console_script_is_there() -> None:
