@@ -9,6 +9,7 @@ and `/metrics` show what is hooked. The plug-in adds it by itself, and so does `
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -16,7 +17,10 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from knnmoe.fingerprint import ModelFingerprint
+
 from model_runner.errors import BadInput
+from model_runner.vllm.admission import Admission
 from model_runner.vllm.config import KEY, Config, checked, configured
 
 Message = MutableMapping[str, Any]
@@ -34,6 +38,7 @@ class Middleware:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._admission: Admission | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -58,6 +63,8 @@ class Middleware:
             return
         try:
             asked = _asked(body, scope["path"], engine)
+            if asked is not None and asked.memory is not None:
+                await self._admit(asked.memory, engine)
         except BadInput as error:
             await _answer(send, 400, _error(str(error), 400))
             return
@@ -71,6 +78,15 @@ class Middleware:
         if asked.report or asked.strict:
             answer = _Reported(send, engine, asked).send
         await self._app(scope, _replayed(raw, receive), answer)
+
+    async def _admit(self, memory: str, engine: _Engine) -> None:
+        """Raises BadInput for a memory that was replaced or deleted since the server started."""
+        if self._admission is None:
+            model = (await engine.status()).get("model")
+            if engine.config is None or model is None:  # /health says why
+                return
+            self._admission = Admission(engine.config.target, ModelFingerprint(**model))
+        await asyncio.to_thread(self._admission.require, memory)
 
     async def _status(self, scope: Message, receive: Receive, send: Send) -> None:
         status = await _engine(scope).status()
@@ -124,8 +140,16 @@ class _Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """Of one request. Attributes: tag: its lookups are counted under it; frame: of an event in a stream."""
+    """Of one request.
 
+    Attributes:
+        memory: one that is served, or None; what is wrong with another one is said by the engine's front end.
+        tag: its lookups are counted under it.
+        frame: of an event in a stream.
+
+    """
+
+    memory: str | None
     tag: str
     report: bool
     strict: bool
@@ -227,7 +251,8 @@ def _asked(body: dict[str, Any], path: str, engine: _Engine) -> _Asked | None:
         "created": int(time.time()),
         "model": body.get("model"),
     }
-    return _Asked(tag, report, strict, frame)
+    memory = fields.get("memory", engine.config.memory)
+    return _Asked(memory if memory in engine.config.served else None, tag, report, strict, frame)
 
 
 def _checked(given: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def _limits(vllm_config: Any) -> list[tuple[str, bool]]:
             vllm_config.speculative_config is not None,
         ),
         ("several API servers (--api-server-count)", parallel._api_process_count > 1),
+        ("KV caches of others (--kv-transfer-config)", vllm_config.kv_transfer_config is not None),
         ("a multimodal model", model.is_multimodal_model),
         *_graph_limits(vllm_config),
     ]

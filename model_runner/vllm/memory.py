@@ -81,14 +81,14 @@ class ServedMemory:
     def salt(self) -> str:
         """What keys the prefix cache: entries of the KV cache are of this memory, in this version.
 
-        It is of a version that lookups from now on have at least. Unique when nobody knows the version; another one
-        after lookups that fell back, for what they left in the KV cache is of no version.
+        It is of a version that lookups from now on have at least. Unique when nobody knows the version. What lookups
+        that fell back left in the KV cache is of no version: their number goes with the salt (Serving.salt).
         """
         position = self._position()
         if position is None:
             return uuid.uuid4().hex
         digest = self.model.fingerprint.digest()
-        return ":".join(map(str, (self.name, digest, *position, self.fell_back.total())))
+        return ":".join(map(str, (self.name, digest, *position)))
 
     def status(self) -> dict[str, Any]:
         """For health checks and metrics."""

@@ -1,8 +1,9 @@
-"""Where the plug-in stands in vLLM: four functions, each of which does as before where nothing is configured.
+"""Where the plug-in stands in vLLM: five functions, each of which does as before where nothing is configured.
 
     front end    InputProcessor.process_inputs       checks what a request says, and writes down what a worker needs
                  init_entrypoints_middleware          adds http.Middleware to the OpenAI server
     engine       EngineCore.add_request               salts the prefix cache
+                 KVCacheManager.get_computed_blocks   and anew, when lookups fell back while a request waited
     worker       WorkerWrapperBase.init_device        hooks this worker's model, runner and methods, on the instances
 
 All of it is one process, or several; each of them calls install().
@@ -14,6 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,17 +31,19 @@ _OPENAI_APP = "vllm.entrypoints.launchers.app"
 
 
 def install() -> None:
-    """Puts the four in place, once per process."""
+    """Puts the five in place, once per process."""
     global _installed
     if _installed:
         return
     _installed = True
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     _wrap(InputProcessor, "process_inputs", _checked)
     _wrap(EngineCore, "add_request", _salted)
+    _wrap(KVCacheManager, "get_computed_blocks", _unshared)
     _wrap(WorkerWrapperBase, "init_device", _served)
     if _OPENAI_APP in sys.modules:  # an OpenAI server, which has imported it
         _wrap(sys.modules[_OPENAI_APP], "init_entrypoints_middleware", _with_middleware)
@@ -82,11 +86,39 @@ def _salted(add_request: Callable[..., Any], self: Any, request: Any, *args: Any
     params = request.sampling_params
     memory, _ = settled(None if params is None else params.extra_args)
     if memory is not None and request._block_hasher is not None:
-        (salt, *_) = self.model_executor.collective_rpc("knn_moe_salt", args=(memory,))
-        request.cache_salt = f"{salt}|{request.cache_salt or ''}"
-        request.block_hashes.clear()
-        request.update_block_hashes()
+        ask = functools.partial(self.model_executor.collective_rpc, args=(memory,))
+        ((salt, fell_back), *_) = ask("knn_moe_salt")
+        request.knn_moe_salt = _Salt(f"{salt}|{request.cache_salt or ''}", ask)
+        request.knn_moe_salt.put(request, fell_back)
     return add_request(self, request, *args)
+
+
+@dataclass(slots=True)
+class _Salt:
+    """Of a request in the engine. Attributes: of_version: the part that stays; ask: calls a method of the workers."""
+
+    of_version: str
+    ask: Callable[[str], Any]
+    fell_back: int = -1
+
+    def put(self, request: Any, fell_back: int) -> None:
+        """Keys the request's blocks anew if lookups have fallen back since; it must hold none."""
+        if fell_back != self.fell_back:
+            self.fell_back = fell_back
+            request.cache_salt = f"{fell_back}:{self.of_version}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+
+def _unshared(get_computed_blocks: Callable[..., Any], self: Any, request: Any) -> Any:
+    """A request may have waited while another one's lookups fell back, which left blocks under the salt of both.
+
+    It holds no blocks when it looks for some. The workers answer after the forward passes that they were given before.
+    """
+    salt = getattr(request, "knn_moe_salt", None)
+    if salt is not None:
+        salt.put(request, salt.ask("knn_moe_fell_back")[0])
+    return get_computed_blocks(self, request)
 
 
 def _with_middleware(initialise: Callable[..., Any], args: Any, app: Any, *more: Any) -> Any:
@@ -114,6 +146,7 @@ def _served(init_device: Callable[..., Any], self: Any) -> Any:
         setattr(runner, name, _while_paused(getattr(runner, name), serving))
     worker.shutdown = _closing(worker.shutdown, serving)
     worker.knn_moe_salt = serving.salt
+    worker.knn_moe_fell_back = serving.fell_back
     worker.knn_moe_status = serving.status
     worker.knn_moe_report = serving.report
     return done

@@ -6,6 +6,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Serving:
         self.sites: tuple[Site, ...] = ()
         self.memories: dict[str, ServedMemory] = {}
         self.device = torch.device("cpu")
+        self._model: ServedModel | None = None
         self._stack = ExitStack()
         self._agreement: Agreement | None = None
         self._called: set[int] = set()  # in the forward pass that runs
@@ -56,7 +58,7 @@ class Serving:
         """
         self.sites, self.device = find_sites(model), device
         self._agreement = Agreement()
-        served = ServedModel(
+        served = self._model = ServedModel(
             fingerprint=model_fingerprint(self.sites, architecture),
             device=device,
             logits_say_assignments=all(site.logits_say_assignments for site in self.sites),
@@ -102,17 +104,23 @@ class Serving:
 
     # Called by the engine and the front end, through collective_rpc; the first rank's answer counts.
 
-    def salt(self, memory: str) -> str:
-        """ServedMemory.salt."""
-        return self.memories[memory].salt() if memory in self.memories else ""
+    def salt(self, memory: str) -> tuple[str, int]:
+        """ServedMemory.salt, and the lookups that had fallen back before; together they key the prefix cache."""
+        fell_back = self.fell_back(memory)
+        return (self.memories[memory].salt() if memory in self.memories else "", fell_back)
+
+    def fell_back(self, memory: str) -> int:
+        """Lookups in a memory that have fallen back so far."""
+        return self.memories[memory].fell_back.total() if memory in self.memories else 0
 
     def status(self) -> dict[str, Any]:
-        """What is hooked, and each memory."""
+        """What is hooked, the model's fingerprint, and each memory."""
         missed = [site.name for site in self.sites if site.layer in self._missed]
         return {
             "layers": len(self.sites),
             "hooked": len(self.sites) - len(missed),
             "missed": missed,
+            "model": None if self._model is None else asdict(self._model.fingerprint),
             "memories": {name: memory.status() for name, memory in self.memories.items()},
         }
 

@@ -46,7 +46,7 @@ def ask(
     """Each text with the memory of its place; one name is for all of them."""
     each = [memories] * len(texts) if memories is None or isinstance(memories, str) else memories
     params = [sampling(memory, **options) for memory in each]
-    return [_text(output) for output in generate(llm, texts, params)]
+    return [text_of(output) for output in generate(llm, texts, params)]
 
 
 def generate(llm: Any, texts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
@@ -78,7 +78,8 @@ def sampling(memory: str | None, *, prompt_logprobs: bool = True, **knn_moe: Any
     )
 
 
-def _text(output: Any) -> Text:
+def text_of(output: Any) -> Text:
+    """Of vLLM's own output."""
     answer = output.outputs[0]
     scored = zip((output.prompt_logprobs or [None])[1:], output.prompt_token_ids[1:], strict=False)
     return Text(

@@ -152,6 +152,17 @@ def fill(
     _upsert(sidecar, name, checkpoint, keys, seed, first=0)
 
 
+def deleted(sidecar: Sidecar, name: str) -> None:
+    """There is no such memory any more."""
+    sidecar.admin.DeleteMemory(admin_pb.DeleteMemoryRequest(memory=name), timeout=60)
+
+
+def made_for_another_model(sidecar: Sidecar, name: str, checkpoint: Checkpoint) -> None:
+    """A memory is made anew, empty, for a model with other routers."""
+    deleted(sidecar, name)
+    sidecar.create(name, model=asdict(replace(checkpoint.fingerprint, router_hash="0" * 64)))
+
+
 def more(
     sidecar: Sidecar, name: str, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]
 ) -> None:

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from knnmoe.client import ModelMismatch, ServiceUnavailable
 
 from tests.sidecar import Sidecar
-from tests.vllm.ask import apart, ask, engine, generate, report, sampling
-from tests.vllm.models import NEW_TOKENS, Checkpoint, fill, more, prompts, with_memory
+from tests.vllm.ask import apart, ask, engine, generate, report, sampling, text_of
+from tests.vllm.models import (
+    NEW_TOKENS,
+    Checkpoint,
+    deleted,
+    fill,
+    made_for_another_model,
+    more,
+    prompts,
+    with_memory,
+)
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
@@ -26,8 +36,9 @@ def own_sidecar(tmp_path: Path) -> Iterator[Sidecar]:
 
 
 def serve(model: Checkpoint, target: str, retrieval: str, **options: Any) -> Any:
+    own = {name: options.pop(name) for name in ("max_num_seqs",) if name in options}
     config = {"target": target, "memories": ["law"], "retrieval": retrieval, **options}
-    return engine(model.path, config, enable_prefix_caching=True, block_size=32)
+    return engine(model.path, config, enable_prefix_caching=True, block_size=32, **own)
 
 
 def cached(llm: Any, memory: str | None) -> int:
@@ -142,6 +153,57 @@ def test_a_sidecar_that_hangs_is_not_waited_for(
                 found = report(llm, output.request_id)
                 assert found["fell_back"] == found["lookups"] == LAYERS * NEW_TOKENS
             assert [list(o.outputs[0].token_ids) for o in outputs] == [t.tokens for t in plain]
+
+
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
+def test_another_models_memory_in_its_place_costs_running_requests_their_lookups(
+    retrieval: str, checkpoint: Callable[[str], Checkpoint], own_sidecar: Sidecar
+) -> None:
+    model = checkpoint("olmoe")
+    fill(own_sidecar, "law", model, TEXTS)
+    with serve(model, own_sidecar.target, retrieval, timeout_s=20) as llm:
+        before = ask(llm, TEXTS, "law", prompt_logprobs=False)
+        running = Stepped(llm, prompts(4, seed=8), "law")
+        running.step(4)
+        counted = [report(llm, id_) for id_ in running.ids]
+        made_for_another_model(own_sidecar, "law", model)
+        [serving] = llm.collective_rpc(lambda worker: worker.knn_moe_salt.__self__)
+        follower = serving.memories["law"].opened.follower
+        while follower is not None and not isinstance(follower.obstacle(), ModelMismatch):
+            pass  # its stream ends, and the next one is refused
+        running.finish()
+        for id_, found in zip(running.ids, counted, strict=True):
+            at_the_end = report(llm, id_)
+            fell_back = at_the_end["lookups"] - found["lookups"]
+            assert at_the_end["lookups"] == LAYERS * NEW_TOKENS
+            assert at_the_end["reasons"] == {"model_mismatch": fell_back}
+        deleted(own_sidecar, "law")
+        fill(own_sidecar, "law", model, TEXTS)
+        caught_up(llm)
+        assert apart(ask(llm, TEXTS, "law", prompt_logprobs=False), before) < TOLERANCE
+
+
+def test_what_fell_back_is_not_read_from_the_prefix_cache_by_requests_that_waited(
+    checkpoint: Callable[[str], Checkpoint], own_sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint("olmoe")
+    fill(own_sidecar, "law", model, TEXTS)
+    with serve(model, own_sidecar.target, "replica", max_num_seqs=1) as llm:
+        [serving] = llm.collective_rpc(lambda worker: worker.knn_moe_salt.__self__)
+        retriever = serving.memories["law"].opened.retriever
+        obstacle = retriever._obstacle
+        two = Stepped(llm, [TEXTS[0]] * 2, "law")  # one after the other, admitted together
+        monkeypatch.setattr(retriever, "_obstacle", lambda: ServiceUnavailable("away"))
+        two.step(1)
+        monkeypatch.setattr(retriever, "_obstacle", obstacle)
+        two.finish()
+        first, second = two.finished
+        assert report(llm, first.request_id)["fell_back"] == LAYERS
+        assert report(llm, second.request_id)["fell_back"] == 0
+        assert second.num_cached_tokens == 0
+        [now] = ask(llm, TEXTS[:1], "law", prompt_logprobs=False)
+        assert apart([text_of(second)], [now]) < TOLERANCE
+        assert apart([text_of(first)], [now]) > 100 * TOLERANCE
 
 
 def test_a_replica_goes_on_without_its_sidecar(

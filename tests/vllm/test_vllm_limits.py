@@ -44,6 +44,7 @@ def test_speculative_decoding_is_refused(checkpoint: Callable[[str], Checkpoint]
         ("--enable-eplb", {"parallel_config.enable_eplb": True}),
         ("--data-parallel-size", {"parallel_config.data_parallel_size": 2}),
         ("--pipeline-parallel-size", {"parallel_config.pipeline_parallel_size": 2}),
+        ("--kv-transfer-config", {"kv_transfer_config": object()}),
         ("--api-server-count", {"parallel_config._api_process_count": 2}),
     ],
 )
@@ -79,6 +80,7 @@ def configured(model: Checkpoint, settings: dict[str, Any]) -> Any:
     config = EngineArgs(str(model.path), **options).create_engine_config()
     kinds: dict[str, Any] = {"cudagraph_mode": CUDAGraphMode.__getitem__, "mode": CompilationMode}
     for place, value in settings.items():
-        section, name = place.split(".")
-        setattr(getattr(config, section), name, kinds.get(name, lambda given: given)(value))
+        *section, name = place.split(".")
+        owner = getattr(config, section[0]) if section else config
+        setattr(owner, name, kinds.get(name, lambda given: given)(value))
     return config

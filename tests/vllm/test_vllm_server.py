@@ -17,13 +17,23 @@ import pytest
 
 from tests.sidecar import Sidecar
 from tests.tiny_checkpoint import byte_tokenizer
-from tests.vllm.models import NEW_TOKENS, Checkpoint, Text, fill, prompts, with_memory, written
+from tests.vllm.models import (
+    NEW_TOKENS,
+    Checkpoint,
+    Text,
+    deleted,
+    fill,
+    made_for_another_model,
+    prompts,
+    with_memory,
+    written,
+)
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-LAYERS, TOLERANCE = 3, 2e-5
+LAYERS, TOLERANCE, LONG = 3, 2e-5, 180
 TEXTS = prompts(4, length=64, seed=5)
 
 
@@ -187,6 +197,37 @@ def test_health_and_metrics_show_what_is_hooked(address: str, client: Any, log: 
     assert any(line.startswith('knn_moe_lookups_total{memory="law"} ') for line in lines)
     assert any(line.startswith("vllm:") for line in lines)
     assert f"knn_moe: hooked {LAYERS} of {LAYERS} MoE layers" in log.read_text()
+
+
+def test_another_models_memory_in_its_place_is_status_400_until_its_own_is_back(
+    client: Any, service: Sidecar, model: Checkpoint
+) -> None:
+    before = completed(client, TEXTS[1], memory="code")
+    extra = {"knn_moe": {"memory": "code", "report": True}, "ignore_eos": True}
+    asked = {"model": "base", "prompt": TEXTS[2], "max_tokens": LONG, "extra_body": extra}
+    running = client.completions.create(stream=True, **asked)
+    next(running)
+    made_for_another_model(service, "code", model)
+    for options in ({"memory": "code"}, {"name": "base@code"}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            completed(client, TEXTS[1], **options)
+        assert "'code', which was made anew" in str(refused.value)
+        assert f"memory '{'0' * 64}', this model '{model.fingerprint.router_hash}'" in str(
+            refused.value
+        )
+    *_, last = running
+    assert last.knn_moe["lookups"] == LAYERS * LONG
+    assert sum(last.knn_moe["reasons"].values()) == last.knn_moe["fell_back"]
+    assert set(last.knn_moe["reasons"]) <= {"memory_not_found", "model_mismatch"}
+    assert completed(client, TEXTS[1], memory="law", report=True).knn_moe["fell_back"] == 0
+    deleted(service, "code")
+    with pytest.raises(
+        openai.BadRequestError, match="'code', which this server serves, and it was deleted"
+    ):
+        completed(client, TEXTS[1], memory="code")
+    fill(service, "code", model, TEXTS[1:3], seed=1)
+    again = completed(client, TEXTS[1], memory="code", strict=True)
+    assert close(answer(again), answer(before))
 
 
 def test_a_killed_sidecar_costs_16_requests_their_lookups_and_strict_ones_their_answer(
