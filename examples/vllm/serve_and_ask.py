@@ -184,6 +184,11 @@ def _answers_health(url: str) -> bool:
     try:
         with urlopen(f"{url}/health"):  # noqa: S310  # of this machine
             return True
+    except HTTPError as error:
+        said = error.read().decode(errors="replace")
+        if '"knn_moe"' in said:  # the plug-in's own, which does not pass; vLLM's may
+            sys.exit(f"vLLM runs, and the plug-in does not serve all of it: {said}")
+        return False
     except (URLError, ConnectionError):
         return False
 

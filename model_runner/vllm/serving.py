@@ -24,6 +24,8 @@ from model_runner.vllm.site import Site, find_sites
 
 log = logging.getLogger("vllm.knn_moe")  # as vLLM shows its own
 
+# Types of models whose answers with a memory were compared with those of transformers.
+TESTED_MODELS = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss")
 # Requests whose counts are kept for whoever asks for them later.
 MOST_REPORTS = 4096
 
@@ -70,6 +72,12 @@ class Serving:
                 self.memories[name] = self._stack.enter_context(opened)
         for site in self.sites:
             site.hook()
+        if architecture not in TESTED_MODELS:
+            log.warning(
+                "knn_moe: model type %r is not among those that were tested with memories in vLLM (%s): compare its "
+                "answers with those of model-runner before you rely on them",
+                *(architecture, ", ".join(TESTED_MODELS)),
+            )
         log.info(
             "knn_moe: hooked %d of %d MoE layers; memories %s",
             *(len(self.sites), len(self.sites), self.status()["memories"]),

@@ -7,10 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from examples.vllm import serve_and_ask
 from model_runner.models import load_model
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import read_windows
@@ -31,6 +34,28 @@ def test_the_shipped_model_is_what_it_is_in_transformers() -> None:
     with engine(MODEL_DIR, None) as llm:
         served = ask(llm, texts)
     assert apart(served, written(model, texts)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [('{"knn_moe": {"hooked": 3}}', "does not serve"), ("{}", None)]
+)
+def test_a_503_of_the_plug_in_is_not_waited_for(body: str, said: str | None) -> None:
+    """vLLM's own passes."""
+
+    class Unwell(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with HTTPServer(("127.0.0.1", 0), Unwell) as server:
+        Thread(target=server.handle_request).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        if said is None:
+            assert not serve_and_ask._answers_health(url)
+        else:
+            with pytest.raises(SystemExit, match=said):
+                serve_and_ask._answers_health(url)
 
 
 def test_the_example_serves_asks_and_ends_on_ctrl_c() -> None:
