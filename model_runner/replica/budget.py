@@ -31,8 +31,8 @@ SHARE_OF_FREE = 0.5
 HOST_ROW_BYTES = 120
 # A first pass keeps its codes of 4 bits a number three times: as they are, and in two of FAISS's indexes (codes.py).
 CODES, LONGEST_CODE = 3, 256
-# A scan for large batches keeps keys that are no longer than this as bytes, and their squared lengths (batches.py).
-LONGEST_BYTES, DIGITS = 256, 16
+# Keys that are no longer than this are kept as bytes, too, with four numbers for each (bounded.py).
+LONGEST_BYTES, BESIDE_BYTES = 256, 16
 # Rows beyond those that are filled, so that what is learnt meanwhile finds room.
 HEADROOM = 1 / 8
 LEAST_HEADROOM = 256
@@ -146,7 +146,7 @@ def replica_size(
     codes = in_ram and first_pass != "exact"  # other devices scan every row
     search = CODES * min(LONGEST_CODE, model.hidden_size) // 2 + 8 if codes else 0
     if codes and model.hidden_size <= LONGEST_BYTES:
-        search += model.hidden_size + DIGITS
+        search += model.hidden_size + BESIDE_BYTES
     return ReplicaSize(described.name, entries, model.hidden_size, width, keys, search, in_ram)
 
 

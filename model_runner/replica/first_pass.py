@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model_runner.errors import BadInput
 from model_runner.replica import search
-from model_runner.replica.batches import BatchScan
+from model_runner.replica.bounded import BoundedScan
 from model_runner.replica.codes import U8, WIDTHS, Codes, levels, reductions
 from model_runner.replica.layer import I64, LayerReplica
 from model_runner.replica.plans import (
@@ -114,7 +114,7 @@ class CodedFirstPass:
         """Raises BadInput for another choice."""
         self.choice, self._layer = require_choice(choice), layer
         self._generator = torch.Generator().manual_seed(seed)
-        self.batches = BatchScan(layer, seed)
+        self.bounded = BoundedScan(layer)
         self._state: State | None = None
         self._changes: Changes | None = None
         self._asked = AskedTokens(layer.dimension)
@@ -136,13 +136,14 @@ class CodedFirstPass:
     @property
     def nbytes(self) -> int:
         """Bytes of RAM beside the layer's."""
-        return self.batches.nbytes + (0 if self._state is None else self._state.codes.nbytes)
+        codes = 0 if self._state is None else self._state.codes.nbytes
+        return self.bounded.nbytes + codes
 
     def nearest(self, queries: Tensor, k: int) -> Found | None:
         """As search.nearest; None: all rows are to be scanned. Within the layer's lock."""
         enough_rows = len(self._layer) >= _FEWEST_ROWS
-        if self.choice == "auto" and enough_rows and self.batches.serves(len(queries)):
-            return self.batches.nearest(queries, k)
+        if self.choice == "auto" and enough_rows and self.bounded.serves(len(queries), k):
+            return self.bounded.nearest(queries, k)
         if self._failed or not self._serves(len(queries)):
             return None
         self._asked.notice(queries)

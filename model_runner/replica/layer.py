@@ -311,6 +311,13 @@ class LayerReplica:
             self.counts += counts
             self._lookups += 1
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within it one lookup adds to `hits` and `counts` what it found. Within the lock."""
+        with self._counting:
+            yield
+            self._lookups += 1
+
     def count_token(
         self, hits: I64, looked_up: float, abstained: float, not_finite: float, weight: float
     ) -> Tensor:

@@ -117,7 +117,8 @@ class AskedTokens:
         if self._filled >= MEASURED and self._lookups % one_of:
             return
         some = queries[:: max(1, len(queries) // MEASURED)].numpy()
-        some = some[some.any(1)]  # a token that is not looked up searches for the zero vector
+        # A token that is not looked up searches for the zero vector, or for what is no number.
+        some = some[some.any(1) & np.isfinite(some).all(1)]
         place = self._filled % MEASURED
         some = some[: MEASURED - place]
         self._kept[place : place + len(some)] = some

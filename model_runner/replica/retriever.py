@@ -8,8 +8,10 @@ counts hits and tokens. `LayerReplica.growths` and the log say when graphs must 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import grpc
@@ -20,7 +22,7 @@ from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
-from model_runner.replica import arithmetic
+from model_runner.replica import arithmetic, native
 from model_runner.replica.arithmetic import SMALLEST, LayerSettings
 from model_runner.replica.first_pass import attach, require_choice
 from model_runner.replica.layer import INFINITY, LayerReplica, LookupLock
@@ -122,6 +124,8 @@ class ReplicaRetriever:
                 attach(entries, self._first_pass)
             asked = _Asked(router_input, router_logits, own, valid)
             left_out = self._left_out(exclude, len(router_input), entries.device)
+            if left_out is None and _is_native(asked, entries, settings):
+                return _answer_natively(asked, entries, settings)
             if left_out is None and _is_one_on_host(asked, entries, settings):
                 return _answer_one(asked, entries, settings, self.num_experts)
             return _answer(asked, entries, settings, left_out, self.num_experts)
@@ -232,6 +236,56 @@ def _is_one_on_host(asked: _Asked, entries: LayerReplica, settings: LayerSetting
         and asked.router_input.is_cpu
         and asked.router_logits.is_cpu
     )
+
+
+def _is_native(asked: _Asked, entries: LayerReplica, settings: LayerSettings) -> bool:
+    """Whether the lookup blends logits, and everything it reads lies where this code runs."""
+    return (
+        settings.logits
+        and not settings.cosine
+        and entries.device.type == "cpu"
+        and asked.router_input.is_cpu
+        and asked.router_logits.is_cpu
+        and native.ready() is not None
+    )
+
+
+@lru_cache
+def _as_native(settings: LayerSettings) -> native.Settings:
+    return native.Settings(
+        *(settings.gamma, settings.step_size, settings.null_weight, settings.min_lambda),
+        *(arithmetic.MIN_SIMILARITY, SMALLEST, settings.logit_deltas),
+    )
+
+
+def _answer_natively(asked: _Asked, entries: LayerReplica, settings: LayerSettings) -> Retrieved:
+    """`_answer` on the CPU, in as few calls as there can be: see native.py."""
+    queries, own = asked.router_input.float().contiguous(), asked.router_logits.float().contiguous()
+    if asked.valid is not None:  # padding may hold anything
+        queries = torch.where(asked.valid.unsqueeze(1), queries, 0.0)
+    tokens, experts = own.shape
+    rows, distances = nearest(entries, queries, settings.neighbours)
+    rows, distances = rows.contiguous(), distances.contiguous()
+    blended, lambdas = torch.empty_like(own), torch.empty(tokens)
+    abstained, counts = torch.empty(tokens, dtype=torch.bool), torch.empty(4, dtype=torch.float64)
+    library = native.ready()
+    assert library is not None  # noqa: S101
+    with entries.counting():
+        library.answer(
+            *(
+                ctypes.byref(_as_native(settings)),
+                queries.data_ptr(),
+                queries.shape[1],
+                own.data_ptr(),
+                experts,
+            ),
+            None if asked.valid is None else asked.valid.data_ptr(),
+            *(rows.data_ptr(), distances.data_ptr(), settings.neighbours, tokens),
+            *(entries.values.data_ptr(), blended.data_ptr(), lambdas.data_ptr()),
+            *(abstained.data_ptr(), counts.data_ptr()),
+            *(entries.hits.data_ptr(), entries.counts.data_ptr()),
+        )
+    return Retrieved(lambdas, abstained, Logits(blended.to(asked.router_logits.dtype)), counts)
 
 
 def _answer_one(

@@ -146,8 +146,9 @@ def test_a_static_cache_gives_the_text_of_a_growing_one(
 def test_a_lookup_waits_for_nothing(
     settings: MemorySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, without FAISS. It is traced with numbers that nobody has: what looks at one raises."""
+    """As on a GPU, without what is for CPUs. It is traced with numbers that nobody has: what looks at one raises."""
     monkeypatch.setattr("model_runner.replica.search.faiss", lambda: None)
+    monkeypatch.setattr("model_runner.replica.native.ready", lambda: None)
     layer, twin = 1, TwinMemory(settings, HIDDEN, EXPERTS, TOP_K, ENTRIES)
     inputs, logits, own = twin.tokens(5)
 

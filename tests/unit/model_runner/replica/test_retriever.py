@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_runner.architectures.families import Assignment
+from model_runner.replica import native
 from model_runner.replica.retriever import ReplicaRetriever
 from model_runner.router_hooks import Logits
 from model_runner.routing_policy import FellBack, Retrieved
@@ -21,6 +22,15 @@ from tests.replicas import TwinMemory
 
 D, EXPERTS, TOP_K = 24, 16, 3
 DELTAS, ASSIGNMENTS = Kind.LOGIT_DELTA, Kind.ASSIGNMENT
+
+
+@pytest.fixture(autouse=True, params=["torch", "compiled"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what lookups on the CPU are computed."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "ready", lambda: None)
+    elif native.compiled() is None:
+        pytest.skip("nothing is compiled for this CPU")
 
 
 def settings_of(

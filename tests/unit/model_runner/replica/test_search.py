@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from model_runner.errors import BadInput
-from model_runner.replica import batches, budget, first_pass, search
-from model_runner.replica.batches import BatchScan, multiplies_bytes
+from model_runner.replica import budget, first_pass, native, search
+from model_runner.replica.bounded import BoundedScan
 from model_runner.replica.first_pass import CodedFirstPass
 from model_runner.replica.layer import INFINITY, KEY_DTYPES, LayerReplica
 
@@ -356,7 +356,8 @@ def test_where_nothing_finds_enough_every_row_is_looked_at(
     np.testing.assert_allclose(distances, brute_force(layer, queries, 1), rtol=1e-5)
 
 
-def test_auto_scans_where_that_costs_less() -> None:
+def test_auto_scans_where_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ready", lambda: None)
     keys = Keys()
     layer = filled(keys.some(1500))
     passed = CodedFirstPass(layer)
@@ -365,81 +366,109 @@ def test_auto_scans_where_that_costs_less() -> None:
     assert CodedFirstPass(layer, "exact").nearest(keys.some(8), 1) is None
 
 
-@pytest.mark.parametrize("dtype", KEY_DTYPES)
-def test_a_scan_of_bytes_finds_nearly_all_with_exact_distances(dtype: torch.dtype) -> None:
+@pytest.fixture
+def compiled() -> None:
+    """What is compiled for this CPU is there."""
+    if native.compiled() is None:
+        pytest.skip("nothing is compiled for this CPU")
+
+
+compiles = pytest.mark.usefixtures("compiled")
+
+
+@compiles
+@pytest.mark.parametrize("dimension", [17, D, 256])
+def test_a_scan_of_bytes_finds_the_nearest(dimension: int) -> None:
+    """All of them: how far bytes put a distance off is known of every row."""
+    keys = Keys(dimension=dimension)
+    layer = filled(keys.some(1203))
+    scan = BoundedScan(layer)
+    for tokens in (1, 2, 3, 7, 40):
+        queries = keys.some(tokens)
+        queries[-1] *= 30  # far from every key
+        for k in (1, 32, native.MOST_NEIGHBOURS):
+            rows, found = scan.nearest(queries, k)
+            require_consistent(layer, queries, rows, found)
+            np.testing.assert_allclose(found, brute_force(layer, queries, k), rtol=1e-5, atol=1e-6)
+    assert 0 < scan.nbytes < 1250 * (dimension + 7 + budget.BESIDE_BYTES)
+
+
+@compiles
+def test_of_fewer_rows_than_neighbours_and_of_what_is_no_number() -> None:
     keys = Keys()
-    layer, queries = filled(keys.some(1500), dtype), keys.some(150)
-    queries[7:9] = 0.0  # padding
-    scan = BatchScan(layer)
-    for k in (1, 32, 1600):  # more than there are
-        found = scan.nearest(queries, k)
-        assert found is not None
-        require_consistent(layer, queries, *found)
-        assert recall(layer, queries, k, found[1]) >= (0.98 if k == 1 else 0.94)
-        assert scan.efforts[k].tokens > 100
-    assert 0 < scan.nbytes < 2 * 1500 * (D + budget.DIGITS)
+    layer, queries = filled(keys.some(20)), keys.some(5)
+    queries[1, 3], queries[4] = torch.nan, torch.inf
+    rows, found = BoundedScan(layer).nearest(queries, 40)
+    finite = [0, 2, 3]
+    require_consistent(layer, queries[finite], rows[finite], found[finite])
+    np.testing.assert_allclose(found[finite], brute_force(layer, queries[finite], 40), rtol=1e-5)
+    assert found[[1, 4]].amin() == INFINITY
+    layer.stage_deletion(np.arange(20, dtype=np.uint64))
+    layer.commit()
+    assert BoundedScan(layer).nearest(keys.some(3), 2)[1].amin() == INFINITY
 
 
+@compiles
 def test_a_scan_of_bytes_follows_its_layer() -> None:
+    """Keys that are written, hidden, staged, far longer than all before, and so many that the layer grows."""
     keys = Keys()
     layer = filled(keys.some(1500))
-    scan = BatchScan(layer)
-    scan.nearest(keys.some(100), 8)
+    layer.reserve(200)
+    scan = BoundedScan(layer)
+    scan.nearest(keys.some(2), 8)
     encoded = scan._bytes
     fresh = keys.some(20, centre=3)
     write(layer, np.arange(5, 25, dtype=np.uint64), fresh)
+    write(layer, np.arange(9000, 9040, dtype=np.uint64), 50 * keys.some(40))
     layer.stage_deletion(np.arange(100, 160, dtype=np.uint64))
     layer.commit()
-    write(layer, np.arange(5000, 5010, dtype=np.uint64), keys.some(10))  # staged: not found
-    found = scan.nearest(torch.cat((fresh, keys.some(80))), 8)
-    assert found is not None
-    assert found[1][:20, 0].max() == 0.0
-    assert scan._bytes is encoded
-    write(layer, np.arange(9000, 9040, dtype=np.uint64), 50 * keys.some(40))  # beyond its scales
-    layer.commit()
-    queries = torch.cat((fresh, keys.some(80)))
-    found = scan.nearest(queries, 8)
-    assert found is not None
-    require_consistent(layer, queries, *found)
-    assert recall(layer, queries, 8, found[1]) >= 0.94
-    assert scan._bytes is not encoded
+    write(layer, np.arange(5000, 5010, dtype=np.uint64), fresh[:10])  # staged
+    for more in (0, 4000):
+        queries = torch.cat((fresh, keys.some(30), 50 * keys.some(3)))
+        rows, found = scan.nearest(queries, 8)
+        require_consistent(layer, queries, rows, found)
+        np.testing.assert_allclose(found, brute_force(layer, queries, 8), rtol=1e-5, atol=1e-6)
+        assert (scan._bytes is encoded) == (more == 0 and found[:20, 0].max() == 0)
+        write(layer, np.arange(20_000, 24_000, dtype=np.uint64), keys.some(4000))
+        layer.commit()
 
 
-def test_where_bytes_tell_keys_apart_badly_every_key_is_looked_at(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Many keys far closer to one another than a byte's step, beside a few that are far away."""
+@compiles
+def test_where_bytes_tell_keys_apart_badly_every_key_is_looked_at() -> None:
+    """Many keys far closer to one another than a byte's step: what is found is exact all the same."""
     keys = Keys()
-    close = keys.centres[0] + 1e-4 * keys.draw(1900)
-    layer = filled(torch.cat((close, 100 * keys.some(100))))
-    scan = BatchScan(layer)
-    with caplog.at_level(logging.INFO):
-        assert scan.nearest(keys.centres[0] + 1e-4 * keys.draw(200), 1) is None
-    assert "every key is looked at" in caplog.text
+    layer = filled(keys.centres[0] + 1e-4 * keys.draw(1500))
+    passed = layer.first_pass = CodedFirstPass(layer)
+    queries = 30 * keys.some(200)
+    assert passed.bounded.serves(200, 4)
+    rows, found = search.nearest(layer, queries, 4)
+    require_consistent(layer, queries, rows, found)
+    np.testing.assert_allclose(found, brute_force(layer, queries, 4), rtol=1e-5)
+    assert not passed.bounded.serves(200, 4)
+    search.nearest(layer, queries, 4)
+    passed.wait()
 
 
-def test_tokens_of_another_text_are_measured_anew() -> None:
-    """What was near enough for the first ones is not for those."""
-    keys = Keys()
-    close = keys.centres[0] + 1e-4 * keys.draw(1900)
-    layer = filled(torch.cat((close, 100 * keys.some(600))))
-    scan = BatchScan(layer)
-    assert scan.nearest(100 * keys.some(300), 1) is not None
-    assert scan.nearest(keys.centres[0] + 1e-4 * keys.draw(20_000), 1) is None
-
-
-@pytest.mark.skipif(not multiplies_bytes(), reason="this CPU multiplies no bytes")
-def test_large_batches_of_short_keys_are_searched_by_bytes() -> None:
+@compiles
+def test_short_keys_are_searched_by_bytes() -> None:
     keys = Keys()
     layer = filled(keys.some(1500))
     passed = layer.first_pass = CodedFirstPass(layer)
-    queries = keys.some(batches.FEWEST_TOKENS)
-    for few in (queries[:-1], queries):
-        assert not passed.batches.efforts
-        search.nearest(layer, few, 2)
-    assert passed.batches.efforts[2].finds_enough
-    assert passed.nbytes >= passed.batches.nbytes > 0
-    passed.wait()
+    for tokens in (1, 60):
+        queries = keys.some(tokens)
+        _, found = search.nearest(layer, queries, 2)
+        assert passed.nbytes == passed.bounded.nbytes > 0
+        np.testing.assert_allclose(found, brute_force(layer, queries, 2), rtol=1e-5)
+    assert passed.plans == {}
+
+
+def test_without_a_compiler_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native._compile() is None
+    assert "install g++" in caplog.text
+    assert "no-such-compiler" in caplog.text
 
 
 def test_without_faiss_every_row_is_looked_at_and_the_log_says_so_once(
