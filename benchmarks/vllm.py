@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,9 @@ import torch
 import typer
 from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import MemorySettings
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from benchmarks import report
@@ -37,6 +40,7 @@ SHAPES = {
 PROMPT, NEW_TOKENS = 32, 64
 BATCHES = (1, 16)
 NEIGHBOURS = 32
+PLAIN, REMEMBERED = "plain tokens/s", "memory tokens/s"
 # A replica measures its first pass on the tokens of its first lookups.
 WARM_UP = 4
 
@@ -48,25 +52,35 @@ def main(
     ] = None,
     retrievals: Annotated[list[str] | None, typer.Option(help="replica, remote; both.")] = None,
     keys: Annotated[int | None, typer.Option(help="Entries a layer.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where the results are written.")
+    ] = None,
 ) -> None:
-    """Prints a row for each model, retrieval and batch."""
+    """Prints a table: a row for each model, retrieval and batch."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     rows: list[dict[str, Any]] = []
     load = report.load_average()
     for name in only or SHAPES:
         with tempfile.TemporaryDirectory() as directory:
-            for row in _measured(
-                name, Path(directory), rounds, retrievals or ["replica", "remote"], keys
-            ):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+            where = retrievals or ["replica", "remote"]
+            rows += _measured(name, Path(directory), rounds, where, keys)
+    Console(width=report.TABLE_WIDTH).print(_table(rows))
     if json_file is not None:
         settings = {"rounds": rounds, "neighbours": NEIGHBOURS, "new_tokens": NEW_TOKENS}
         shapes = {name: asdict(SHAPES[name]) for name in only or SHAPES}
         made = report.document("vllm", settings | shapes, rows, {}, load)
         json_file.write_text(json.dumps(made, indent=1))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    made = Table(title="Decoded tokens a second inside vLLM, medians of pairs", box=box.SIMPLE)
+    columns = ("model", "retrieval", "batch", PLAIN, REMEMBERED, "ratio", "fell_back")
+    for column in columns:
+        made.add_column(column, justify="left" if column in columns[:2] else "right")
+    for row in rows:
+        made.add_row(*(str(row[column] or "") for column in columns))
+    return made
 
 
 def _measured(
@@ -120,8 +134,8 @@ def _paired(llm: Any, shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
     ]
     return {
         "batch": batch,
-        "plain tokens/s": round(statistics.median(plain[WARM_UP:]), 1),
-        "memory tokens/s": round(statistics.median(remembered[WARM_UP:]), 1),
+        PLAIN: round(statistics.median(plain[WARM_UP:]), 1),
+        REMEMBERED: round(statistics.median(remembered[WARM_UP:]), 1),
         "ratio": round(statistics.median(ratios), 3),
         "fell_back": status["memories"][MEMORY]["fell_back"],
     }
