@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model_runner.errors import RunnerError
+    from model_runner.evaluation.explain import Explanation
     from model_runner.fingerprint import model_fingerprint
     from model_runner.memory import LayerReport, MemoryReport, RoutingMemory
     from model_runner.memory_builder.learner import ExampleReport
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExampleReport",
+    "Explanation",
     "FellBack",
     "LayerReport",
     "LoadedModel",
@@ -52,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "ExampleReport": "memory_builder.learner",
+    "Explanation": "evaluation.explain",
     "FellBack": "routing_policy",
     "LayerReport": "memory",
     "LoadedModel": "models",

@@ -4,7 +4,7 @@
         model.generate(...)
     print(memory.report)
 
-Everything here is composed of `open_retriever`, `RetrievalPolicy`, `RouterHooks` and `OnlineLearner`.
+Everything here is composed of `open_retriever`, `RetrievalPolicy`, `RouterHooks`, `OnlineLearner` and `explain`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from knnmoe.fingerprint import ModelFingerprint
 from torch import nn
 
 from model_runner.errors import BadInput, HooksInUse
+from model_runner.evaluation.explain import NEIGHBOURS, Explanation, explain
 from model_runner.fingerprint import model_fingerprint
-from model_runner.memory_builder.entries import windows_as_known
+from model_runner.memory_builder.entries import known_text, windows_as_known
 from model_runner.memory_builder.learner import ExampleReport, OnlineLearner
 from model_runner.models import LoadedModel, window_length
 from model_runner.retrieval import OpenMemory, Retrieval, Where, open_retriever
-from model_runner.router_client import OnError
+from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterHooks, verify_hooks
 from model_runner.routing_policy import LayerUse, Lookups, RetrievalPolicy
 from model_runner.text_files import examples_of
@@ -38,10 +39,13 @@ from model_runner.texts import Window, cut_windows, distinct, read_windows
 log = logging.getLogger(__name__)
 
 DEFAULT_TARGET = "127.0.0.1:50051"
+# Of explanations, whose lookups must not fall back: a busy sidecar gets its time.
+EXPLAIN_TIMEOUT_S = 60.0
 # The source of what is learnt from Python, unless it is given another.
 PYTHON_SOURCE = "python"
 
 Row = str | Mapping[str, Any]
+Text = Row | Path | Iterable[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ class RoutingMemory:
             wrapper; or what load_model() gives. Its weights are only read.
         memory: a memory's name, built for the routers of this model.
         target: address of the sidecar, HOST:PORT or unix:PATH.
-        tokenizer: for text that is learnt; a LoadedModel brings its own.
+        tokenizer: for text that is learnt or explained; a LoadedModel brings its own.
         retrieval: "auto" (a replica beside the model where it fits), "replica", "remote", or a Retrieval.
         on_error: "fall_back": a lookup that fails leaves the model's own router standing, and is counted. "raise": it
             is an error. Either way a sidecar that is away is an error when the context is entered.
@@ -194,15 +198,47 @@ class RoutingMemory:
             dict(fallbacks),
         )
 
+    def explain(
+        self,
+        text: Text,
+        *,
+        neighbours: int = NEIGHBOURS,
+        leave_one_out: bool = False,
+        source: str = PYTHON_SOURCE,
+    ) -> Explanation:
+        """What the memory does to each token of a text, as `model-runner explain` shows it; asks the sidecar.
+
+        Forward passes of other threads wait meanwhile, and `report` does not count it.
+
+        text, source: as of learn(). neighbours: stored cases that are kept of each token and layer. leave_one_out: the
+        example's own entries, of the same source, are not read. Raises BadInput, ServiceError.
+        """
+        opened = self._entered("explain")
+        windows = self._windows(text, source)
+        if isinstance(text, Path):
+            windows = known_text(opened.admin, self.memory, windows).windows
+        asked = (self.target, self.memory, opened.fingerprint)
+        with (
+            RouterClient(*asked, timeout_s=EXPLAIN_TIMEOUT_S, on_error=OnError.RAISE) as client,
+            opened.hooks.paused(),
+        ):
+            client.describe()
+            return explain(
+                *(_eager(self.model), self.tokenizer, client, windows),
+                neighbours=neighbours,
+                leave_one_out=leave_one_out,
+            )
+
     def learn(
-        self, text: Row | Path | Iterable[Row], *, source: str = PYTHON_SOURCE
+        self, text: Text, *, source: str = PYTHON_SOURCE, snippets: bool = True
     ) -> list[ExampleReport]:
         """Adds text to the memory, as `model-runner learn` does; the next lookup finds it.
 
         Texts, or rows of `text`, of `prompt` and `answer`, or of `messages`, maybe with an `id`; a Path is a file of
         them. What is there already is not written again. Forward passes of other threads wait meanwhile.
 
-        source: under which it is kept, and can be deleted; a file's own name is that of a file.
+        source: under which it is kept, and can be deleted; a file's own name is that of a file. snippets: the words
+        around each token are kept with its entry, for explanations.
 
         Returns a report per example. Raises BadInput; ServiceUnavailable and others of the learner: learning the same
         again then writes the same entries.
@@ -218,11 +254,12 @@ class RoutingMemory:
                 *(_eager(self.model), opened.fingerprint, opened.admin, self.memory),
                 reference=windows,
                 catch_up=opened.opened.catch_up,
+                tokenizer=self.tokenizer if snippets else None,
             ) as learner,
         ):
             return [learner.learn_example(example) for example in examples]
 
-    def _windows(self, text: Row | Path | Iterable[Row], source: str) -> list[Window]:
+    def _windows(self, text: Text, source: str) -> list[Window]:
         if self.tokenizer is None:
             raise BadInput(
                 "tokenizer: got None, and text cannot be read without one; give RoutingMemory(..., "

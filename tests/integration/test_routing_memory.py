@@ -23,7 +23,11 @@ from model_runner import (
     model_fingerprint,
 )
 from model_runner.errors import BadInput, HooksInUse, UnsupportedModel
+from model_runner.evaluation.nll import score
 from model_runner.memory_builder.recipes import PRESETS
+from model_runner.progress import Progress
+from model_runner.text_files import examples_of
+from model_runner.texts import cut_windows
 from tests.integration.runner_parts import (
     LAYERS,
     PROMPT,
@@ -204,6 +208,30 @@ def test_learnt_text_is_in_the_next_answer(
         memory.learn({"prompt": "Blessed are", "answer": " the meek"}, source="mine")
         memory.learn(file)
     assert everything(ram_sidecar, name)[0].keys() == everything(ram_sidecar, f"{name}-2")[0].keys()
+
+
+@WHERE
+def test_an_explanation(ram_sidecar: Sidecar, law: str, where: str) -> None:
+    """Its sums are those of an evaluation, its cases say what was learnt, and the report does not count it."""
+    text, model = "Woe unto the shepherds.", loaded_model().model
+    with opened(ram_sidecar, law, retrieval=where) as memory:
+        memory.learn(text, source="taught")
+        before = memory.report
+        found = memory.explain(text)
+        assert memory.report == before
+        other = memory.explain(text, source="taught", leave_one_out=True, neighbours=1)
+        generate(model)  # hooked again
+        assert memory.report.tokens == TOKENS
+    windows = cut_windows(examples_of([{"text": text}], "any"), byte_tokenizer(), 512)
+    with client_of(ram_sidecar.target, law) as client:
+        for policy, nats in ((None, found.plain), (RetrievalPolicy(client), found.routed)):
+            expected = score(model, windows, policy, Progress(quiet=True), what="").nll_sums.sum()
+            assert nats.sum() == pytest.approx(expected, abs=1e-4)
+    nearest = [found.cases[found.layers[0].neighbours[n, 0]] for n in range(len(found.plain))]
+    assert {case.source for case in nearest} == {"taught"}
+    assert [case.position for case in nearest] == list(range(len(text) - 1))
+    assert nearest[-1].snippet.endswith("shepherds.")
+    assert "taught" not in {case.source for case in other.cases}
 
 
 def say(model: Any, streamer: Any) -> None:
