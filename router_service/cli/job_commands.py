@@ -24,7 +24,7 @@ from router_service.cli.output import Session, plain, session_of
 from router_service.transfer.entry_fields import FileError
 from router_service.transfer.safetensors import TensorFile
 
-R = TypeVar("R", pb.CalibrateRequest, quantization_pb.MeasureQuantizationRequest)
+R = TypeVar("R", pb.CalibrateWatchedRequest, quantization_pb.MeasureQuantizationRequest)
 
 # Half of what a message may hold; more rows than fit are thinned out evenly.
 MAX_INPUT_BYTES = 32 * 1024 * 1024
@@ -82,19 +82,22 @@ def calibrate(
 ) -> None:
     """Set the RBF bandwidth gamma of each layer from the distances to its nearest keys.
 
+    Every key is compared. Ctrl-C ends it, and nothing is stored; with --inputs what was measured until then is.
+
     Example:
       router-admin calibrate bible --lambda0 0.5 --inputs dev.safetensors
       router-admin --json calibrate bible --lambda0 0.8 --dry-run
 
     """
     session = session_of(context)
-    calibration = pb.CalibrateRequest(
+    calibration = pb.CalibrateWatchedRequest(
         memory=name, lambda0=lambda0, quantile=quantile, sample=sample, dry_run=dry_run
     )
     found: list[pb.LayerCalibration] = []
     for request in _with_inputs(calibration, inputs):
-        reply = session.client.unary(session.client.admin.Calibrate, request, long=True)
-        found += reply.layers
+        watched = session.client.admin.CalibrateWatched
+        for reply in followed(session, watched, request, "calibration"):
+            found += reply.calibration.layers
     layers = [plain(item) for item in found]
     title = f"gamma of {name}, " + ("would be" if dry_run else "stored")
     session.output.table(

@@ -172,7 +172,9 @@ def delete(
         console.print(f"{verb} {reply.deleted} entries of {name}")
         console.print(table(("layer", verb, "left"), rows))
 
-    session.output.emit({"memory": name, "dry_run": dry_run, **plain(reply)}, render)
+    document = {"memory": name, "dry_run": dry_run, **plain(reply)}
+    if reply.deleted or session.output.as_json:
+        session.output.emit(document, render)
     if not reply.deleted:
         raise AdminError(_nothing(session, request))
 
@@ -203,7 +205,7 @@ def _near(wanted: str, names: Sequence[str], memory: str) -> str:
     shown = ", ".join(repr(name) for name in near[:_NEAR])
     return (
         f"near it: {shown}; " if near else ""
-    ) + f"all {len(names)}: router-admin sources {memory}"
+    ) + f"`router-admin sources {memory}` lists all {len(names)}"
 
 
 def _delete_request(

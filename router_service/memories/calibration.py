@@ -64,14 +64,15 @@ def calibrated(
     queries: Queries,
     lambda0: float,
     quantile: float,
-    check: Callable[[], None],
+    on_page: Callable[[int], None],
 ) -> LayerCalibration:
     """The gamma at which `quantile` of the distances to the nearest entry has similarity lambda0.
 
-    Every entry is looked at, index or not. `check` is called between pages of entries; what it raises ends the work.
+    Every entry is looked at, index or not. `on_page` is called after each page, with the entries that were looked at;
+    what it raises ends the work.
     Raises InvalidField when no query has an entry of another example, or none that is not a copy of it.
     """
-    found = _nearest(collection, queries, check)
+    found = _nearest(collection, queries, on_page)
     some = np.isfinite(found.nearest)
     if not some.any():
         raise InvalidField(
@@ -106,13 +107,15 @@ class _Nearest:
     typical: float
 
 
-def _nearest(collection: CollectionReader, queries: Queries, check: Callable[[], None]) -> _Nearest:
+def _nearest(
+    collection: CollectionReader, queries: Queries, on_page: Callable[[int], None]
+) -> _Nearest:
+    done = 0
     nearest = np.full(len(queries.inputs), np.inf)
     beyond = nearest.copy()
     typical: float | None = None
     centre = queries.inputs.mean(axis=0, dtype=np.float64) if len(queries.inputs) else 0.0
     for page in pages(collection, _PAGE_ENTRIES, with_keys=True):
-        check()
         keys = page.keys.astype(np.float64) - centre
         # Ids are hashes, so that the first page is a random sample of the layer
         for rows in _blocks(len(queries.inputs), len(page)):
@@ -125,6 +128,8 @@ def _nearest(collection: CollectionReader, queries: Queries, check: Callable[[],
             np.minimum(nearest[rows], distances.min(axis=1), out=nearest[rows])
             distances[distances <= COPY_SHARE * typical] = np.inf
             np.minimum(beyond[rows], distances.min(axis=1), out=beyond[rows])
+        done += len(page)
+        on_page(done)
     return _Nearest(nearest, beyond, typical or 0.0)
 
 

@@ -161,7 +161,7 @@ class RoutingMemory:
         quantile: float,
         inputs: F32 | None,
         sample: int,
-        check: Callable[[], None],
+        on_page: Callable[[int], None],
     ) -> LayerCalibration:
         """See calibrated(): from exact distances.
 
@@ -175,7 +175,7 @@ class RoutingMemory:
         else:
             self._check_inputs("inputs.router_inputs", inputs)
             queries = Queries(inputs)
-        return calibrated(layer, memory.collection, queries, lambda0, quantile, check)
+        return calibrated(layer, memory.collection, queries, lambda0, quantile, on_page)
 
     def _require_bandwidth(self) -> None:
         if self.record.settings.similarity is not Similarity.RBF:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ MAX_SAMPLE = 100_000
 EXPORT_BYTES = 4 * 1024 * 1024
 # Of one message; a name has 1,024 characters at most.
 _SOURCES_PER_PAGE = 512
+_Calibration = pb.CalibrateRequest | pb.CalibrateWatchedRequest
 _SEVERITIES = {
     Severity.OK: doctor_pb2.SEVERITY_OK,
     Severity.WARNING: doctor_pb2.SEVERITY_WARNING,
@@ -128,11 +129,26 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         self, request: pb.CalibrateRequest, context: grpc.ServicerContext
     ) -> pb.CalibrateResponse:
         """Gamma per layer from distances to the nearest key."""
+        return self._calibrated(request, lambda *_: _require_caller(context))
+
+    def CalibrateWatched(  # noqa: N802
+        self, request: pb.CalibrateWatchedRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CalibrateWatchedResponse]:
+        """The same, as an operation."""
+        self._store.get(request.memory)
+
+        def steps(report: Report) -> Iterator[pb.CalibrateResponse]:
+            yield self._calibrated(request, report)
+
+        running = self._operations.run("calibrate", request.memory, steps, exclusive=False)
+        return encoded(running, pb.CalibrateWatchedResponse, lambda done: {"calibration": done})
+
+    def _calibrated(self, request: _Calibration, report: Report) -> pb.CalibrateResponse:
         memory = self._store.get(request.memory)
         checks.require_fraction("lambda0", request.lambda0)
         if request.quantile:
             checks.require_fraction("quantile", request.quantile)
-        results = _calibrate(memory, request, lambda: _require_caller(context))
+        results = _calibrate(memory, request, report)
         if not request.dry_run:
             gamma = _gamma_with(memory, results)
             memory = self._store.change_settings(request.memory, {"gamma": gamma}, memory)
@@ -228,7 +244,7 @@ def _require_caller(context: grpc.ServicerContext) -> None:
 
 
 def _calibrate(
-    memory: RoutingMemory, request: pb.CalibrateRequest, check: Callable[[], None]
+    memory: RoutingMemory, request: _Calibration, report: Report
 ) -> list[LayerCalibration]:
     quantile, sample = request.quantile or 0.5, request.sample or DEFAULT_SAMPLE
     if sample > MAX_SAMPLE:
@@ -238,8 +254,12 @@ def _calibrate(
         (item.layer, codec.decode_floats("inputs.router_inputs", item.router_inputs))
         for item in request.inputs
     ] or [(layer.layer, None) for layer in filled_layers(memory)]
+
+    def on_page(number: int, done: int) -> None:
+        report(f"layer {number}: compare", done, memory.layer(number).info().entries)
+
     return [
-        memory.calibrate(number, request.lambda0, quantile, rows, sample, check)
+        memory.calibrate(number, request.lambda0, quantile, rows, sample, partial(on_page, number))
         for number, rows in inputs
     ]
 

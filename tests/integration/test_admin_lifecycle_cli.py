@@ -105,9 +105,9 @@ def test_sources(admin: Admin, memory: str) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        (["texte-1"], "has no source 'texte-1'; near it: 'text-1', 'text-0'; all 2: router-admin"),
-        (["EXT"], "has no source 'EXT'; near it: 'text-0', 'text-1'; all 2"),
-        (["genesis.txt"], "has no source 'genesis.txt'; all 2: router-admin sources"),
+        (["texte-1"], "has no source 'texte-1'; near it: 'text-1', 'text-0'; `router-admin"),
+        (["EXT"], "has no source 'EXT'; near it: 'text-0', 'text-1'; `router-admin"),
+        (["genesis.txt"], "has no source 'genesis.txt'; `router-admin sources"),
         (
             ["text-1", "--example", "99"],
             "no entry of example '99' of source 'text-1' (30 entries of",

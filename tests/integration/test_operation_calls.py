@@ -169,3 +169,25 @@ def test_the_stop_of_the_service_ends_it(data: Path) -> None:
         sidecar.close_channel()
         assert sidecar.process.wait(EXIT_TIMEOUT_S) == 0
         assert "Traceback" not in sidecar.stderr
+
+
+def test_calibration_is_watched_and_says_what_the_call_says(sidecar: Sidecar, name: str) -> None:
+    sidecar.create(name, kind=LOGIT_DELTA, gamma=[0.05])
+    for layer, rows in ((0, 60), (2, 40)):
+        sidecar.upsert(name, layer, random_entries(LOGIT_DELTA, rows, seed=layer))
+    unary = admin_pb.CalibrateRequest(memory=name, lambda0=0.5, dry_run=True)
+    expected = sidecar.admin.Calibrate(unary, timeout=CALL_TIMEOUT_S)
+    request = admin_pb.CalibrateWatchedRequest(memory=name, lambda0=0.5, dry_run=True)
+    replies = list(sidecar.admin.CalibrateWatched(request, timeout=CALL_TIMEOUT_S))
+    [found] = [each.calibration for each in replies if each.HasField("calibration")]
+    assert found == expected
+    last = replies[-1].operation
+    assert (last.kind, last.stage) == ("calibrate", "layer 2: compare")
+    assert (last.done, last.total) == (40, 40)
+    assert list(sidecar.describe(name).settings.gamma) == [pytest.approx(0.05)]
+    request.dry_run = False
+    list(sidecar.admin.CalibrateWatched(request, timeout=CALL_TIMEOUT_S))
+    gamma = sidecar.describe(name).settings.gamma
+    assert [gamma[layer.layer] for layer in expected.layers] == [
+        pytest.approx(layer.gamma) for layer in expected.layers
+    ]

@@ -207,6 +207,30 @@ class CalibrateResponse(_message.Message):
     memory: _routing_pb2.MemoryDescription
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerCalibration, _Mapping]]] = ..., memory: _Optional[_Union[_routing_pb2.MemoryDescription, _Mapping]] = ...) -> None: ...
 
+class CalibrateWatchedRequest(_message.Message):
+    __slots__ = ("memory", "lambda0", "quantile", "inputs", "sample", "dry_run")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA0_FIELD_NUMBER: _ClassVar[int]
+    QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    lambda0: float
+    quantile: float
+    inputs: _containers.RepeatedCompositeFieldContainer[LayerInputs]
+    sample: int
+    dry_run: bool
+    def __init__(self, memory: _Optional[str] = ..., lambda0: _Optional[float] = ..., quantile: _Optional[float] = ..., inputs: _Optional[_Iterable[_Union[LayerInputs, _Mapping]]] = ..., sample: _Optional[int] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class CalibrateWatchedResponse(_message.Message):
+    __slots__ = ("operation", "calibration")
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    operation: _operations_pb2.Operation
+    calibration: CalibrateResponse
+    def __init__(self, operation: _Optional[_Union[_operations_pb2.Operation, _Mapping]] = ..., calibration: _Optional[_Union[CalibrateResponse, _Mapping]] = ...) -> None: ...
+
 class LayerCalibration(_message.Message):
     __slots__ = ("layer", "squared_distance", "gamma", "queries", "copies", "typical_squared_distance")
     LAYER_FIELD_NUMBER: _ClassVar[int]

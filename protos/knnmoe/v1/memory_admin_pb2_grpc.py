@@ -84,6 +84,11 @@ class MemoryAdminServiceStub:
                 request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateRequest.SerializeToString,
                 response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateResponse.FromString,
                 _registered_method=True)
+        self.CalibrateWatched = channel.unary_stream(
+                '/knnmoe.v1.MemoryAdminService/CalibrateWatched',
+                request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateWatchedRequest.SerializeToString,
+                response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateWatchedResponse.FromString,
+                _registered_method=True)
         self.Optimize = channel.unary_stream(
                 '/knnmoe.v1.MemoryAdminService/Optimize',
                 request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.OptimizeRequest.SerializeToString,
@@ -171,6 +176,13 @@ class MemoryAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CalibrateWatched(self, request, context):
+        """The same as an operation, see operations.proto.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Optimize(self, request, context):
         """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto.
         """
@@ -244,6 +256,11 @@ def add_MemoryAdminServiceServicer_to_server(servicer, server):
                     servicer.Calibrate,
                     request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateRequest.FromString,
                     response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateResponse.SerializeToString,
+            ),
+            'CalibrateWatched': grpc.unary_stream_rpc_method_handler(
+                    servicer.CalibrateWatched,
+                    request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateWatchedRequest.FromString,
+                    response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateWatchedResponse.SerializeToString,
             ),
             'Optimize': grpc.unary_stream_rpc_method_handler(
                     servicer.Optimize,
@@ -531,6 +548,33 @@ class MemoryAdminService:
             '/knnmoe.v1.MemoryAdminService/Calibrate',
             knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateRequest.SerializeToString,
             knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CalibrateWatched(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/knnmoe.v1.MemoryAdminService/CalibrateWatched',
+            knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateWatchedRequest.SerializeToString,
+            knnmoe_dot_v1_dot_memory__admin__pb2.CalibrateWatchedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,8 @@ class MemoryAdminServiceStub:
     """Streams a layer's entries in the order of their ids."""
     Calibrate: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.CalibrateRequest, _memory_admin_pb2.CalibrateResponse]
     """Sets gamma per layer so that the similarity at the median distance to the nearest key is lambda0."""
+    CalibrateWatched: _grpc.UnaryStreamMultiCallable[_memory_admin_pb2.CalibrateWatchedRequest, _memory_admin_pb2.CalibrateWatchedResponse]
+    """The same as an operation, see operations.proto."""
     Optimize: _grpc.UnaryStreamMultiCallable[_memory_admin_pb2.OptimizeRequest, _memory_admin_pb2.OptimizeResponse]
     """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
     Stats: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.StatsRequest, _memory_admin_pb2.StatsResponse]
@@ -80,6 +82,8 @@ class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
     """Streams a layer's entries in the order of their ids."""
     Calibrate: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.CalibrateRequest, _memory_admin_pb2.CalibrateResponse]  # type: ignore[assignment]
     """Sets gamma per layer so that the similarity at the median distance to the nearest key is lambda0."""
+    CalibrateWatched: _aio.UnaryStreamMultiCallable[_memory_admin_pb2.CalibrateWatchedRequest, _memory_admin_pb2.CalibrateWatchedResponse]  # type: ignore[assignment]
+    """The same as an operation, see operations.proto."""
     Optimize: _aio.UnaryStreamMultiCallable[_memory_admin_pb2.OptimizeRequest, _memory_admin_pb2.OptimizeResponse]  # type: ignore[assignment]
     """Builds the HNSW index and the quantized search keys of a memory's layers. An operation: see operations.proto."""
     Stats: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.StatsRequest, _memory_admin_pb2.StatsResponse]  # type: ignore[assignment]
@@ -167,6 +171,14 @@ class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_admin_pb2.CalibrateResponse, _abc.Awaitable[_memory_admin_pb2.CalibrateResponse]]:
         """Sets gamma per layer so that the similarity at the median distance to the nearest key is lambda0."""
+
+    @_abc_1.abstractmethod
+    def CalibrateWatched(
+        self,
+        request: _memory_admin_pb2.CalibrateWatchedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_memory_admin_pb2.CalibrateWatchedResponse], _abc.AsyncIterator[_memory_admin_pb2.CalibrateWatchedResponse]]:
+        """The same as an operation, see operations.proto."""
 
     @_abc_1.abstractmethod
     def Optimize(

@@ -35,7 +35,7 @@ def layer_of(keys: F32, examples: list[str]) -> ExactCollection:
 def calibration(
     collection: ExactCollection, queries: Queries, lambda0: float = 0.5, quantile: float = 0.5
 ) -> LayerCalibration:
-    return calibrated(3, collection, queries, lambda0, quantile, lambda: None)
+    return calibrated(3, collection, queries, lambda0, quantile, lambda _: None)
 
 
 def random_keys(rows: int, seed: int = 0) -> F32:
@@ -106,7 +106,7 @@ def test_one_example_has_no_neighbours() -> None:
 
 
 def test_whoever_asks_can_end_it() -> None:
-    def gone() -> None:
+    def gone(done: int) -> None:
         raise Cancelled("gone")
 
     keys = random_keys(10)
