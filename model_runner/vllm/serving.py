@@ -25,7 +25,10 @@ from model_runner.vllm.site import Site, find_sites
 log = logging.getLogger("vllm.knn_moe")  # as vLLM shows its own
 
 # Types of models whose answers with a memory were compared with those of transformers.
-TESTED_MODELS = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss")
+TESTED_MODELS = (
+    *("olmoe", "qwen3_moe", "mixtral", "gpt_oss"),
+    *("qwen2_moe", "glm4_moe", "granitemoe"),
+)
 # Requests whose counts are kept for whoever asks for them later.
 MOST_REPORTS = 4096
 

@@ -50,9 +50,26 @@ _OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * 3,
     },
 }
-# Its log-probabilities lie wider apart.
-_SPREAD = {"gpt_oss": 1.2}
 FAMILIES = tuple(_OWN)
+# Each with another routing: beside shared experts, sigmoid with a correction of the choice, scaled logits.
+_MORE: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "num_experts": 16,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "norm_topk_prob": False,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 16,
+        "moe_intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "granitemoe": {"num_local_experts": 16},
+}
+MORE_FAMILIES = tuple(_MORE)
+# Their log-probabilities lie wider apart.
+_SPREAD = {"gpt_oss": 1.2, "granitemoe": 1.2}
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ def saved(family: str, path: Path) -> Checkpoint:
         for k, v in _SHAPE.items()
         if not k.startswith("num_") or "layers" in k or "per_tok" in k
     }
-    model = tiny_model(family, **(common | _OWN[family]))
+    model = tiny_model(family, **(common | (_OWN | _MORE)[family]))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2 and "embed" not in name:

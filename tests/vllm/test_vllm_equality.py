@@ -10,9 +10,19 @@ from knnmoe.v1.types_pb2 import SUPPORT_TOP_K
 
 from tests.sidecar import Sidecar
 from tests.vllm.ask import apart, ask, engine
-from tests.vllm.models import FAMILIES, NEW_TOKENS, Checkpoint, fill, prompts, with_memory, written
+from tests.vllm.models import (
+    FAMILIES,
+    MORE_FAMILIES,
+    NEW_TOKENS,
+    Checkpoint,
+    fill,
+    prompts,
+    with_memory,
+    written,
+)
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+from model_runner.vllm.serving import TESTED_MODELS
 
 # Of a log-probability in f32: sums of 128 to 512 products in another order, through three layers.
 TOLERANCE = 2e-5
@@ -25,8 +35,11 @@ PAPER: dict[str, Any] = {"preset": "paper", "support": SUPPORT_TOP_K}
 PAPER_V2: dict[str, Any] = {"preset": "paper-v2"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("retrieval", ["remote", "replica"])
+@pytest.mark.parametrize(
+    ("family", "retrieval"),
+    [*((family, where) for where in ("remote", "replica") for family in FAMILIES)]
+    + [(family, "replica") for family in MORE_FAMILIES],
+)
 def test_a_memory_acts_as_in_transformers(
     family: str, retrieval: str, checkpoint: Callable[[str], Checkpoint], sidecar: Sidecar
 ) -> None:
@@ -46,11 +59,13 @@ def test_a_memory_acts_as_in_transformers(
         plain = ask(llm, TEXTS)
         remembered = {name: ask(llm, TEXTS, name) for name in settings}
         [status] = llm.collective_rpc("knn_moe_status")
-    assert (status["hooked"], status["layers"], status["missed"]) == (3, 3, [])
+    assert family in TESTED_MODELS
+    layers = model.fingerprint.num_layers
+    assert (status["hooked"], status["layers"], status["missed"]) == (layers, layers, [])
     assert apart(plain, written(model, TEXTS)) < TOLERANCE
     for name, texts in remembered.items():
         assert status["memories"][name]["where"] == retrieval
-        assert status["memories"][name]["lookups"] == 3 * NEW_TOKENS
+        assert status["memories"][name]["lookups"] == layers * NEW_TOKENS
         assert not status["memories"][name]["fell_back"]
         assert apart(texts, with_memory(model, sidecar.target, name, TEXTS)) < TOLERANCE
         assert apart(plain, texts) > 100 * TOLERANCE
