@@ -160,11 +160,17 @@ def _not_there(name: str, also: str = "") -> BadInput:
     return BadInput(f"model {name!r} cannot be loaded: {where}{hint}")
 
 
-def window_length(model: nn.Module, asked: int | None) -> int:
-    """Tokens of a window: `asked`, or as many as the model was made for, at most 512. Raises BadInput above that."""
+def longest_text(model: nn.Module) -> int | None:
+    """Tokens that the model was made for; None when its config does not say."""
     config = getattr(decoder_of(model), "config", None)
     longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int):
+    return longest if isinstance(longest, int) else None
+
+
+def window_length(model: nn.Module, asked: int | None) -> int:
+    """Tokens of a window: `asked`, or as many as the model was made for, at most 512. Raises BadInput above that."""
+    longest = longest_text(model)
+    if longest is None:
         return asked or DEFAULT_WINDOW
     if asked is not None and asked > longest:
         raise BadInput(f"window: got {asked} tokens, expected at most the model's {longest}")

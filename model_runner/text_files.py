@@ -65,7 +65,7 @@ class Example:
     Attributes:
         text: the document, or the prompt before the answer; empty for a conversation.
         answer: the loss counts on it only.
-        messages: turns with `role` and `content`; the loss counts on the assistant's only.
+        messages: turns with `role` and `content`; the loss counts on the assistant's only, unless their `weight` is 0.
         identity: what the ids of its entries are made of; empty: the example's name.
         name: what its file calls it: its id, or the number of its row; empty: the example's name.
 
@@ -281,9 +281,10 @@ def _form_of(row: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Se
 def _missing(content: Mapping[str, Any]) -> str:
     """What an example lacks, if anything."""
     if "messages" in content:
-        turns = content["messages"] or ()
+        turns: Sequence[Mapping[str, Any]] = content["messages"] or ()
+        asked = bool(turns) and turns[-1]["role"] != ASSISTANT  # to be answered by the model
         spoken = any(turn["role"] == ASSISTANT and turn["content"] for turn in turns)
-        return "" if spoken else "without a turn of the assistant"
+        return "" if asked or spoken else "without a turn of the assistant"
     if "text" in content:
         return "" if content["text"] else "without text"
     return "" if content["answer"] and content["prompt"] is not None else "without an answer"
@@ -315,6 +316,8 @@ def _turns(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
                 got = type(turn.get(field)).__name__
                 raise BadInput(f"{at}: `{field}` is {got}, expected a string")
             _require_unicode(turn[field], f"{at}: `{field}`")
+        if turn.get("weight", 1) not in (0, 1):
+            raise BadInput(f"{at}: `weight` is {turn['weight']!r}, expected 0 (no loss) or 1")
         turns.append({field: value for field, value in turn.items() if value is not None})
     return tuple(turns)
 

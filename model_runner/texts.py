@@ -72,8 +72,7 @@ def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> lis
         found = list(cutter.windows_of(example))
         windows += found
         if not found:
-            plain = example.answer is None and not example.messages
-            left_out["shorter than 2 tokens" if plain else "without an answer"] += 1
+            left_out[_lacking(example)] += 1
     if not windows:
         raise BadInput(
             f"{len(every)} example(s), none with 2 tokens of text, or with an answer"
@@ -82,6 +81,12 @@ def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> lis
         )
     say_left_out(every[0].ref.source, left_out, len(every))
     return windows
+
+
+def _lacking(example: Example) -> str:
+    if example.messages:
+        return "without a turn of the assistant"
+    return "shorter than 2 tokens" if example.answer is None else "without an answer"
 
 
 def read_windows(path: Path, tokenizer: Any, length: int) -> list[Window]:
@@ -127,7 +132,10 @@ def open_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """Token ids of what comes before the answer, or before the assistant's last turn. Raises BadInput."""
+    """Token ids of what comes before the answer, or before the assistant's last turn, or where that begins.
+
+    Raises BadInput.
+    """
     return _Cutter(tokenizer).prompt_ids(example)
 
 
@@ -145,6 +153,9 @@ class _Cutter:
     def prompt_ids(self, example: Example) -> list[int]:
         if not example.messages:
             return self.open_ids(example.text)
+        if example.messages[-1]["role"] != ASSISTANT:
+            opened = _awaiting(example, self._tokenizer)
+            return list(self._tokenizer(opened, add_special_tokens=False)["input_ids"])
         ids, turns = _conversation(example, self._tokenizer)
         return ids[: turns[-1][0]] if turns else ids
 
@@ -208,14 +219,46 @@ def _appended(tokenizer: Any) -> int:
     return closed[::-1].index(last) if last in closed else 0
 
 
-def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids as the model's chat template renders it, and the assistant's turns [first, end) with what ends them."""
-    where = f"example {example.name or example.ref.example}"
+def require_chat_template(tokenizer: Any, what: str, otherwise: str) -> None:
+    """Raises BadInput, which says what needs a chat template and what there is to do, where there is none."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise BadInput(
-            f"{where}: has `messages`, and the model's tokenizer has no chat template to render them with; "
-            "give `prompt` and `answer`, or a model with a chat template (often the one named Instruct or Chat)"
+            f"{what}, and the model's tokenizer has no chat template to render them with; "
+            f"{otherwise}, or a model with a chat template (often the one named Instruct or Chat)"
         )
+
+
+def _where(example: Example) -> str:
+    return f"example {example.name or example.ref.example}"
+
+
+def _awaiting(example: Example, tokenizer: Any) -> str:
+    """A conversation that ends with another's turn, as text up to where the assistant's begins."""
+    where, messages = _where(example), example.messages
+    require_chat_template(tokenizer, f"{where}: has `messages`", "give `prompt` and `answer`")
+    whole = _render(messages, tokenizer, where)
+    opened = _render(messages, tokenizer, where, add_generation_prompt=True)
+    if opened != whole:
+        return opened
+    # A template that knows no such prompt shows in a turn how it begins.
+    marked = _render([*messages, {"role": ASSISTANT, "content": _MARK}], tokenizer, where)
+    return marked[: marked.index(_MARK)] if _MARK in marked else whole
+
+
+def _render(turns: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    as_dicts = [dict(turn) for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(as_dicts, tokenize=False, **options))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise BadInput(f"{where}: the model's chat template refuses it ({error})") from error
+
+
+def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids as the model's chat template renders it, and the assistant's turns [first, end) with what ends them."""
+    where = _where(example)
+    require_chat_template(tokenizer, f"{where}: has `messages`", "give `prompt` and `answer`")
     if not tokenizer.is_fast:
         raise BadInput(
             f"{where}: has `messages`, which need a tokenizer that tells where its tokens are (tokenizer.json); "
@@ -232,24 +275,20 @@ def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[tup
 
 
 def _rendered(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any, where: str
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as text, and which characters are the assistant's: those that change when the turn does.
 
     Templates may write a turn differently when others follow, so that no part of a conversation is its beginning.
     """
-    from jinja2 import TemplateError
 
-    def render(turns: Sequence[Mapping[str, str]]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False))
-        except (TemplateError, ValueError, TypeError) as error:
-            raise BadInput(f"{where}: the model's chat template refuses it ({error})") from error
+    def render(turns: Sequence[Mapping[str, Any]]) -> str:
+        return _render(turns, tokenizer, where)
 
     whole, spans = render(messages), list[tuple[int, int]]()
     ends = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for number, turn in enumerate(messages):
-        if turn["role"] != ASSISTANT:
+        if turn["role"] != ASSISTANT or turn.get("weight", 1) == 0:
             continue
         marked = render([*messages[:number], {**turn, "content": _MARK}, *messages[number + 1 :]])
         first = _alike(whole, marked)

@@ -5,13 +5,12 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,18 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from model_runner.cli import options
+from model_runner.cli.session import (
+    Conversation,
+    Lessons,
+    Prompts,
+    conversations_of,
+    lessons_of,
+    talk,
+    utf8,
+)
 from model_runner.errors import BadInput
 
 if TYPE_CHECKING:
-    from model_runner.memory_builder.learner import OnlineLearner
     from model_runner.models import LoadedModel
     from model_runner.routing_policy import RetrievalPolicy
-    from model_runner.text_files import Example
-    from model_runner.texts import Window
-
-# Provenance of what is taught in a session; the example is a digest of the prompt.
-SESSION_SOURCE = "session"
-LEARN = "/learn"
 
 
 def generate(
@@ -39,6 +40,13 @@ def generate(
     ] = None,
     memory: Annotated[
         str | None, typer.Option("--memory", help="Memory to route with; none = the plain model.")
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        options.file_option(
+            "Instead of --prompt: a file of rows of `messages`. Each conversation is answered, by the model's chat "
+            "template; one that ends with the assistant's turn, from before it."
+        ),
     ] = None,
     learn: Annotated[
         Path | None,
@@ -53,9 +61,20 @@ def generate(
         typer.Option(
             "--interactive",
             help="Instead of --prompt: a prompt per line of stdin, until it ends. A line "
-            "`/learn ANSWER` teaches the memory the right answer to the last prompt.",
+            "`/learn ANSWER` teaches the memory the right answer to the last prompt and shows what that did.",
         ),
     ] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="The prompt, or each line of --interactive, is a user's turn for the model's chat template. "
+            "A session keeps the conversation; a line `/new` begins another.",
+        ),
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: a system turn before the conversation.")
+    ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
     max_new_tokens: Annotated[
@@ -107,19 +126,22 @@ def generate(
     from model_runner.progress import Progress
     from model_runner.retrieval import open_retriever
     from model_runner.routing_policy import RetrievalPolicy
-    from model_runner.texts import open_ids, prompt_ids
+    from model_runner.texts import prompt_ids
 
     _speak_utf8()
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    _require_one_mode(prompt, learn, interactive, memory)
-    prompt = None if prompt is None else _utf8(prompt)
+    _require_one_mode(prompt, messages, learn, interactive, memory)
+    _require_chat(chat, system, prompt is not None or interactive)
+    prompt = None if prompt is None else utf8(prompt)
     how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass, max_staleness_s)
     lessons = [] if learn is None else list(lessons_of(learn))
+    conversations = [] if messages is None else conversations_of(messages)
     with ExitStack() as stack:
         if learn is not None and memory is not None:
             # What is not there is noticed before the model is loaded.
             stack.enter_context(AdminClient(target)).describe(memory)
         loaded = options.load(model, device, dtype)
+        session = Conversation(loaded.tokenizer, system) if chat else Prompts(loaded.tokenizer)
         torch.manual_seed(seed)
         policy = opened = None
         if memory is not None:
@@ -130,48 +152,60 @@ def generate(
             policy = RetrievalPolicy(opened.retriever)
             stack.callback(_say_use, policy)
         answer = partial(_generate, loaded, policy, max_new_tokens, temperature)
-        catch_up = None if opened is None else opened.catch_up
-        school = stack.enter_context(Lessons(loaded, target, memory, durability, catch_up))
+        only_answer = partial(answer, with_prompt=False)
+        school = stack.enter_context(Lessons(loaded, target, memory, durability, opened))
         if prompt is not None:
-            answer(open_ids(prompt, loaded.tokenizer))
+            (only_answer if chat else answer)(session.ids(prompt))
         elif interactive:
-            talk(lambda said: answer(open_ids(said, loaded.tokenizer)), school, sys.stdin)
-        else:
-            for lesson, learn_it in school.planned(lessons):
-                answer(prompt_ids(lesson, loaded.tokenizer))
-                learn_it()
+            _suggest_chat(chat, loaded.tokenizer)
+            talk(only_answer if chat else answer, session, school, sys.stdin)
+        for conversation in conversations:
+            if len(conversations) > 1:
+                sys.stderr.write(f"conversation {conversation.name}:\n")
+            only_answer(prompt_ids(conversation, loaded.tokenizer))
+        for lesson, learn_it in school.planned(lessons) if lessons else ():
+            answer(prompt_ids(lesson, loaded.tokenizer))
+            learn_it()
 
 
 def _speak_utf8() -> None:
-    """Whatever the locale; bytes that are not UTF-8 are found by _utf8."""
+    """Whatever the locale; bytes that are not UTF-8 are found by utf8."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
-def _utf8(prompt: str) -> str:
-    """A prompt as its bytes say in UTF-8, where the locale said something else. Raises BadInput."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(prompt).decode()
-        except UnicodeError as error:
-            raise BadInput(f"prompt: not UTF-8 ({error})") from error
-    return prompt
-
-
 def _require_one_mode(
-    prompt: str | None, learn: Path | None, interactive: bool, memory: str | None
+    prompt: str | None,
+    messages: Path | None,
+    learn: Path | None,
+    interactive: bool,
+    memory: str | None,
 ) -> None:
-    given = [prompt is not None, learn is not None, interactive]
+    given = [prompt is not None, messages is not None, learn is not None, interactive]
     if sum(given) != 1:
         raise BadInput(
-            f"--prompt, --learn, --interactive: got {sum(given)} of them, expected one: "
+            f"--prompt, --messages, --learn, --interactive: got {sum(given)} of them, expected one: "
             "what to generate from"
         )
     if learn is not None and memory is None:
         raise BadInput("--learn: needs --memory NAME, the memory to learn into")
+
+
+def _require_chat(chat: bool, system: str | None, is_typed: bool) -> None:
+    if system is not None and not chat:
+        raise BadInput("--system: needs --chat, which renders turns")
+    if chat and not is_typed:
+        raise BadInput(
+            "--chat: needs --prompt or --interactive; rows of `messages` are conversations as they are"
+        )
+
+
+def _suggest_chat(chat: bool, tokenizer: Any) -> None:
+    if not chat and getattr(tokenizer, "chat_template", None) is not None:
+        sys.stderr.write(
+            "each line is text to go on from; with --chat it is a turn of a conversation\n"
+        )
 
 
 def _generate(
@@ -180,19 +214,20 @@ def _generate(
     max_new_tokens: int,
     temperature: float,
     prompt: Sequence[int],
-) -> None:
-    """Streams prompt (token ids) and text to stdout. Raises BadInput when there are none, UnsupportedModel on NaN.
+    *,
+    with_prompt: bool = True,
+) -> str:
+    """Streams text to stdout, after its prompt (token ids) or without it; returns it, without the prompt.
 
-    Between two prompts the model is the frozen one: it can be learnt from.
+    Raises BadInput for a prompt of no tokens or too many, UnsupportedModel on NaN. Between two prompts the model is
+    the frozen one: it can be learnt from.
     """
     import torch
-    from transformers import TextStreamer
 
     from model_runner.router_hooks import RouterHooks, require_no_nan
 
     tokenizer, model = loaded.tokenizer, loaded.model
-    if not prompt:
-        raise BadInput("--prompt: got no tokens, expected some text")
+    room = _room(model, len(prompt))
     ids = torch.tensor([prompt], device=loaded.device)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -203,16 +238,89 @@ def _generate(
         return scores
 
     generate: Any = model.generate
-    with torch.no_grad(), nullcontext() if policy is None else RouterHooks(model, policy):
-        generate(
+    with (
+        _streaming(tokenizer, with_prompt) as streamer,
+        torch.no_grad(),
+        nullcontext() if policy is None else RouterHooks(model, policy),
+    ):
+        output = generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            max_new_tokens=min(max_new_tokens, room or max_new_tokens),
+            streamer=streamer,
             pad_token_id=tokenizer.eos_token_id,
             logits_processor=[no_nan],
             **sampling,
         )
+    new = output[0, len(prompt) :]
+    if room is not None and room < max_new_tokens and len(new) == room:
+        sys.stderr.write(
+            f"the text ends here: the model was made for {len(prompt) + room} tokens\n"
+        )
+    return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def _room(model: Any, tokens: int) -> int | None:
+    """How many tokens may follow so many; None: nobody knows. Raises BadInput when none may."""
+    from model_runner.models import longest_text
+
+    if not tokens:
+        raise BadInput("--prompt: got no tokens, expected some text")
+    longest = longest_text(model)
+    if longest is not None and tokens >= longest:
+        raise BadInput(
+            f"prompt: got {tokens} tokens, expected fewer than the {longest} that the model was made for; shorten it, "
+            "or begin another conversation"
+        )
+    return None if longest is None else longest - tokens
+
+
+@contextmanager
+def _streaming(tokenizer: Any, with_prompt: bool) -> Iterator[Any]:
+    """A streamer to stdout. Text that is cut short ends its line; nothing else is written into it."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=not with_prompt, skip_special_tokens=True)
+    write, is_within_a_line = streamer.on_finalized_text, False
+
+    def noted(text: str, stream_end: bool = False) -> None:
+        nonlocal is_within_a_line
+        write(text, stream_end=stream_end)
+        is_within_a_line = not stream_end and (is_within_a_line or bool(text))
+
+    streamer.on_finalized_text = noted
+    with _stderr_waits():
+        try:
+            yield streamer
+        finally:
+            if is_within_a_line:
+                streamer.end()
+            sys.stdout.flush()
+
+
+@contextmanager
+def _stderr_waits() -> Iterator[None]:
+    """Where stdout and stderr are one terminal, pipe or file, what goes to stderr within it comes after it.
+
+    By its descriptor: warnings come from loggers, from torch's and gRPC's C++ and from threads.
+    """
+    try:
+        out, err = sys.stdout.fileno(), sys.stderr.fileno()
+    except io.UnsupportedOperation:  # neither is a file
+        out = err = -1
+    if out < 0 or not os.path.samestat(os.fstat(out), os.fstat(err)):
+        yield
+        return
+    with tempfile.TemporaryFile() as waiting, os.fdopen(os.dup(err), "wb") as real:
+        sys.stderr.flush()
+        os.dup2(waiting.fileno(), err)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(real.fileno(), err)
+            waiting.seek(0)
+            real.write(waiting.read())
 
 
 def _say_use(policy: RetrievalPolicy) -> None:
@@ -222,153 +330,3 @@ def _say_use(policy: RetrievalPolicy) -> None:
     sys.stderr.write(
         f"mean lambda per layer: {lambdas}; lookups that fell back: {policy.lookups}\n"
     )
-
-
-def lessons_of(path: Path) -> Iterator[Example]:
-    """Prompts or conversations with answers of a file. Raises BadInput for rows of another form, or none."""
-    from model_runner.text_files import read_examples
-
-    number = 0
-    for number, example in enumerate(read_examples(path), 1):
-        if example.answer is None and not example.messages:
-            raise BadInput(
-                f"{path}: example {number}: expected `prompt` and `answer`, or `messages`, got text only"
-            )
-        yield example
-    if not number:
-        raise BadInput(f"{path}: holds no prompt with an answer")
-
-
-def lesson(prompt: str, answer: str) -> Example:
-    """A typed answer. The same prompt again replaces what was learnt for it, token by token.
-
-    A blank is put between the two where neither has one.
-    """
-    from knnmoe.client import ExampleRef
-
-    from model_runner.text_files import Example
-
-    if not (prompt[-1:].isspace() or answer[:1].isspace()):
-        answer = " " + answer
-    digest = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).hexdigest()
-    return Example(ExampleRef(SESSION_SOURCE, digest), prompt, answer)
-
-
-class Lessons:
-    """Teaches one memory, if there is one; connects at the first lesson."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        target: str,
-        memory: str | None,
-        durability: str,
-        catch_up: Callable[[], None] | None = None,
-    ) -> None:
-        """catch_up: see OnlineLearner."""
-        self._loaded, self._target, self._memory = loaded, target, memory
-        self._durability, self._catch_up = durability, catch_up
-        self._learner: OnlineLearner | None = None
-        self._open = ExitStack()
-
-    def __enter__(self) -> Lessons:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def learn(self, example: Example) -> None:
-        """Learns one answer and says so on stderr. Raises BadInput; ServiceUnavailable and others of the learner."""
-        memory = self._named()
-        self._learn(memory, self._cut([example]))
-
-    def planned(self, examples: Sequence[Example]) -> Iterator[tuple[Example, Callable[[], None]]]:
-        """Examples of one file, and what learns each, as learn() does. What cannot be learnt is refused before."""
-        from knnmoe.client import AdminClient
-
-        from model_runner.memory_builder.entries import windows_as_known
-
-        memory, cut = self._named(), self._cut(examples)
-        with AdminClient(self._target) as client:
-            known = windows_as_known(client, memory, cut)
-        windows: dict[tuple[str, str], list[Window]] = defaultdict(list)
-        for as_read, as_known in zip(cut, known, strict=True):
-            windows[as_read.identity, as_read.name].append(as_known)
-        for example in examples:
-            if group := windows.get((example.identity, example.name)):
-                yield example, partial(self._learn, memory, group)
-
-    def _named(self) -> str:
-        if self._memory is None:
-            raise BadInput("there is no memory to learn into: start with --memory NAME")
-        return self._memory
-
-    def _learn(self, memory: str, windows: Sequence[Window]) -> None:
-        learnt = self._opened(memory).learn(windows)
-        sys.stderr.write(f"learnt {learnt.entries} entries\n")
-
-    def _cut(self, examples: Sequence[Example]) -> list[Window]:
-        from model_runner.models import window_length
-        from model_runner.texts import cut_windows
-
-        length = window_length(self._loaded.model, None)
-        return cut_windows(examples, self._loaded.tokenizer, length)
-
-    def _opened(self, memory: str) -> OnlineLearner:
-        from knnmoe.client import AdminClient
-
-        from model_runner.memory_builder.learner import DURABILITIES, OnlineLearner
-
-        if self._learner is None:
-            model, fingerprint = self._loaded.model, self._loaded.fingerprint
-            durability = DURABILITIES[self._durability]
-            with ExitStack() as opening:
-                client = opening.enter_context(AdminClient(self._target))
-                learner = OnlineLearner(
-                    *(model, fingerprint, client, memory),
-                    durability=durability,
-                    catch_up=self._catch_up,
-                    tokenizer=self._loaded.tokenizer,
-                )
-                self._learner = opening.enter_context(learner)
-                self._open = opening.pop_all()
-        return self._learner
-
-
-def talk(generate: Callable[[str], None], lessons: Lessons, lines: Iterable[str]) -> None:
-    """A prompt per line; `/learn ANSWER` gives the right answer to the last one. Ends with the input.
-
-    What cannot be learnt, or has no tokens, is said on stderr, and the session goes on; so is a memory that is gone.
-    """
-    from knnmoe.client import MemoryNotFound, ServiceUnavailable
-
-    prompt = ""
-    for line in _prompted(lines):
-        try:
-            said = _utf8(line.rstrip("\n"))
-            if said == LEARN or said.startswith(LEARN + " "):
-                _teach(lessons, prompt, said[len(LEARN) + 1 :])
-            elif said.strip():
-                prompt = said
-                generate(prompt)
-        except (BadInput, ServiceUnavailable, MemoryNotFound) as error:
-            sys.stderr.write(f"model-runner: {error}\n")
-
-
-def _teach(lessons: Lessons, prompt: str, answer: str) -> None:
-    if not prompt or not answer.strip():
-        raise BadInput(f"{LEARN}: expected a prompt before it and an answer after it")
-    lessons.learn(lesson(prompt, answer))
-
-
-def _prompted(lines: Iterable[str]) -> Iterator[str]:
-    """The lines; on a terminal with a mark before each."""
-    every = iter(lines)
-    while True:
-        if sys.stdin.isatty():
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-        line = next(every, None)
-        if line is None:
-            return
-        yield line

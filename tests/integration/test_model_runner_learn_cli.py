@@ -281,7 +281,7 @@ def test_one_thing_to_generate_from(run: Run, model: Path, tmp_path: Path) -> No
     lessons = write_lessons(tmp_path / "answers.jsonl")
     none = run("generate", "--model", model)
     assert none.code == 2
-    assert "--prompt, --learn, --interactive: got 0 of them, expected one" in none.err
+    assert "--prompt, --messages, --learn, --interactive: got 0 of them, expected one" in none.err
     both = run("generate", "--prompt", PROMPT, "--interactive", "--model", model)
     assert "got 2 of them" in both.err
     unnamed = run("generate", "--learn", lessons, "--model", model)

@@ -17,7 +17,7 @@ from knnmoe.v1.types_pb2 import (
     MemorySettings,
 )
 
-from model_runner.cli.generate import lesson, lessons_of, talk
+from model_runner.cli.session import Prompts, lesson, lessons_of, talk
 from model_runner.errors import BadInput
 from model_runner.memory_builder.learner import (
     NORMS_REMEMBERED,
@@ -26,6 +26,7 @@ from model_runner.memory_builder.learner import (
 )
 from model_runner.memory_builder.recipes import PAPER, PAPER_V2, RECOMMENDED, recipe_of
 from model_runner.text_files import Example
+from tests.tiny_checkpoint import byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -112,8 +113,14 @@ class Pupil:
 
 def session(lines: list[str], pupil: Pupil) -> list[str]:
     """The prompts of a session."""
-    prompts: list[str] = []
-    talk(prompts.append, pupil, [line + "\n" for line in lines])  # type: ignore[arg-type]
+    prompts, tokenizer = list[str](), byte_tokenizer()
+
+    def say(ids: list[int]) -> str:
+        prompts.append(tokenizer.decode(ids))
+        return "said"
+
+    typed = [line + "\n" for line in lines]
+    talk(say, Prompts(tokenizer), pupil, typed)  # type: ignore[arg-type]
     return prompts
 
 

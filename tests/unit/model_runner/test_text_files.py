@@ -319,7 +319,7 @@ def test_conversations(tmp_path: Path) -> None:
 
 
 def test_rows_left_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    silent = [{"role": "user", "content": "who?"}]
+    silent = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": ""}]
     path = jsonl(
         tmp_path / "t.jsonl",
         {"prompt": "q", "answer": ""},
