@@ -133,10 +133,6 @@ class Lessons:
         sys.stderr.write(
             f"learnt {learnt.entries} entries; loss of this answer: {before} before, {after} after\n"
         )
-        if before == after:
-            sys.stderr.write(
-                f"nothing stored is near enough to speak: router-admin calibrate {self._memory}\n"
-            )
         if not self._has_said_what_to_expect:
             self._has_said_what_to_expect = True
             sys.stderr.write(EXPECT)

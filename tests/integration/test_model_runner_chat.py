@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from knnmoe.client import AdminClient
 from knnmoe.v1.types_pb2 import MemorySettings
 
 from tests.integration.command_runs import Run, in_process
@@ -155,14 +154,6 @@ def test_a_session_keeps_the_conversation_and_learns(
     taken = {o.position: o.token for o in session.values()}
     spoken = byte_tokenizer().decode([taken[at] for at in sorted(taken)])
     assert spoken == "]Aaron"
-    with AdminClient(edge_sidecar.target) as client:
-        client.update_settings(name, MemorySettings(gamma=[1e9]))  # as one that was never calibrated
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n/learn Miriam\n"))
-    far = run(
-        *("generate", "--interactive", "--chat", *with_options),
-        *("--memory", name, "--target", edge_sidecar.target, "--timeout-s", 30),
-    )
-    assert f"nothing stored is near enough to speak: router-admin calibrate {name}" in far.err
 
 
 def test_a_session_reads_the_turns_before(
