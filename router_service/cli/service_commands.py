@@ -22,6 +22,11 @@ from router_service.cli.setting_options import environment_problem
 from router_service.doctor import Finding, Severity, diagnose_directory, error, warning
 from router_service.settings import ServiceSettings
 
+# Of a layer, in the document and on the dashboard only.
+_DETAILS = (
+    "lambda_counts",
+    *(f"abstained_{reason}" for reason in ("empty", "too_far", "layer_off")),
+)
 SERVICES = ("knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
 
 
@@ -76,7 +81,8 @@ def _with_unknown(layer: dict[str, Any]) -> dict[str, Any]:
 def _row(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer's numbers, under shorter headings, with bytes human-readable."""
     disk = layer["disk_bytes"]
-    rest = {name: value for name, value in layer.items() if name not in ("layer", "disk_bytes")}
+    beside = ("layer", "disk_bytes", *_DETAILS)
+    rest = {name: value for name, value in layer.items() if name not in beside}
     first = {"layer": layer["layer"], "disk": None if disk is None else Bytes(disk)}
     return first | rest
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,18 +31,10 @@ from router_service.backends.base import (
 )
 from router_service.errors import DeadlineTooShort
 from router_service.memories.changes import ChangeLog
+from router_service.memories.counters import Abstain, LayerCounters, LookedUp, RecentTokens
 from router_service.memories.hit_counts import HitCounter
 from router_service.memories.settings import Kind, MemorySettings, Similarity
 from router_service.memories.write_gate import WriteGate
-
-
-class Abstain(IntEnum):
-    """Why a token kept the model's own routing; numbers of knnmoe.v1.AbstainReason."""
-
-    NO = 0
-    EMPTY = 1
-    TOO_FAR = 2
-    LAYER_OFF = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,42 +63,6 @@ class RouteAnswer:
     version: int = 0  # of the memory, whose entries and settings made it
 
 
-@dataclass(slots=True)
-class LayerCounters:
-    """What a layer did since the service started."""
-
-    requests: int = 0
-    tokens: int = 0
-    abstained: int = 0
-    lambda_sum: float = 0.0
-    search_ns: int = 0
-    elsewhere: int = 0  # of the requests, those that were searched in copies
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, answer: RouteAnswer) -> None:
-        """Counts one answer."""
-        with self.lock:
-            self.requests += 1
-            self.tokens += len(answer.lambdas)
-            self.abstained += int(np.count_nonzero(answer.abstained))
-            self.lambda_sum += float(answer.lambdas.sum())
-            self.search_ns += answer.search_ns
-
-    def add_found(self, requests: int, tokens: int, abstained: int, lambda_sum: float) -> None:
-        """Counts what lookups in a copy of the layer did."""
-        with self.lock:
-            self.requests += requests
-            self.elsewhere += requests
-            self.tokens += tokens
-            self.abstained += abstained
-            self.lambda_sum += lambda_sum
-
-    def read(self) -> LayerCounters:
-        """A copy, consistent in itself."""
-        with self.lock:
-            return replace(self, lock=threading.Lock())
-
-
 class LayerMemory:
     """Entries of one MoE layer and how they are read."""
 
@@ -122,7 +76,7 @@ class LayerMemory:
     ) -> None:
         self.layer = layer
         self.collection = collection
-        self.counters = LayerCounters()
+        self.counters, self.recent = LayerCounters(), RecentTokens()
         self.hits = hits or HitCounter()
         self.gate = WriteGate()
         self.changes = ChangeLog(collection.versions)  # the memory's, see RoutingMemory
@@ -138,9 +92,28 @@ class LayerMemory:
             nothing, version = Neighbours.empty(len(query.router_inputs), k), self.versions.now
             found = replace(nothing, version=version)
         answer = self._blend(query.own, found, settings, started)
-        self.counters.add(answer)
+        self.counters.add(answer.lambdas, answer.abstained, answer.search_ns)
         self.hits.note(found.ids, answer.similarities, answer.abstained == Abstain.NO)
+        if self.recent.wanted and len(answer.lambdas):
+            self.recent.note(_last_token(answer))
         return answer
+
+    def explained(self, number: int, shown: int, settings: MemorySettings) -> LookedUp | None:
+        """An entry looked up by its own key among those of other examples, counted nowhere; None: it is not there.
+
+        `shown`: nearest entries in the answer, of which the first K of the settings make its lambda.
+        """
+        entries = self.collection.scroll(number - 1 if number else None, 1)
+        if not len(entries) or int(entries.ids[0]) != number:
+            return None
+        own = [ExampleRef(p.source, p.example) for p in entries.provenance if p.source or p.example]
+        options, k = settings.search(shown, self.layer), settings.neighbours
+        found = self.collection.search(entries.keys, shown, options, own)
+        similarities = self._similarities(found.distances, settings)
+        lambdas = settings.lambdas(similarities[:, :k])
+        abstained = self._abstentions(found, lambdas, settings)
+        lambdas = np.where(abstained == Abstain.NO, lambdas, np.float32(0))
+        return _last_token(RouteAnswer(None, lambdas, abstained, found, similarities, 0, 0))
 
     @property
     def versions(self) -> Versions:
@@ -255,3 +228,15 @@ class LayerMemory:
             settings.step_size_of(self.layer),
             lambdas > 0,
         )
+
+
+def _last_token(answer: RouteAnswer) -> LookedUp:
+    found = answer.neighbours
+    of_last = (found.ids, found.distances, answer.similarities, found.values)
+    return LookedUp(
+        time.time_ns() // 1_000_000,
+        len(answer.lambdas),
+        float(answer.lambdas[-1]),
+        int(answer.abstained[-1]),
+        *(each[-1].copy() for each in of_last),
+    )

@@ -171,7 +171,7 @@ class DirectServer:
 
     def _serve(self, peer: Peer) -> None:
         try:
-            with peer.connection, errors_to_status(peer, _METHOD):
+            with peer.connection, errors_to_status(peer, _METHOD, self._plane.refused):
                 self._answer_all(peer)
         except OSError as error:
             log.info("%s left: %s", peer.peer(), error)

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from router_service import errors
 from router_service.errors import InvalidField, RoutingServiceError
-from router_service.rpc.planes import Plane, Turns
+from router_service.rpc.planes import Plane, Refusals, Turns
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,11 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
 }
 
 
+# Calls whose errors leave a token to the model's own router.
+_LOOKUPS = tuple(f"/knnmoe.v1.RoutingService/{name}" for name in ("Route", "RouteStream"))
+_REASON_PREFIX, _INTERNAL = "ERROR_REASON_", "internal"
+
+
 @dataclass(frozen=True, slots=True)
 class Malformed:
     """Bytes that could not be decoded, where a request should be."""
@@ -98,9 +103,12 @@ class Guard(grpc.ServerInterceptor):
             if handler is None:
                 return handler
             guarded = self._guarded[method] = _guarded(handler, method, self._plane_of(method))
-        permits = self._plane_of(method).permits
-        if permits.refuses and not guarded.response_streaming:
-            return _refusing(permits.refusal())
+        plane = self._plane_of(method)
+        if plane.permits.refuses and not guarded.response_streaming:
+            refusal = plane.permits.refusal()
+            if (refused := _refused(method, plane)) is not None:
+                refused.add(_reason_of(refusal))
+            return _refusing(refusal)
         return guarded
 
 
@@ -128,9 +136,16 @@ def _refusing(error: RoutingServiceError) -> Any:
     return grpc.stream_unary_rpc_method_handler(call)
 
 
+def _refused(method: str, plane: Plane) -> Refusals | None:
+    """Where the errors of lookups are counted; None for other calls."""
+    return plane.refused if method in _LOOKUPS else None
+
+
 def _unary(handler: Any, method: str, plane: Plane) -> Any:
+    refused = _refused(method, plane)
+
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with errors_to_status(context, method):
+        with errors_to_status(context, method, refused):
             request = plane.first(map(_well_formed, requests), context)
             with plane.working(request, context):
                 return handler.unary_unary(request, context)
@@ -139,13 +154,15 @@ def _unary(handler: Any, method: str, plane: Plane) -> Any:
 
 
 def _streaming(handler: Any, method: str, plane: Plane) -> Any:
+    refused = _refused(method, plane)
+
     def answers(requests: Iterator[Any], context: grpc.ServicerContext, turns: Turns) -> Any:
         if handler.request_streaming:
             return handler.stream_stream(turns.messages(requests), context)
         return handler.unary_stream(turns.only_message(requests), context)
 
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        with errors_to_status(context, method), Turns(plane, context) as turns:
+        with errors_to_status(context, method, refused), Turns(plane, context) as turns:
             for answer in answers(map(_well_formed, requests), context, turns):
                 turns.wait(plane.room.going_on(context))
                 yield answer
@@ -172,17 +189,23 @@ def _well_formed(request: Any) -> Any:
 
 
 @contextmanager
-def errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lack context.code()
-    """What a handler raises ends its call with a status; what is none of the service's errors is logged."""
+def errors_to_status(  # stubs lack context.code()
+    context: Any, method: str, refused: Refusals | None = None
+) -> Iterator[None]:
+    """What a handler raises ends its call with a status, and is counted; what the service did not foresee is logged."""
     try:
         yield
     except RoutingServiceError as error:
+        if refused is not None:
+            refused.add(_reason_of(error))
         context.abort_with_status(status_of(error))
     except Exception as error:
         # Aborted already, or the client left.
         if context.code() is not None or not context.is_active():
             raise
         log.exception("%s failed", method)
+        if refused is not None:
+            refused.add(_INTERNAL)
         context.abort_with_status(
             internal_status(f"{method} failed: {type(error).__name__}; see the service's log")
         )
@@ -190,7 +213,7 @@ def errors_to_status(context: Any, method: str) -> Iterator[None]:  # stubs lack
 
 def status_of(error: RoutingServiceError) -> grpc.Status:
     """The status of an error, with an ErrorInfo and, where it fits, the field violation or when to try again."""
-    code, reason = _TABLE[next(base for base in type(error).__mro__ if base in _TABLE)]
+    code, reason = _entry_of(error)
     if not isinstance(error, errors.InvalidRequest):
         return _status(code, str(error), reason, {}, *_retry_info(error))
     found = {"field": error.field, "value": error.value, "expected": error.expected}
@@ -199,6 +222,16 @@ def status_of(error: RoutingServiceError) -> grpc.Status:
     )
     request = error_details_pb2.BadRequest(field_violations=[violation])
     return _status(code, str(error), reason, found, request)
+
+
+def _entry_of(error: RoutingServiceError) -> tuple[int, int]:
+    return _TABLE[next(base for base in type(error).__mro__ if base in _TABLE)]
+
+
+def _reason_of(error: RoutingServiceError) -> str:
+    """`overloaded` of ERROR_REASON_OVERLOADED."""
+    name: str = reasons.ErrorReason.Name(_entry_of(error)[1])
+    return name.removeprefix(_REASON_PREFIX).lower()
 
 
 def _retry_info(error: RoutingServiceError) -> list[Message]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,25 +13,27 @@ from knnmoe.v1 import doctor_pb2, doctor_pb2_grpc, memory_admin_pb2_grpc, routin
 from knnmoe.v1 import memory_admin_pb2 as pb
 
 from router_service import __version__, checks
-from router_service.arrays import F32
+from router_service.arrays import F32, Entries
 from router_service.backends.base import Report, pages
 from router_service.doctor import Severity, check_known_keys, diagnose_store
 from router_service.errors import Cancelled, InvalidField
 from router_service.jobs.optimize import Indexed, SearchChoice, optimized, optimized_to
 from router_service.jobs.sources import Sources, sources_of
 from router_service.memories.calibration import LayerCalibration
-from router_service.memories.memory import RoutingMemory
+from router_service.memories.counters import DURATION_BOUNDS
+from router_service.memories.memory import RoutingMemory, sample_entries
 from router_service.memories.store import MemoryStore
 from router_service.memories.swap import replace_memory
 from router_service.operations import Operations
-from router_service.rpc import codec
+from router_service.rpc import codec, stats
 from router_service.rpc.operations import encoded
 from router_service.rpc.planes import Planes
 from router_service.rpc.quantization import decode_compression, encode_indexed, filled_layers
+from router_service.rpc.replication import Copy
 
 DEFAULT_EXPORT_BATCH = 512
 DEFAULT_SAMPLE = 1000
-MAX_SAMPLE = 100_000
+MAX_SAMPLE, MAX_EXPORT_SAMPLE = 100_000, 10_000
 # Bytes of one Export message stay well under the message limit.
 EXPORT_BYTES = 4 * 1024 * 1024
 # Of one message; a name has 1,024 characters at most.
@@ -48,9 +49,15 @@ _SEVERITIES = {
 class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     """Create, list, describe, delete, replace, fill, count, export, calibrate, optimize."""
 
-    def __init__(self, store: MemoryStore, operations: Operations, planes: Planes) -> None:
+    def __init__(
+        self,
+        store: MemoryStore,
+        operations: Operations,
+        planes: Planes,
+        copies: Callable[[], list[Copy]],
+    ) -> None:
         self._store, self._operations, self._planes = store, operations, planes
-        self._started = time.monotonic()
+        self._copies, self._started = copies, time.monotonic()
 
     def CreateMemory(  # noqa: N802
         self, request: pb.CreateMemoryRequest, context: grpc.ServicerContext
@@ -120,9 +127,9 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> Iterator[pb.ExportResponse]:
         """A layer's entries in the order of ids."""
         memory = self._store.get(request.memory)
-        collection, kind = memory.layer(request.layer).collection, memory.record.settings.kind
+        kind = memory.record.settings.kind
         size = _export_batch(memory, request.batch_size)
-        for entries in pages(collection, size, with_keys=not request.without_keys):
+        for entries in _wanted(memory, request, size):
             yield pb.ExportResponse(entries=codec.encode_entries(entries, kind))
 
     def Calibrate(  # noqa: N802
@@ -187,13 +194,16 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         """What the service holds and did since it started."""
         with self._store.exclusive():
             asked = [self._store.get(request.memory)] if request.memory else self._store.latest()
-            memories = [_memory_stats(memory) for memory in asked]
+            memories = [stats.encode_memory(memory) for memory in asked]
         return pb.StatsResponse(
             memories=memories,
             uptime_s=int(time.monotonic() - self._started),
-            resident_bytes=_resident_bytes(),
+            resident_bytes=stats.resident_bytes(),
             service_version=__version__,
             in_flight=self._planes.in_flight,
+            refused_lookups=self._planes.routing.refused.read(),
+            duration_bounds_s=DURATION_BOUNDS,
+            replicas=stats.encode_copies(self._copies(), request.memory),
         )
 
     def ListSources(  # noqa: N802
@@ -207,6 +217,24 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
 
         running = self._operations.run("sources", request.memory, steps, exclusive=False)
         return encoded(running, pb.ListSourcesResponse, lambda page: {"page": page})
+
+    def ExplainEntry(  # noqa: N802
+        self, request: pb.ExplainEntryRequest, context: grpc.ServicerContext
+    ) -> pb.ExplainEntryResponse:
+        """What answers a token like a stored one."""
+        return self._store.asked(request.memory, partial(stats.explain, request))
+
+    def RecentLookups(  # noqa: N802
+        self, request: pb.RecentLookupsRequest, context: grpc.ServicerContext
+    ) -> pb.RecentLookupsResponse:
+        """Tokens that were looked up just now."""
+
+        def recent(memory: RoutingMemory) -> list[pb.LookedUpToken]:
+            layer = memory.layer(request.layer)
+            return stats.encode_tokens(memory, layer, layer.recent.look())
+
+        tokens = self._store.asked(request.memory, recent)
+        return pb.RecentLookupsResponse(tokens=tokens)
 
 
 def _source_pages(found: Sources) -> Iterator[pb.SourcePage]:
@@ -272,37 +300,26 @@ def _gamma_with(memory: RoutingMemory, results: list[LayerCalibration]) -> tuple
     return tuple(gamma)
 
 
+def _wanted(memory: RoutingMemory, request: pb.ExportRequest, size: int) -> Iterator[Entries]:
+    """The entries that an export wants, `size` at a time."""
+    layer, with_keys = memory.layer(request.layer), not request.without_keys
+    if not request.sample:
+        yield from pages(layer.collection, size, with_keys=with_keys)
+        return
+    if request.sample > MAX_EXPORT_SAMPLE:
+        raise InvalidField("sample", request.sample, f"0 to {MAX_EXPORT_SAMPLE}")
+    found = sample_entries(layer, request.sample)
+    chosen = found.slice(0, request.sample)
+    if not with_keys:
+        chosen = replace(chosen, keys=chosen.keys[:, :0])
+    for start in range(0, len(chosen), size):
+        yield chosen.slice(start, start + size)
+
+
 def _export_batch(memory: RoutingMemory, asked: int) -> int:
     width = memory.record.fingerprint.hidden_size + memory.record.value_width
     most = max(1, EXPORT_BYTES // (4 * width))
     return min(asked or DEFAULT_EXPORT_BATCH, most)
-
-
-def _memory_stats(memory: RoutingMemory) -> pb.MemoryStats:
-    stats = pb.MemoryStats(memory=memory.record.name)
-    for layer in memory.layers:
-        info, counters, hits = layer.info(), layer.counters.read(), layer.hits.summary()
-        stats.layers.add(
-            layer=layer.layer,
-            entries=info.entries,
-            disk_bytes=info.disk_bytes or 0,
-            disk_bytes_unknown=info.disk_bytes is None,
-            route_requests=counters.requests,
-            tokens=counters.tokens,
-            tokens_abstained=counters.abstained,
-            mean_lambda=counters.lambda_sum / max(1, counters.tokens),
-            mean_search_ms=counters.search_ns
-            / 1e6
-            / max(1, counters.requests - counters.elsewhere),
-            hits=hits.total,
-            entries_never_hit=max(0, info.entries - hits.entries),
-        )
-    return stats
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 class DoctorService(doctor_pb2_grpc.DoctorServiceServicer):

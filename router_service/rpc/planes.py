@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -237,6 +238,24 @@ class WaitingRoom:
             context.cancel()
 
 
+class Refusals:
+    """Lookups that ended in an error, by its reason, as in `overloaded`."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, reason: str) -> None:
+        """Counts one."""
+        with self._lock:
+            self._counts[reason] += 1
+
+    def read(self) -> dict[str, int]:
+        """Since the service started."""
+        with self._lock:
+            return dict(self._counts)
+
+
 class Plane:
     """Calls of one kind, with threads and permits of their own: whatever they do, those of other planes are answered.
 
@@ -246,6 +265,7 @@ class Plane:
     def __init__(self, name: str, most: int, message_within_s: float) -> None:
         """`message_within_s`: that the first message of a call may take."""
         self.permits, self.room = Permits(most), WaitingRoom(_WAITING * most)
+        self.refused = Refusals()
         self.threads = ThreadPoolExecutor(
             (1 + _IN_LINE + _WAITING) * most + _SPARE_THREADS, thread_name_prefix=name
         )

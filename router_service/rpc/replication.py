@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -80,6 +81,10 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         """Ends every copy, soon, and refuses new ones."""
         self._copies.stop()
 
+    def copies(self) -> list[Copy]:
+        """Those that are kept in step now."""
+        return self._copies.all()
+
     def Replicate(  # noqa: N802
         self, request: pb.ReplicateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ReplicateResponse]:
@@ -96,7 +101,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
                 return self._not_served(request.memory)
             return foreign.problem or self._copies.why_over(context)
 
-        with self._copies.one(memory, context), foreign.followed() as late_ms:
+        with self._copies.one(memory, context) as copy, foreign.followed() as late_ms:
             feed = Feed(memory, wanted.layers, wanted.page_entries, wanted.heartbeat_s, why_over)
             entries = feed.go_on(wanted.after) if wanted.after else feed.copy(wanted.held)
             start = pb.ReplicaStart(
@@ -108,6 +113,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             yield pb.ReplicateResponse(start=start)
             for event in feed.events():
                 yield _encode_event(event, memory.record.settings.kind, request.key_dtype)
+                if isinstance(event, Synced):  # the client has taken it
+                    copy.version = event.position.version
 
     def ReportHits(  # noqa: N802
         self, request: pb.ReportHitsRequest, context: grpc.ServicerContext
@@ -150,30 +157,45 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             return self._foreign[memory]
 
 
+@dataclass(eq=False, slots=True)
+class Copy:
+    """A copy that is kept in step."""
+
+    memory: RoutingMemory
+    began: float = field(default_factory=time.monotonic)
+    version: int = 0  # that it was last brought to
+
+
 class _Copies:
     """Those that are kept in step."""
 
     def __init__(self) -> None:
-        self._of: dict[grpc.ServicerContext, RoutingMemory] = {}
+        self._of: dict[grpc.ServicerContext, Copy] = {}
         self._stopping = False
         self._changed = threading.Condition()
 
     @contextmanager
-    def one(self, memory: RoutingMemory, context: grpc.ServicerContext) -> Iterator[None]:
+    def one(self, memory: RoutingMemory, context: grpc.ServicerContext) -> Iterator[Copy]:
         """Raises Overloaded, ShuttingDown."""
+        copy = Copy(memory)
         with self._changed:
             if self._stopping:
                 raise _shutting_down()
             if len(self._of) >= MOST_COPIES:
                 raise Overloaded(f"{MOST_COPIES} copies are kept in step already; end one of them")
-            self._of[context] = memory
+            self._of[context] = copy
         context.add_callback(memory.changes.wake)  # when the client has left
         try:
-            yield
+            yield copy
         finally:
             with self._changed:
                 del self._of[context]
                 self._changed.notify_all()
+
+    def all(self) -> list[Copy]:
+        """At this moment."""
+        with self._changed:
+            return list(self._of.values())
 
     def why_over(self, context: grpc.ServicerContext) -> RoutingServiceError | None:
         """None while it goes on."""
@@ -186,8 +208,8 @@ class _Copies:
         with self._changed:
             self._stopping = True
             waiting = list(self._of.values())
-        for memory in waiting:
-            memory.changes.wake()
+        for copy in waiting:
+            copy.memory.changes.wake()
         with self._changed:
             self._changed.wait_for(lambda: not self._of, _END_S)
             for context in self._of:

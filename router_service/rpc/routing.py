@@ -11,6 +11,7 @@ from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import routing_pb2_grpc
 
 from router_service.arrays import Provenance
+from router_service.memories.counters import LayerCounters
 from router_service.memories.layer import RouteAnswer
 from router_service.memories.memory import RoutingMemory
 from router_service.rpc.codec import (
@@ -77,19 +78,23 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         query = decode_query(request, deadline, lambda: not context.is_active())
         decoded = time.perf_counter_ns()
 
-        def route(memory: RoutingMemory) -> tuple[RouteAnswer, dict[int, Provenance]]:
+        def route(
+            memory: RoutingMemory,
+        ) -> tuple[LayerCounters, RouteAnswer, dict[int, Provenance]]:
             answer = memory.route(request.layer, request.model_digest, query)
-            if not request.with_neighbours:
-                return answer, {}
-            return answer, memory.layer(request.layer).provenance_of(answer.neighbours.ids)
+            layer = memory.layer(request.layer)
+            ids = answer.neighbours.ids if request.with_neighbours else None
+            return layer.counters, answer, {} if ids is None else layer.provenance_of(ids)
 
-        answer, origins = self._memories.asked(request.memory, route)
+        counters, answer, origins = self._memories.asked(request.memory, route)
         answered = time.perf_counter_ns()
         response = encode_answer(request, answer)
         if request.with_neighbours:
             response.neighbours.CopyFrom(encode_neighbours(answer, origins))
         response.times.decode_ns = decoded - started
         response.times.encode_ns = time.perf_counter_ns() - answered
+        times = response.times
+        counters.add_durations(times.decode_ns, times.search_ns, times.blend_ns, times.encode_ns)
         return response
 
 

@@ -149,7 +149,9 @@ class RoutingServer:
         )
         routing_pb2_grpc.add_RoutingServiceServicer_to_server(self._routing, server)
         add_replication(self._replication, server)
-        admin = MemoryAdminService(self._store, self._operations, self._planes)
+        admin = MemoryAdminService(
+            self._store, self._operations, self._planes, self._replication.copies
+        )
         memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
         doctor = DoctorService(self._store, self.settings.min_free_bytes)
         doctor_pb2_grpc.add_DoctorServiceServicer_to_server(doctor, server)

@@ -158,16 +158,18 @@ class CountResponse(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[_routing_pb2.LayerDescription, _Mapping]]] = ..., total: _Optional[int] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
-    __slots__ = ("memory", "layer", "batch_size", "without_keys")
+    __slots__ = ("memory", "layer", "batch_size", "without_keys", "sample")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_KEYS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
     memory: str
     layer: int
     batch_size: int
     without_keys: bool
-    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., batch_size: _Optional[int] = ..., without_keys: _Optional[bool] = ...) -> None: ...
+    sample: int
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., batch_size: _Optional[int] = ..., without_keys: _Optional[bool] = ..., sample: _Optional[int] = ...) -> None: ...
 
 class ExportResponse(_message.Message):
     __slots__ = ("entries",)
@@ -310,29 +312,66 @@ class StatsRequest(_message.Message):
     def __init__(self, memory: _Optional[str] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("memories", "uptime_s", "resident_bytes", "service_version", "in_flight")
+    __slots__ = ("memories", "uptime_s", "resident_bytes", "service_version", "in_flight", "refused_lookups", "duration_bounds_s", "replicas")
+    class RefusedLookupsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     MEMORIES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_BOUNDS_S_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     memories: _containers.RepeatedCompositeFieldContainer[MemoryStats]
     uptime_s: int
     resident_bytes: int
     service_version: str
     in_flight: int
-    def __init__(self, memories: _Optional[_Iterable[_Union[MemoryStats, _Mapping]]] = ..., uptime_s: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., service_version: _Optional[str] = ..., in_flight: _Optional[int] = ...) -> None: ...
+    refused_lookups: _containers.ScalarMap[str, int]
+    duration_bounds_s: _containers.RepeatedScalarFieldContainer[float]
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStats]
+    def __init__(self, memories: _Optional[_Iterable[_Union[MemoryStats, _Mapping]]] = ..., uptime_s: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., service_version: _Optional[str] = ..., in_flight: _Optional[int] = ..., refused_lookups: _Optional[_Mapping[str, int]] = ..., duration_bounds_s: _Optional[_Iterable[float]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStats, _Mapping]]] = ...) -> None: ...
+
+class ReplicaStats(_message.Message):
+    __slots__ = ("memory", "version", "memory_version", "connected_s")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_S_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    version: int
+    memory_version: int
+    connected_s: int
+    def __init__(self, memory: _Optional[str] = ..., version: _Optional[int] = ..., memory_version: _Optional[int] = ..., connected_s: _Optional[int] = ...) -> None: ...
 
 class MemoryStats(_message.Message):
-    __slots__ = ("memory", "layers")
+    __slots__ = ("memory", "layers", "stages")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     memory: str
     layers: _containers.RepeatedCompositeFieldContainer[LayerStats]
-    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[StageDurations]
+    def __init__(self, memory: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerStats, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[StageDurations, _Mapping]]] = ...) -> None: ...
+
+class StageDurations(_message.Message):
+    __slots__ = ("stage", "counts", "sum_s")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_S_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum_s: float
+    def __init__(self, stage: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., sum_s: _Optional[float] = ...) -> None: ...
 
 class LayerStats(_message.Message):
-    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms", "hits", "entries_never_hit", "disk_bytes_unknown")
+    __slots__ = ("layer", "entries", "disk_bytes", "route_requests", "tokens", "tokens_abstained", "mean_lambda", "mean_search_ms", "hits", "entries_never_hit", "disk_bytes_unknown", "lambda_counts", "abstained_empty", "abstained_too_far", "abstained_layer_off", "replica_requests", "replica_tokens", "replica_abstained")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -344,6 +383,13 @@ class LayerStats(_message.Message):
     HITS_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_NEVER_HIT_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    ABSTAINED_EMPTY_FIELD_NUMBER: _ClassVar[int]
+    ABSTAINED_TOO_FAR_FIELD_NUMBER: _ClassVar[int]
+    ABSTAINED_LAYER_OFF_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_ABSTAINED_FIELD_NUMBER: _ClassVar[int]
     layer: int
     entries: int
     disk_bytes: int
@@ -355,7 +401,79 @@ class LayerStats(_message.Message):
     hits: int
     entries_never_hit: int
     disk_bytes_unknown: bool
-    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ..., hits: _Optional[int] = ..., entries_never_hit: _Optional[int] = ..., disk_bytes_unknown: _Optional[bool] = ...) -> None: ...
+    lambda_counts: _containers.RepeatedScalarFieldContainer[int]
+    abstained_empty: int
+    abstained_too_far: int
+    abstained_layer_off: int
+    replica_requests: int
+    replica_tokens: int
+    replica_abstained: int
+    def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., route_requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_abstained: _Optional[int] = ..., mean_lambda: _Optional[float] = ..., mean_search_ms: _Optional[float] = ..., hits: _Optional[int] = ..., entries_never_hit: _Optional[int] = ..., disk_bytes_unknown: _Optional[bool] = ..., lambda_counts: _Optional[_Iterable[int]] = ..., abstained_empty: _Optional[int] = ..., abstained_too_far: _Optional[int] = ..., abstained_layer_off: _Optional[int] = ..., replica_requests: _Optional[int] = ..., replica_tokens: _Optional[int] = ..., replica_abstained: _Optional[int] = ...) -> None: ...
+
+class ExplainEntryRequest(_message.Message):
+    __slots__ = ("memory", "layer", "id", "neighbours")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layer: int
+    id: int
+    neighbours: int
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., id: _Optional[int] = ..., neighbours: _Optional[int] = ...) -> None: ...
+
+class ExplainEntryResponse(_message.Message):
+    __slots__ = ("provenance", "token", "neighbours")
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    provenance: _types_pb2.Provenance
+    token: LookedUpToken
+    neighbours: int
+    def __init__(self, provenance: _Optional[_Union[_types_pb2.Provenance, _Mapping]] = ..., token: _Optional[_Union[LookedUpToken, _Mapping]] = ..., neighbours: _Optional[int] = ...) -> None: ...
+
+class RecentLookupsRequest(_message.Message):
+    __slots__ = ("memory", "layer")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    memory: str
+    layer: int
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ...) -> None: ...
+
+class RecentLookupsResponse(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[LookedUpToken]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[LookedUpToken, _Mapping]]] = ...) -> None: ...
+
+class LookedUpToken(_message.Message):
+    __slots__ = ("at_unix_ms", "tokens", "abstained", "cases")
+    AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAMBDA_FIELD_NUMBER: _ClassVar[int]
+    ABSTAINED_FIELD_NUMBER: _ClassVar[int]
+    CASES_FIELD_NUMBER: _ClassVar[int]
+    at_unix_ms: int
+    tokens: int
+    abstained: _routing_pb2.AbstainReason
+    cases: _containers.RepeatedCompositeFieldContainer[Case]
+    def __init__(self, at_unix_ms: _Optional[int] = ..., tokens: _Optional[int] = ..., abstained: _Optional[_Union[_routing_pb2.AbstainReason, str]] = ..., cases: _Optional[_Iterable[_Union[Case, _Mapping]]] = ..., **kwargs) -> None: ...
+
+class Case(_message.Message):
+    __slots__ = ("id", "squared_distance", "similarity", "provenance", "experts", "weights")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    squared_distance: float
+    similarity: float
+    provenance: _types_pb2.Provenance
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, id: _Optional[int] = ..., squared_distance: _Optional[float] = ..., similarity: _Optional[float] = ..., provenance: _Optional[_Union[_types_pb2.Provenance, _Mapping]] = ..., experts: _Optional[_Iterable[int]] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ListSourcesRequest(_message.Message):
     __slots__ = ("memory", "layers")

@@ -104,6 +104,16 @@ class MemoryAdminServiceStub:
                 request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesRequest.SerializeToString,
                 response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesResponse.FromString,
                 _registered_method=True)
+        self.ExplainEntry = channel.unary_unary(
+                '/knnmoe.v1.MemoryAdminService/ExplainEntry',
+                request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ExplainEntryRequest.SerializeToString,
+                response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ExplainEntryResponse.FromString,
+                _registered_method=True)
+        self.RecentLookups = channel.unary_unary(
+                '/knnmoe.v1.MemoryAdminService/RecentLookups',
+                request_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.RecentLookupsRequest.SerializeToString,
+                response_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.RecentLookupsResponse.FromString,
+                _registered_method=True)
 
 
 class MemoryAdminServiceServicer:
@@ -204,6 +214,22 @@ class MemoryAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainEntry(self, request, context):
+        """Looks a stored entry up by its own key, among the entries of other examples: what answers a token like it. Counted
+        nowhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecentLookups(self, request, context):
+        """The last token of each of the last lookups in a layer, which the service keeps from the first of these calls on until
+        30 s after the last: at most 16. Lookups that replicas answer are not among them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -276,6 +302,16 @@ def add_MemoryAdminServiceServicer_to_server(servicer, server):
                     servicer.ListSources,
                     request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesRequest.FromString,
                     response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesResponse.SerializeToString,
+            ),
+            'ExplainEntry': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainEntry,
+                    request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.ExplainEntryRequest.FromString,
+                    response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.ExplainEntryResponse.SerializeToString,
+            ),
+            'RecentLookups': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecentLookups,
+                    request_deserializer=knnmoe_dot_v1_dot_memory__admin__pb2.RecentLookupsRequest.FromString,
+                    response_serializer=knnmoe_dot_v1_dot_memory__admin__pb2.RecentLookupsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -656,6 +692,60 @@ class MemoryAdminService:
             '/knnmoe.v1.MemoryAdminService/ListSources',
             knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesRequest.SerializeToString,
             knnmoe_dot_v1_dot_memory__admin__pb2.ListSourcesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainEntry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnmoe.v1.MemoryAdminService/ExplainEntry',
+            knnmoe_dot_v1_dot_memory__admin__pb2.ExplainEntryRequest.SerializeToString,
+            knnmoe_dot_v1_dot_memory__admin__pb2.ExplainEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecentLookups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnmoe.v1.MemoryAdminService/RecentLookups',
+            knnmoe_dot_v1_dot_memory__admin__pb2.RecentLookupsRequest.SerializeToString,
+            knnmoe_dot_v1_dot_memory__admin__pb2.RecentLookupsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,14 @@ class MemoryAdminServiceStub:
     """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
     entries that are written or deleted meanwhile are counted or not.
     """
+    ExplainEntry: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.ExplainEntryRequest, _memory_admin_pb2.ExplainEntryResponse]
+    """Looks a stored entry up by its own key, among the entries of other examples: what answers a token like it. Counted
+    nowhere.
+    """
+    RecentLookups: _grpc.UnaryUnaryMultiCallable[_memory_admin_pb2.RecentLookupsRequest, _memory_admin_pb2.RecentLookupsResponse]
+    """The last token of each of the last lookups in a layer, which the service keeps from the first of these calls on until
+    30 s after the last: at most 16. Lookups that replicas answer are not among them.
+    """
 
 @_typing.type_check_only
 class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
@@ -90,6 +98,14 @@ class MemoryAdminServiceAsyncStub(MemoryAdminServiceStub):
     ListSources: _aio.UnaryStreamMultiCallable[_memory_admin_pb2.ListSourcesRequest, _memory_admin_pb2.ListSourcesResponse]  # type: ignore[assignment]
     """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
     entries that are written or deleted meanwhile are counted or not.
+    """
+    ExplainEntry: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.ExplainEntryRequest, _memory_admin_pb2.ExplainEntryResponse]  # type: ignore[assignment]
+    """Looks a stored entry up by its own key, among the entries of other examples: what answers a token like it. Counted
+    nowhere.
+    """
+    RecentLookups: _aio.UnaryUnaryMultiCallable[_memory_admin_pb2.RecentLookupsRequest, _memory_admin_pb2.RecentLookupsResponse]  # type: ignore[assignment]
+    """The last token of each of the last lookups in a layer, which the service keeps from the first of these calls on until
+    30 s after the last: at most 16. Lookups that replicas answer are not among them.
     """
 
 class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -203,6 +219,26 @@ class MemoryAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_memory_admin_pb2.ListSourcesResponse], _abc.AsyncIterator[_memory_admin_pb2.ListSourcesResponse]]:
         """Where the entries of a memory came from. An operation, see operations.proto, that reads every entry without its key;
         entries that are written or deleted meanwhile are counted or not.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainEntry(
+        self,
+        request: _memory_admin_pb2.ExplainEntryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_admin_pb2.ExplainEntryResponse, _abc.Awaitable[_memory_admin_pb2.ExplainEntryResponse]]:
+        """Looks a stored entry up by its own key, among the entries of other examples: what answers a token like it. Counted
+        nowhere.
+        """
+
+    @_abc_1.abstractmethod
+    def RecentLookups(
+        self,
+        request: _memory_admin_pb2.RecentLookupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_admin_pb2.RecentLookupsResponse, _abc.Awaitable[_memory_admin_pb2.RecentLookupsResponse]]:
+        """The last token of each of the last lookups in a layer, which the service keeps from the first of these calls on until
+        30 s after the last: at most 16. Lookups that replicas answer are not among them.
         """
 
 def add_MemoryAdminServiceServicer_to_server(servicer: MemoryAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
