@@ -162,6 +162,11 @@ class ServiceSettings(BaseSettings):
         None,
         description="The one directory that `snapshot pack` writes to, e.g. /backup; DATA/packs when not given.",
     )
+    dashboard: str | None = Field(
+        None,
+        description="HOST:PORT of a page that shows in a browser what the service holds and does, e.g. 127.0.0.1:8080 "
+        "(port 0: any free one); it only reads. Needs knn-moe[dashboard]. Off when not given.",
+    )
     max_in_flight: int = Field(
         64,
         ge=1,

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import settings
 
 from tests import engines
+from tests.browser import browser
 from tests.engines import server_url, standin_url
 
-__all__ = ["server_url", "standin_url"]
+__all__ = ["browser", "server_url", "standin_url"]
 
 # Timings on a shared machine say nothing about the code.
 settings.register_profile("shared_machine", deadline=None)

@@ -20,8 +20,8 @@ import numpy as np
 from router_service.arrays import F32, NO_ID, Assignment
 from router_service.backends.base import FileCollection, Report
 from router_service.backends.disk import FreeSpace, copy_tree, disk_bytes, remove_tree, storage_call
-from router_service.backends.edge.processes import start_module
 from router_service.blending import scatter_dense
+from router_service.children import start_module
 from router_service.errors import InvalidField, StorageError
 from router_service.memories.layer import LayerMemory, RouteAnswer
 from router_service.memories.memory import RoutingMemory, sample_entries

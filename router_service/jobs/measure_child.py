@@ -19,8 +19,8 @@ from router_service.arrays import F32, Assignment
 from router_service.backends.base import Collection, CollectionSpec, Compression, pages
 from router_service.backends.edge.backend import EdgeBackend
 from router_service.backends.edge.files import CollectionFiles, segment_bytes
-from router_service.backends.edge.processes import die_with_parent_thread
 from router_service.backends.exact import ExactBackend
+from router_service.children import die_with_parent_thread
 from router_service.jobs.measure import COPY, QUERIES, RESULTS, TASK, Task, search_errors
 from router_service.memories.layer import LayerMemory, RouteAnswer, RouteQuery
 from router_service.memories.settings import MemorySettings

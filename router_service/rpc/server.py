@@ -225,16 +225,22 @@ def _check_address(settings: ServiceSettings) -> None:
     listen = settings.listen
     if listen.startswith("unix:"):
         _check_socket_path(listen.removeprefix("unix:"))
-        return
-    host, _, port = listen.rpartition(":")
+    else:
+        host_and_port("--listen", listen, "HOST:PORT or unix:PATH", insecure=settings.insecure)
+
+
+def host_and_port(option: str, address: str, expected: str, *, insecure: bool) -> tuple[str, int]:
+    """Of an address to listen on. Raises InvalidField as _check_address()."""
+    host, _, port = address.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
-        raise InvalidField("--listen", listen, "HOST:PORT or unix:PATH")
-    if not _is_loopback(host) and not settings.insecure:
+        raise InvalidField(option, address, expected)
+    if not _is_loopback(host) and not insecure:
         raise InvalidField(
-            "--listen",
-            listen,
+            option,
+            address,
             "a loopback address (this service has no authentication), or --insecure",
         )
+    return host, int(port)
 
 
 def _require_free(path: Path) -> None:

@@ -15,8 +15,8 @@ from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.disk import fsync_tree, remove_tree, storage_call
 from router_service.backends.edge.engine import EngineShard, forget_configuration
 from router_service.backends.edge.ledger import Sums
-from router_service.backends.edge.processes import die_with_parent_thread
 from router_service.backends.edge.search_keys import FILE, SAMPLE, SearchKeys, fitted
+from router_service.children import die_with_parent_thread
 
 _FLOATS_PER_PAGE = 1 << 20
 

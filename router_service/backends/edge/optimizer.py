@@ -23,9 +23,10 @@ from router_service.backends.disk import copy_tree, disk_bytes, remove_tree, sto
 from router_service.backends.edge.files import Pointer
 from router_service.backends.edge.generation import Generation, Resources
 from router_service.backends.edge.ledger import Sums
-from router_service.backends.edge.processes import Shard, start_module
+from router_service.backends.edge.processes import Shard
 from router_service.backends.edge.served import ServedGeneration
 from router_service.backends.edge.unwritten import UnwrittenShard
+from router_service.children import start_module
 from router_service.errors import Busy, StorageError
 
 # A graph search steps over replaced and deleted entries, but no longer finds its way when they are many: recall@1 is

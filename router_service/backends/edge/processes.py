@@ -5,18 +5,15 @@ An engine call holds the GIL; in a process of its own it is nobody else's.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
 import select
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -27,12 +24,11 @@ from router_service.backends.base import CollectionSpec, Compression, SearchOpti
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.frames import read_answer, search_frame
+from router_service.children import start_module
 from router_service.errors import DirectoryInUse, EngineStopped
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-_PARENT = "KNNMOE_PARENT_PROCESS"
 _HOST = "router_service.backends.edge.engine_host"
 _EXIT_S = 10.0
 # An engine process that has not answered for so long, and has not worked meanwhile, is ended: what reads answers within
@@ -45,42 +41,6 @@ _ORPHAN_S = 5.0
 _ORPHAN_POLL_S = 0.05
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-
-
-def start_module(
-    module: str,
-    arguments: Sequence[str],
-    *,
-    stderr: int | None,
-    pass_fds: Sequence[int] = (),
-    niceness: int = 0,
-) -> subprocess.Popen[bytes]:
-    """`python -m module arguments` with this interpreter and its import path, stdin and stdout closed.
-
-    Never a fork: a forked engine hangs at its first query.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=stderr,
-        pass_fds=pass_fds,
-        start_new_session=True,  # Ctrl-C is for the service, which ends its processes in order
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), _PARENT: str(os.getpid())},
-    )
-    if niceness:
-        with suppress(ProcessLookupError):  # it has ended already
-            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
-    return process
-
-
-def die_with_parent_thread() -> None:
-    """The kernel kills this process, which start_module() made, when the thread that did so ends (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if str(os.getppid()) != os.environ.get(_PARENT):
-        sys.exit("the service has ended")  # before it could be asked for
 
 
 def _forwarded(

@@ -1,0 +1,94 @@
+"""The page of `serve --dashboard`: a process of its own, so that nothing it does keeps a lookup waiting for Python."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import threading
+from importlib.util import find_spec
+
+from router_service.children import start_module
+from router_service.errors import InvalidField, StorageError
+from router_service.rpc.server import host_and_port
+from router_service.settings import ServiceSettings
+
+log = logging.getLogger(__name__)
+
+_OPTION, _MODULE = "--dashboard", "router_service.dashboard"
+_LIBRARIES = ("starlette", "uvicorn")
+_BACKLOG = 128
+# Lookups come first.
+_NICENESS = 10
+# Where a client on this machine finds a service that listens everywhere.
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104
+
+
+class Dashboard:
+    """Of a service; one without an address is none, and stays so."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        """Takes the address. Raises InvalidField, and StorageError when it cannot be had."""
+        self._host, self._listener = "", None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closing = False
+        if settings.dashboard is not None:
+            self._host, port = host_and_port(
+                _OPTION, settings.dashboard, "HOST:PORT", insecure=settings.insecure
+            )
+            _require_libraries()
+            self._listener = _listener(self._host, port)
+
+    def start(self, target: str) -> str | None:
+        """Shows the service at `target`; returns where, or None."""
+        if self._listener is None:
+            return None
+        descriptor, port = self._listener.fileno(), self._listener.getsockname()[1]
+        host, _, rest = target.rpartition(":")
+        target = f"{_EVERYWHERE.get(host, host)}:{rest}"
+        arguments = [str(descriptor), self._host, target]
+        self._process = start_module(
+            _MODULE, arguments, stderr=None, pass_fds=[descriptor], niceness=_NICENESS
+        )
+        watching = threading.Thread(target=self._watch, args=[self._process], daemon=True)
+        watching.start()
+        return f"http://{self._host}:{port}/"
+
+    def close(self) -> None:
+        """Ends the page at once: it keeps nothing. Closing twice is allowed."""
+        self._closing = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        if not self._closing:
+            log.error("the dashboard has ended with code %d; the service goes on without", code)
+
+
+def _require_libraries() -> None:
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise StorageError(
+            f"{_OPTION} needs {' and '.join(missing)}, which cannot be found: pip install 'knn-moe[dashboard]'"
+        )
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Raises InvalidField on a host that is none, StorageError when the port cannot be had."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise InvalidField(_OPTION, f"{host}:{port}", f"HOST:PORT ({error.strerror})") from error
+    family, _, _, _, address = found[0]
+    try:
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise StorageError(
+            f"cannot listen on {host}:{port} ({reason}); choose another {_OPTION}"
+        ) from error
