@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from router_service.cli import setting_options as options
+from router_service.cli.dashboard import Dashboard
 from router_service.cli.errors import BadInput
 from router_service.cli.given_settings import Given
 from router_service.cli.options import ExampleCommand
@@ -55,6 +56,9 @@ def serve(
     pack_dir: Annotated[
         Path | None, typer.Option(help=_help("pack_dir"), show_default=False)
     ] = None,
+    dashboard: Annotated[
+        str | None, typer.Option(help=_help("dashboard"), show_default=False)
+    ] = None,
     max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
     message_timeout_s: Annotated[
         float | None, typer.Option(help=_help("message_timeout_s"))
@@ -84,10 +88,11 @@ def serve(
 ) -> None:
     """Serve the memories of a directory, or of a Qdrant server, until SIGTERM or Ctrl-C.
 
-    Prints one line with the address on stdout when it is ready; logs go to stderr.
+    Prints one line with the address on stdout when it is ready, with --dashboard another one; logs go to stderr.
 
     Example:
       router-service serve --data /var/lib/knnmoe --listen unix:/run/knnmoe.sock
+      router-service serve --data /var/lib/knnmoe --dashboard 127.0.0.1:8080
       ROUTER_SERVICE_DATA=/var/lib/knnmoe router-service serve --listen 127.0.0.1:0
       router-service serve --backend http://localhost:6334 --qdrant-replication-factor 2
       router-service serve --config /etc/knnmoe/router-service.toml
@@ -102,7 +107,8 @@ def serve(
     os.umask(_OWNER_ONLY)  # of engine processes too
     with _ending(given):
         _configure_logging(settings.log_level)
-        _run(RoutingServer(settings))
+        with closing(Dashboard(settings)) as page:
+            _run(RoutingServer(settings), page)
 
 
 @contextmanager
@@ -127,15 +133,18 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(level=numeric, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
-def _run(server: RoutingServer) -> None:
+def _run(server: RoutingServer, page: Dashboard) -> None:
     stop_asked = _stop_signals()
     try:
         server.start()
         typer.echo(f"listening on {server.address}")
+        if (url := page.start(server.address)) is not None:
+            typer.echo(f"dashboard on {url}")
         _tell_systemd("READY=1")
         os.read(stop_asked, 1)
         _tell_systemd("STOPPING=1")
     finally:
+        page.close()
         server.stop()
 
 

@@ -26,6 +26,7 @@ from router_service.settings import ServiceSettings
 _DETAILS = (
     "lambda_counts",
     *(f"abstained_{reason}" for reason in ("empty", "too_far", "layer_off")),
+    *(f"replica_{what}" for what in ("requests", "tokens", "abstained")),
 )
 SERVICES = ("knnmoe.v1.RoutingService", "knnmoe.v1.MemoryAdminService")
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -77,3 +78,16 @@ def test_a_missing_library_of_the_runner_is_one_line(missing: str) -> None:
     )
     said = f"model-runner: {missing} is not installed; the runner needs it: pip install 'knn-moe[runner]'\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_the_wheel_has_the_files_of_the_dashboard() -> None:
+    """All of them, and the licence of the library among them."""
+    static = ROOT / "router_service" / "dashboard" / "static"
+    files = {each.distribution_path for each in WheelBuilder(str(ROOT)).recurse_included_files()}
+    there = {str(path.relative_to(ROOT)) for path in static.iterdir()}
+    assert there <= files
+    assert "MIT License" in (static / "chart.LICENSE.md").read_text()
+    page = (static / "index.html").read_text()
+    named = re.findall(r'(?:src|href)="/static/([^"]+)"', page)
+    assert {f"router_service/dashboard/static/{name}" for name in named} <= there
+    assert not re.search(r'(?:src|href)="(?!/static/|#)', page)  # nothing from elsewhere
