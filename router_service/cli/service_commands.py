@@ -23,7 +23,7 @@ from router_service.doctor import Finding, Severity, diagnose_directory, error, 
 from router_service.settings import ServiceSettings
 
 # Of a layer, in the document and on the dashboard only.
-_DETAILS = (
+DETAILS = (
     "lambda_counts",
     *(f"abstained_{reason}" for reason in ("empty", "too_far", "layer_off")),
     *(f"replica_{what}" for what in ("requests", "tokens", "abstained")),
@@ -82,7 +82,7 @@ def _with_unknown(layer: dict[str, Any]) -> dict[str, Any]:
 def _row(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer's numbers, under shorter headings, with bytes human-readable."""
     disk = layer["disk_bytes"]
-    beside = ("layer", "disk_bytes", *_DETAILS)
+    beside = ("layer", "disk_bytes", *DETAILS)
     rest = {name: value for name, value in layer.items() if name not in beside}
     first = {"layer": layer["layer"], "disk": None if disk is None else Bytes(disk)}
     return first | rest
