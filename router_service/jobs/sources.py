@@ -12,8 +12,9 @@ from router_service.arrays import U64, Entries, HitCounts
 from router_service.backends.base import Maintained, Report, pages
 from router_service.memories.layer import LayerMemory
 
-# Entries read at a time: some milliseconds.
-_PAGE_ENTRIES = 256
+# Entries read at a time, and of an engine beside the lookups: 0.9 ms. With 256 p99 of lookups is 2.1 times without,
+# with 64 1.3 times, and a listing takes as long.
+_PAGE_ENTRIES, _PAGE_BESIDE = 1024, 64
 # While the memory is searched the reader rests so many times as long as it read, as copies do.
 _REST = 6.0
 # Sources with a row of their own, some 400 bytes each.
@@ -54,7 +55,8 @@ def sources_of(layers: Sequence[LayerMemory], report: Report, most: int = MAX_SO
     total = sum(layer.info().entries for layer in layers)
     for layer in layers:
         hits, started = layer.hits.counts(), time.monotonic()
-        for page in pages(layer.collection, _PAGE_ENTRIES, with_keys=False):
+        size = _PAGE_BESIDE if isinstance(layer.collection, Maintained) else _PAGE_ENTRIES
+        for page in pages(layer.collection, size, with_keys=False):
             tally.add(page, hits)
             done += len(page)
             report(f"layer {layer.layer}: read", done, max(done, total))

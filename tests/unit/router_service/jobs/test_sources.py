@@ -57,7 +57,7 @@ def test_against_a_plain_count(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sources_of(memory.layers, lambda *now: reports.append(now))
     assert found.sources == [expected[name] for name in sorted(expected)]
     assert found.unlisted_entries == 0
-    assert reports[0] == ("layer 0: read", 256, 1300)
+    assert reports[0] == ("layer 0: read", 1000, 1300)
     assert reports[-1] == ("layer 1: read", 1300, 1300)
 
 
@@ -73,7 +73,7 @@ def test_sources_beyond_the_most_are_counted_together() -> None:
 
 
 def test_it_ends_when_it_is_cancelled() -> None:
-    memory, pages = _memory([[Provenance("s", "e", n) for n in range(1000)]]), []
+    memory, pages = _memory([[Provenance("s", "e", n) for n in range(3000)]]), []
 
     def report(stage: str, done: int, total: int) -> None:
         pages.append(done)
@@ -81,7 +81,7 @@ def test_it_ends_when_it_is_cancelled() -> None:
 
     with pytest.raises(Cancelled):
         sources_of(memory.layers, report)
-    assert pages == [256]
+    assert pages == [1024]
 
 
 def test_an_empty_memory_has_none() -> None:
