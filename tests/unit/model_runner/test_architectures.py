@@ -213,3 +213,14 @@ def test_logits_made_by_matmul_are_replaced_too() -> None:
     with swapped_logits(site, torch.zeros_like):
         logits = torch.mm(torch.ones(3, 32), torch.randn(32, 8))
     assert not logits.any()
+
+
+def test_routers_of_compiled_blocks_are_found_once() -> None:
+    model = tiny_model("olmoe")
+    names = [site.name for site in find_router_sites(model)]
+    for layer in model.model.layers:
+        layer.mlp = torch.compile(layer.mlp)
+    assert [site.name for site in find_router_sites(model)] == names
+    assert [site.name for site in find_router_sites(torch.compile(model))] == [
+        f"_orig_mod.{name}" for name in names
+    ]
