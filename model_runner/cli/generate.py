@@ -39,7 +39,12 @@ def generate(
         str | None, typer.Option(help="Text to go on from; - reads it from stdin.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="Memory to route with; none = the plain model.")
+        str | None,
+        typer.Option(
+            "--memory",
+            help="Memory to route with; none = the plain model.",
+            autocompletion=options.complete_memory,
+        ),
     ] = None,
     messages: Annotated[
         Path | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -54,7 +55,23 @@ Target = Annotated[
 ]
 STANDARD_OUTPUT = Path("-")
 DEFAULT_TARGET = "127.0.0.1:50051"
-Memory = Annotated[str, typer.Option("--memory", help="Name of the memory at the sidecar.")]
+
+
+def complete_memory(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of memories at --target, for the shell."""
+    # What gRPC writes would be on the line that is typed.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from knnmoe.client import memory_names
+
+    return memory_names(context.params.get("target") or DEFAULT_TARGET, incomplete)
+
+
+Memory = Annotated[
+    str,
+    typer.Option(
+        "--memory", help="Name of the memory at the sidecar.", autocompletion=complete_memory
+    ),
+]
 Window = Annotated[
     int | None,
     typer.Option(

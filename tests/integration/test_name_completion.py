@@ -19,10 +19,12 @@ BIN = Path(sys.executable).parent
 
 def _completed(words: str, shell: str = "bash", **environment: str) -> list[str]:
     """What the completion of a shell prints for a line; it must not fail, nor write into the line that is typed."""
-    asked = {"_ROUTER_ADMIN_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}
+    script = words.split(" ")[0]
+    variable = f"_{script.upper().replace('-', '_')}_COMPLETE"
+    asked = {variable: f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}
     asked |= {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
     done = subprocess.run(
-        [shutil.which("bash") or "bash", "-c", f"{BIN}/router-admin; exit $?"],
+        [shutil.which("bash") or "bash", "-c", f"{BIN}/{script}; exit $?"],
         capture_output=True,
         text=True,
         check=True,
@@ -39,6 +41,8 @@ def _completed(words: str, shell: str = "bash", **environment: str) -> list[str]
         "router-admin --target {} stats {}",
         "router-admin --target {} merge other {}",
         "router-admin --target {} memory replace x --by {}",
+        "model-runner generate --target {} --memory {}",
+        "model-runner build --target {} --memory {}",
     ],
 )
 def test_names_of_memories(ram_sidecar: Sidecar, name: str, words: str) -> None:
@@ -55,6 +59,10 @@ def test_in_zsh_and_with_the_target_of_the_environment(ram_sidecar: Sidecar, nam
     ram_sidecar.create(name)
     found = _completed(
         f"router-admin sources {name[:-1]}", "zsh", ROUTER_ADMIN_TARGET=ram_sidecar.target
+    )
+    assert any(name in word for word in found)
+    found = _completed(
+        f"model-runner learn --memory {name[:-1]}", "zsh", MODEL_RUNNER_TARGET=ram_sidecar.target
     )
     assert any(name in word for word in found)
 
