@@ -17,6 +17,7 @@ from knnmoe.client import ExampleRef
 from torch import Tensor
 
 from model_runner.errors import BadInput
+from model_runner.progress import Progress
 from model_runner.text_files import ASSISTANT, Example, read_examples, say_left_out
 
 # What a text leaves over after its full windows is left out below this share of one.
@@ -57,7 +58,9 @@ class Window:
         return self.target_at[0]
 
 
-def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> list[Window]:
+def cut_windows(
+    examples: Iterable[Example], tokenizer: Any, length: int, progress: Progress | None = None
+) -> list[Window]:
     """Windows of up to `length` tokens, in order; they never cross examples.
 
     Special tokens that the tokenizer puts before a text stay, those that it appends go: what follows, an answer or a
@@ -68,7 +71,8 @@ def cut_windows(examples: Iterable[Example], tokenizer: Any, length: int) -> lis
         raise BadInput(f"window length: got {length}, expected 2 or more tokens")
     every, windows, left_out = list(examples), list[Window](), Counter[str]()
     cutter = _Cutter(tokenizer, length)
-    for example in every:
+    progress = progress or Progress(quiet=True)
+    for example in progress.track(every, "reading", "examples"):
         found = list(cutter.windows_of(example))
         windows += found
         if not found:
@@ -89,10 +93,12 @@ def _lacking(example: Example) -> str:
     return "shorter than 2 tokens" if example.answer is None else "without an answer"
 
 
-def read_windows(path: Path, tokenizer: Any, length: int) -> list[Window]:
+def read_windows(
+    path: Path, tokenizer: Any, length: int, progress: Progress | None = None
+) -> list[Window]:
     """read_examples, then cut_windows; errors name the file."""
     try:
-        return cut_windows(read_examples(path), tokenizer, length)
+        return cut_windows(read_examples(path), tokenizer, length, progress)
     except BadInput as error:
         raise BadInput(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 

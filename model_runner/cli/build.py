@@ -5,9 +5,10 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,7 +19,9 @@ from model_runner.errors import BadInput
 from model_runner.progress import Progress
 
 if TYPE_CHECKING:
-    from knnmoe.v1.memory_admin_pb2 import LayerCalibration
+    from knnmoe.client import AdminClient
+    from knnmoe.v1.memory_admin_pb2 import CalibrateResponse, LayerCalibration
+    from knnmoe.v1.operations_pb2 import Operation
     from knnmoe.v1.types_pb2 import Tensor
 
     from model_runner.models import LoadedModel
@@ -124,10 +127,10 @@ def build(
         is_new = client.find(memory) is None
         loaded = options.load(model, device, dtype)
         length = window_length(loaded.model, window)
-        every = read_windows(reference, loaded.tokenizer, length)
+        every = read_windows(reference, loaded.tokenizer, length, progress)
         windows, held_out = drawn(every, max_windows), None
         if calibrate_on is not None:
-            held_out = read_windows(calibrate_on, loaded.tokenizer, length)
+            held_out = read_windows(calibrate_on, loaded.tokenizer, length, progress)
         elif is_new:
             _require_two_examples(windows, every, reference)
         settings = chosen.settings(loaded.fingerprint.num_layers)
@@ -157,8 +160,8 @@ def build(
         if client.describe(memory).settings.similarity == SIMILARITY_COSINE:
             progress.say("not calibrated: a cosine memory has no bandwidth")
             return
-        inputs = None if held_out is None else _inputs(loaded, held_out, batch_size)
-        response = client.calibrate(memory, lambda0 or chosen.lambda0, inputs)
+        inputs = None if held_out is None else _inputs(loaded, held_out, batch_size, progress)
+        response = _calibrated(client, memory, lambda0 or chosen.lambda0, inputs, progress)
         gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
         progress.say(f"calibrated, gamma per layer: {gammas}")
         _say_copies(progress, memory, response.layers)
@@ -191,12 +194,35 @@ def _say_copies(progress: Progress, memory: str, layers: Sequence[LayerCalibrati
         )
 
 
-def _inputs(loaded: LoadedModel, windows: Sequence[Window], batch_size: int) -> dict[int, Tensor]:
+def _calibrated(
+    client: AdminClient,
+    memory: str,
+    lambda0: float,
+    inputs: dict[int, Tensor] | None,
+    progress: Progress,
+    **more: Any,
+) -> CalibrateResponse:
+    """Sets the bandwidths, with progress; inputs: see AdminClient.calibrate."""
+    layers = [layer.entries for layer in client.describe(memory).layers]
+    with progress.counting(sum(layers), "calibrating", "entries") as done:
+
+        def note(operation: Operation) -> None:
+            if at := re.match(r"layer (\d+):", operation.stage):
+                done(sum(layers[: int(at[1])]) + operation.done)
+
+        return client.calibrate(memory, lambda0, inputs, on_progress=note, **more)
+
+
+def _inputs(
+    loaded: LoadedModel, windows: Sequence[Window], batch_size: int, progress: Progress
+) -> dict[int, Tensor]:
     """Router inputs of held-out text by layer, as they travel."""
     from model_runner.memory_builder.builder import collect_router_inputs
     from model_runner.wire import encode_by_layer
 
-    return encode_by_layer(collect_router_inputs(loaded.model, windows, batch_size=batch_size))
+    return encode_by_layer(
+        collect_router_inputs(loaded.model, windows, batch_size=batch_size, progress=progress)
+    )
 
 
 def calibrate(
@@ -231,14 +257,19 @@ def calibrate(
     from model_runner.models import window_length
     from model_runner.texts import read_windows
 
+    progress = Progress()
     with AdminClient(target) as client:
         client.describe(memory)  # what is not there is noticed before the model is loaded
         inputs = None
         if text is not None:
             loaded = options.load(model, device, dtype)
             length = window_length(loaded.model, window)
-            inputs = _inputs(loaded, read_windows(text, loaded.tokenizer, length), batch_size)
-        response = client.calibrate(memory, lambda0, inputs, quantile=quantile, dry_run=dry_run)
+            inputs = _inputs(
+                loaded, read_windows(text, loaded.tokenizer, length), batch_size, progress
+            )
+        response = _calibrated(
+            client, memory, lambda0, inputs, progress, quantile=quantile, dry_run=dry_run
+        )
     table = Table("layer", "squared distance", "gamma", "queries", "copies")
     for layer in response.layers:
         table.add_row(

@@ -140,7 +140,7 @@ class MemoryBuilder:
                 )
         started, skipped, entries = time.monotonic(), 0, 0
         self._upload_s, windows = 0.0, distinct(windows)
-        norms = self.median_norms(windows)
+        norms = self.median_norms(windows, progress)
         batches = list(enumerate(batched(windows, self._batch_size)))
         with self._client.upserter() as upserter:
             for number, group in progress.track(batches, "building", unit="batches"):
@@ -166,11 +166,15 @@ class MemoryBuilder:
         ids = entry_ids(group)
         return all(self._client.count(m, self._layers - 1, ids) == len(ids) for m in memories)
 
-    def median_norms(self, windows: Sequence[Window]) -> list[float]:
+    def median_norms(
+        self, windows: Sequence[Window], progress: Progress | None = None
+    ) -> list[float]:
         """Median |g| of each layer over the tokens of some windows, spread over the reference."""
         stride = max(1, len(windows) // NORM_SAMPLE_WINDOWS)
         norms: list[list[Tensor]] = [[] for _ in range(self._layers)]
-        for group in batched(windows[::stride][:NORM_SAMPLE_WINDOWS], self._batch_size):
+        groups = list(batched(windows[::stride][:NORM_SAMPLE_WINDOWS], self._batch_size))
+        progress = progress or Progress(quiet=True)
+        for group in progress.track(groups, "lengths of gradients", "batches"):
             traced = self.trace(group)
             for trace in traced.traces:
                 norms[trace.site.layer].append(traced.gradient_norms(trace))
@@ -278,12 +282,18 @@ class MemoryBuilder:
 
 
 def collect_router_inputs(
-    model: nn.Module, windows: Sequence[Window], *, batch_size: int = 16, most: int = 2000
+    model: nn.Module,
+    windows: Sequence[Window],
+    *,
+    batch_size: int = 16,
+    most: int = 2000,
+    progress: Progress | None = None,
 ) -> dict[int, Tensor]:
     """Router inputs [n, d] by layer, n <= `most`, spread over the tokens whose loss counts."""
     device = next(model.parameters()).device
     found: dict[int, list[Tensor]] = {}
-    for group in batched(windows, batch_size):
+    groups, progress = list(batched(windows, batch_size)), progress or Progress(quiet=True)
+    for group in progress.track(groups, "router inputs", "batches"):
         batch = make_batch(group, device)
         keep = batch.predicts.flatten()
 

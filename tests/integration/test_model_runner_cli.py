@@ -95,7 +95,17 @@ def test_build_evaluate_generate(
     first = run(*build_arguments, "--preset", preset, "--calibrate-on", texts / "held-out.jsonl")
     assert first.code == 0
     assert "0 of 24 windows were there already" in first.err
-    assert re.search(r"indexing: \d+ layers in", first.err)
+    phases = (
+        "reading",
+        "lengths of gradients",
+        "building",
+        "indexing",
+        "router inputs",
+        "calibrating",
+    )
+    assert [
+        bool(re.search(rf"^{phase}: \d+ \w+ in \d+ s$", first.err, re.M)) for phase in phases
+    ] == [True] * len(phases)
     assert "calibrated, gamma per layer: " in first.err
     again = run(*build_arguments, "--preset", preset)
     assert again.code == 0

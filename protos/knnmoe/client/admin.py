@@ -14,10 +14,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.client.calls import DuplexStream, Retries, replies, unary
-from knnmoe.client.errors import KindMismatch, MemoryNotFound, ModelMismatch, ServiceUnavailable
+from knnmoe.client.errors import (
+    KindMismatch,
+    MemoryNotFound,
+    ModelMismatch,
+    ServiceRefused,
+    ServiceUnavailable,
+)
 from knnmoe.v1 import (
     doctor_pb2_grpc,
     memory_admin_pb2_grpc,
+    operations_pb2,
     operations_pb2_grpc,
     quantization_pb2_grpc,
     retention_pb2_grpc,
@@ -176,8 +183,26 @@ class AdminClient:
         *,
         quantile: float = 0.5,
         dry_run: bool = False,
+        on_progress: Callable[[operations_pb2.Operation], None] | None = None,
     ) -> pb.CalibrateResponse:
-        """Sets gamma per layer from router inputs [n, d] by layer, or (None) leave-one-example-out in the memory."""
+        """Sets gamma per layer from router inputs [n, d] by layer, or (None) leave-one-example-out in the memory.
+
+        on_progress: gets what the service is at, a few times a second, where it can say so.
+        """
+        if inputs is None and on_progress is not None:
+            watched = pb.CalibrateWatchedRequest(
+                memory=name, lambda0=lambda0, quantile=quantile, dry_run=dry_run
+            )
+            try:
+                for reply in self.replies(self.admin.CalibrateWatched(watched), long=True):
+                    on_progress(reply.operation)
+                    if reply.HasField("calibration"):
+                        return reply.calibration
+            except ServiceUnavailable:
+                pass  # the call below is repeated until it is answered
+            except ServiceRefused as error:
+                if error.code is not grpc.StatusCode.UNIMPLEMENTED:  # of an earlier version
+                    raise
         request = pb.CalibrateRequest(
             memory=name, lambda0=lambda0, quantile=quantile, dry_run=dry_run
         )
