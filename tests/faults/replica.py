@@ -2,11 +2,12 @@
 
     python -m tests.faults.replica --steps 10000 --seed 0
     python -m tests.faults.replica --steps 1000 --first-pass pca
+    python -m tests.faults.replica --steps 1000 --first-pass auto
 
 Entries come, are replaced and deleted; memories are pruned, indexed, read otherwise, brought back from snapshots and
 replaced; the stream is cut, the sidecar is killed, also while it writes. After each step the replicas catch up to what
 was acknowledged, hold exactly that, and answer like Route and like NumPy in float64. With a first pass, in larger
-layers, what they find is there, and the nearest is found.
+layers, what they find is there, and the nearest is found; a scan of bytes (`auto`) answers like NumPy too.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from model_runner.replica import native
 from tests.faults.replica_oracle import Violation
-from tests.faults.replica_world import LARGE, SMALL, Size, World
+from tests.faults.replica_world import LARGE, SCANNED, SMALL, Size, World
 
 LEAST_RECALL = 0.99
+SIZES = {"exact": SMALL, "pca": LARGE, "auto": SCANNED}
 # How often each step is taken, of a thousand.
 STEPS = {
     "upsert": 530,
@@ -69,6 +72,7 @@ def run(
             "steps": dict(world.done),
             "recall_at_1": world.recall,
             "tokens": world._asked,
+            "scanned_as_bytes": world.scanned,
             "layers_with_a_first_pass": world.first_passes(),
         }
 
@@ -83,9 +87,12 @@ def main() -> int:
     parser.add_argument(
         "--check-every", type=int, default=1, help="upserts and deletions between two comparisons"
     )
-    parser.add_argument("--first-pass", choices=("exact", "pca"), default="exact")
+    parser.add_argument("--first-pass", choices=SIZES, default="exact")
     arguments = parser.parse_args()
-    size = SMALL if arguments.first_pass == "exact" else LARGE
+    size = SIZES[arguments.first_pass]
+    if arguments.first_pass == "auto" and native.compiled() is None:
+        _say("nothing scans keys as bytes here: it was not compiled")
+        return 1
     torch.set_num_threads(1)
     try:
         result = run(arguments.steps, arguments.seed, arguments.check_every, size, _say)

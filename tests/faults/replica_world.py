@@ -25,6 +25,7 @@ from model_runner.architectures import Assignment
 from model_runner.progress import Progress
 from model_runner.replica.budget import Budget
 from model_runner.replica.copy import ReplicaCopy
+from model_runner.replica.first_pass import CodedFirstPass
 from model_runner.replica.follower import Follower
 from model_runner.replica.retriever import ReplicaRetriever
 from model_runner.replica.search import nearest
@@ -93,6 +94,8 @@ class Size(NamedTuple):
 SMALL = Size()
 # Where a first pass can be of use.
 LARGE = Size(4000, 128, 0.01, "pca", (1, 40, 400, 2000))
+# Where keys are scanned as bytes, by what was compiled.
+SCANNED = Size(4000, 128, 0.01, "auto", (1, 40, 400, 2000))
 
 
 class Replica:
@@ -135,6 +138,7 @@ class World:
         self.snapshots: dict[str, dict[str, Truth]] = {}
         self.replicas: dict[str, Replica] = {}
         self._asked = self._found = 0
+        self.scanned = 0  # lookups that a scan of bytes may answer
         self._made = 0
 
     def __enter__(self) -> Self:
@@ -344,7 +348,7 @@ class World:
         expected = Expected.of(truth, layer, inputs, own, exclude)
         where = f"{name}, layer {layer}, {tokens} tokens, {len(exclude)} excluded, {truth.settings}"
         answered = _answer_of(replica, layer, inputs, own, exclude)
-        if self.size.first_pass == "exact" or exclude:
+        if exclude or self._is_exact(replica, layer, tokens, truth.settings["neighbours"]):
             expected.compare(*answered, f"the replica: {where}")
         refs = [
             routing_pb.ExampleRef(source=ref.source, example=ref.example)
@@ -361,6 +365,15 @@ class World:
         )
         if speaks(truth, layer) and truth.layers[layer] and not exclude:
             self._count_recall(truth, layer, replica, inputs)
+
+    def _is_exact(self, replica: Replica, layer: int, tokens: int, k: int) -> bool:
+        held = replica.copy.layers.get(layer)
+        first_pass = None if held is None else held.first_pass
+        if not isinstance(first_pass, CodedFirstPass):
+            return True
+        scanned = first_pass.choice == "auto" and first_pass.bounded.serves(tokens, k)
+        self.scanned += scanned
+        return scanned
 
     def _count_recall(
         self, truth: Truth, layer: int, replica: Replica, inputs: NDArray[np.float32]
