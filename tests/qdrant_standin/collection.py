@@ -179,7 +179,8 @@ class Collection:
                 field: schema_message(index) for field, index in found.payload_schema.items()
             },
         )
-        message.created_at.FromMilliseconds(int(self.created * 1000))
+        if "created_at" in message.DESCRIPTOR.fields_by_name:  # qdrant-client 1.19 has none
+            message.created_at.FromMilliseconds(int(self.created * 1000))
         return message
 
     @contextmanager
