@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.json.write_text(json.dumps({g.name: g.records() for g in made}, indent=1) + "\n")
     if given.page:
         given.page.write_text(with_grids(given.page.read_text(), made))
-    _print(made, markdown=given.markdown)
+    show(made, markdown=given.markdown)
 
 
 def _measure_cluster(given: argparse.Namespace) -> None:
@@ -82,10 +82,11 @@ def _measure_cluster(given: argparse.Namespace) -> None:
         about = {"machine": report.machine(), "load_average": report.load_average()}
         content = {"schema": 1, "cluster": given.cluster, "plan": asdict(plan), **about}
         given.json.write_text(json.dumps({**content, "rows": found}, indent=1) + "\n")
-    _print([scaling_cluster.grid(found)], markdown=given.markdown)
+    show([scaling_cluster.grid(found)], markdown=given.markdown)
 
 
-def _print(made: Sequence[Grid], *, markdown: bool) -> None:
+def show(made: Sequence[Grid], *, markdown: bool) -> None:
+    """Prints tables, as pages have them or for a terminal."""
     if markdown:
         sys.stdout.write("\n\n".join(map(placed, made)) + "\n")
         return

@@ -59,12 +59,18 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table with a name, which its place in the document has too."""
+    """A table with a name, which its place in a document has too, with the program that makes it."""
 
     name: str
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
+    program: str = "benchmarks.scaling"
+
+    @property
+    def begin(self) -> str:
+        """The marker before it."""
+        return f"<!-- python -m {self.program} --markdown: {self.name} -->"
 
     def cells(self) -> list[list[str]]:
         """Every row as text; None is empty."""
@@ -98,24 +104,19 @@ class Grid:
 
 
 def placed(grid: Grid) -> str:
-    """A grid between the two markers that docs/scaling.md has for it."""
-    return f"{begin(grid.name)}\n{grid.markdown()}\n{END}"
+    """A grid between the two markers that a page has for it."""
+    return f"{grid.begin}\n{grid.markdown()}\n{END}"
 
 
 END = "<!-- end -->"
 
 
-def begin(name: str) -> str:
-    """The marker before a grid."""
-    return f"<!-- python -m benchmarks.scaling --markdown: {name} -->"
-
-
 def with_grids(page: str, grids: Sequence[Grid]) -> str:
     """A page with what stands between the markers of every grid replaced. Raises ValueError when some are missing."""
     for grid in grids:
-        before, found, rest = page.partition(begin(grid.name))
+        before, found, rest = page.partition(grid.begin)
         _, ended, after = rest.partition(END)
         if not (found and ended):
-            raise ValueError(f"the page has no lines {begin(grid.name)!r} and {END!r}; add them")
+            raise ValueError(f"the page has no lines {grid.begin!r} and {END!r}; add them")
         page = before + placed(grid) + after
     return page

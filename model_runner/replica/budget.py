@@ -144,10 +144,14 @@ def replica_size(
     width = model.num_experts if logits else 2 * model.top_k
     in_ram = _memory_info(device) is None
     codes = in_ram and first_pass != "exact"  # other devices scan every row
-    search = CODES * min(LONGEST_CODE, model.hidden_size) // 2 + 8 if codes else 0
-    if codes and model.hidden_size <= LONGEST_BYTES:
-        search += model.hidden_size + BESIDE_BYTES
+    search = code_bytes(model.hidden_size) if codes else 0
     return ReplicaSize(described.name, entries, model.hidden_size, width, keys, search, in_ram)
+
+
+def code_bytes(hidden_size: int) -> int:
+    """Of an entry's codes for a first pass on a CPU."""
+    codes = CODES * min(LONGEST_CODE, hidden_size) // 2 + 8
+    return codes + (hidden_size + BESIDE_BYTES if hidden_size <= LONGEST_BYTES else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from benchmarks.scaling_grid import (
     Column,
     Grid,
     amount,
-    begin,
     count,
     decimal,
     placed,
@@ -246,7 +245,7 @@ def test_a_grid_as_markdown_and_as_numbers() -> None:
 
 def test_a_page_gets_new_grids_between_its_markers() -> None:
     grid = Grid("toy", "Toy", [Column("a")], [("x",)])
-    page = f"before\n{begin('toy')}\nold\n{END}\nafter\n"
+    page = f"before\n{grid.begin}\nold\n{END}\nafter\n"
     assert with_grids(page, [grid]) == f"before\n{placed(grid)}\nafter\n"
     with pytest.raises(ValueError, match="toy"):
         with_grids("no markers", [grid])
@@ -256,7 +255,7 @@ def test_the_program_writes_json_and_brings_a_page_up_to_date(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
-    page.write_text("".join(f"{begin(grid.name)}\n{END}\n" for grid in scaling.grids()))
+    page.write_text("".join(f"{grid.begin}\n{END}\n" for grid in scaling.grids()))
     scaling.main(["--json", str(numbers), "--page", str(page), "--markdown"])
     assert set(json.loads(numbers.read_text())) == {grid.name for grid in scaling.grids()}
     printed = capsys.readouterr().out
