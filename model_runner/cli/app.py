@@ -1,4 +1,4 @@
-"""`model-runner`: build, calibrate and evaluate a routing memory, generate with it, teach it, watch the demo."""
+"""`model-runner`: build, calibrate, evaluate and explain a routing memory, generate with it, teach it; the demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from model_runner.cli.build import build, calibrate
 from model_runner.cli.evaluate import demo, evaluate
+from model_runner.cli.explain import explain
 from model_runner.cli.generate import generate
 from model_runner.cli.learn import learn
 from model_runner.cli.sample_data import sample_data
@@ -57,7 +58,7 @@ def _common(
     """The help is the app's."""
 
 
-for command in (build, calibrate, evaluate, generate, learn, demo, sample_data):
+for command in (build, calibrate, evaluate, explain, generate, learn, demo, sample_data):
     app.command()(command)
 
 

@@ -5,13 +5,12 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -40,36 +39,50 @@ def evaluate(
     window: options.Window = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help=f"Score {options.DRAWN}")] = None,
     batch_size: options.BatchSize = 8,
-    leave_one_out: Annotated[
-        bool,
-        typer.Option(
-            "--leave-one-out", help="Never read entries of the scored example: for reference text."
-        ),
-    ] = False,
-    timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="Longest wait for one lookup in the sidecar.")
-    ] = 60.0,
+    leave_one_out: options.LeaveOneOut = False,
+    timeout_s: options.ScoringTimeout = 60.0,
     retrieval: options.RetrievalOption = "auto",
     replica_memory: options.ReplicaMemory = None,
     replica_keys: options.ReplicaKeysOption = "f32",
     first_pass: options.FirstPassOption = "auto",
     max_staleness_s: options.MaxStaleness = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
+        Path | None,
+        typer.Option("--json", help=f"Also write the numbers to this file; {options.JSON_FILE}"),
+    ] = None,
+    per_token: Annotated[
+        Path | None,
+        typer.Option(
+            "--per-token",
+            help="Also write a row per token, with its text, class and losses, to this file: e.g. tokens.parquet, "
+            "tokens.jsonl.",
+        ),
+    ] = None,
+    per_document: Annotated[
+        Path | None,
+        typer.Option(
+            "--per-document",
+            help="Also write a row per example, with its mean losses, to this file: e.g. documents.parquet, "
+            "documents.jsonl.",
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Score text with and without the memory: the paired change of NLL per token.
+    """Score text with and without the memory: the paired change of NLL per token, in all and by class of token.
 
     Stops with an error when the sidecar fails, or a replica of the memory may be out of date; scores never mix. For
     example:
 
         model-runner evaluate --memory law --text held-out.jsonl --json scores.json
+
+        model-runner evaluate --memory law --text held-out.jsonl --per-token tokens.parquet
     """
+    import numpy as np
     from knnmoe.client import AdminClient
 
+    from model_runner.evaluation import per_token as tables
     from model_runner.evaluation.nll import score
     from model_runner.memory_builder.entries import known_text
     from model_runner.models import window_length
@@ -79,6 +92,9 @@ def evaluate(
     from model_runner.texts import drawn, read_windows
 
     options.require_writable("--json", json_file)
+    for option, file in (("--per-token", per_token), ("--per-document", per_document)):
+        options.require_writable(option, file)
+        tables.require_table_file(option, file)
     how = options.retrieval(retrieval, replica_memory, replica_keys, first_pass, max_staleness_s)
     with AdminClient(target) as admin:
         admin.describe(memory)  # what is not there is noticed before the model is loaded
@@ -98,14 +114,22 @@ def evaluate(
         plain = scored(policy=None, what="plain model")
         routed = scored(policy=policy, what=f"with memory {memory}", leave_one_out=leave_one_out)
     lambdas = [policy.use[layer].lambda_mean for layer in sorted(policy.use)]
-    result = {"model": model, "memory": memory, "text": windows[0].ref.source}
+    result: dict[str, Any] = {"model": model, "memory": memory, "text": windows[0].ref.source}
     result["retrieval"] = opened.where.value
     result |= _comparison(plain, routed, lambdas)
-    _print_scores(result)
+    classes = tables.classes_of(plain.windows, loaded.tokenizer)
+    losses = (np.concatenate(each.token_nll) for each in (plain, routed))
+    result["classes"] = tables.class_table(tables.by_class(classes, *losses))
+    _print_scores(result, options.words_beside(json_file))
     if policy.lookups.fell_back:  # not for a sidecar's sake: that is an error here
         sys.stderr.write(f"lookups that fell back: {policy.lookups}\n")
-    if json_file is not None:
-        json_file.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    options.write_json(json_file, _finite(result))
+    if per_token is not None:
+        rows = tables.token_rows(windows, plain, routed, loaded.tokenizer)
+        tables.write_table(per_token, rows, tables.TOKEN_COLUMNS)
+    if per_document is not None:
+        rows = tables.document_rows(windows, plain, routed)
+        tables.write_table(per_document, rows, tables.DOCUMENT_COLUMNS)
 
 
 def _comparison(plain: Scores, routed: Scores, lambdas: list[float]) -> dict[str, Any]:
@@ -141,8 +165,8 @@ def _warn_of_own_entries(client: AdminClient, memory: str, windows: list[Window]
         )
 
 
-def _print_scores(result: dict[str, Any]) -> None:
-    """A table on stdout."""
+def _print_scores(result: dict[str, Any], out: TextIO) -> None:
+    """Two tables: all tokens, and by class."""
     table = Table("", "NLL", "perplexity", "change in NLL", "95 % interval")
     plain, with_memory = result["zero_shot"], result["knn_moe"]
     table.add_row("plain model", f"{plain['nll']:.4f}", f"{plain['perplexity']:.2f}", "", "")
@@ -155,8 +179,20 @@ def _print_scores(result: dict[str, Any]) -> None:
         f"{with_memory['delta']:+.4f}" + ("" if one_example else f" ± {with_memory['se']:.4f}"),
         "needs two examples" if one_example else f"{low:+.4f} to {high:+.4f}",
     )
-    console = Console()
+    console = Console(file=out)
     console.print(table)
+    classes = Table("tokens", "share", "plain model", "with memory", "change", "share of change")
+    for name, row in result["classes"].items():
+        share = row["share_of_change"]
+        classes.add_row(
+            f"{row['tokens']} {name}",
+            f"{row['share_of_tokens']:.1%}",
+            f"{row['nll_plain']:.4f}",
+            f"{row['nll_memory']:.4f}",
+            f"{row['change']:+.4f}",
+            "" if share is None else f"{share:.1%}",
+        )
+    console.print(classes)
     lambdas = " ".join(f"{value:.2f}" for value in with_memory["lambda_mean"])
     console.print(
         f"{result['windows']} windows; mean lambda per layer: {lambdas}",

@@ -81,6 +81,16 @@ Window = Annotated[
     ),
 ]
 DRAWN = "so many windows at most: as many of each document as can be, drawn evenly. Default: all."
+LeaveOneOut = Annotated[
+    bool,
+    typer.Option(
+        "--leave-one-out", help="Never read entries of the scored example: for reference text."
+    ),
+]
+ScoringTimeout = Annotated[
+    float,
+    typer.Option("--timeout-s", min=0.001, help="Longest wait for one lookup in the sidecar."),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
 TEXT_FILE = (
     "JSON Lines, JSON, CSV or Parquet with `text`, or `prompt` and `answer` (the loss counts on the answer only), or "

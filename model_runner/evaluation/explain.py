@@ -125,6 +125,11 @@ class Explanation:
         harmed = [token for token in reversed(order) if self.changes[token] > 0]
         return helped, harmed
 
+    @property
+    def nll(self) -> tuple[float, float]:
+        """Nats per token without the memory and with it."""
+        return _mean(self.plain), _mean(self.routed)
+
     def place(self, token: int) -> tuple[WindowPart, int]:
         """A token's window, and its index there."""
         for part in self.windows:
@@ -139,7 +144,7 @@ class Explanation:
             "memory": self.memory,
             "tokens": len(self.plain),
             "neighbours_read": self.read,
-            "nll": {"plain": _mean(self.plain), "memory": _mean(self.routed)},
+            "nll": dict(zip(("plain", "memory"), self.nll, strict=True)),
             "change_sum": float(self.changes.sum(dtype=np.float64)),
             "cases": [
                 {name: getattr(case, name) for name in Case.__dataclass_fields__}

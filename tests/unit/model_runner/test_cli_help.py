@@ -24,7 +24,16 @@ def examples(text: str) -> list[str]:
 
 
 def test_the_commands() -> None:
-    commands = {"build", "calibrate", "demo", "evaluate", "generate", "learn", "sample-data"}
+    commands = {
+        "build",
+        "calibrate",
+        "demo",
+        "evaluate",
+        "explain",
+        "generate",
+        "learn",
+        "sample-data",
+    }
     assert set(COMMANDS) == commands
 
 
