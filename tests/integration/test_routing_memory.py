@@ -354,7 +354,7 @@ def test_eight_threads_count_together(ram_sidecar: Sidecar, law: str, where: str
 
 def test_learning_while_threads_generate(ram_sidecar: Sidecar, name: str) -> None:
     """Neither sees the other: entries are those of a quiet model, and every token generated was looked up."""
-    loaded, rounds = loaded_model(), 3
+    loaded, rounds = loaded_model(), 2
     names = {quiet: f"{name}-{quiet}" for quiet in (True, False)}
     for each in names.values():
         build(ram_sidecar.target, each, "recommended", settings=WIDE)
