@@ -63,7 +63,7 @@ class View:
         self._client = client
         self._history, self._kept = History(), Kept()
         self._overview: tuple[float, Document] | None = None
-        self._asked = 0.0
+        self._asked, self._noted = float("-inf"), 0.0
         self._lock = threading.Lock()
         self._sampler = Sampler(self._sample, self._sample_wait_s)
 
@@ -128,6 +128,7 @@ class View:
 
     def _read_overview(self) -> Document:
         stats = self._read_stats()
+        self._note(stats)
         memories = self._client.unary(
             self._client.admin.ListMemories, pb.ListMemoriesRequest(), repeat=True
         )
@@ -172,10 +173,18 @@ class View:
         return {"version": version, "variance_share": share, "points": points}
 
     def _sample(self) -> None:
+        if time.monotonic() - self._asked < _LOOKED_AT_S:
+            return  # pages that are open bring them
         try:
-            self._history.add(time.time(), self._read_stats())
+            self._note(self._read_stats())
         except ServiceError as error:
             log.warning("no sample for the history: %s", error)
+
+    def _note(self, stats: Document) -> None:
+        now = time.time()
+        if now - self._noted > SAMPLE_S - _FRESH_S:
+            self._noted = now
+            self._history.add(now, stats)
 
     def _sample_wait_s(self) -> float:
         looked_at = time.monotonic() - self._asked < _LOOKED_AT_S

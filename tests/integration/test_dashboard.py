@@ -98,6 +98,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             entries = random_entries(LOGIT_DELTA, rows)
             for origin in entries.provenance[::3]:
                 origin.source = HOSTILE
+                origin.snippet = "\N{GRINNING FACE} the <b>LORD</b> said"
+                origin.token_start, origin.token_end = 9, 13
             sidecar.upsert("bible", layer, entries)
         look_up(sidecar, "bible")
         ids = [n for part in exported(sidecar, "bible", 0) for n in tensors.to_array(part.ids)]
@@ -189,6 +191,7 @@ def test_an_entry_is_found_and_explained_without_a_mouse(page: Page, served: Ser
     rows = page.locator("#map tbody tr")
     expect(rows).to_have_count(50)
     assert HOSTILE in rows.locator("td").all_inner_texts()
+    assert set(rows.locator("mark").all_inner_texts()) == {"LORD"}
     first = rows.locator("button").first.inner_text()
     press_until(page, first)
     page.keyboard.press("Enter")

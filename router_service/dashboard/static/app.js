@@ -89,7 +89,7 @@ function show() {
   showStages();
   showLayers();
   showLambda();
-  if (state.map) showMap();
+  if (state.map && isNew("map", [state.map.version, chosenMemory().version])) showMap();
 }
 
 const fact = ([name, value]) => el("div", {}, el("dt", {}, name), el("dd", { "data-name": name }, value));
@@ -246,6 +246,7 @@ function loadMap() {
     if (!current()) return;
     state.map = found;
     state.page = 0;
+    isNew("map", [found.version, chosenMemory().version]);
     showMap();
   });
 }
@@ -303,7 +304,7 @@ const explainButton = (id) => el("button", { type: "button", class: "link", oncl
 function originColumns(of, rows) {
   const part = (name, how = String) => (row) => (of(row) ? how(of(row)[name]) : "gone");
   return [
-    ...(rows.some((row) => of(row)?.snippet) ? [{ title: "words", words: true, of: (row) => (of(row)?.snippet ? snippet(of(row).snippet) : "–") }] : []),
+    ...(rows.some((row) => of(row)?.snippet) ? [{ title: "words", words: true, of: (row) => (of(row)?.snippet ? snippet(of(row)) : "–") }] : []),
     { title: "source", words: true, of: part("source", sourceName) },
     { title: "example", words: true, of: part("example") },
     { title: "position", number: true, of: part("position") },
@@ -311,7 +312,12 @@ function originColumns(of, rows) {
   ];
 }
 
-const snippet = (text) => el("q", {}, text);
+// The token among the words around it; its place is counted in characters, not in units of UTF-16.
+function snippet({ snippet: text, token_start: start, token_end: end }) {
+  const characters = [...text];
+  const part = (from, to) => characters.slice(from, to).join("");
+  return el("q", {}, part(0, start), el("mark", {}, part(start, end)), part(end));
+}
 
 const experts = (each) => each.experts.map((expert, at) => `${expert}: ${fixed(each.weights[at], 2)}`).join(", ");
 
@@ -334,7 +340,7 @@ async function explain(id) {
     const found = await ask("explain", { ...here(), id });
     const origin = found.provenance;
     const what = [`Entry ${id} of layer ${state.layer}: ${sourceName(origin.source)}, example ${origin.example}, position ${origin.position}` +
-      (origin.token < 0 ? "" : `, token ${origin.token}`), ...(origin.snippet ? [", ", snippet(origin.snippet)] : [])];
+      (origin.token < 0 ? "" : `, token ${origin.token}`), ...(origin.snippet ? [": ", snippet(origin)] : [])];
     put("explained",
       el("p", {}, ...what, "."),
       el("p", {}, el("strong", {}, `A token with this key: ${outcome(found.token)}.`),
@@ -370,7 +376,17 @@ async function watch() {
   }
 }
 
+// What has not changed since the last time stays as it is.
+const before = {};
+function isNew(name, rows) {
+  const now = JSON.stringify(rows);
+  const changed = before[name] !== now;
+  before[name] = now;
+  return changed;
+}
+
 function showMemories() {
+  if (!isNew("memories", [state.overview.memories, state.memory])) return;
   put("memories", state.overview.memories.length ? table("Memories of this service", [
     { title: "name", words: true, of: (each) => el("button", { type: "button", class: "link", onclick: () => want(each.name, 0) }, each.name) },
     { title: "kind", of: (each) => each.settings.kind.replaceAll("_", " ") },
@@ -385,6 +401,7 @@ function showMemories() {
 
 function showOperations() {
   const rows = [...state.overview.operations].reverse().slice(0, 30);
+  if (!isNew("operations", rows)) return;
   const far = (each) => (each.state === "running"
     ? el("progress", { max: each.total || 1, value: each.total ? each.done : undefined, "aria-label": `${each.kind} of ${each.memory}` })
     : each.state + (each.error ? `: ${each.error}` : ""));
@@ -437,7 +454,10 @@ press("pause", "paused");
 press("watch", "watching");
 addEventListener("hashchange", refresh);
 document.addEventListener("visibilitychange", () => { if (!document.hidden && !state.paused) refresh(); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (state.overview) show(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  if (state.overview) show();
+  if (state.map) showMap();
+});
 setInterval(watch, WATCH_MS);
 setInterval(() => { if (!state.paused && !document.hidden) showSnapshots(); }, 60000);
 showSnapshots();
