@@ -241,13 +241,18 @@ def random_keys(rng: np.random.Generator, rows: int, width: int = HIDDEN) -> NDA
 
 
 def random_entries(kind: int, rows: int, seed: int = 0, first_id: int = 1) -> admin_pb.Entries:
-    """Entries of 10 examples in two sources, ids spread over [0, 2^63)."""
+    """Entries of 10 examples in two sources, ids spread over [0, 2^63); every third has a snippet."""
     rng = np.random.default_rng(seed)
     numbers = np.arange(first_id, first_id + rows, dtype=np.uint64)
     ids = numbers * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(1)
     origins = [
         types_pb.Provenance(
-            source=f"text-{n % 2}", example=f"example-{n % 10}", position=n, token=n + 7, gain=0.5
+            source=f"text-{n % 2}",
+            example=f"example-{n % 10}",
+            position=n,
+            token=n + 7,
+            gain=0.5,
+            **({} if n % 3 else {"snippet": f"the wörd {n}\n", "token_start": 3, "token_end": 8}),
         )
         for n in range(rows)
     ]

@@ -273,7 +273,13 @@ def test_awkward_provenance_survives(
     entries = random_entries(LOGIT_DELTA, 1)
     entries.provenance[0].CopyFrom(
         types_pb.Provenance(
-            source='a "b" \\ \n', example="ü 漢", position=2**32 - 1, token=-(2**31), gain=0.1
+            source='a "b" \\ \n',
+            example="ü 漢",
+            position=2**32 - 1,
+            token=-(2**31),
+            gain=0.1,
+            snippet='"\\ \t漢',
+            token_end=4,
         )
     )
     service.upsert(name, 1, entries)
