@@ -309,8 +309,11 @@ def test_an_adapter_on_routers_is_refused(
             pass
 
 
-def test_a_compiled_model(ram_sidecar: Sidecar, law: str) -> None:
-    """Also one that ran compiled before the memory was opened."""
+@WHERE
+def test_a_compiled_model(
+    ram_sidecar: Sidecar, law: str, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that ran compiled before the memory was opened; the compiler has nothing to warn of."""
     torch.compiler.reset()
     model = byte_model().requires_grad_(False)
     compiled = torch.compile(model, backend="eager")
@@ -325,10 +328,12 @@ def test_a_compiled_model(ram_sidecar: Sidecar, law: str) -> None:
         expected = run(model)
     assert not torch.equal(expected, plain)
     tokenizer = byte_tokenizer()
-    with opened(ram_sidecar, law, compiled, tokenizer=tokenizer) as memory:
+    capfd.readouterr()
+    with opened(ram_sidecar, law, compiled, tokenizer=tokenizer, retrieval=where) as memory:
         torch.testing.assert_close(run(compiled), expected, rtol=0, atol=1e-4)
+        assert capfd.readouterr().err == ""
         assert memory.report.tokens == len(PROMPT)
-        assert memory.learn("Taught to the compiled model.")[0].entries
+        assert memory.learn(f"Taught to the compiled model, {where}.")[0].entries
     torch.testing.assert_close(run(compiled), plain, rtol=0, atol=1e-4)
 
 
