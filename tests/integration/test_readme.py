@@ -28,7 +28,7 @@ _BLOCK = re.compile(
 # Reason -> blocks that are not run.
 NOT_RUN = {
     "takes minutes": 1,
-    "installs": 3,
+    "installs": 4,
     "needs a model hub": 1,
     "needs vLLM": 1,
     "needs a Qdrant server": 1,
