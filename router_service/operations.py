@@ -7,6 +7,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ class Operations:
     def __init__(self, keep_ended: int = KEEP_ENDED) -> None:
         self._keep_ended = keep_ended
         self._jobs: dict[str, _Job] = {}  # oldest first
+        self._ended: Counter[tuple[str, State]] = Counter()
         self._alone: dict[str, threading.Event] = {}  # memory -> set when none_on() ends
         self._lock = threading.Lock()
         self._closed = False
@@ -78,6 +80,11 @@ class Operations:
         with self._lock:
             found = [job.operation for job in self._jobs.values()]
         return [operation for operation in found if memory in ("", operation.memory)]
+
+    def ended(self) -> Counter[tuple[str, State]]:
+        """How many have ended since the service started, by kind and how."""
+        with self._lock:
+            return self._ended.copy()
 
     def get(self, operation_id: str) -> Operation:
         """Raises OperationNotFound."""
@@ -161,7 +168,7 @@ class Operations:
         try:
             yield job
         finally:
-            self._forget_oldest()
+            self._count_and_forget(job)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -189,8 +196,10 @@ class Operations:
             )
         return job
 
-    def _forget_oldest(self) -> None:
+    def _count_and_forget(self, last: _Job) -> None:
+        """Of those that have ended the oldest are listed no longer."""
         with self._lock:
+            self._ended[last.operation.kind, last.operation.state] += 1
             ended = [i for i, job in self._jobs.items() if job.operation.state is not State.RUNNING]
             for operation_id in ended[: max(0, len(ended) - self._keep_ended)]:
                 del self._jobs[operation_id]

@@ -167,6 +167,11 @@ class ServiceSettings(BaseSettings):
         description="HOST:PORT of a page that shows in a browser what the service holds and does, e.g. 127.0.0.1:8080 "
         "(port 0: any free one); it only reads. Needs knn-moe[dashboard]. Off when not given.",
     )
+    metrics: str | None = Field(
+        None,
+        description="HOST:PORT that answers HTTP at /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464 "
+        "(port 0: any free one). Off when not given.",
+    )
     max_in_flight: int = Field(
         64,
         ge=1,
@@ -218,6 +223,10 @@ class ServiceSettings(BaseSettings):
         description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")
+    log_format: str = Field(
+        "text",
+        description="text, or json: an object a line, with the request that it belongs to, e.g. json.",
+    )
     qdrant: QdrantSettings = Field(
         default_factory=lambda: QdrantSettings.model_validate({}), exclude=True
     )

@@ -491,6 +491,23 @@ class Hurried(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Engine processes: how many run, and how often one was started again after it had died."""
+
+    running: int
+    restarts: int
+
+
+@runtime_checkable
+class Hosting(Protocol):
+    """A Backend with engine processes of its own."""
+
+    def engines(self) -> Engines:
+        """At this moment."""
+        ...
+
+
 @runtime_checkable
 class Renaming(Protocol):
     """A Backend in which collections take the names of others. Raises StorageError."""

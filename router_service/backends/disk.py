@@ -282,16 +282,19 @@ class FreeSpace:
         self._directory = directory
         self._min_free_bytes = min_free_bytes
 
-    def require(self, extra_bytes: int = 0) -> None:
-        """Raises DiskFull unless the minimum stays free after `extra_bytes` more."""
+    def measured(self) -> tuple[int, int]:
+        """Bytes that are free, and below how many writes are refused. Raises StorageError."""
         with storage_call(f"measure free space of {self._directory}"):
             usage = shutil.disk_usage(self._directory)
         minimum = self._min_free_bytes
-        if minimum is None:
-            minimum = max(_GIB, usage.total // 20)
-        if usage.free - extra_bytes < minimum:
+        return usage.free, max(_GIB, usage.total // 20) if minimum is None else minimum
+
+    def require(self, extra_bytes: int = 0) -> None:
+        """Raises DiskFull unless the minimum stays free after `extra_bytes` more."""
+        free, minimum = self.measured()
+        if free - extra_bytes < minimum:
             raise DiskFull(
-                f"{self._directory}: {usage.free} bytes free, {minimum + extra_bytes} needed; free some "
+                f"{self._directory}: {free} bytes free, {minimum + extra_bytes} needed; free some "
                 "space or move the data directory"
             )
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import subprocess
 import threading
 from importlib.util import find_spec
 
 from router_service.children import start_module
-from router_service.errors import InvalidField, StorageError
-from router_service.rpc.server import host_and_port
+from router_service.cli.listeners import listener, url_of
+from router_service.errors import StorageError
 from router_service.settings import ServiceSettings
 
 log = logging.getLogger(__name__)
 
 _OPTION, _MODULE = "--dashboard", "router_service.dashboard"
 _LIBRARIES = ("starlette", "uvicorn")
-_BACKLOG = 128
 # Lookups come first.
 _NICENESS = 10
 # Where a client on this machine finds a service that listens everywhere.
@@ -29,31 +26,31 @@ class Dashboard:
     """Of a service; one without an address is none, and stays so."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        """Takes the address. Raises InvalidField, and StorageError when it cannot be had."""
+        """Takes the address. Raises as listener(), and StorageError without the libraries."""
         self._host, self._listener = "", None
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_format = settings.log_format
         self._closing = False
         if settings.dashboard is not None:
-            self._host, port = host_and_port(
-                _OPTION, settings.dashboard, "HOST:PORT", insecure=settings.insecure
-            )
             _require_libraries()
-            self._listener = _listener(self._host, port)
+            self._host, self._listener = listener(
+                _OPTION, settings.dashboard, insecure=settings.insecure
+            )
 
     def start(self, target: str) -> str | None:
         """Shows the service at `target`; returns where, or None."""
         if self._listener is None:
             return None
-        descriptor, port = self._listener.fileno(), self._listener.getsockname()[1]
+        descriptor = self._listener.fileno()
         host, _, rest = target.rpartition(":")
         target = f"{_EVERYWHERE.get(host, host)}:{rest}"
-        arguments = [str(descriptor), self._host, target]
+        arguments = [str(descriptor), self._host, target, self._log_format]
         self._process = start_module(
             _MODULE, arguments, stderr=None, pass_fds=[descriptor], niceness=_NICENESS
         )
         watching = threading.Thread(target=self._watch, args=[self._process], daemon=True)
         watching.start()
-        return f"http://{self._host}:{port}/"
+        return url_of(self._host, self._listener, "/")
 
     def close(self) -> None:
         """Ends the page at once: it keeps nothing. Closing twice is allowed."""
@@ -76,19 +73,3 @@ def _require_libraries() -> None:
         raise StorageError(
             f"{_OPTION} needs {' and '.join(missing)}, which cannot be found: pip install 'knn-moe[dashboard]'"
         )
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """Raises InvalidField on a host that is none, StorageError when the port cannot be had."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise InvalidField(_OPTION, f"{host}:{port}", f"HOST:PORT ({error.strerror})") from error
-    family, _, _, _, address = found[0]
-    try:
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise StorageError(
-            f"cannot listen on {host}:{port} ({reason}); choose another {_OPTION}"
-        ) from error

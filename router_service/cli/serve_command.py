@@ -20,9 +20,11 @@ from router_service.cli.dashboard import Dashboard
 from router_service.cli.errors import BadInput
 from router_service.cli.given_settings import Given
 from router_service.cli.options import ExampleCommand
-from router_service.errors import InvalidField, InvalidRequest, RoutingServiceError
+from router_service.cli.probes import Probes
+from router_service.errors import InvalidRequest, RoutingServiceError
 from router_service.rpc.server import RoutingServer
 from router_service.settings import ServiceSettings
+from router_service.telemetry.logs import configure as configure_logging
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -59,6 +61,7 @@ def serve(
     dashboard: Annotated[
         str | None, typer.Option(help=_help("dashboard"), show_default=False)
     ] = None,
+    metrics: Annotated[str | None, typer.Option(help=_help("metrics"), show_default=False)] = None,
     max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
     message_timeout_s: Annotated[
         float | None, typer.Option(help=_help("message_timeout_s"))
@@ -85,14 +88,17 @@ def serve(
     qdrant_connections: options.Connections = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
+    log_format: Annotated[str | None, typer.Option(help=_help("log_format"))] = None,
 ) -> None:
     """Serve the memories of a directory, or of a Qdrant server, until SIGTERM or Ctrl-C.
 
-    Prints one line with the address on stdout when it is ready, with --dashboard another one; logs go to stderr.
+    Prints one line with the address on stdout when it is ready, another one each for --dashboard and --metrics; logs go
+    to stderr.
 
     Example:
       router-service serve --data /var/lib/knnmoe --listen unix:/run/knnmoe.sock
       router-service serve --data /var/lib/knnmoe --dashboard 127.0.0.1:8080
+      router-service serve --data /var/lib/knnmoe --metrics 127.0.0.1:9464 --log-format json
       ROUTER_SERVICE_DATA=/var/lib/knnmoe router-service serve --listen 127.0.0.1:0
       router-service serve --backend http://localhost:6334 --qdrant-replication-factor 2
       router-service serve --config /etc/knnmoe/router-service.toml
@@ -106,9 +112,9 @@ def serve(
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     os.umask(_OWNER_ONLY)  # of engine processes too
     with _ending(given):
-        _configure_logging(settings.log_level)
-        with closing(Dashboard(settings)) as page:
-            _run(RoutingServer(settings), page)
+        configure_logging(settings.log_level, settings.log_format)
+        with closing(Dashboard(settings)) as page, closing(Probes(settings)) as probes:
+            _run(RoutingServer(settings), page, probes)
 
 
 @contextmanager
@@ -125,21 +131,16 @@ def _ending(given: Given | None = None) -> Iterator[None]:
         raise typer.Exit(EXIT_BAD_INPUT if bad else EXIT_FAILED) from error
 
 
-def _configure_logging(level: str) -> None:
-    """Raises InvalidField."""
-    numeric = logging.getLevelNamesMapping().get(level.upper())
-    if numeric is None:
-        raise InvalidField("--log-level", level, "DEBUG, INFO, WARNING or ERROR")
-    logging.basicConfig(level=numeric, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-
-def _run(server: RoutingServer, page: Dashboard) -> None:
+def _run(server: RoutingServer, page: Dashboard, probes: Probes) -> None:
     stop_asked = _stop_signals()
     try:
+        url_of_metrics = probes.start(server.pages())
         server.start()
         typer.echo(f"listening on {server.address}")
         if (url := page.start(server.address)) is not None:
             typer.echo(f"dashboard on {url}")
+        if url_of_metrics is not None:
+            typer.echo(f"metrics on {url_of_metrics}")
         _tell_systemd("READY=1")
         os.read(stop_asked, 1)
         _tell_systemd("STOPPING=1")

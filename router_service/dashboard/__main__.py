@@ -1,11 +1,10 @@
-"""`python -m router_service.dashboard FD HOST TARGET`, which `router-service serve --dashboard` starts.
+"""`python -m router_service.dashboard FD HOST TARGET LOG_FORMAT`, which `router-service serve --dashboard` starts.
 
 FD is a socket that listens at HOST; TARGET is the service's address.
 """
 
 from __future__ import annotations
 
-import logging
 import socket
 import sys
 
@@ -15,14 +14,13 @@ from knnmoe.client import AdminClient
 from router_service.children import die_with_parent_thread
 from router_service.dashboard.view import View
 from router_service.dashboard.web import application
+from router_service.telemetry.logs import configure
 
 
-def main(listener: str, host: str, target: str) -> None:
+def main(listener: str, host: str, target: str, log_format: str) -> None:
     """Serves the page until the service ends this process."""
     die_with_parent_thread()
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure("WARNING", log_format)
     with AdminClient(target) as client, socket.socket(fileno=int(listener)) as listening:
         config = uvicorn.Config(
             application(View(client), host),

@@ -60,17 +60,23 @@ class Counts:
     requests: int
     lambda_counts: list[int]  # [LAMBDA_RANGES]: tokens that were answered
     abstained: list[int]  # [Abstain], without NO
-    lambda_sum: float  # of copies too
+    lambda_sum: float
     search_ns: int
     durations: dict[str, Durations]
     found_requests: int
     found_tokens: int
     found_abstained: int
+    found_lambda_sum: float
 
     @property
     def tokens(self) -> int:
         """Looked up, in copies too."""
         return sum(self.lambda_counts) + sum(self.abstained) + self.found_tokens
+
+    @property
+    def mean_lambda(self) -> float:
+        """Of the tokens, in copies too."""
+        return (self.lambda_sum + self.found_lambda_sum) / max(1, self.tokens)
 
     @property
     def tokens_abstained(self) -> int:
@@ -84,7 +90,7 @@ class LayerCounters:
     def __init__(self) -> None:
         self._requests = self._search_ns = 0
         self._outcomes: I64 = np.zeros(_OUTCOMES, np.int64)  # by lambda, then by reason
-        self._lambda_sum = 0.0
+        self._lambda_sum = self._found_lambda_sum = 0.0
         self._found_requests = self._found_tokens = self._found_abstained = 0
         self._durations = {stage: Durations() for stage in STAGES}
         self._lock = threading.Lock()
@@ -113,7 +119,7 @@ class LayerCounters:
             self._found_requests += requests
             self._found_tokens += tokens
             self._found_abstained += abstained
-            self._lambda_sum += lambda_sum
+            self._found_lambda_sum += lambda_sum
 
     def read(self) -> Counts:
         """As they are at this moment."""
@@ -132,6 +138,7 @@ class LayerCounters:
                 self._found_requests,
                 self._found_tokens,
                 self._found_abstained,
+                self._found_lambda_sum,
             )
 
 

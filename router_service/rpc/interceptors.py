@@ -20,6 +20,7 @@ from typing_extensions import override
 from router_service import errors
 from router_service.errors import InvalidField, RoutingServiceError
 from router_service.rpc.planes import Plane, Refusals, Turns
+from router_service.telemetry.logs import calling
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,6 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
 }
 
 
-# Calls whose errors leave a token to the model's own router.
-_LOOKUPS = tuple(f"/knnmoe.v1.RoutingService/{name}" for name in ("Route", "RouteStream"))
 _REASON_PREFIX, _INTERNAL = "ERROR_REASON_", "internal"
 
 
@@ -106,8 +105,7 @@ class Guard(grpc.ServerInterceptor):
         plane = self._plane_of(method)
         if plane.permits.refuses and not guarded.response_streaming:
             refusal = plane.permits.refusal()
-            if (refused := _refused(method, plane)) is not None:
-                refused.add(_reason_of(refusal))
+            plane.refused.add(method, _reason_of(refusal))
             return _refusing(refusal)
         return guarded
 
@@ -136,16 +134,9 @@ def _refusing(error: RoutingServiceError) -> Any:
     return grpc.stream_unary_rpc_method_handler(call)
 
 
-def _refused(method: str, plane: Plane) -> Refusals | None:
-    """Where the errors of lookups are counted; None for other calls."""
-    return plane.refused if method in _LOOKUPS else None
-
-
 def _unary(handler: Any, method: str, plane: Plane) -> Any:
-    refused = _refused(method, plane)
-
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with errors_to_status(context, method, refused):
+        with errors_to_status(context, method, plane.refused):
             request = plane.first(map(_well_formed, requests), context)
             with plane.working(request, context):
                 return handler.unary_unary(request, context)
@@ -154,15 +145,13 @@ def _unary(handler: Any, method: str, plane: Plane) -> Any:
 
 
 def _streaming(handler: Any, method: str, plane: Plane) -> Any:
-    refused = _refused(method, plane)
-
     def answers(requests: Iterator[Any], context: grpc.ServicerContext, turns: Turns) -> Any:
         if handler.request_streaming:
             return handler.stream_stream(turns.messages(requests), context)
         return handler.unary_stream(turns.only_message(requests), context)
 
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        with errors_to_status(context, method, refused), Turns(plane, context) as turns:
+        with errors_to_status(context, method, plane.refused), Turns(plane, context) as turns:
             for answer in answers(map(_well_formed, requests), context, turns):
                 turns.wait(plane.room.going_on(context))
                 yield answer
@@ -190,25 +179,25 @@ def _well_formed(request: Any) -> Any:
 
 @contextmanager
 def errors_to_status(  # stubs lack context.code()
-    context: Any, method: str, refused: Refusals | None = None
+    context: Any, method: str, refused: Refusals
 ) -> Iterator[None]:
     """What a handler raises ends its call with a status, and is counted; what the service did not foresee is logged."""
-    try:
-        yield
-    except RoutingServiceError as error:
-        if refused is not None:
-            refused.add(_reason_of(error))
-        context.abort_with_status(status_of(error))
-    except Exception as error:
-        # Aborted already, or the client left.
-        if context.code() is not None or not context.is_active():
-            raise
-        log.exception("%s failed", method)
-        if refused is not None:
-            refused.add(_INTERNAL)
-        context.abort_with_status(
-            internal_status(f"{method} failed: {type(error).__name__}; see the service's log")
-        )
+    with calling(method, context):
+        try:
+            yield
+        except RoutingServiceError as error:
+            log.debug("%s was refused: %s", method, error)
+            refused.add(method, _reason_of(error))
+            context.abort_with_status(status_of(error))
+        except Exception as error:
+            # Aborted already, or the client left.
+            if context.code() is not None or not context.is_active():
+                raise
+            log.exception("%s failed", method)
+            refused.add(method, _INTERNAL)
+            context.abort_with_status(
+                internal_status(f"{method} failed: {type(error).__name__}; see the service's log")
+            )
 
 
 def status_of(error: RoutingServiceError) -> grpc.Status:

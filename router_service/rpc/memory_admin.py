@@ -201,7 +201,7 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
             resident_bytes=stats.resident_bytes(),
             service_version=__version__,
             in_flight=self._planes.in_flight,
-            refused_lookups=self._planes.routing.refused.read(),
+            refused_lookups=self._planes.routing.refused.lookups(),
             duration_bounds_s=DURATION_BOUNDS,
             replicas=stats.encode_copies(self._copies(), request.memory),
         )

@@ -24,6 +24,7 @@ from router_service.errors import (
     RoutingServiceError,
     ShuttingDown,
 )
+from router_service.telemetry.logs import work_on
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ _SPARE_THREADS = 8
 # Copies that are kept in step, each of which has a permit or waits until its client has taken a message, and reports of
 # theirs: twice as many as there may be copies, so that all may be of one memory.
 _COPIES = 128
+# Calls whose errors leave a token to the model's own router.
+_LOOKUPS = tuple(f"/knnmoe.v1.RoutingService/{name}" for name in ("Route", "RouteStream"))
 # Health checks at a time, and those who watch.
 _HEALTH_CHECKS, _WATCHERS = 32, 128
 
@@ -239,21 +242,29 @@ class WaitingRoom:
 
 
 class Refusals:
-    """Lookups that ended in an error, by its reason, as in `overloaded`."""
+    """Calls that ended in an error, by method (`/knnmoe.v1.RoutingService/Route`) and reason (`overloaded`)."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
-    def add(self, reason: str) -> None:
+    def add(self, method: str, reason: str) -> None:
         """Counts one."""
         with self._lock:
-            self._counts[reason] += 1
+            self._counts[method, reason] += 1
 
-    def read(self) -> dict[str, int]:
+    def read(self) -> Counter[tuple[str, str]]:
         """Since the service started."""
         with self._lock:
-            return dict(self._counts)
+            return self._counts.copy()
+
+    def lookups(self) -> Counter[str]:
+        """By reason, those whose error left a token to the model's own router."""
+        counts: Counter[str] = Counter()
+        for (method, reason), number in self.read().items():
+            if method in _LOOKUPS:
+                counts[reason] += number
+        return counts
 
 
 class Plane:
@@ -264,6 +275,7 @@ class Plane:
 
     def __init__(self, name: str, most: int, message_within_s: float) -> None:
         """`message_within_s`: that the first message of a call may take."""
+        self.name = name
         self.permits, self.room = Permits(most), WaitingRoom(_WAITING * most)
         self.refused = Refusals()
         self.threads = ThreadPoolExecutor(
@@ -284,6 +296,7 @@ class Plane:
         self, request: Any, context: grpc.ServicerContext, *, begun: bool = False
     ) -> Iterator[None]:
         """Around the work on a message; its `timeout_us` counts from when it came. Raises what Permits.one() raises."""
+        work_on(request)
         came, of_message_us = time.monotonic(), getattr(request, "timeout_us", 0)
         of_call_s = context.time_remaining()
         left_s = [float("inf") if of_call_s is None else of_call_s]
@@ -362,6 +375,14 @@ class Planes:
     def in_flight(self) -> int:
         """Calls at work on memories."""
         return self._routing.permits.in_flight + self._admin.permits.in_flight
+
+    def at_work(self) -> dict[str, int]:
+        """Calls at work, by plane."""
+        return {plane.name: plane.permits.in_flight for plane in self._all}
+
+    def refused(self) -> Counter[tuple[str, str]]:
+        """See Refusals.read(), of all planes."""
+        return sum((plane.refused.read() for plane in self._all), Counter())
 
     @property
     def routing(self) -> Plane:

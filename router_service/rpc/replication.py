@@ -114,7 +114,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
             for event in feed.events():
                 yield _encode_event(event, memory.record.settings.kind, request.key_dtype)
                 if isinstance(event, Synced):  # the client has taken it
-                    copy.version = event.position.version
+                    copy.version, copy.synced = event.position.version, time.monotonic()
 
     def ReportHits(  # noqa: N802
         self, request: pb.ReportHitsRequest, context: grpc.ServicerContext
@@ -164,6 +164,12 @@ class Copy:
     memory: RoutingMemory
     began: float = field(default_factory=time.monotonic)
     version: int = 0  # that it was last brought to
+    synced: float | None = None  # when that was, or when it was last heard that nothing had changed
+
+    @property
+    def staleness_s(self) -> float:
+        """What it has was the memory so many seconds ago; before it has all, how long it has been being made."""
+        return time.monotonic() - (self.began if self.synced is None else self.synced)
 
 
 class _Copies:

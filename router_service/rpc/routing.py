@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
@@ -21,6 +22,8 @@ from router_service.rpc.codec import (
     encode_described,
     encode_neighbours,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -95,6 +98,9 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
         response.times.encode_ns = time.perf_counter_ns() - answered
         times = response.times
         counters.add_durations(times.decode_ns, times.search_ns, times.blend_ns, times.encode_ns)
+        if log.isEnabledFor(logging.DEBUG):
+            took_us = (time.perf_counter_ns() - started) // 1000
+            log.debug("looked up %d tokens in %d us", len(answer.lambdas), took_us)
         return response
 
 

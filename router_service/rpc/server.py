@@ -28,7 +28,8 @@ from knnmoe.v1.replication_pb2_grpc import (
 from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server as add_retention
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
-from router_service.backends.base import Hurried
+from router_service.backends.base import Engines, Hosting, Hurried
+from router_service.backends.disk import FreeSpace
 from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
 from router_service.operations import Operations
@@ -44,6 +45,9 @@ from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
 from router_service.settings import ServiceSettings
 from router_service.storage import make_snapshot_store, make_store
+from router_service.telemetry.http import Page, Pages
+from router_service.telemetry.metrics import CONTENT_TYPE, Metrics, Service
+from router_service.telemetry.readiness import Readiness
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +93,7 @@ class RoutingServer:
         )
         self._flusher = threading.Thread(target=self._flush_often, name="flush", daemon=True)
         self._waiting = threading.Thread(target=self._look_at_waiting, name="waiting", daemon=True)
+        self._readiness, self._failed_flushes = Readiness.OPENING, 0
         self.address = settings.listen
 
     def start(self) -> None:
@@ -105,12 +110,14 @@ class RoutingServer:
         self._waiting.start()
         self._auto_optimizer.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._readiness = Readiness.READY
         names = ", ".join(self._store.names()) or "none yet"
         log.info("serving on %s; memories: %s", self.address, names)
 
     def stop(self) -> None:
         """Refuses new calls, lets those in flight finish, flushes, closes."""
         self._stopping.set()
+        self._readiness = Readiness.DRAINING
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._planes.close()
         self._operations.close()
@@ -126,6 +133,34 @@ class RoutingServer:
         with closing(self._backend):
             self._store.close()
         log.info("stopped")
+
+    def pages(self) -> Pages:
+        """What `--metrics` answers, from before start() until after stop()."""
+        metrics = Metrics(self._watched())
+
+        def readiness() -> Page:
+            found = self._readiness
+            return Page(200 if found is Readiness.READY else 503, f"{found}\n".encode())
+
+        return {
+            "/metrics": lambda: Page(200, metrics.text(), CONTENT_TYPE),
+            "/livez": lambda: Page(200, b"alive\n"),
+            "/readyz": readiness,
+        }
+
+    def _watched(self) -> Service:
+        data, minimum = self.settings.data, self.settings.min_free_bytes
+        return Service(
+            self._store,
+            self._operations,
+            None if data is None else FreeSpace(data, minimum),
+            lambda: self._readiness,
+            self._engines,
+            self._replication.copies,
+            self._planes.at_work,
+            self._planes.refused,
+            lambda: self._failed_flushes,
+        )
 
     def _drain(self) -> None:
         """Returns when no call is left: those that are still there after drain_s are cancelled."""
@@ -202,22 +237,32 @@ class RoutingServer:
                 self._store.refresh()
             except BackendUnavailable as error:
                 log.warning("%s", error)
-                self._set_routing_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+                self._failed_flushes += 1
+                self._set_routing_ready(False)
                 continue
             except (
                 EngineStopped
             ) as error:  # its log holds every write, and its next call starts it again
                 log.warning("%s", error)
             except StorageError:
+                self._failed_flushes += 1
                 log.exception(
                     "background flush failed; the write-ahead log still holds every write"
                 )
-            self._set_routing_health(health_pb2.HealthCheckResponse.SERVING)
+            self._set_routing_ready(True)
 
-    def _set_routing_health(self, status: int) -> None:
+    def _set_routing_ready(self, ready: bool) -> None:
         """Ready or not: the process itself stays healthy when only the server behind it is away."""
+        serving, away = (
+            health_pb2.HealthCheckResponse.SERVING,
+            health_pb2.HealthCheckResponse.NOT_SERVING,
+        )
         if not self._stopping.is_set():
-            self._health.set(_ROUTING, status)
+            self._health.set(_ROUTING, serving if ready else away)
+            self._readiness = Readiness.READY if ready else Readiness.BACKEND_AWAY
+
+    def _engines(self) -> Engines:
+        return self._backend.engines() if isinstance(self._backend, Hosting) else Engines(0, 0)
 
 
 def _check_address(settings: ServiceSettings) -> None:

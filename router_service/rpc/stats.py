@@ -45,7 +45,7 @@ def _encode_layer(layer: LayerMemory, counts: Counts) -> pb.LayerStats:
         route_requests=counts.requests,
         tokens=counts.tokens,
         tokens_abstained=counts.tokens_abstained,
-        mean_lambda=counts.lambda_sum / max(1, counts.tokens),
+        mean_lambda=counts.mean_lambda,
         mean_search_ms=counts.search_ns / 1e6 / max(1, searched),
         hits=hits.total,
         entries_never_hit=max(0, info.entries - hits.entries),

@@ -35,8 +35,10 @@ from router_service.backends.base import (
     CollectionInfo,
     CollectionSpec,
     Compression,
+    Engines,
     FileCollection,
     FrozenFiles,
+    Hosting,
     Hurried,
     Maintained,
     Metric,
@@ -428,7 +430,7 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
         self._served.close()
 
 
-class EdgeBackend(Backend, Hurried):
+class EdgeBackend(Backend, Hosting, Hurried):
     """Safe to call from several threads."""
 
     def __init__(
@@ -510,6 +512,10 @@ class EdgeBackend(Backend, Hurried):
     @override
     def hurry(self) -> None:
         self._resources.shards.hurry()
+
+    @override
+    def engines(self) -> Engines:
+        return self._resources.shards.engines()
 
     @override
     def close(self) -> None:

@@ -387,6 +387,7 @@ class Generation:
         self._revived = time.monotonic()
         self.shard.close()
         self.shard = resources.shards.open(self.files, self.pointer, len(self.table))
+        resources.shards.note_restart()
         known = Known.of(self.table.ids, self.table.digests, self._begun)
         try:
             self.table, problem = _compared(self.shard, self.pointer, known, self.table)

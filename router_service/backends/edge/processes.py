@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from router_service.arrays import F32, U64, ExampleRef
-from router_service.backends.base import CollectionSpec, Compression, SearchOptions
+from router_service.backends.base import CollectionSpec, Compression, Engines, SearchOptions
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.frames import read_answer, search_frame
@@ -212,7 +212,7 @@ class ShardOpener:
         """`isolate_above_bytes`: of keys, above which a shard has a process, for at most `workers` of them."""
         self._isolate_above_bytes, self._workers = isolate_above_bytes, workers
         self._running: WeakSet[HostedShard] = WeakSet()
-        self._starting = 0
+        self._starting = self._restarts = 0
         self._lock = threading.Lock()
         self._stopping = False
         self._ended = threading.Event()
@@ -257,6 +257,16 @@ class ShardOpener:
         finally:
             with self._lock:
                 self._starting -= hosted
+
+    def engines(self) -> Engines:
+        """See Hosting."""
+        with self._lock:
+            return Engines(sum(host.alive for host in self._running), self._restarts)
+
+    def note_restart(self) -> None:
+        """A process that died was started again."""
+        with self._lock:
+            self._restarts += 1
 
     def hurry(self) -> None:
         """From here on engine processes have seconds to answer, whatever they are asked."""
