@@ -100,7 +100,9 @@ class Middleware:
             await _answer(send, 503, {KEY: status})
 
     async def _metrics(self, scope: Message, receive: Receive, send: Send) -> None:
-        lines = "".join(f"{line}\n" for line in _lines(await _engine(scope).status())).encode()
+        lines = "".join(
+            f"{line}\n" for line in metric_lines(await _engine(scope).status())
+        ).encode()
 
         async def more(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -290,16 +292,21 @@ def _why(report: dict[str, Any]) -> str:
     )
 
 
-def _lines(status: dict[str, Any]) -> Iterator[str]:
-    """Of Prometheus."""
-    yield f"knn_moe_layers {status.get('layers', 0)}"
-    yield f"knn_moe_hooked_layers {status.get('hooked', 0)}"
+def metric_lines(status: dict[str, Any]) -> Iterator[str]:
+    """Of Prometheus, from Serving.status."""
+    yield f"knnmoe_model_layers {status.get('layers', 0)}"
+    yield f"knnmoe_model_hooked_layers {status.get('hooked', 0)}"
     for name, memory in status.get("memories", {}).items():
-        yield f'knn_moe_lookups_total{{memory="{name}"}} {memory["lookups"]}'
+        label = f'memory="{_escaped(name)}"'
+        yield f"knnmoe_model_lookups_total{{{label}}} {memory['lookups']}"
         for reason, number in memory["fell_back"].items():
-            yield f'knn_moe_fell_back_total{{memory="{name}",reason="{reason}"}} {number}'
+            yield f'knnmoe_fallback_total{{{label},reason="{reason}"}} {number}'
         if memory["staleness_s"] is not None:
-            yield f'knn_moe_staleness_seconds{{memory="{name}"}} {memory["staleness_s"]:g}'
+            yield f"knnmoe_model_staleness_seconds{{{label}}} {memory['staleness_s']:g}"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _error(message: str, code: int) -> dict[str, Any]:

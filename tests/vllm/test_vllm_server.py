@@ -193,8 +193,8 @@ def test_health_and_metrics_show_what_is_hooked(address: str, client: Any, log: 
     assert status["memories"]["law"]["lookups"] > 0
     assert httpx.get(f"{address}/health").status_code == 200
     lines = httpx.get(f"{address}/metrics").text.splitlines()
-    assert f"knn_moe_hooked_layers {LAYERS}" in lines
-    assert any(line.startswith('knn_moe_lookups_total{memory="law"} ') for line in lines)
+    assert f"knnmoe_model_hooked_layers {LAYERS}" in lines
+    assert any(line.startswith('knnmoe_model_lookups_total{memory="law"} ') for line in lines)
     assert any(line.startswith("vllm:") for line in lines)
     assert f"knn_moe: hooked {LAYERS} of {LAYERS} MoE layers" in log.read_text()
 
