@@ -18,7 +18,14 @@ from router_service.backends.disk import FreeSpace, is_open_to_others, storage_c
 from router_service.backends.edge.files import CollectionFiles
 from router_service.backends.edge.ledger import file_problems
 from router_service.backends.qdrant_server.options import UNFINISHED
-from router_service.errors import CorruptMemory, DiskFull, SnapshotInvalid, StorageError
+from router_service.errors import (
+    CorruptMemory,
+    DiskFull,
+    NewerFormat,
+    NewerSnapshot,
+    SnapshotInvalid,
+    StorageError,
+)
 from router_service.memories import known_keys, manifest
 from router_service.memories.catalogue import DOOMED
 from router_service.memories.manifest import (
@@ -38,6 +45,7 @@ from router_service.snapshots.files import check_listing
 from router_service.snapshots.manifest import NAME, layer_directory
 
 _ENGINE = "qdrant-edge-py"
+_UPGRADE = "pip install --upgrade knn-moe"
 # Below this many entries of a layer, comparing with every key is fast enough.
 SMALL_LAYER = 5_000
 # Share of a large layer's entries without an index from which on searches are slow.
@@ -144,7 +152,7 @@ def check_versions() -> Findings:
     try:
         yield fine("versions", f"{_ENGINE} {metadata.version(_ENGINE)}")
     except metadata.PackageNotFoundError:
-        yield error("versions", f"{_ENGINE} is not installed", "pip install --upgrade knn-moe")
+        yield error("versions", f"{_ENGINE} is not installed", _UPGRADE)
     formats = f"memory.json {manifest.FORMAT}, snapshots {snapshot_manifest.FORMAT}"
     yield fine("versions", f"reads and writes the formats: {formats}")
 
@@ -263,7 +271,8 @@ def _check_memory(path: Path, *, in_use: bool, deep: bool) -> Findings:
     try:
         record = read_manifest(path)
     except CorruptMemory as corrupt:
-        yield error(path.name, str(corrupt), _set_aside(path))
+        later = isinstance(corrupt, NewerFormat)  # nothing is wrong with it
+        yield error(path.name, str(corrupt), _UPGRADE if later else _set_aside(path))
         return
     problems = [
         finding
@@ -288,7 +297,8 @@ def _check_layer(path: Path, record: MemoryRecord, layer: int, *, deep: bool) ->
         if not shard.is_dir():  # or the next generation has just taken over
             shard = files.shard(files.require_spec(spec).generation)
     except StorageError as failed:
-        return error(path.name, f"layer {layer}: {failed}", _restore(path))
+        remedy = _UPGRADE if isinstance(failed, NewerFormat) else _restore(path)
+        return error(path.name, f"layer {layer}: {failed}", remedy)
     if not shard.is_dir():
         return error(path.name, f"layer {layer}: CURRENT names {shard}, missing", _restore(path))
     if deep and (problems := file_problems(files)):
@@ -383,7 +393,9 @@ def check_entries(store: MemoryStore, *, deep: bool = False) -> Findings:
         yield error(
             name,
             f"set aside when the service started: {reason}",
-            f"router-admin snapshot restore {quote(name)} SNAPSHOT --replace",
+            _UPGRADE
+            if isinstance(reason, NewerFormat)
+            else f"router-admin snapshot restore {quote(name)} SNAPSHOT --replace",
         )
     with store.exclusive():  # a memory that is being deleted has no counts
         for memory in store.latest():
@@ -515,7 +527,8 @@ def _check_snapshot(path: Path, deep: bool) -> Finding:
             check_listing(path, manifest)
             entries = sum(manifest.entries)
     except SnapshotInvalid as invalid:
-        return error(topic, str(invalid), f"rm -r {quote(str(path))}")
+        remedy = _UPGRADE if isinstance(invalid, NewerSnapshot) else f"rm -r {quote(str(path))}"
+        return error(topic, str(invalid), remedy)
     return fine(
         topic, f"{entries} entries; " + ("every sum is right" if deep else "all files there")
     )

@@ -28,12 +28,16 @@ RoutingServiceError
     ├── BackendUnavailable    a Qdrant server that is away, changes, or does not answer in time
     ├── BackendMisconfigured  one that cannot be used with these settings
     ├── CorruptMemory
+    │   ├── NewerFormat       sound, but of a later version of the service: nothing of it is read or changed
     │   ├── ForeignCollection a collection of the memory's name that is not what the memory needs
     │   └── KeysNotFound      entries are there, and searches do not find them
     └── SnapshotInvalid
+        └── NewerSnapshot
 """
 
 from __future__ import annotations
+
+from router_service import __version__
 
 _MAX_NAMES = 20
 
@@ -186,6 +190,10 @@ class CorruptMemory(StorageError):
     """The entries of a memory disagree with its manifest."""
 
 
+class NewerFormat(CorruptMemory):
+    """Files or records that a later version of the service, or of its engine, has written; they stay as they are."""
+
+
 class ForeignCollection(CorruptMemory):
     """A collection that is there under a memory's name, with another dimension or distance."""
 
@@ -196,6 +204,19 @@ class KeysNotFound(CorruptMemory):
 
 class SnapshotInvalid(StorageError):
     """A snapshot or an archive of one that is damaged, incomplete, or of a newer format."""
+
+
+class NewerSnapshot(SnapshotInvalid):
+    """A snapshot that a later version of the service has made."""
+
+
+def newer_format(what: str, found: object, reads: object, written_by: object) -> str:
+    """The words for what a later version has written: both versions, and what helps. `written_by` may be None."""
+    by = "" if written_by is None else f", written by router-service {shorten(str(written_by), 40)}"
+    return (
+        f"{what} is of format {found}{by}; this version, router-service {__version__}, reads up to {reads}. It stays "
+        "as it is: start the version that wrote it or a later one, or go back as docs/operations.md says (Upgrades)"
+    )
 
 
 def shorten(value: object, limit: int = 120) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
@@ -19,8 +20,10 @@ from router_service.errors import (
     CorruptMemory,
     DirectoryInUse,
     DiskFull,
+    NewerFormat,
     RoutingServiceError,
     StorageError,
+    newer_format,
 )
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # An open that fails on one of these says nothing about the files themselves.
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
+# The engine's own words for files of a later version of itself.
+_NEWER = re.compile(r"Data version (\S+) is newer than application version (\S+)\. ")
 # The kernel does not copy between these two files by itself.
 _NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
 _BLOCK_BYTES = 1 << 20
@@ -68,6 +73,9 @@ def _storage_error(error: BaseException, action: str, opening: bool) -> StorageE
         )
     if _has_errno(error, _FULL) or "No space left" in text or "StorageFull" in text:
         return DiskFull(text)
+    if opening and (engine := _NEWER.search(text)):
+        found, reads = (f"{version} of the engine" for version in engine.groups())
+        return NewerFormat(newer_format(action.removeprefix("open "), found, reads, None))
     if opening and not _has_errno(error, _NOT_DAMAGE):
         return CorruptMemory(f"{text}; restore the memory from a snapshot")
     return StorageError(text)

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from typing_extensions import override
 
 from router_service.backends.disk import fsync_directory, remove_durably, remove_tree, storage_call
-from router_service.errors import CorruptMemory
+from router_service.errors import CorruptMemory, StorageError
 from router_service.memories.manifest import (
     UNFINISHED,
     begin_creation,
@@ -44,7 +44,7 @@ class Catalogued:
     """What a catalogue holds."""
 
     records: list[MemoryRecord]
-    broken: dict[str, str]  # name -> why its record cannot be read
+    broken: dict[str, StorageError]  # name -> why its record cannot be read
     leftovers: list[MemoryRecord]  # their collections go, then they are removed
     swaps: list[Swap] = field(default_factory=list)  # under way, or cut short
 
@@ -132,7 +132,7 @@ class FileCatalogue(Catalogue):
             try:
                 found.records.append(read_manifest(path))
             except CorruptMemory as error:
-                found.broken[path.name] = str(error)
+                found.broken[path.name] = error
         return found
 
     @override

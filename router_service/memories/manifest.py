@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from router_service import __version__
 from router_service import fingerprint as identity
 from router_service.backends.disk import (
     fsync_directory,
@@ -29,7 +30,7 @@ from router_service.backends.disk import (
     storage_call,
     write_atomically,
 )
-from router_service.errors import CorruptMemory, InvalidField
+from router_service.errors import CorruptMemory, InvalidField, NewerFormat, newer_format
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings as memory_settings
 from router_service.memories.memory import MemoryRecord
@@ -73,8 +74,8 @@ def fields_of(record: MemoryRecord) -> dict[str, Any]:
 
 
 def record_to_json(record: MemoryRecord) -> str:
-    """A record as text, with a sum over the rest."""
-    body = {"format": FORMAT} | fields_of(record)
+    """A record as text, with the version that wrote it and a sum over the rest."""
+    body = {"format": FORMAT, "service_version": __version__} | fields_of(record)
     return json.dumps(body | {"crc32": _sum(body)}, indent=2)
 
 
@@ -83,12 +84,25 @@ def _sum(body: dict[str, Any]) -> int:
 
 
 def record_from_json(text: str, name: str, where: str) -> MemoryRecord:
-    """Inverse of record_to_json. Raises CorruptMemory, that names `where`, unless it is a valid record of `name`."""
+    """Inverse of record_to_json. Raises CorruptMemory, that names `where`, unless it is a valid record of `name`.
+
+    NewerFormat, which is one, where a later version has written it.
+    """
+    written_by = None
     try:
-        record = _record_of(json.loads(text))
+        body = json.loads(text)
+        if is_later(body["format"], FORMAT):
+            raise NewerFormat(
+                newer_format(where, body["format"], FORMAT, body.get("service_version"))
+            )
+        written_by = _written_by(body)
+        record = _record_of(body)
         identity.validate(record.fingerprint)
         memory_settings.validate(record.settings, record.fingerprint.num_layers)
     except (ValueError, KeyError, TypeError, RecursionError, InvalidField) as error:
+        if written_by not in (None, __version__):
+            found = f"{FORMAT} with what is unknown here ({error})"
+            raise NewerFormat(newer_format(where, found, FORMAT, written_by)) from error
         raise CorruptMemory(f"{where} cannot be read ({type(error).__name__}: {error})") from error
     if record.name != name:
         raise CorruptMemory(
@@ -112,18 +126,28 @@ def read_manifest(directory: Path) -> MemoryRecord:
     except (OSError, UnicodeDecodeError) as error:
         problem = f"{path} cannot be read ({type(error).__name__}: {error})"
     except CorruptMemory as error:
-        if error.__cause__ is None:  # another memory's
+        if isinstance(error, NewerFormat) or error.__cause__ is None:  # or another memory's
             raise
         problem = str(error)
     raise CorruptMemory(f"{problem}; restore it from a backup or move {directory} away")
 
 
-def _record_of(body: dict[str, Any]) -> MemoryRecord:
+def is_later(found: object, reads: int) -> bool:
+    """Whether a format is one that a later version writes."""
+    return type(found) is int and found > reads
+
+
+def _written_by(body: dict[str, Any]) -> object:
+    """The version that wrote a record; None: unknown. Raises ValueError when it is not what was written."""
     if body["format"] != FORMAT:
-        raise ValueError(f"format {body['format']}, this version reads {FORMAT}")
+        raise ValueError(f"format {body['format']!r}, this version reads {FORMAT}")
     stated = body.pop("crc32", None)  # not in 0.1.0
     if stated is not None and stated != _sum(body):
         raise ValueError("its crc32 is not that of its content")
+    return None if stated is None else body.get("service_version")
+
+
+def _record_of(body: dict[str, Any]) -> MemoryRecord:
     fingerprint, settings = body["fingerprint"], body["settings"]
     if not isinstance(fingerprint, dict) or not isinstance(settings, dict):
         raise TypeError("fingerprint and settings must be objects")

@@ -68,7 +68,7 @@ class ServerCatalogue(Catalogue, SwapCatalogue):
             try:
                 record = record_from_json(payload.get("record", ""), called, self._where(name))
             except CorruptMemory as error:
-                found.broken[name] = str(error)
+                found.broken[name] = error
                 continue
             stale = age_ms(payload) > _PATIENCE_MS
             if state == READY:

@@ -24,6 +24,7 @@ from router_service.errors import (
     InvalidField,
     MemoryExists,
     MemoryNotFound,
+    NewerFormat,
     StorageError,
 )
 from router_service.fingerprint import ModelFingerprint
@@ -85,7 +86,7 @@ class MemoryStore:
         self.unfinished: list[Callable[[], None]] = []
         self._memories: dict[str, RoutingMemory] = {}
         # Memories that could not be opened, with the reason: named in errors, never deleted.
-        self.broken: dict[str, str] = {}
+        self.broken: dict[str, StorageError] = {}  # why they do not serve
         self._closed = False
         self._in_the_making: set[str] = set()  # by create(), which does not hold the lock meanwhile
         self._lock = threading.RLock()
@@ -162,7 +163,7 @@ class MemoryStore:
         return self.memories()
 
     def get(self, name: str) -> RoutingMemory:
-        """Raises MemoryNotFound, or CorruptMemory for one that was set aside."""
+        """Raises MemoryNotFound, or CorruptMemory (NewerFormat) for one that was set aside."""
         memory = self._memories.get(name)
         if memory is None and self._shared and time.monotonic() > self._looked + _LOOK_AGAIN_S:
             self._looked = time.monotonic()
@@ -170,7 +171,9 @@ class MemoryStore:
             memory = self._memories.get(name)
         if memory is None:
             if name in self.broken:
-                raise CorruptMemory(f"memory {name!r} was set aside at start: {self.broken[name]}")
+                why = self.broken[name]
+                error = NewerFormat if isinstance(why, NewerFormat) else CorruptMemory
+                raise error(f"memory {name!r} was set aside at start: {why}")
             raise MemoryNotFound(name, self.names())
         return memory
 
@@ -377,15 +380,15 @@ class MemoryStore:
         except StorageError as error:
             if isinstance(error, ForeignCollection) or not isinstance(error, CorruptMemory):
                 raise
-            self._set_aside(record.name, str(error))
+            self._set_aside(record.name, error)
             return
         before = self._memories.get(record.name)
         versions = None if before is None else Versions(before.version + 1)
         self.serve(RoutingMemory(record, opened, versions))
 
-    def _set_aside(self, name: str, reason: str) -> None:
+    def _set_aside(self, name: str, reason: StorageError) -> None:
         self.release(name)
-        if self.broken.get(name) != reason:
+        if str(self.broken.get(name)) != str(reason):
             log.error("memory %s is set aside: %s", name, reason)
         self.broken[name] = reason
 
@@ -405,7 +408,7 @@ class MemoryStore:
         try:
             self._open_one(record)
         except ForeignCollection as error:
-            self._set_aside(record.name, str(error))
+            self._set_aside(record.name, error)
         if memory is not None:
             close_all(memory.layers)
 

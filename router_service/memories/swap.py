@@ -363,7 +363,7 @@ def _reopen(store: MemoryStore, memory: RoutingMemory) -> None:
     except StorageError as error:
         log.exception("memory %s cannot be opened again", memory.record.name)
         store.release(memory.record.name)
-        store.broken[memory.record.name] = str(error)
+        store.broken[memory.record.name] = error
         return
     again = RoutingMemory(memory.record, layers, memory.versions)
     for layer, before in zip(again.layers, memory.layers, strict=True):

@@ -54,9 +54,11 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
         reasons.ERROR_REASON_BACKEND_MISCONFIGURED,
     ),
     errors.CorruptMemory: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
+    errors.NewerFormat: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_NEWER_FORMAT),
     errors.ForeignCollection: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.KeysNotFound: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_CORRUPT),
     errors.SnapshotInvalid: (code_pb2.DATA_LOSS, reasons.ERROR_REASON_SNAPSHOT_INVALID),
+    errors.NewerSnapshot: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_NEWER_FORMAT),
     errors.DirectoryInUse: (code_pb2.FAILED_PRECONDITION, reasons.ERROR_REASON_STORAGE),
     errors.StorageError: (code_pb2.INTERNAL, reasons.ERROR_REASON_STORAGE),
 }

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from router_service import fingerprint
+from router_service import __version__, fingerprint
 from router_service.backends.disk import Content, open_regular, write_atomically
-from router_service.errors import InvalidField, SnapshotInvalid
+from router_service.errors import InvalidField, NewerSnapshot, SnapshotInvalid, newer_format
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings
-from router_service.memories.manifest import fields_of
+from router_service.memories.manifest import fields_of, is_later
 from router_service.memories.memory import MemoryRecord
 from router_service.memories.settings import MemorySettings, settings_from_json
 
@@ -101,20 +101,24 @@ def from_json(text: bytes, source: str) -> SnapshotManifest:
         _require(type(body) is dict and type(body.get("format")) is int, "not a manifest")
     except _DAMAGE as error:
         raise _damaged(source, error) from error
-    if body["format"] != FORMAT:
-        raise SnapshotInvalid(
-            f"{source} has format {body['format']}, this version reads {FORMAT}; restore it with the version of "
-            f"router-service that wrote it ({ascii(body.get('service_version'))[:40]}) or a later one"
-        )
+    written_by = body.get("service_version")
+    if is_later(body["format"], FORMAT):
+        raise NewerSnapshot(newer_format(source, body["format"], FORMAT, written_by))
+    whole = False
     try:
         stated = body.pop("sha256", None)
         _require(stated == _checksum(body), "its sha256 is not that of its content")
+        whole = True
         return _manifest_of(body)
     except _DAMAGE as error:
-        raise _damaged(source, error, body.get("service_version")) from error
+        if whole and written_by != __version__:
+            found = f"{FORMAT} with what is unknown here ({ascii(str(error))[1:300]})"
+            raise NewerSnapshot(newer_format(source, found, FORMAT, written_by)) from error
+        raise _damaged(source, error, written_by) from error
 
 
 def _manifest_of(body: dict[str, Any]) -> SnapshotManifest:
+    _require(body["format"] == FORMAT, f"format {body['format']}, this version reads {FORMAT}")
     memory = body["memory"]
     record = MemoryRecord(
         _name(memory["name"]),

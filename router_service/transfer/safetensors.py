@@ -31,7 +31,8 @@ from router_service.transfer import entry_fields as fields
 from router_service.transfer.endpoints import Batch, EntryShape
 from router_service.transfer.entry_fields import EntryReader, EntryWriter, FileError
 
-FORMAT = "knnmoe-entries-1"
+_FORMATS = "knnmoe-entries-"
+FORMAT = f"{_FORMATS}1"
 # Of the library, which does not read a longer one.
 MAX_HEADER_BYTES = 100_000_000
 _NAME = re.compile(r"layers\.(\d{1,5})\.(ids|keys|values|logits|experts|weights)")
@@ -100,6 +101,10 @@ class SafetensorsReader(EntryReader):
     def __init__(self, path: Path, shape: EntryShape, layer: int | None) -> None:
         super().__init__(path, shape, layer)
         self._file = TensorFile(path)
+        stated = self._file.metadata.get("format", "")
+        if stated.startswith(_FORMATS) and stated != FORMAT:
+            problem = f"got {stated!r}, this version reads {FORMAT!r}; export it again as .jsonl"
+            raise FileError(path, "metadata format", problem)
         found = sorted({self._layer_of(name) for name in self._file.tensors})
         self._layers = [number for number in found if layer in (None, number)]
         for number in self._layers:

@@ -141,6 +141,7 @@ BY_REASON: dict[int, type[ServiceError]] = {
     reasons.ERROR_REASON_BACKEND_UNAVAILABLE: ServiceUnavailable,
     reasons.ERROR_REASON_BACKEND_MISCONFIGURED: ServiceUnavailable,
     reasons.ERROR_REASON_REPLICA_BEHIND: ReplicaBehind,
+    reasons.ERROR_REASON_NEWER_FORMAT: ServiceRefused,
 }
 # Every status that comes without a reason: from gRPC itself, a proxy, or a program that is not the service.
 BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {

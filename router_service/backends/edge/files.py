@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from router_service import __version__
 from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.disk import (
     allocated_bytes,
@@ -24,7 +25,7 @@ from router_service.backends.disk import (
     storage_call,
     write_atomically,
 )
-from router_service.errors import CorruptMemory
+from router_service.errors import CorruptMemory, NewerFormat, newer_format
 
 _FORMAT = 1
 _VECTORS = ("segments/*/vector_storage/vectors/*", "segments/*/vector_storage/matrix.dat")
@@ -47,6 +48,7 @@ class Pointer:
         """UTF-8 JSON with the format version."""
         content = {
             "format": _FORMAT,
+            "service_version": __version__,
             "generation": self.generation,
             "dimension": self.spec.dimension,
             "metric": self.spec.metric.value,
@@ -56,10 +58,14 @@ class Pointer:
         return json.dumps(content, indent=1).encode()
 
     @staticmethod
-    def from_json(text: bytes) -> Pointer:
-        """Raises ValueError, TypeError or KeyError when `text` is not what to_json writes."""
+    def from_json(text: bytes, where: str = "CURRENT") -> Pointer:
+        """Raises NewerFormat, and ValueError, TypeError or KeyError when `text` is not what to_json writes."""
         content = json.loads(text)
-        if content["format"] != _FORMAT:
+        found = content["format"]
+        if type(found) is int and found > _FORMAT:
+            written_by = content.get("service_version")
+            raise NewerFormat(newer_format(where, found, _FORMAT, written_by))
+        if found != _FORMAT:
             raise ValueError(f"format {content['format']}, expected {_FORMAT}")
         spec = CollectionSpec(
             int(content["dimension"]), Metric(content["metric"]), int(content["value_width"])
@@ -111,9 +117,9 @@ class CollectionFiles:
         return held // (4 * pointer.spec.dimension)
 
     def read(self) -> Pointer:
-        """Raises CorruptMemory when CURRENT is missing or cannot be understood."""
+        """Raises CorruptMemory when CURRENT is missing or cannot be understood; NewerFormat of a later version's."""
         with storage_call(f"read {self._current}", opening=True):
-            return Pointer.from_json(self._current.read_bytes())
+            return Pointer.from_json(self._current.read_bytes(), str(self._current))
 
     def write(self, pointer: Pointer) -> None:
         """Makes a generation the one that counts, atomically and durably."""

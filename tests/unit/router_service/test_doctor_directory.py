@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from router_service import __version__
 from router_service.backends.base import CollectionSpec, Compression, Metric
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.doctor import Finding, Severity, diagnose_directory
@@ -71,6 +72,11 @@ def _pointer(data: Path, spec: CollectionSpec) -> None:
     files.write(Pointer(3, spec, Compression()))
 
 
+def _later_pointer(data: Path) -> None:
+    path = data / "memories" / "bible" / "layer-001" / "CURRENT"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
+
+
 def test_a_memory_that_was_to_take_the_place_of_another(data: Path) -> None:
     """Its layers are no leftovers, and their memory is not damaged."""
     memories = data / "memories"
@@ -97,7 +103,7 @@ def test_an_empty_directory_is_fine(tmp_path: Path) -> None:
 ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda d: (d / "memories/bible/memory.json").unlink(), "memory.json cannot be read"),
     "cut manifest": (lambda d: (d / "memories/bible/memory.json").write_text("{"), "JSONDecodeError"),
-    "later format": (lambda d: _manifest(d, format=9), "format 9, this version reads 1"),
+    "no format": (lambda d: _manifest(d, format=0), "format 0, this version reads 1"),
     "bad fingerprint": (lambda d: _manifest(d, fingerprint={"top_k": 1}), "memory.json cannot be read"),
     "other name": (lambda d: _manifest(d, name="psalms"), "manifest of memory 'psalms'"),
     "no CURRENT": (lambda d: (d / "memories/bible/layer-001/CURRENT").unlink(), "layer 1: cannot read"),
@@ -115,6 +121,23 @@ def test_damage_is_an_error(data: Path, harm: Callable[[Path], object], words: s
     assert (finding.severity, finding.check) == (Severity.ERROR, "bible")
     assert words in finding.what
     assert "mv " in finding.remedy
+
+
+LATER: dict[str, Callable[[Path], object]] = {
+    "memory.json": lambda d: _manifest(d, format=9),
+    "CURRENT": _later_pointer,
+}
+
+
+@pytest.mark.parametrize("make_later", LATER.values(), ids=list(LATER))
+def test_what_a_later_version_wrote_is_neither_moved_nor_replaced(
+    data: Path, make_later: Callable[[Path], object]
+) -> None:
+    make_later(data)
+    [finding] = problems(data)
+    by = f"written by router-service '{__version__}'; this version, router-service {__version__}"
+    assert f"is of format 9, {by}, reads up to 1" in finding.what
+    assert (finding.severity, finding.remedy) == (Severity.ERROR, "pip install --upgrade knn-moe")
 
 
 def _make(path: Path) -> None:

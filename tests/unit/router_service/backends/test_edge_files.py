@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from router_service import __version__
 from router_service.arrays import Entries, Provenance
 from router_service.backends.base import Compression, Quantization
 from router_service.backends.edge import generation
 from router_service.backends.edge.backend import EdgeBackend, EdgeCollection
 from router_service.backends.edge.engine import EngineShard, forget_configuration
 from router_service.backends.edge.files import CollectionFiles
-from router_service.errors import CorruptMemory, DirectoryInUse, DiskFull, StorageError
+from router_service.errors import CorruptMemory, DirectoryInUse, DiskFull, NewerFormat, StorageError
 from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds, numbered_entries
 
 Usage = namedtuple("Usage", "total used free")
@@ -33,6 +34,7 @@ def values_file(data_dir: Path, generation: int = 0) -> Path:
 def test_current_says_what_the_collection_holds(collection: EdgeCollection, data_dir: Path) -> None:
     assert json.loads((data_dir / "layer" / "CURRENT").read_text()) == {
         "format": 1,
+        "service_version": __version__,
         "generation": 0,
         "dimension": 8,
         "metric": "euclid",
@@ -64,6 +66,19 @@ def test_a_damaged_pointer_is_corruption(
     (data_dir / "layer" / "CURRENT").write_bytes(content)
     with pytest.raises(CorruptMemory, match="CURRENT"):
         edge.open("layer", SPEC)
+
+
+def test_files_of_a_later_engine_are_refused_with_both_versions(
+    edge: EdgeBackend, collection: EdgeCollection, data_dir: Path
+) -> None:
+    collection.upsert(numbered_entries(0, 3))
+    collection.close()
+    versions = list((data_dir / "layer").rglob("version.info"))
+    for path in versions:
+        path.write_text("99.0.0")
+    with pytest.raises(NewerFormat, match=r"99\.0\.0 of the engine.* reads up to \d.* start the"):
+        edge.open("layer", SPEC)
+    assert versions
 
 
 def test_a_missing_generation_is_corruption(

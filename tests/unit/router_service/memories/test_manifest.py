@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from router_service.blending import Support
-from router_service.errors import CorruptMemory, StorageError
+from router_service.errors import CorruptMemory, NewerFormat, StorageError
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import manifest
 from router_service.memories.memory import MemoryRecord
@@ -119,6 +119,28 @@ def test_fields_that_mean_nothing(directory: Path, changes: dict[str, Any]) -> N
     _edit(directory, **changes)
     with pytest.raises(CorruptMemory):
         manifest.read_manifest(directory)
+
+
+@pytest.mark.parametrize(
+    ("version", "error"), [("9.8.7", NewerFormat), (manifest.__version__, CorruptMemory)]
+)
+@pytest.mark.parametrize("settings", [{"colour": 1}, {"kind": "weather"}])
+def test_what_is_unknown_is_a_later_version_s_when_the_sum_is_right(
+    directory: Path, settings: dict[str, Any], version: str, error: type[CorruptMemory]
+) -> None:
+    """Settings that are left out would give other answers without a word."""
+    path = directory / manifest.FILE_NAME
+    body = json.loads(path.read_text())
+    body |= {"service_version": version, "settings": body["settings"] | settings}
+    del body["crc32"]
+    path.write_text(json.dumps(body | {"crc32": manifest._sum(body)}))
+    with pytest.raises(CorruptMemory) as refused:
+        manifest.read_manifest(directory)
+    assert type(refused.value) is error
+    assert str(next(iter(settings.values()))) in str(refused.value) or "colour" in str(
+        refused.value
+    )
+    assert ("9.8.7" in str(refused.value)) is (error is NewerFormat)
 
 
 def test_a_copy_is_not_opened_under_another_name(directory: Path) -> None:

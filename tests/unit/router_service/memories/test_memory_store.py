@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from router_service import __version__
 from router_service.arrays import Entries, Provenance
 from router_service.backends.base import CollectionSpec
 from router_service.backends.exact import ExactBackend, ExactCollection
@@ -24,6 +25,7 @@ from router_service.errors import (
     InvalidField,
     MemoryExists,
     MemoryNotFound,
+    NewerFormat,
     StorageError,
 )
 from router_service.fingerprint import ModelFingerprint
@@ -268,7 +270,12 @@ def test_a_manifest_of_a_newer_version_is_set_aside(
     store.create("m", MODEL, SETTINGS)
     path = tmp_path / "m" / "memory.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    assert "format 99" in _reopened(store, backend).broken["m"]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    again = _reopened(store, backend)
+    for call in (again.get, lambda name: again.create(name, MODEL, SETTINGS)):
+        with pytest.raises(NewerFormat, match=f"format 99, .*{__version__}, reads up to 1"):
+            call("m")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_close_closes_the_others_when_one_fails(

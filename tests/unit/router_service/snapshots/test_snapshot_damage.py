@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from router_service.backends.disk import read_content
-from router_service.errors import RoutingServiceError, SnapshotInvalid
+from router_service.errors import NewerSnapshot, RoutingServiceError, SnapshotInvalid
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.store import MemoryStore
 from router_service.snapshots import local
@@ -194,9 +194,9 @@ def test_a_newer_format_is_refused_with_the_remedy(
 ) -> None:
     body = {"format": 2, "service_version": "9.8.7"}
     (monday / "manifest.json").write_text(json.dumps(body))
-    words = r"format 2, this version reads 1; restore it with the version .*'9\.8\.7'"
+    words = r"format 2, written by router-service '9\.8\.7'; this version, .*, reads up to 1"
     for refused_call in (local.verify, lambda p: local.restore(store, p, "copy")):
-        with pytest.raises(SnapshotInvalid, match=words):
+        with pytest.raises(NewerSnapshot, match=words):
             refused_call(monday)
     (info,) = local.list_snapshots(snapshot_store)
     assert re.search(words, info.problem)
