@@ -50,11 +50,12 @@ $(VLLM_VENV)/.installed: pyproject.toml
 test-vllm: $(VLLM_VENV)/.installed ## memories inside vLLM, on the CPU, in a virtual environment of its own (2.7 GB)
 	PATH=$(CURDIR)/$(VLLM_VENV)/bin:$$PATH $(VLLM_VENV)/bin/pytest tests/vllm
 
-lint: setup ## ruff, import contracts, protos
+lint: setup ## ruff, import contracts, protos, which break no released version
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	for image in tests/fixtures/*/protos.binpb; do $(BIN)/buf breaking --against $$image || exit; done
 
 types: setup ## strict mypy
 	$(BIN)/mypy

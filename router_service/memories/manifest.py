@@ -34,11 +34,12 @@ from router_service.errors import CorruptMemory, InvalidField, NewerFormat, newe
 from router_service.fingerprint import ModelFingerprint
 from router_service.memories import settings as memory_settings
 from router_service.memories.memory import MemoryRecord
-from router_service.memories.settings import settings_from_json
+from router_service.memories.settings import MemorySettings, settings_from_json
 
 FORMAT = 1
 FILE_NAME = "memory.json"
 UNFINISHED = "CREATING"
+_SINCE_0_1_0 = ("search_recall", "exact_layers")
 
 
 def begin_creation(directory: Path) -> None:
@@ -66,8 +67,17 @@ def is_unfinished(directory: Path) -> bool:
 
 
 def fields_of(record: MemoryRecord) -> dict[str, Any]:
-    """A record as a JSON object; on disk names lead to where they always led, and are not in it."""
-    fields = asdict(record) | {"settings": record.settings.fields()}
+    """A record as a JSON object; on disk names lead to where they always led, and are not in it.
+
+    Settings that 0.1.0 refuses to read are there only where they say something, so that one may go back to it.
+    """
+    usual = MemorySettings().fields()
+    settings = {
+        name: value
+        for name, value in record.settings.fields().items()
+        if name not in _SINCE_0_1_0 or value != usual[name]
+    }
+    fields = asdict(record) | {"settings": settings}
     if not record.collections:
         del fields["collections"]
     return fields

@@ -43,6 +43,19 @@ def test_round_trip(directory: Path) -> None:
     assert [path.name for path in directory.iterdir()] == [manifest.FILE_NAME]
 
 
+@pytest.mark.parametrize(
+    "later", [{}, {"search_recall": 0.99, "exact_layers": (3,)}], ids=["unused", "used"]
+)
+def test_settings_that_0_1_0_does_not_know_are_written_where_they_say_something(
+    directory: Path, later: dict[str, Any]
+) -> None:
+    record = replace(RECORD, settings=replace(RECORD.settings, **later))
+    manifest.write_manifest(directory, record)
+    written = json.loads((directory / manifest.FILE_NAME).read_text())["settings"]
+    assert written.keys() & {"search_recall", "exact_layers"} == later.keys()
+    assert manifest.read_manifest(directory) == record
+
+
 def test_a_manifest_is_replaced(directory: Path) -> None:
     changed = replace(RECORD, settings=replace(RECORD.settings, neighbours=3))
     manifest.write_manifest(directory, changed)
