@@ -18,6 +18,8 @@ RoutingServiceError
 ├── OperationNotFound
 ├── SnapshotNotFound
 ├── ReplicaBehind             a copy's position is not known any more
+├── Unauthenticated           no token, or an unknown one
+├── PermissionDenied          a token of a lower role, or for other memories
 ├── ShuttingDown
 └── StorageError              the engine or the file system failed
     ├── DiskFull
@@ -141,6 +143,14 @@ class ReplicaBehind(RoutingServiceError):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"{why}; ask again with the entries that the copy holds")
+
+
+class Unauthenticated(RoutingServiceError):
+    """A call without a token, or with one that is not known."""
+
+
+class PermissionDenied(RoutingServiceError):
+    """A caller who is known, and may not do this."""
 
 
 class ShuttingDown(RoutingServiceError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 from knnmoe.channels import MAX_MESSAGE_BYTES
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from router_service.backends.qdrant_server.options import (
@@ -37,6 +38,15 @@ def check_backend(place: str) -> str:
         return ",".join(urls_of(place))
     except InvalidField as error:
         raise ValueError(f"got {error.value}, expected {error.expected}") from error
+
+
+def _octal(mode: object) -> str:
+    """Raises ValueError."""
+    if not re.fullmatch("0?[67][0-7][0-7]", str(mode)):
+        raise ValueError(
+            f"got {mode!r}, expected an octal mode that lets the own user in, e.g. 660"
+        )
+    return str(mode)
 
 
 class QdrantSettings(BaseSettings):
@@ -218,9 +228,39 @@ class ServiceSettings(BaseSettings):
         description="MiB of keys that are not indexed above which a layer is indexed again by itself; 0: only on "
         "command, e.g. 32.",
     )
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM file of the certificate that clients at HOST:PORT are shown, with its chain, e.g. "
+        "/etc/knnmoe/tls.crt: connections are TLS. Read again when it changes, as its key and the clients' authority.",
+    )
+    tls_key: Path | None = Field(
+        None, description="PEM file of the certificate's key, e.g. /etc/knnmoe/tls.key."
+    )
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authorities that clients' certificates have to be signed by (mutual TLS), e.g. "
+        "/etc/knnmoe/clients.crt; when not given, clients need none.",
+    )
+    tokens: Path | None = Field(
+        None,
+        description="TOML file of the tokens that callers have to show, each with a role and memories "
+        "(docs/security.md), e.g. /etc/knnmoe/tokens.toml. Read again when it changes. Without it whoever reaches the "
+        "address may do everything.",
+    )
+    audit_log: Path | None = Field(
+        None,
+        description="File that gets a line of JSON for each call that changes something, and for each that is refused "
+        "to its caller, e.g. /var/log/knnmoe/audit.jsonl; the log when not given.",
+    )
+    socket_mode: Annotated[str, BeforeValidator(_octal)] = Field(
+        "600",
+        description="Mode of the Unix socket, which says who may connect, e.g. 660 for the group too; more than the "
+        "own user needs --tokens or --insecure.",
+    )
     insecure: bool = Field(
         False,
-        description="Allow an address that other machines can reach, without authentication, e.g. --insecure.",
+        description="Allow an address that other machines, or a socket that other users can reach, without TLS and "
+        "tokens, e.g. --insecure.",
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR, e.g. WARNING.")
     log_format: str = Field(
@@ -236,6 +276,19 @@ class ServiceSettings(BaseSettings):
         if self.data is None and not is_url(self.backend):
             raise ValueError(f"--data: required with --backend {self.backend}")
         return self
+
+    @model_validator(mode="after")
+    def _tls_complete(self) -> ServiceSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together: give both, or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca: goes with --tls-cert and --tls-key")
+        return self
+
+    @property
+    def others_connect(self) -> bool:
+        """Whether the Unix socket lets other users in than its own."""
+        return int(self.socket_mode, 8) & 0o077 != 0
 
     def on_disk(self, name: str) -> Path | None:
         """A directory under `data`; None where memories are not kept there."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+from knnmoe.credentials import Credentials
+
 # 2,048 tokens of hidden size 4,096 in f32 take 32 MiB.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 ERROR_DOMAIN = "knnmoe.dev"
@@ -17,8 +19,15 @@ def message_size_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tup
     ]
 
 
-def open_channel(target: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.Channel:
-    """An insecure channel to `host:port` or `unix:PATH`. Connects lazily; never goes through an HTTP proxy."""
+def open_channel(
+    target: str,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    credentials: Credentials | None = None,
+) -> grpc.Channel:
+    """A channel to `host:port` or `unix:PATH`. Connects lazily; never goes through an HTTP proxy.
+
+    credentials: those of the environment when not given. Raises BadCredentials.
+    """
     options = [
         *message_size_options(max_message_bytes),
         ("grpc.enable_http_proxy", 0),
@@ -28,4 +37,4 @@ def open_channel(target: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grp
         # In spite of its name the time that one attempt gets: a busy machine takes a while to accept.
         ("grpc.min_reconnect_backoff_ms", 5000),
     ]
-    return grpc.insecure_channel(target, options=options)
+    return (credentials or Credentials.of_environment()).channel(target, options)

@@ -2,6 +2,7 @@
 
 It imports gRPC and the messages of gRPC's health protocol and nothing else, so it takes a sixth of the processor time
 of `router-admin health`. TARGET is HOST:PORT or unix:PATH; default ROUTER_ADMIN_TARGET, else 127.0.0.1:50051.
+Certificates come from KNNMOE_CA_FILE and others (knnmoe.credentials); it needs no token.
 Prints one line. Exit code 0: lookups are served; 1: they are not, or nobody answers within 5 s; 2: wrong usage.
 """
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         status = serving_status(target)
     except grpc.RpcError as error:
         status = f"{error.code().name}: {' '.join((error.details() or '').split())}"
+    except ValueError as error:  # BadCredentials
+        status = str(error)
     sys.stdout.write(f"{target}: {status}\n")
     return 0 if status == "SERVING" else 1
 

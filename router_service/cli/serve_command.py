@@ -22,6 +22,7 @@ from router_service.cli.given_settings import Given
 from router_service.cli.options import ExampleCommand
 from router_service.cli.probes import Probes
 from router_service.errors import InvalidRequest, RoutingServiceError
+from router_service.rpc.authority import audit_to
 from router_service.rpc.server import RoutingServer
 from router_service.settings import ServiceSettings
 from router_service.telemetry.logs import configure as configure_logging
@@ -86,6 +87,14 @@ def serve(
     qdrant_write_ordering: options.Ordering = None,
     qdrant_timeout_s: options.Timeout = None,
     qdrant_connections: options.Connections = None,
+    tls_cert: Annotated[Path | None, typer.Option(help=_help("tls_cert"))] = None,
+    tls_key: Annotated[Path | None, typer.Option(help=_help("tls_key"))] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help=_help("tls_client_ca"))] = None,
+    tokens: Annotated[Path | None, typer.Option(help=_help("tokens"))] = None,
+    audit_log: Annotated[Path | None, typer.Option(help=_help("audit_log"))] = None,
+    socket_mode: Annotated[
+        str | None, typer.Option(metavar="MODE", help=_help("socket_mode"))
+    ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help=_help("insecure"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
     log_format: Annotated[str | None, typer.Option(help=_help("log_format"))] = None,
@@ -113,6 +122,8 @@ def serve(
     os.umask(_OWNER_ONLY)  # of engine processes too
     with _ending(given):
         configure_logging(settings.log_level, settings.log_format)
+        if settings.audit_log is not None:
+            audit_to(settings.audit_log)
         with closing(Dashboard(settings)) as page, closing(Probes(settings)) as probes:
             _run(RoutingServer(settings), page, probes)
 

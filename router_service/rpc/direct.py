@@ -16,11 +16,12 @@ from typing import Any, cast
 import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
-from knnmoe.client.direct import ANSWER, REQUEST, SUFFIX
+from knnmoe.client.direct import ANSWER, REQUEST, SUFFIX, TOKEN
 from knnmoe.v1 import routing_pb2 as pb
 
 from router_service.backends.disk import storage_call
 from router_service.errors import InvalidField
+from router_service.rpc.authority import OWN_USER, Authority, require_own_user
 from router_service.rpc.interceptors import errors_to_status
 from router_service.rpc.planes import Plane
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _METHOD = "/knnmoe.v1.RoutingService/RouteStream"
 _DETAILS = "grpc-status-details-bin"
 _BACKLOG = 128
+_LONGEST_TOKEN = 8192
 # Of the answer that ends a stream, to a client that does not read.
 _LAST_ANSWER_S = 1.0
 # Out of descriptors, for instance.
@@ -45,6 +47,7 @@ class Peer:
         self._ended = select.poll()
         self._ended.register(connection, 0)  # POLLHUP and errors, which always come
         self._code: grpc.StatusCode | None = None
+        self.token: str | None = None
 
     def time_remaining(self) -> float | None:
         """Messages say how long they have."""
@@ -81,6 +84,8 @@ class Peer:
             if (header := self._bytes(REQUEST.size)) is None:
                 return None
             (size,) = REQUEST.unpack(header)
+            if size == TOKEN:
+                return self.request(most) if self._took_token() else None
             if size > most:
                 raise InvalidField("request", f"{size} bytes", f"at most {most} in a message")
             if (data := self._bytes(size)) is None:
@@ -91,6 +96,18 @@ class Peer:
                 expected = "a message of the method's type"
                 raise InvalidField("request", f"{size} bytes", expected) from None
         return None
+
+    def _took_token(self) -> bool:
+        """Raises InvalidField."""
+        if (header := self._bytes(REQUEST.size)) is None:
+            return False
+        (size,) = REQUEST.unpack(header)
+        if size > _LONGEST_TOKEN or self.token is not None:
+            raise InvalidField("token", f"{size} bytes", f"one of at most {_LONGEST_TOKEN}")
+        if (data := self._bytes(size)) is None:
+            return False
+        self.token = data.decode(errors="replace")
+        return True
 
     def answer(self, response: pb.RouteResponse) -> None:
         """Raises OSError when the client has left."""
@@ -114,9 +131,17 @@ class Peer:
 class DirectServer:
     """Takes lookups at PATH.route from start() to stop()."""
 
-    def __init__(self, path: str, plane: Plane, route: Route, most_bytes: int) -> None:
-        """`path`: gRPC's socket; `most_bytes`: of a message."""
-        self._path = Path(path + SUFFIX)
+    def __init__(
+        self,
+        path: str,
+        plane: Plane,
+        route: Route,
+        most_bytes: int,
+        authority: Authority,
+        mode: int = OWN_USER,
+    ) -> None:
+        """`path`: gRPC's socket; `most_bytes`: of a message; `mode`: of the socket, see require_own_user()."""
+        self._path, self._mode, self._authority = Path(path + SUFFIX), mode, authority
         self._plane, self._route, self._most_bytes = plane, route, most_bytes
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._accepting = threading.Thread(target=self._accept, name="direct", daemon=True)
@@ -128,6 +153,7 @@ class DirectServer:
         with storage_call(f"listen on {self._path}"):
             self._path.unlink(missing_ok=True)
             self._listener.bind(str(self._path))
+            self._path.chmod(self._mode)
             self._listener.listen(_BACKLOG)
         self._accepting.start()
 
@@ -185,11 +211,15 @@ class DirectServer:
     def _answer_all(self, peer: Peer) -> None:
         """Each with a permit from its arrival until its answer is there."""
         plane, context = self._plane, cast("grpc.ServicerContext", peer)
+        if self._mode == OWN_USER:
+            require_own_user(peer.connection)
         with plane.room.beginning(context, plane.message_within_s):
             request, begun = peer.request(self._most_bytes), False
-        while request is not None:
-            with plane.working(request, context, begun=begun):
-                response, begun = self._route(request, context), True
-            with plane.room.going_on(context):
-                peer.answer(response)
-                request = peer.request(self._most_bytes)
+        with self._authority.call(_METHOD, peer.token, peer.peer) as call:
+            while request is not None:
+                call.require(request)
+                with plane.working(request, context, begun=begun):
+                    response, begun = self._route(request, context), True
+                with plane.room.going_on(context):
+                    peer.answer(response)
+                    request = peer.request(self._most_bytes)

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from router_service import errors
 from router_service.errors import InvalidField, RoutingServiceError
+from router_service.rpc.authority import Authority
 from router_service.rpc.planes import Plane, Refusals, Turns
 from router_service.telemetry.logs import calling
 
@@ -44,6 +45,8 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.OperationNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_OPERATION_NOT_FOUND),
     errors.SnapshotNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_SNAPSHOT_NOT_FOUND),
     errors.ReplicaBehind: (code_pb2.OUT_OF_RANGE, reasons.ERROR_REASON_REPLICA_BEHIND),
+    errors.Unauthenticated: (code_pb2.UNAUTHENTICATED, reasons.ERROR_REASON_UNAUTHENTICATED),
+    errors.PermissionDenied: (code_pb2.PERMISSION_DENIED, reasons.ERROR_REASON_PERMISSION_DENIED),
     errors.ShuttingDown: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_SHUTTING_DOWN),
     errors.CollectionClosed: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
     errors.CollectionExists: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
@@ -90,9 +93,9 @@ _AT_ONCE = _AtOnce(1)
 class Guard(grpc.ServerInterceptor):
     """Wraps every handler. Asked by gRPC's own thread, before a call gets one of its plane."""
 
-    def __init__(self, plane_of: Callable[[str], Plane]) -> None:
+    def __init__(self, plane_of: Callable[[str], Plane], authority: Authority) -> None:
         """`plane_of` a method, e.g. `/knnmoe.v1.RoutingService/Route`."""
-        self._plane_of = plane_of
+        self._plane_of, self._authority = plane_of, authority
         self._guarded: dict[str, Any] = {}
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -103,7 +106,8 @@ class Guard(grpc.ServerInterceptor):
             handler = continuation(handler_call_details)
             if handler is None:
                 return handler
-            guarded = self._guarded[method] = _guarded(handler, method, self._plane_of(method))
+            guarded = _guarded(handler, method, self._plane_of(method), self._authority)
+            self._guarded[method] = guarded
         plane = self._plane_of(method)
         if plane.permits.refuses and not guarded.response_streaming:
             refusal = plane.permits.refusal()
@@ -112,16 +116,19 @@ class Guard(grpc.ServerInterceptor):
         return guarded
 
 
-def _guarded(handler: Any, method: str, plane: Plane) -> Any:
+def _guarded(handler: Any, method: str, plane: Plane, authority: Authority) -> Any:
     """The handler of a stream of messages, which a call with one message is on the wire.
 
     For that one gRPC would wait before it calls the behaviour: in a thread of the plane, and without end.
     """
     if handler.response_streaming:
         make: Any = grpc.stream_stream_rpc_method_handler
-        call = _streaming(handler, method, plane)
+        call = _streaming(handler, method, plane, authority)
     else:
-        make, call = grpc.stream_unary_rpc_method_handler, _unary(handler, method, plane)
+        make, call = (
+            grpc.stream_unary_rpc_method_handler,
+            _unary(handler, method, plane, authority),
+        )
     call.experimental_thread_pool = plane.threads
     return make(call, _tolerant(handler.request_deserializer), handler.response_serializer)
 
@@ -136,25 +143,35 @@ def _refusing(error: RoutingServiceError) -> Any:
     return grpc.stream_unary_rpc_method_handler(call)
 
 
-def _unary(handler: Any, method: str, plane: Plane) -> Any:
+def _unary(handler: Any, method: str, plane: Plane, authority: Authority) -> Any:
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with errors_to_status(context, method, plane.refused):
-            request = plane.first(map(_well_formed, requests), context)
+        begun = authority.begun(method, context)
+        with errors_to_status(context, method, plane.refused), begun:
+            begun.goes_on()
+            request = plane.first(map(begun.require, map(_well_formed, requests)), context)
             with plane.working(request, context):
                 return handler.unary_unary(request, context)
 
     return call
 
 
-def _streaming(handler: Any, method: str, plane: Plane) -> Any:
+def _streaming(handler: Any, method: str, plane: Plane, authority: Authority) -> Any:
     def answers(requests: Iterator[Any], context: grpc.ServicerContext, turns: Turns) -> Any:
         if handler.request_streaming:
             return handler.stream_stream(turns.messages(requests), context)
         return handler.unary_stream(turns.only_message(requests), context)
 
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        with errors_to_status(context, method, plane.refused), Turns(plane, context) as turns:
-            for answer in answers(map(_well_formed, requests), context, turns):
+        begun = authority.begun(method, context)
+        with (
+            errors_to_status(context, method, plane.refused),
+            begun,
+            Turns(plane, context) as turns,
+        ):
+            begun.goes_on()
+            allowed = map(begun.require, map(_well_formed, requests))
+            for answer in answers(allowed, context, turns):
+                begun.goes_on()
                 turns.wait(plane.room.going_on(context))
                 yield answer
                 if not handler.request_streaming:

@@ -29,11 +29,13 @@ from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server 
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
 
 from router_service.backends.base import Engines, Hosting, Hurried
-from router_service.backends.disk import FreeSpace
+from router_service.backends.disk import FreeSpace, storage_call
 from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
 from router_service.operations import Operations
+from router_service.rpc.authority import Authority
 from router_service.rpc.direct import DirectServer
+from router_service.rpc.encryption import server_credentials
 from router_service.rpc.interceptors import Guard
 from router_service.rpc.memory_admin import DoctorService, MemoryAdminService
 from router_service.rpc.operations import OperationService
@@ -81,6 +83,8 @@ class RoutingServer:
         self._planes = Planes(settings.max_in_flight, settings.message_timeout_s)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
+        self._authority = _authority(settings, self._operations)
+        self._encryption = _encryption(settings)
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = health.HealthServicer()
         self._replication = ReplicationService(self._store)
@@ -176,7 +180,7 @@ class RoutingServer:
     def _make_server(self) -> grpc.Server:
         server = grpc.server(
             futures.ThreadPoolExecutor(1),  # of no use: every call has a thread of its plane
-            interceptors=[Guard(self._planes.of)],
+            interceptors=[Guard(self._planes.of, self._authority)],
             options=[
                 *message_size_options(self.settings.max_message_bytes),
                 ("grpc.so_reuseport", 0),
@@ -206,7 +210,10 @@ class RoutingServer:
         if not listen.startswith("unix:"):
             return None
         path = listen.removeprefix("unix:")
-        return DirectServer(path, self._planes.routing, self._routing.Route, most_bytes)
+        return DirectServer(
+            *(path, self._planes.routing, self._routing.Route, most_bytes, self._authority),
+            mode=int(self.settings.socket_mode, 8),
+        )
 
     def _bind(self) -> str:
         listen = self.settings.listen
@@ -215,12 +222,20 @@ class RoutingServer:
             for each in (path, path + SUFFIX):
                 _require_free(Path(each))
         try:
-            port = self._grpc.add_insecure_port(listen)
+            if self._encryption is None:
+                port = self._grpc.add_insecure_port(listen)
+            else:
+                port = self._grpc.add_secure_port(listen, self._encryption)
         except RuntimeError as error:
             raise StorageError(
                 f"cannot listen on {listen} (in use, or not an address of this machine); choose another --listen"
             ) from error
-        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        if listen.startswith("unix:"):
+            with storage_call(f"set --socket-mode of {listen}"):
+                # All that limits who calls over it: gRPC does not say who is at the other end.
+                Path(listen.removeprefix("unix:")).chmod(int(self.settings.socket_mode, 8))
+            return listen
+        return f"{listen.rpartition(':')[0]}:{port}"
 
     def _set_health(self, status: int) -> None:
         for service in _SERVICES:
@@ -265,26 +280,57 @@ class RoutingServer:
         return self._backend.engines() if isinstance(self._backend, Hosting) else Engines(0, 0)
 
 
+def _authority(settings: ServiceSettings, operations: Operations) -> Authority:
+    """Raises InvalidField."""
+    own = settings.listen.startswith("unix:") and not settings.others_connect
+    return Authority(
+        settings.tokens,
+        lambda operation: operations.get(operation).memory,
+        anyone=f"uid {os.getuid()}" if own else "",
+    )
+
+
+def _encryption(settings: ServiceSettings) -> grpc.ServerCredentials | None:
+    """Raises InvalidField."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
 def _check_address(settings: ServiceSettings) -> None:
-    """Raises InvalidField on a malformed address, or one that others reach without --insecure."""
+    """Raises InvalidField on a malformed address, or one that others reach without TLS, tokens or --insecure."""
     listen = settings.listen
-    if listen.startswith("unix:"):
-        _check_socket_path(listen.removeprefix("unix:"))
-    else:
-        host_and_port("--listen", listen, "HOST:PORT or unix:PATH", insecure=settings.insecure)
+    if not listen.startswith("unix:"):
+        safe = settings.tls_cert is not None and settings.tokens is not None
+        needed = f"{_LOOPBACK}, or --tls-cert, --tls-key and --tokens, or --insecure"
+        host_and_port(
+            "--listen", listen, "HOST:PORT or unix:PATH", settings.insecure or safe, needed
+        )
+        return
+    _check_socket_path(listen.removeprefix("unix:"))
+    if settings.tls_cert is not None:
+        raise InvalidField("--tls-cert", settings.tls_cert, "HOST:PORT: a Unix socket needs no TLS")
+    if settings.others_connect and settings.tokens is None and not settings.insecure:
+        expected = "600, for the own user alone, or --tokens, or --insecure"
+        raise InvalidField("--socket-mode", settings.socket_mode, expected)
 
 
-def host_and_port(option: str, address: str, expected: str, *, insecure: bool) -> tuple[str, int]:
-    """Of an address to listen on. Raises InvalidField as _check_address()."""
+_LOOPBACK = "a loopback address"
+
+
+def host_and_port(
+    option: str,
+    address: str,
+    expected: str,
+    anywhere: bool,
+    needed: str = f"{_LOOPBACK} (it asks nobody for a token), or --insecure",
+) -> tuple[str, int]:
+    """Of an address to listen on; `anywhere`: it need not be on this machine. Raises InvalidField."""
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
         raise InvalidField(option, address, expected)
-    if not _is_loopback(host) and not insecure:
-        raise InvalidField(
-            option,
-            address,
-            "a loopback address (this service has no authentication), or --insecure",
-        )
+    if not _is_loopback(host) and not anywhere:
+        raise InvalidField(option, address, needed)
     return host, int(port)
 
 

@@ -21,6 +21,7 @@ from knnmoe.client.errors import (
     ServiceRefused,
     ServiceUnavailable,
 )
+from knnmoe.credentials import Credentials
 from knnmoe.v1 import (
     doctor_pb2_grpc,
     memory_admin_pb2_grpc,
@@ -59,14 +60,23 @@ class AdminClient:
     Args:
         target: `host:port` or `unix:PATH`.
         timeout_s: longest wait for each reply; None: 10 s, and no bound on long jobs of unary() and replies().
+        credentials: those of the environment when not given.
+
+    Raises BadCredentials.
 
     """
 
-    def __init__(self, target: str, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        timeout_s: float | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.target = target
         self._timeout_s = timeout_s
-        self._retries = Retries()
-        self._channel = open_channel(target)
+        self._credentials = credentials or Credentials.of_environment()
+        self._retries = Retries(why=partial(self._credentials.mismatch, target))
+        self._channel = open_channel(target, credentials=self._credentials)
         self.admin = memory_admin_pb2_grpc.MemoryAdminServiceStub(self._channel)
         self.doctor = doctor_pb2_grpc.DoctorServiceStub(self._channel)
         self.quantization = quantization_pb2_grpc.QuantizationServiceStub(self._channel)
@@ -82,7 +92,7 @@ class AdminClient:
 
     def at(self, target: str) -> AdminClient:
         """A client of another service, as patient as this one."""
-        return AdminClient(target, self._timeout_s)
+        return AdminClient(target, self._timeout_s, self._credentials)
 
     def close(self) -> None:
         """Ends the connection. Closing twice is allowed."""
@@ -102,7 +112,7 @@ class AdminClient:
         """
         timeout_s = self._reply_timeout_s(long)
         if not repeat:
-            return unary(call, request, timeout_s, self.target)
+            return self._once(call, request, timeout_s)
         give_up_s = REPEAT_S if timeout_s is None else timeout_s
 
         def ask(left_s: float) -> Any:
@@ -269,11 +279,17 @@ class AdminClient:
     def _repeated(
         self, method: Callable[..., Reply], request: object, timeout_s: float | None = None
     ) -> Reply:
-        call = partial(self._once, method, request)
+        call = partial(unary, method, request, target=self.target)
         return self._retries.run(call, self._timeout if timeout_s is None else timeout_s)
 
-    def _once(self, method: Callable[..., Reply], request: object, timeout_s: float) -> Reply:
-        return unary(method, request, timeout_s, self.target)
+    def _once(
+        self, method: Callable[..., Reply], request: object, timeout_s: float | None
+    ) -> Reply:
+        try:
+            return unary(method, request, timeout_s, self.target)
+        except ServiceUnavailable as error:
+            left_s = REPEAT_S if timeout_s is None else timeout_s
+            raise self._retries.explained(error, left_s) from None
 
     @property
     def _timeout(self) -> float:

@@ -14,7 +14,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from knnmoe.client.errors import ClientClosed, ServiceError, ServiceUnavailable, service_error
+from knnmoe.client.errors import (
+    ClientClosed,
+    ServiceError,
+    ServiceRefused,
+    ServiceUnavailable,
+    service_error,
+)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -24,6 +30,8 @@ Response_co = TypeVar("Response_co", covariant=True)
 # Seconds before each retry: a service that is restarted is back within a second or two.
 PAUSES_S = (0.5, 2.5)
 NO_PAUSES_S = (0.0, 0.0)
+# So long a failed connection is looked at.
+WHY_S = 2.0
 _SPREAD = (0.75, 1.25)  # so that many clients do not come back at once
 
 
@@ -31,24 +39,38 @@ _SPREAD = (0.75, 1.25)  # so that many clients do not come back at once
 class Retries:
     """Retries of one channel's calls: only what failed with UNAVAILABLE, and only once a service has answered on it.
 
+    And once more what was UNAUTHENTICATED: a stream keeps the token that it was opened with, which may be replaced since.
     Where the service says when to try again, tries go on at its pace for as long as there is time.
 
     Attributes:
         pauses_s: before each other retry, give or take a quarter; 0 retries at once.
         reached: a service has answered before. Until then an address that nobody listens at is an error at once.
+        why: what is wrong with the connection itself, found within so many seconds; None: nothing that can be said.
 
     """
 
     pauses_s: tuple[float, ...] = PAUSES_S
     reached: bool = False
+    why: Callable[[float], str | None] = lambda _: None
 
     def run(self, call: Callable[[float], Response], timeout_s: float) -> Response:
         """call(seconds that are left), again while it may succeed; raises what its last try raised."""
         left_s, give_up_s = timeout_s, time.monotonic() + timeout_s
         pauses, before = iter(self.pauses_s), None
+        may_renew = self.reached
         while True:
             try:
                 return self._reaching(call, left_s)
+            except ServiceRefused as error:
+                left_s = give_up_s - time.monotonic()
+                if (
+                    error.code is not grpc.StatusCode.UNAUTHENTICATED
+                    or not may_renew
+                    or left_s <= 0
+                ):
+                    raise
+                may_renew = False
+                continue
             except ServiceUnavailable as error:
                 if before is not None and error.cause == "deadline":
                     raise before from error  # says why there was no answer
@@ -56,12 +78,21 @@ class Retries:
                 if pause_s is None:
                     pause_s = next(pauses, None)
                 if pause_s is None or not (self.reached and error.passing):
-                    raise
+                    raise self.explained(error, give_up_s - time.monotonic()) from None
                 pause_s *= random.uniform(*_SPREAD)
                 left_s = give_up_s - time.monotonic() - pause_s
                 if left_s <= 0:
                     raise
             time.sleep(pause_s)
+
+    def explained(self, error: ServiceUnavailable, left_s: float) -> ServiceUnavailable:
+        """The error, or, before anybody was reached, one that says what is wrong with the connection."""
+        if self.reached or error.reason or error.code is not grpc.StatusCode.UNAVAILABLE:
+            return error
+        why = self.why(min(left_s, WHY_S)) if left_s > 0 else None
+        return (
+            error if why is None else ServiceUnavailable(why, code=error.code, target=error.target)
+        )
 
     def _reaching(self, call: Callable[[float], Response], left_s: float) -> Response:
         try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import grpc
 
 from knnmoe.channels import open_channel
+from knnmoe.credentials import Credentials
 from knnmoe.v1 import memory_admin_pb2, memory_admin_pb2_grpc
 
 
-def memory_names(target: str, start: str = "", within_s: float = 0.5) -> list[str]:
+def memory_names(
+    target: str, start: str = "", within_s: float = 0.5, credentials: Credentials | None = None
+) -> list[str]:
     """Names of the service's memories that begin with `start`; none when it does not answer in that time."""
-    with open_channel(target) as channel:
+    with open_channel(target, credentials=credentials) as channel:
         stub = memory_admin_pb2_grpc.MemoryAdminServiceStub(channel)
         try:
             reply = stub.ListMemories(memory_admin_pb2.ListMemoriesRequest(), timeout=within_s)

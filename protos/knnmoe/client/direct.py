@@ -24,6 +24,8 @@ from knnmoe.v1 import routing_pb2 as pb
 SUFFIX = ".route"
 # Before a message: its bytes. Before an answer also what it is: a RouteResponse, or the google.rpc.Status of a refusal.
 REQUEST, ANSWER = struct.Struct("<I"), struct.Struct("<?I")
+# In the place of the first request's size: a token comes first, behind its own size.
+TOKEN = 0xFFFFFFFF
 _READ_BYTES = 1 << 18
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -53,7 +55,7 @@ class DirectStream:
         self._events.register(connected, select.POLLIN)
 
     @staticmethod
-    def connected(target: str) -> DirectStream | None:
+    def connected(target: str, token: str | None = None) -> DirectStream | None:
         """A stream to the service at `target`; None when it is not on this machine, or does not listen so."""
         path = socket_path(target)
         if path is None:
@@ -67,7 +69,12 @@ class DirectStream:
         ):  # an earlier version, none at all, or one that is too busy: gRPC knows what to say
             made.close()
             return None
-        return DirectStream(made, target)
+        stream = DirectStream(made, target)
+        if token is not None:
+            stream._out = memoryview(
+                REQUEST.pack(TOKEN) + REQUEST.pack(len(token)) + token.encode()
+            )
+        return stream
 
     @property
     def ended(self) -> bool:

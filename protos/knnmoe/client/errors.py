@@ -7,6 +7,7 @@
             +-- KindMismatch     the memory holds another kind of values
             +-- MemoryNotFound   there is no memory of that name
             +-- ReplicaBehind    a copy's position is not known any more
+      +-- BadCredentials         a file with a certificate, a key or a token cannot be used, or not for this address
       +-- ClientClosed           the call was made through a client that is closed, or another process's
 
 Clients branch on the class, or on `reason`; never on a message. gRPC's own exceptions never leave knnmoe.client.
@@ -112,6 +113,10 @@ class ReplicaBehind(ServiceRefused):
     """A copy cannot go on from where it is: ask again with what it holds."""
 
 
+class BadCredentials(ServiceError, ValueError):
+    """A certificate, key or token of the client's cannot be used, or would be seen by others."""
+
+
 class ClientClosed(ServiceError):
     """The client was closed, before the call or during it; or it was made before this process was forked."""
 
@@ -142,6 +147,8 @@ BY_REASON: dict[int, type[ServiceError]] = {
     reasons.ERROR_REASON_BACKEND_MISCONFIGURED: ServiceUnavailable,
     reasons.ERROR_REASON_REPLICA_BEHIND: ReplicaBehind,
     reasons.ERROR_REASON_NEWER_FORMAT: ServiceRefused,
+    reasons.ERROR_REASON_UNAUTHENTICATED: ServiceRefused,
+    reasons.ERROR_REASON_PERMISSION_DENIED: ServiceRefused,
 }
 # Every status that comes without a reason: from gRPC itself, a proxy, or a program that is not the service.
 BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {

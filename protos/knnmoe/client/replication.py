@@ -13,6 +13,7 @@ from knnmoe import tensors
 from knnmoe.channels import MAX_MESSAGE_BYTES, open_channel
 from knnmoe.client.calls import PAUSES_S, Retries, next_reply, unary
 from knnmoe.client.errors import ClientClosed, ServiceUnavailable
+from knnmoe.credentials import Credentials
 from knnmoe.v1 import replication_pb2 as pb
 from knnmoe.v1 import types_pb2
 from knnmoe.v1.replication_pb2_grpc import ReplicationServiceStub
@@ -77,6 +78,9 @@ class ReplicationClient:
         memory: its name.
         fingerprint: of the client's model; a memory of another model is refused.
         pauses_s: before each retry of report_hits(); (0, 0) retries at once.
+        credentials: those of the environment when not given.
+
+    Raises BadCredentials.
 
     """
 
@@ -87,11 +91,12 @@ class ReplicationClient:
         fingerprint: types_pb2.ModelFingerprint,
         *,
         pauses_s: tuple[float, ...] = PAUSES_S,
+        credentials: Credentials | None = None,
     ) -> None:
         self.target, self.memory = target, memory
         self.name = secrets.token_hex(8)  # as which it reports
         self._fingerprint = fingerprint
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, credentials=credentials)
         self._stub = ReplicationServiceStub(self._channel)
         self._retries = Retries(pauses_s)
         self._closed = False

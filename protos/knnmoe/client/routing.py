@@ -16,7 +16,13 @@ from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.client.calls import PAUSES_S, DuplexStream, Retries, Stream, StreamPool, unary
 from knnmoe.client.direct import DirectStream
-from knnmoe.client.errors import ClientClosed, MemoryNotFound, ServiceUnavailable
+from knnmoe.client.errors import (
+    ClientClosed,
+    MemoryNotFound,
+    ServiceRefused,
+    ServiceUnavailable,
+)
+from knnmoe.credentials import Credentials
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import types_pb2
 from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
@@ -45,6 +51,9 @@ class RoutingClient:
         fingerprint: of the client's model; a memory of another model is refused.
         pauses_s: before each retry; (0, 0) retries at once.
         connect_timeout_s: longest wait of describe(), which may have to connect first.
+        credentials: those of the environment when not given.
+
+    Raises BadCredentials.
 
     """
 
@@ -56,12 +65,14 @@ class RoutingClient:
         *,
         pauses_s: tuple[float, ...] = PAUSES_S,
         connect_timeout_s: float = 10.0,
+        credentials: Credentials | None = None,
     ) -> None:
         self.target, self.memory = target, memory
         self._fingerprint, self._connect_timeout_s = fingerprint, connect_timeout_s
-        self._channel = open_channel(target)
+        self._credentials = credentials or Credentials.of_environment()
+        self._channel = open_channel(target, credentials=self._credentials)
         self._stub = RoutingServiceStub(self._channel)
-        self._retries = Retries(pauses_s)
+        self._retries = Retries(pauses_s, why=partial(self._credentials.mismatch, target))
         self._streams: StreamPool[pb.RouteRequest, pb.RouteResponse] = StreamPool(self._open_stream)
         self._description: pb.MemoryDescription | None = None
         self._request_ids = itertools.count(1)
@@ -143,7 +154,7 @@ class RoutingClient:
             self._channel.close()
 
     def _open_stream(self) -> Stream[pb.RouteRequest, pb.RouteResponse]:
-        direct = DirectStream.connected(self.target)
+        direct = DirectStream.connected(self.target, self._credentials.token())
         return direct or DuplexStream(self._stub.RouteStream, self.target)
 
     def _exchange(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteResponse:
@@ -156,6 +167,10 @@ class RoutingClient:
         except ServiceUnavailable as error:
             if error.passing:
                 self._streams.close_idle()
+            raise
+        except ServiceRefused as error:
+            if error.code is grpc.StatusCode.UNAUTHENTICATED:
+                self._streams.close_idle()  # they have the same token
             raise
         return response
 
