@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from knnmoe.client import AdminClient, require_same_model
+from knnmoe.client import AdminClient, Credentials, require_same_model
 from knnmoe.fingerprint import ModelFingerprint
 from torch import nn
 
@@ -122,6 +122,7 @@ class RoutingMemory:
         on_error: "fall_back": a lookup that fails leaves the model's own router standing, and is counted. "raise": it
             is an error. Either way a sidecar that is away is an error when the context is entered.
         timeout_s: longest wait for one token's lookup in the sidecar.
+        credentials: certificates and token (knnmoe.client.Credentials); those of the environment when not given.
 
     Raises when it is entered: HooksInUse (this model is routing with a memory already), UnsupportedModel,
     HookBypassed, BadInput (training mode); of knnmoe.client ModelMismatch, MemoryNotFound, ServiceUnavailable.
@@ -138,6 +139,7 @@ class RoutingMemory:
         retrieval: Retrieval | Where | str = Where.AUTO,
         on_error: OnError | str = OnError.FALL_BACK,
         timeout_s: float = 0.05,
+        credentials: Credentials | None = None,
     ) -> None:
         # What load_model() gives was verified then.
         self._verified = isinstance(model, LoadedModel)
@@ -150,7 +152,7 @@ class RoutingMemory:
         self.model, self.tokenizer = model, tokenizer
         self.memory, self.target, self.timeout_s = memory, target, timeout_s
         self.retrieval = retrieval if isinstance(retrieval, Retrieval) else Retrieval(retrieval)
-        self.on_error = OnError(on_error)
+        self.on_error, self.credentials = OnError(on_error), credentials
         self._layers = 0
         self._policy: RetrievalPolicy | None = None
         self._open: _Open | None = None
@@ -162,14 +164,19 @@ class RoutingMemory:
                 f"this RoutingMemory of {self.memory!r} is already entered; leave it first, or make another"
             )
         with ExitStack() as stack:
-            admin = stack.enter_context(AdminClient(self.target))
+            admin = stack.enter_context(AdminClient(self.target, credentials=self.credentials))
             fingerprint = model_fingerprint(self.model)
             # Falling back is for text under way: whoever begins is told that nobody answers, or another model's.
             require_same_model(admin.describe(self.memory), fingerprint.message(), self.target)
             if not self._verified:
                 verify_hooks(_eager(self.model))
             where = (self.target, self.memory, fingerprint, _device_of(self.model), self.retrieval)
-            opening = open_retriever(*where, timeout_s=self.timeout_s, on_error=self.on_error)
+            opening = open_retriever(
+                *where,
+                timeout_s=self.timeout_s,
+                on_error=self.on_error,
+                credentials=self.credentials,
+            )
             opened = stack.enter_context(opening)
             policy = RetrievalPolicy(opened.retriever)
             hooks = stack.enter_context(RouterHooks(self.model, policy))
@@ -219,7 +226,12 @@ class RoutingMemory:
             windows = known_text(opened.admin, self.memory, windows).windows
         asked = (self.target, self.memory, opened.fingerprint)
         with (
-            RouterClient(*asked, timeout_s=EXPLAIN_TIMEOUT_S, on_error=OnError.RAISE) as client,
+            RouterClient(
+                *asked,
+                timeout_s=EXPLAIN_TIMEOUT_S,
+                on_error=OnError.RAISE,
+                credentials=self.credentials,
+            ) as client,
             opened.hooks.paused(),
         ):
             client.describe()

@@ -12,7 +12,7 @@ from functools import partial
 
 import grpc
 import torch
-from knnmoe.client import AdminClient, ReplicationClient, ServiceError, ServiceRefused
+from knnmoe.client import AdminClient, Credentials, ReplicationClient, ServiceError, ServiceRefused
 from knnmoe.client import ServiceUnavailable as Unavailable
 from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1.routing_pb2 import MemoryDescription
@@ -126,17 +126,23 @@ def open_retriever(
     *,
     timeout_s: float = 0.05,
     on_error: OnError | str = OnError.FALL_BACK,
+    credentials: Credentials | None = None,
 ) -> Iterator[OpenMemory]:
     """A memory that is open for lookups within the block; a replica's copy is complete then.
 
-    timeout_s, on_error: as of RouterClient. With FALL_BACK a sidecar that is away is no error: lookups say so. Raises
-    ModelMismatch, MemoryNotFound; ReplicaTooLarge and other refusals when it has to be a replica.
+    timeout_s, on_error, credentials: as of RouterClient. With FALL_BACK a sidecar that is away is no error: lookups say
+    so. Raises ModelMismatch, MemoryNotFound; ReplicaTooLarge and other refusals when it has to be a replica.
     """
     on_error, how = OnError(on_error), how or Retrieval()
     progress = progress or Progress(quiet=True)
     with ExitStack() as stack:
         client = stack.enter_context(
-            RouterClient(target, memory, fingerprint, timeout_s=timeout_s, on_error=on_error)
+            RouterClient(
+                *(target, memory, fingerprint),
+                timeout_s=timeout_s,
+                on_error=on_error,
+                credentials=credentials,
+            )
         )
         described: MemoryDescription | None = None
         try:
@@ -146,7 +152,8 @@ def open_retriever(
                 raise
         replica = None
         if how.where is Where.REPLICA or (how.where is Where.AUTO and described is not None):
-            opening = _Opening(target, memory, fingerprint, device, how, on_error, described)
+            asked = (target, memory, fingerprint, device, how, on_error, described)
+            opening = _Opening(*asked, credentials)
             replica = opening.opened(stack, progress)
         yield replica or OpenMemory(client, described, client.describe)
 
@@ -162,6 +169,7 @@ class _Opening:
     how: Retrieval
     on_error: OnError
     described: MemoryDescription | None
+    credentials: Credentials | None
 
     def opened(self, stack: ExitStack, progress: Progress) -> OpenMemory | None:
         """The replica, which is closed with the stack; None when lookups go to the sidecar instead, with a word."""
@@ -193,7 +201,9 @@ class _Opening:
         if staleness_s is None:
             raises = self.on_error is OnError.RAISE
             staleness_s = EVALUATION_STALENESS_S if raises else math.inf
-        client = ReplicationClient(self.target, self.memory, self.fingerprint.message())
+        client = ReplicationClient(
+            *(self.target, self.memory, self.fingerprint.message()), credentials=self.credentials
+        )
         own.callback(client.close)
         follower = Follower(client, copy, max_staleness_s=staleness_s)
         follower.start()
@@ -205,7 +215,7 @@ class _Opening:
             first_pass=self.how.first_pass,
             on_error=self.on_error,
         )
-        admin = own.enter_context(AdminClient(self.target))
+        admin = own.enter_context(AdminClient(self.target, credentials=self.credentials))
         return OpenMemory(retriever, self.described, partial(admin.describe, self.memory), follower)
 
 

@@ -17,6 +17,7 @@ import torch
 from knnmoe.client import (
     NO_PAUSES_S,
     PAUSES_S,
+    Credentials,
     ExampleRef,
     MemoryNotFound,
     RoutingClient,
@@ -130,6 +131,7 @@ class RouterClient:
     TIMEOUT_S_PER_MORE_TOKEN each. describe() waits for a connection up to CONNECT_TIMEOUT_S: call it first.
 
     on_error: an OnError, or its name: "fall_back", "raise". Raises ValueError for another.
+    credentials: those of the environment when not given. Raises BadCredentials.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class RouterClient:
         timeout_s: float = 0.05,
         on_error: OnError | str = OnError.FALL_BACK,
         breaker: CircuitBreaker | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.target, self.memory = target, memory
         self.on_error, self.timeout_s = OnError(on_error), timeout_s
@@ -150,6 +153,7 @@ class RouterClient:
             fingerprint.message(),
             pauses_s=NO_PAUSES_S if self.on_error is OnError.FALL_BACK else PAUSES_S,
             connect_timeout_s=CONNECT_TIMEOUT_S[self.on_error.value],
+            credentials=credentials,
         )
         self._breaker = breaker or CircuitBreaker()
         # Of what follows.

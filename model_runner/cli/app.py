@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +47,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _variable(name: str) -> str:
+    """As knnmoe.credentials, whose import --help does not wait for."""
+    return f"KNNMOE_{name.upper()}"
+
+
+def _credential(name: str, help_text: str) -> Any:
+    return typer.Option(metavar="FILE", envvar=_variable(name), help=help_text)
+
+
 @app.callback()
 def _common(
     version: Annotated[
@@ -54,12 +64,37 @@ def _common(
             "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
         ),
     ] = False,
+    token_file: Annotated[
+        Path | None, _credential("token_file", "File with the token that the sidecar asks for.")
+    ] = None,
+    ca_file: Annotated[
+        Path | None,
+        _credential(
+            "ca_file",
+            "PEM file of the authorities that may have signed the sidecar's certificate: with it HOST:PORT is "
+            "spoken to in TLS.",
+        ),
+    ] = None,
+    cert_file: Annotated[
+        Path | None, _credential("cert_file", "PEM file of this client's certificate.")
+    ] = None,
+    key_file: Annotated[Path | None, _credential("key_file", "PEM file of its key.")] = None,
 ) -> None:
-    """The help is the app's."""
+    """The help is the app's. What is given counts for every client of the process, as from the environment."""
+    files = {
+        "token_file": token_file,
+        "ca_file": ca_file,
+        "cert_file": cert_file,
+        "key_file": key_file,
+    }
+    for name, path in files.items():
+        if path is not None:
+            os.environ[_variable(name)] = str(path)
 
 
 for command in (build, calibrate, evaluate, explain, generate, learn, demo, sample_data):
     app.command()(command)
+_COMMANDS = ("build", "learn", "generate", "calibrate", "evaluate", "explain", "demo")
 
 
 def main() -> None:
@@ -85,21 +120,24 @@ def main() -> None:
             f"{error.name} is not installed; the runner needs it: pip install 'knn-moe[runner]'",
             EXIT_FAILED,
         )
-    except (BadInput, _client().KindMismatch) as error:
+    except (BadInput, _client().KindMismatch, _client().BadCredentials) as error:
         _fail(error, EXIT_BAD_INPUT)
     except _client().ServiceUnavailable as error:
-        _fail(
-            f"{error}\nIs a sidecar running there? Start one with: router-service serve --data DIR",
-            EXIT_UNAVAILABLE,
-        )
+        _fail(_unavailable(error), EXIT_UNAVAILABLE)
     except (RunnerError, _client().ServiceError, OSError) as error:
         _fail(error, EXIT_FAILED)
 
 
+def _unavailable(error: Exception) -> str:
+    if isinstance(error, _client().ConnectionMismatch):
+        return str(error)
+    return f"{error}\nIs a sidecar running there? Start one with: router-service serve --data DIR"
+
+
 def _interrupted() -> str:
-    """The root's own options take no values, so the first word is the command."""
+    """Files of the root's own options are no commands."""
     words = sys.argv[1:]
-    command = next((word for word in words if not word.startswith("-")), "")
+    command = next((word for word in words if word in _COMMANDS), "")
     if command in ("build", "learn"):
         return f"interrupted{_GOES_ON}"
     learns = any(word.startswith(("--learn", "--interactive")) for word in words)

@@ -12,6 +12,7 @@ from knnmoe.client import (
 from knnmoe.fingerprint import ModelFingerprint
 
 from model_runner.errors import BadInput
+from model_runner.vllm.config import Config
 
 # A request waits for it.
 TIMEOUT_S = 0.2
@@ -20,8 +21,9 @@ TIMEOUT_S = 0.2
 class Admission:
     """Of a front end: requests may be admitted from several threads."""
 
-    def __init__(self, target: str, model: ModelFingerprint) -> None:
-        self._client, self._model = AdminClient(target, TIMEOUT_S), model
+    def __init__(self, config: Config, model: ModelFingerprint) -> None:
+        self._client = AdminClient(config.target, TIMEOUT_S, config.credentials())
+        self._model = model
 
     def require(self, memory: str) -> None:
         """Raises BadInput with both sides when the memory is gone, or is another model's.

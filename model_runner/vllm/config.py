@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from knnmoe.client import BadCredentials, Credentials
+from knnmoe.credentials import FILES
+
 from model_runner.errors import BadInput
 from model_runner.replica.budget import KeyDtype, parse_bytes
 from model_runner.retrieval import Retrieval
@@ -30,6 +33,7 @@ class Config:
         first_pass: how a replica on a CPU is searched.
         max_staleness_s: lookups of a replica that may be older fall back.
         timeout_s: longest lookup of one token in the sidecar.
+        ca_file, cert_file, key_file, token_file: as of knnmoe.client.Credentials; else those of the environment.
         strict: a request over HTTP fails afterwards when a lookup of it fell back; it may say so, or not, for itself.
 
     """
@@ -44,10 +48,15 @@ class Config:
     max_staleness_s: float | None = None
     timeout_s: float = 0.05
     strict: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    token_file: str | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput for what cannot be."""
         self.how()
+        self.credentials()
         if not self.served:
             raise BadInput(f"{KEY}: no memory is named, expected `memory`, `memories` or both")
         if not isinstance(self.strict, bool):
@@ -60,6 +69,14 @@ class Config:
         """Every memory that requests may read, the default one first."""
         default = () if self.memory is None else (self.memory,)
         return tuple(dict.fromkeys((*default, *self.memories)))
+
+    def credentials(self) -> Credentials:
+        """Of every client of the sidecar. Raises BadInput."""
+        files = {name: getattr(self, name) for name in FILES}
+        try:
+            return Credentials.of_environment(**files)
+        except (BadCredentials, TypeError) as error:  # a file name that is no text
+            raise BadInput(f"{KEY}: {error}") from error
 
     def how(self) -> Retrieval:
         """How memories are to be read."""

@@ -85,7 +85,7 @@ class Middleware:
             model = (await engine.status()).get("model")
             if engine.config is None or model is None:  # /health says why
                 return
-            self._admission = Admission(engine.config.target, ModelFingerprint(**model))
+            self._admission = Admission(engine.config, ModelFingerprint(**model))
         await asyncio.to_thread(self._admission.require, memory)
 
     async def _status(self, scope: Message, receive: Receive, send: Send) -> None:

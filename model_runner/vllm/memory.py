@@ -154,8 +154,9 @@ def opened_memory(name: str, config: Config, model: ServedModel) -> Iterator[Ser
             *(config.target, name, model.fingerprint, model.device, config.how()),
             timeout_s=config.timeout_s,
             on_error=OnError.FALL_BACK,
+            credentials=config.credentials(),
         ) as opened,
-        AdminClient(config.target, DESCRIBE_TIMEOUT_S) as admin,
+        AdminClient(config.target, DESCRIBE_TIMEOUT_S, config.credentials()) as admin,
     ):
         if opened.described is None:
             raise ServiceUnavailable(

@@ -65,9 +65,10 @@ class Credentials:
             object.__setattr__(self, "_token", token)
 
     @staticmethod
-    def of_environment() -> Credentials:
-        """Those that the environment names, maybe none."""
-        found = {name: Path(path) for name in FILES if (path := os.environ.get(variable(name)))}
+    def of_environment(**given: Path | None) -> Credentials:
+        """Those that the environment names, maybe none; what is `given` of FILES comes first. Raises BadCredentials."""
+        named = {name: given.get(name) or os.environ.get(variable(name)) for name in FILES}
+        found = {name: Path(path) for name, path in named.items() if path}
         return Credentials(**found, insecure=os.environ.get(INSECURE, "") not in ("", "0"))
 
     def channel(self, target: str, options: list[tuple[str, Any]]) -> grpc.Channel:

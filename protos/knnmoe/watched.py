@@ -40,7 +40,7 @@ class Watched(Generic[T]):
         self._unusable = unusable
         self._lock = threading.Lock()
         self._looked_s = time.monotonic()
-        self._seen = self._state()
+        self._seen = self._state()  # before it is read: what changes meanwhile is read again
         self._value = read()
         self._warn()
 
@@ -70,8 +70,8 @@ class Watched(Generic[T]):
         return [_state_of(path) for path in self._paths]
 
     def _warn(self) -> None:
-        for path in self._secret:
-            if path.stat().st_mode & stat.S_IROTH:
+        for path, seen in zip(self._paths, self._seen, strict=True):
+            if path in self._secret and seen is not None and seen[0] & stat.S_IROTH:
                 log.warning(
                     "%s can be read by every user of this machine: chmod o-r %s", path, path
                 )
@@ -82,4 +82,4 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except OSError:  # read() says so
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_mode, found.st_ino, found.st_size, found.st_mtime_ns

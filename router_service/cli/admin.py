@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
 from router_service.cli.errors import AdminError, admin_error
-from router_service.cli.options import Later, LazyGroup, print_version
+from router_service.cli.options import Later, LazyGroup, credential, print_version
 
 
 class AdminGroup(LazyGroup):
@@ -111,6 +112,25 @@ def root(
             help="Address of the service: HOST:PORT or unix:PATH, e.g. unix:/run/knnmoe.sock.",
         ),
     ] = "127.0.0.1:50051",
+    token_file: Annotated[
+        Path | None,
+        credential("token_file", "File with the token that the service asks for, e.g. ~/.knnmoe."),
+    ] = None,
+    ca_file: Annotated[
+        Path | None,
+        credential(
+            "ca_file",
+            "PEM file of the authorities that may have signed the service's certificate, e.g. ca.pem: with it "
+            "HOST:PORT is spoken to in TLS.",
+        ),
+    ] = None,
+    cert_file: Annotated[
+        Path | None,
+        credential("cert_file", "PEM file of this client's certificate, e.g. client.pem."),
+    ] = None,
+    key_file: Annotated[
+        Path | None, credential("key_file", "PEM file of its key, e.g. client.key.")
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -155,11 +175,14 @@ def root(
       130  Ctrl-C; a long operation was cancelled and left a sound state
 
     """
-    from knnmoe.client import AdminClient
+    from knnmoe.client import AdminClient, Credentials
 
     from router_service.cli.output import Output, Session
 
-    client = AdminClient(target, timeout_s)
+    credentials = Credentials.of_environment(
+        ca_file=ca_file, cert_file=cert_file, key_file=key_file, token_file=token_file
+    )
+    client = AdminClient(target, timeout_s, credentials)
     context.call_on_close(client.close)
     context.obj = Session(client, Output(as_json=as_json))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 from router_service.children import start_module
@@ -37,17 +40,25 @@ class Dashboard:
                 _OPTION, settings.dashboard, insecure=settings.insecure
             )
 
-    def start(self, target: str) -> str | None:
-        """Shows the service at `target`; returns where, or None."""
+    @property
+    def is_on(self) -> bool:
+        """Whether there is one."""
+        return self._listener is not None
+
+    def start(self, target: str, token: str | None) -> str | None:
+        """Shows the service at `target`, which asks for `token`; returns where, or None."""
         if self._listener is None:
             return None
         descriptor = self._listener.fileno()
         host, _, rest = target.rpartition(":")
         target = f"{_EVERYWHERE.get(host, host)}:{rest}"
-        arguments = [str(descriptor), self._host, target, self._log_format]
-        self._process = start_module(
-            _MODULE, arguments, stderr=None, pass_fds=[descriptor], niceness=_NICENESS
-        )
+        with _kept(token) as kept:
+            arguments = [str(descriptor), self._host, target, self._log_format, *map(str, kept)]
+            self._process = start_module(
+                _MODULE, arguments, stderr=None, pass_fds=[descriptor, *kept], niceness=_NICENESS
+            )
+        if token is not None:
+            log.warning("%s asks nobody for a token: who reaches it reads every memory", _OPTION)
         watching = threading.Thread(target=self._watch, args=[self._process], daemon=True)
         watching.start()
         return url_of(self._host, self._listener, "/")
@@ -65,6 +76,21 @@ class Dashboard:
         code = process.wait()
         if not self._closing:
             log.error("the dashboard has ended with code %d; the service goes on without", code)
+
+
+@contextmanager
+def _kept(token: str | None) -> Iterator[list[int]]:
+    """The descriptor of a file in RAM with a token, which nobody else sees: neither as an argument nor on disk."""
+    if token is None:
+        yield []
+        return
+    file = os.memfd_create("token")
+    try:
+        os.fchmod(file, 0o600)
+        os.write(file, token.encode())
+        yield [file]
+    finally:
+        os.close(file)
 
 
 def _require_libraries() -> None:

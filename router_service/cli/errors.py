@@ -46,7 +46,12 @@ class Interrupted(AdminError):
 def admin_error(error: ServiceError) -> AdminError:
     """What a failed call means to the user of `router-admin`."""
     import grpc
+    from knnmoe.client import BadCredentials, ConnectionMismatch
 
+    if isinstance(error, BadCredentials):
+        return BadInput(error.message)
+    if isinstance(error, ConnectionMismatch):
+        return Unreachable(f"{error.target}: {error.message}")
     if error.reason:
         return AdminError(error.message)
     if error.code is grpc.StatusCode.UNAVAILABLE:

@@ -17,7 +17,7 @@ def listener(option: str, address: str, *, insecure: bool) -> tuple[str, socket.
     Raises InvalidField on an address that is none, or that others reach without --insecure, and StorageError when it
     cannot be had.
     """
-    host, port = host_and_port(option, address, "HOST:PORT", insecure=insecure)
+    host, port = host_and_port(option, address, "HOST:PORT", insecure)
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except OSError as error:

@@ -153,7 +153,18 @@ def complete_memory(context: typer.Context, incomplete: str) -> list[str]:
     )  # what it writes would be on the line that is typed
     from knnmoe.client import memory_names
 
-    return memory_names(context.find_root().params["target"], incomplete)
+    given = context.find_root().params
+    return memory_names(
+        given["target"], incomplete, **{name: given[name] for name in CREDENTIAL_FILES}
+    )
+
+
+CREDENTIAL_FILES = ("ca_file", "cert_file", "key_file", "token_file")
+
+
+def credential(name: str, help_text: str) -> Any:
+    """The option of one of CREDENTIAL_FILES."""
+    return typer.Option(metavar="FILE", envvar=f"KNNMOE_{name.upper()}", help=help_text)
 
 
 MemoryName = Annotated[

@@ -148,7 +148,8 @@ def _run(server: RoutingServer, page: Dashboard, probes: Probes) -> None:
         url_of_metrics = probes.start(server.pages())
         server.start()
         typer.echo(f"listening on {server.address}")
-        if (url := page.start(server.address)) is not None:
+        where = server.for_own_clients() if page.is_on else ("", None)
+        if (url := page.start(*where)) is not None:
             typer.echo(f"dashboard on {url}")
         if url_of_metrics is not None:
             typer.echo(f"metrics on {url_of_metrics}")

@@ -1,15 +1,16 @@
-"""`python -m router_service.dashboard FD HOST TARGET LOG_FORMAT`, which `router-service serve --dashboard` starts.
+"""`python -m router_service.dashboard FD HOST TARGET LOG_FORMAT [TOKEN_FD]`, which `serve --dashboard` starts.
 
-FD is a socket that listens at HOST; TARGET is the service's address.
+FD is a socket that listens at HOST; TARGET is the service's address. TOKEN_FD: a file with the token that it asks for.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
+from pathlib import Path
 
 import uvicorn
-from knnmoe.client import AdminClient
+from knnmoe.client import AdminClient, Credentials
 
 from router_service.children import die_with_parent_thread
 from router_service.dashboard.view import View
@@ -17,11 +18,16 @@ from router_service.dashboard.web import application
 from router_service.telemetry.logs import configure
 
 
-def main(listener: str, host: str, target: str, log_format: str) -> None:
+def main(listener: str, host: str, target: str, log_format: str, token: str | None = None) -> None:
     """Serves the page until the service ends this process."""
     die_with_parent_thread()
     configure("WARNING", log_format)
-    with AdminClient(target) as client, socket.socket(fileno=int(listener)) as listening:
+    # Nothing from the environment: that is for other services.
+    credentials = Credentials(token_file=None if token is None else Path(f"/dev/fd/{token}"))
+    with (
+        AdminClient(target, credentials=credentials) as client,
+        socket.socket(fileno=int(listener)) as listening,
+    ):
         config = uvicorn.Config(
             application(View(client), host),
             http="h11",

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import threading
 from concurrent import futures
 from contextlib import closing
@@ -99,6 +100,7 @@ class RoutingServer:
         self._waiting = threading.Thread(target=self._look_at_waiting, name="waiting", daemon=True)
         self._readiness, self._failed_flushes = Readiness.OPENING, 0
         self.address = settings.listen
+        self._inside: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
         """Raises StorageError when the data cannot be opened or the address is taken."""
@@ -118,6 +120,11 @@ class RoutingServer:
         names = ", ".join(self._store.names()) or "none yet"
         log.info("serving on %s; memories: %s", self.address, names)
 
+    def for_own_clients(self) -> tuple[str, str | None]:
+        """Where the page of --dashboard reaches the service, without TLS, and the token that it shows there."""
+        token = self._authority.own_token() if self._authority.asks else None
+        return (self.address if self._inside is None else f"unix:{self._inside.name}/s"), token
+
     def stop(self) -> None:
         """Refuses new calls, lets those in flight finish, flushes, closes."""
         self._stopping.set()
@@ -136,6 +143,8 @@ class RoutingServer:
             self._flusher.join()
         with closing(self._backend):
             self._store.close()
+        if self._inside is not None:
+            self._inside.cleanup()
         log.info("stopped")
 
     def pages(self) -> Pages:
@@ -230,6 +239,9 @@ class RoutingServer:
             raise StorageError(
                 f"cannot listen on {listen} (in use, or not an address of this machine); choose another --listen"
             ) from error
+        if self._encryption is not None and self.settings.dashboard is not None:
+            self._inside = tempfile.TemporaryDirectory(prefix="knnmoe-")  # its owner's alone
+            self._grpc.add_insecure_port(f"unix:{self._inside.name}/s")
         if listen.startswith("unix:"):
             with storage_call(f"set --socket-mode of {listen}"):
                 # All that limits who calls over it: gRPC does not say who is at the other end.

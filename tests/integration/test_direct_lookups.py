@@ -130,7 +130,7 @@ def test_a_refusal_ends_the_stream_with_the_error_of_grpc(
 
 def test_what_is_no_message_is_refused(serving: tuple[Sidecar, str]) -> None:
     sidecar, digest = serving
-    for frame in (b"\x03\0\0\0abc", struct.pack("<I", 2**32 - 1)):
+    for frame in (b"\x03\0\0\0abc", struct.pack("<I", 2**32 - 2)):
         stream = direct(sidecar)
         stream._socket.sendall(frame)
         with pytest.raises(ServiceError, match=r"request: got '\d+ bytes', expected"):

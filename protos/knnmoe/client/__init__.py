@@ -6,6 +6,7 @@ from knnmoe.client.completion import memory_names
 from knnmoe.client.errors import (
     BadCredentials,
     ClientClosed,
+    ConnectionMismatch,
     KindMismatch,
     MemoryNotFound,
     ModelMismatch,
@@ -26,6 +27,7 @@ __all__ = [
     "AdminClient",
     "BadCredentials",
     "ClientClosed",
+    "ConnectionMismatch",
     "Credentials",
     "ExampleRef",
     "KindMismatch",

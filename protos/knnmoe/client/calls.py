@@ -16,6 +16,7 @@ import grpc
 
 from knnmoe.client.errors import (
     ClientClosed,
+    ConnectionMismatch,
     ServiceError,
     ServiceRefused,
     ServiceUnavailable,
@@ -39,7 +40,7 @@ _SPREAD = (0.75, 1.25)  # so that many clients do not come back at once
 class Retries:
     """Retries of one channel's calls: only what failed with UNAVAILABLE, and only once a service has answered on it.
 
-    And once more what was UNAUTHENTICATED: a stream keeps the token that it was opened with, which may be replaced since.
+    And once more what was UNAUTHENTICATED: a stream keeps the token that it was opened with, which may be another now.
     Where the service says when to try again, tries go on at its pace for as long as there is time.
 
     Attributes:
@@ -91,7 +92,7 @@ class Retries:
             return error
         why = self.why(min(left_s, WHY_S)) if left_s > 0 else None
         return (
-            error if why is None else ServiceUnavailable(why, code=error.code, target=error.target)
+            error if why is None else ConnectionMismatch(why, code=error.code, target=error.target)
         )
 
     def _reaching(self, call: Callable[[float], Response], left_s: float) -> Response:

@@ -2,6 +2,7 @@
 
     ServiceError                 code, reason, message, target, metadata, violations
       +-- ServiceUnavailable     no answer in time, or none to be had now: another try, or none at all, is the remedy
+      |     +-- ConnectionMismatch   it is there, and speaks TLS where this client does not, or trusts another authority
       +-- ServiceRefused         the service understood the call and refused it
             +-- ModelMismatch    the memory is another model's
             +-- KindMismatch     the memory holds another kind of values
@@ -79,6 +80,14 @@ class ServiceUnavailable(ServiceError):
         if not self.target:
             return self.message
         return f"sidecar at {self.target}: {self.code.name}: {self.message}"
+
+
+class ConnectionMismatch(ServiceUnavailable):
+    """The service is there, and one side speaks TLS, or wants or trusts a certificate, where the other does not."""
+
+    @override
+    def __str__(self) -> str:
+        return f"sidecar at {self.target}: {self.message}"
 
 
 class ServiceRefused(ServiceError):

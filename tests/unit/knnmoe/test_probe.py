@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 MODULES = "import json, sys, knnmoe.probe; print(json.dumps(sorted(sys.modules)))"
-OURS = {"knnmoe", "knnmoe.channels", "knnmoe.probe"}
+OURS = {"knnmoe", "knnmoe.channels", "knnmoe.credentials", "knnmoe.probe", "knnmoe.watched"}
 
 
 def test_grpc_and_its_health_messages_are_all_it_imports() -> None:
