@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -116,7 +117,8 @@ def test_what_is_mounted_is_there_and_where_the_image_has_it(
     assert {DATA, "/tmp"} <= places
     by_socket = f"--listen=unix:{SOCKETS}/router.sock" in sidecar["args"]
     assert (SOCKETS in places) is by_socket
-    files = [word.split("=")[1] for word in sidecar["args"] if "-file=" in word]
+    files = [word.split("=")[1] for word in sidecar["args"] if "=/etc/" in word]
+    assert files
     assert all(any(file.startswith(f"{place}/") for place in places) for file in files)
 
 
@@ -189,7 +191,12 @@ def test_a_model_starts_after_the_sidecar_and_is_ready_without_it() -> None:
 REFUSED = {
     "no image": ({"image": {"repository": ""}}, "image.repository"),
     "many embedded": ({"replicas": 3}, "replicas: got 3, expected 1 without qdrant.url"),
-    "nobody asks who calls": ({"insecure": False}, "insecure is false"),
+    "nobody asks who calls": ({"tokens": {}}, "needs tls.secretName and tokens.secretName"),
+    "all can listen": ({"tls": {}}, "needs tls.secretName and tokens.secretName"),
+    "an open socket": (
+        {**example(EACH_NODE), "tokens": {}, "socket": {"mode": "666"}},
+        "socket.mode: got 666, expected 600",
+    ),
     "each node's own": ({"kind": "DaemonSet"}, "needs qdrant.url, or persistence.hostPath"),
     "beside, embedded": ({"kind": "Sidecar"}, "needs qdrant.url, or persistence.existingClaim"),
     "beside nothing": (
@@ -211,14 +218,21 @@ def test_values_that_cannot_work_are_refused(changes: dict[str, Any], words: str
 
 
 def test_the_service_starts_with_the_arguments_and_answers_the_probes(tmp_path: Path) -> None:
+    """With TLS, certificates of clients, and tokens; probes need none of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    values = example(SERVICE) | {"metrics": {"scrape": True, "port": port}}
-    container = sidecar_of(rendered(values))
-    own = ("serve", "--data=", "--listen=", "--drain-s=", "--metrics=")
+    secrets = tmp_path / "etc"
+    (secrets / "tls").mkdir(parents=True)
+    (secrets / "tokens").mkdir()
+    for name, file in (("tls.crt", "pem"), ("tls.key", "key"), ("ca.crt", "pem")):
+        shutil.copy(ROOT / "tests" / "qdrant_standin" / f"localhost.{file}", secrets / "tls" / name)
+    token = '[[token]]\nname = "a"\nrole = "admin"\nmemories = "all"\nsecret = "0123456789abcdef0123456789"\n'
+    (secrets / "tokens" / "tokens.toml").write_text(token)
+    container = sidecar_of(rendered(example(SERVICE) | {"metrics": {"port": port}}))
+    own = ("serve", "--data=", "--listen=", "--drain-s=")
     flags = [word for word in container["args"] if not word.startswith(own)]
-    flags += [f"--metrics=127.0.0.1:{port}"]
+    flags = [word.replace("=/etc/knnmoe", f"={secrets}") for word in flags]
     probes = ("startupProbe", "readinessProbe", "livenessProbe")
     commands = [[sys.executable, *container[each]["exec"]["command"][1:]] for each in probes]
     with Sidecar(tmp_path / "data", backend="exact", flags=flags) as service:

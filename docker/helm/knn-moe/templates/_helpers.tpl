@@ -37,8 +37,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and (eq .Values.kind "Sidecar") (not .Values.model.container) }}
 {{- fail "kind Sidecar: needs model.container, the container of the model" }}
 {{- end }}
-{{- if and (eq .Values.kind "StatefulSet") (not .Values.insecure) }}
-{{- fail "kind StatefulSet: insecure is false, and the service cannot ask who calls: set insecure: true, and let networkPolicy say who reaches it" }}
+{{- if and (eq .Values.kind "StatefulSet") (not .Values.insecure) (not (and .Values.tls.secretName .Values.tokens.secretName)) }}
+{{- fail "kind StatefulSet: needs tls.secretName and tokens.secretName, or insecure: true" }}
+{{- end }}
+{{- if and (ne .Values.kind "StatefulSet") (ne .Values.socket.mode "600") (not .Values.tokens.secretName) }}
+{{- fail (printf "socket.mode: got %s, expected 600 without tokens.secretName" .Values.socket.mode) }}
 {{- end }}
 {{- end }}
 
@@ -58,6 +61,20 @@ args:
   - serve
   - --data=/var/lib/knnmoe
   - --listen={{ $tcp | ternary "0.0.0.0:50051" "unix:/run/knnmoe/router.sock" }}
+  {{- if not $tcp }}
+  - --socket-mode={{ .Values.socket.mode }}
+  {{- else if .Values.tls.secretName }}
+  - --tls-cert=/etc/knnmoe/tls/tls.crt
+  - --tls-key=/etc/knnmoe/tls/tls.key
+  {{- with .Values.tls.clientCa }}
+  - --tls-client-ca=/etc/knnmoe/tls/{{ . }}
+  {{- end }}
+  {{- end }}
+  {{- with .Values.tokens }}
+  {{- if .secretName }}
+  - --tokens=/etc/knnmoe/tokens/{{ .key }}
+  {{- end }}
+  {{- end }}
   - --metrics={{ .Values.metrics.scrape | ternary "0.0.0.0" "127.0.0.1" }}:{{ .Values.metrics.port }}
   - --drain-s={{ .Values.drainSeconds }}
   {{- with .Values.qdrant }}
@@ -121,28 +138,30 @@ volumeMounts:
   {{- if not $tcp }}
   - {name: socket, mountPath: /run/knnmoe}
   {{- end }}
-  {{- if .Values.qdrant.apiKeySecret.name }}
-  - {name: qdrant-key, mountPath: /etc/knnmoe/qdrant-key, readOnly: true}
+  {{- range $name, $secret := include "knn-moe.secrets" . | fromYaml }}
+  {{- if $secret }}
+  - {name: {{ $name }}, mountPath: /etc/knnmoe/{{ $name }}, readOnly: true}
   {{- end }}
-  {{- if .Values.qdrant.caSecret.name }}
-  - {name: qdrant-ca, mountPath: /etc/knnmoe/qdrant-ca, readOnly: true}
   {{- end }}
+{{- end }}
+
+{{/* The secrets that are given, by the name of their volume: whole directories, which follow a secret that changes. */}}
+{{- define "knn-moe.secrets" -}}
+{{- $tcp := eq .Values.kind "StatefulSet" -}}
+tls: {{ $tcp | ternary .Values.tls.secretName "" | quote }}
+tokens: {{ .Values.tokens.secretName | quote }}
+qdrant-key: {{ .Values.qdrant.apiKeySecret.name | quote }}
+qdrant-ca: {{ .Values.qdrant.caSecret.name | quote }}
 {{- end }}
 
 {{/* Of a pod, but for `data` and `socket`. */}}
 {{- define "knn-moe.volumes" -}}
 - name: tmp
   emptyDir: {sizeLimit: 64Mi}
-{{- with .Values.qdrant.apiKeySecret }}
-{{- if .name }}
-- name: qdrant-key
-  secret: {secretName: {{ .name }}, defaultMode: 0440}
-{{- end }}
-{{- end }}
-{{- with .Values.qdrant.caSecret }}
-{{- if .name }}
-- name: qdrant-ca
-  secret: {secretName: {{ .name }}, defaultMode: 0440}
+{{- range $name, $secret := include "knn-moe.secrets" . | fromYaml }}
+{{- if $secret }}
+- name: {{ $name }}
+  secret: {secretName: {{ $secret }}, defaultMode: 0440}
 {{- end }}
 {{- end }}
 {{- end }}
