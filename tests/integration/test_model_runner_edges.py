@@ -27,6 +27,7 @@ COMMANDS = (
     ("build", "--memory", "law", "--reference", TEXT),
     ("calibrate", "--memory", "law", "--text", TEXT),
     ("evaluate", "--memory", "law", "--text", TEXT),
+    ("explain", "--memory", "law", "--prompt", "The tenant"),
     ("generate", "--prompt", "The tenant"),
     ("learn", TEXT, "--memory", "law"),
     ("demo", "--out", "/nowhere"),
