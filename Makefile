@@ -13,7 +13,7 @@ setup: $(STAMP) ## make .venv with everything pinned in constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[runner,eval,dashboard,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[runner,eval,dashboard,otel,dev]'
 	touch $(STAMP)
 
 demo: setup ## watch a frozen MoE get better on text it was not trained for (writes demo-results/)

@@ -1,9 +1,10 @@
-"""What a client that routes without pause notices of the dashboard: `python -m benchmarks.dashboard --json FILE`.
+"""What a client that routes without pause notices of who looks: `python -m benchmarks.dashboard --json FILE`.
 
-Two services with the same layer of keys, which is indexed and int8: one with --dashboard, one without. A client sends
-them one token after the other over a stream, in turns: to the one without (without), to the other while a process asks
-it for what a page that watches the layer asks for, as a browser on another machine does (asked), and while headless
-Chromium shows the page on this machine, whose cores it shares (open).
+Two services with the same layer of keys, which is indexed and int8: one with --dashboard and --metrics, one without. A
+client sends them one token after the other over a stream, in turns: to the one without (without), to the other while a
+process reads its metrics once a second, fifteen times as often as Prometheus does (scraped), while one asks it for what
+a page that watches the layer asks for, as a browser on another machine does (asked), and while headless Chromium shows
+the page on this machine, whose cores it shares (open).
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ from model_runner.progress import Progress
 from model_runner.sidecar import running_sidecar
 
 # As the page does: static/app.js.
-_POLLS = {"overview": 5.0, f"history?memory={MEMORY}": 5.0, f"recent?memory={MEMORY}&layer=0": 2.0}
+_POLLS = {
+    "api/overview": 5.0,
+    f"api/history?memory={MEMORY}": 5.0,
+    f"api/recent?memory={MEMORY}&layer=0": 2.0,
+}
+_SCRAPES = {"metrics": 1.0}
 # Starting a browser is not what is measured.
 SETTLED_S = 2.0
 _LOADED = "#layers tbody tr"
@@ -44,9 +50,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @contextmanager
-def asked(url: str) -> Iterator[None]:
-    """A process of its own asks for what the page asks for."""
-    asking = multiprocessing.get_context("spawn").Process(target=ask, args=[url], daemon=True)
+def asked(url: str, polls: dict[str, float]) -> Iterator[None]:
+    """A process of its own asks for paths, each once in so many seconds."""
+    asking = multiprocessing.get_context("spawn").Process(
+        target=ask, args=[url, polls], daemon=True
+    )
     asking.start()
     time.sleep(SETTLED_S)
     yield
@@ -54,14 +62,14 @@ def asked(url: str) -> Iterator[None]:
     asking.join()
 
 
-def ask(url: str) -> None:
+def ask(url: str, polls: dict[str, float]) -> None:
     """Without end."""
-    next_at = dict.fromkeys(_POLLS, 0.0)
+    next_at = dict.fromkeys(polls, 0.0)
     while True:
-        for path, every_s in _POLLS.items():
+        for path, every_s in polls.items():
             if time.monotonic() >= next_at[path]:
                 next_at[path] = time.monotonic() + every_s
-                with urlopen(f"{url}api/{path}") as reply:  # noqa: S310  # of the service under test
+                with urlopen(f"{url}{path}") as reply:  # noqa: S310  # of the service under test
                     reply.read()
         time.sleep(0.1)
 
@@ -91,8 +99,9 @@ def run(
     load = report.load_average()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dashboard-")))
-        url = f"http://127.0.0.1:{_free_port()}/"
-        flags = {"without": [], "with": ["--dashboard", url.removeprefix("http://").rstrip("/")]}
+        page, metrics = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+        url, metrics_url = f"http://{page}/", f"http://{metrics}/"
+        flags = {"without": [], "with": ["--dashboard", page, "--metrics", metrics]}
         clients = {}
         for name, options in flags.items():
             target = f"unix:{directory}/{name}.sock"
@@ -103,7 +112,8 @@ def run(
             stack.callback(clients[name].close)
         phases: dict[str, tuple[SidecarClient, Callable[[], AbstractContextManager[None]]]] = {
             "without": (clients["without"], nullcontext),
-            "asked": (clients["with"], lambda: asked(url)),
+            "scraped": (clients["with"], lambda: asked(metrics_url, _SCRAPES)),
+            "asked": (clients["with"], lambda: asked(url, _POLLS)),
             "open": (clients["with"], lambda: shown(url)),
         }
         seen = {name: Seen() for name in phases}
@@ -135,7 +145,7 @@ def _free_port() -> int:
 
 def table(result: dict[str, Any]) -> Table:
     """A row per phase."""
-    made = Table(title="Route of one token, the page being ... (ms)", box=box.SIMPLE)
+    made = Table(title="Route of one token, the service being ... (ms)", box=box.SIMPLE)
     columns = ("p50_ms", "p99_ms", "max_ms", "lookups", "errors", "over_client_deadline")
     for column in ("phase", *columns, "p99 / without"):
         made.add_column(column, justify="left" if column == "phase" else "right")
@@ -153,7 +163,7 @@ def main(
     phase_s: Annotated[float, typer.Option(min=0.1, help="Seconds of a phase.")] = 10.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
 ) -> None:
-    """Measure what a client that routes without pause notices of the dashboard."""
+    """Measure what a client that routes without pause notices of the dashboard and of metrics."""
     result = run(keys, dimension, rounds, phase_s, Progress(quiet=quiet))
     if not quiet:
         console = Console()

@@ -21,6 +21,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from knnmoe.tracing import span
 from torch import Tensor, nn
 
 from model_runner import route_operation
@@ -361,7 +362,8 @@ def watched_batches(
                     return decoder.forward(*args, **kwargs)
                 here.batch_shape, here.valid = _batch_of(given)
                 try:
-                    output = forward(*args, **kwargs)
+                    with span("forward", model=type(model).__name__):
+                        output = forward(*args, **kwargs)
                 finally:
                     here.batch_shape, here.valid = before
             if not inside:

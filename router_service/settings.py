@@ -182,6 +182,11 @@ class ServiceSettings(BaseSettings):
         description="HOST:PORT that answers HTTP at /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464 "
         "(port 0: any free one). Off when not given.",
     )
+    otlp: str | None = Field(
+        None,
+        description="URL of a collector of OpenTelemetry (OTLP over gRPC) that the spans of lookups are sent to whose "
+        "clients trace them, e.g. http://localhost:4317. Needs knn-moe[otel]. Off when not given.",
+    )
     max_in_flight: int = Field(
         64,
         ge=1,

@@ -63,6 +63,7 @@ def serve(
         str | None, typer.Option(help=_help("dashboard"), show_default=False)
     ] = None,
     metrics: Annotated[str | None, typer.Option(help=_help("metrics"), show_default=False)] = None,
+    otlp: Annotated[str | None, typer.Option(help=_help("otlp"), show_default=False)] = None,
     max_in_flight: Annotated[int | None, typer.Option(help=_help("max_in_flight"))] = None,
     message_timeout_s: Annotated[
         float | None, typer.Option(help=_help("message_timeout_s"))

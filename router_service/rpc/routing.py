@@ -22,6 +22,7 @@ from router_service.rpc.codec import (
     encode_described,
     encode_neighbours,
 )
+from router_service.telemetry.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ class Memories(Protocol):
 class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
     """Describe, Route, RouteStream."""
 
-    def __init__(self, memories: Memories) -> None:
-        self._memories = memories
+    def __init__(self, memories: Memories, traces: Traces | None = None) -> None:
+        self._memories, self._traces = memories, traces
 
     def Describe(  # noqa: N802
         self, request: pb.DescribeRequest, context: grpc.ServicerContext
@@ -74,6 +75,16 @@ class RoutingService(routing_pb2_grpc.RoutingServiceServicer):
             yield self._route(request, context)
 
     def _route(self, request: pb.RouteRequest, context: grpc.ServicerContext) -> pb.RouteResponse:
+        if self._traces is None or not request.traceparent:
+            return self._looked_up(request, context)
+        with self._traces.lookup(request) as add_stages:
+            response = self._looked_up(request, context)
+            add_stages(response.times)
+            return response
+
+    def _looked_up(
+        self, request: pb.RouteRequest, context: grpc.ServicerContext
+    ) -> pb.RouteResponse:
         deadline = _deadline(request, context)
         started = time.perf_counter_ns()
         # A name that is not there is said before what else is wrong

@@ -51,6 +51,7 @@ from router_service.storage import make_snapshot_store, make_store
 from router_service.telemetry.http import Page, Pages
 from router_service.telemetry.metrics import CONTENT_TYPE, Metrics, Service
 from router_service.telemetry.readiness import Readiness
+from router_service.telemetry.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class RoutingServer:
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = health.HealthServicer()
         self._replication = ReplicationService(self._store)
-        self._routing = RoutingService(self._store)
+        self._traces = None if settings.otlp is None else Traces(settings.otlp)
+        self._routing = RoutingService(self._store, self._traces)
         self._direct = self._make_direct()
         self._grpc = self._make_server()
         self._stopping = threading.Event()
@@ -145,6 +147,8 @@ class RoutingServer:
             self._store.close()
         if self._inside is not None:
             self._inside.cleanup()
+        if self._traces is not None:
+            self._traces.close()
         log.info("stopped")
 
     def pages(self) -> Pages:

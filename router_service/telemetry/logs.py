@@ -19,6 +19,8 @@ from router_service.errors import InvalidField
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Of the message that a call works on, with what means that it is not given.
 _OF_REQUEST = {"memory": "", "layer": None, "request_id": 0}
+# version-trace-span-flags
+_TRACEPARENT = 4
 
 
 class Format(StrEnum):
@@ -106,4 +108,6 @@ def _of_call() -> dict[str, Any]:
     for name, nothing in _OF_REQUEST.items():
         if (value := getattr(call.request, name, nothing)) != nothing:
             said[name] = value
+    if len(parts := getattr(call.request, "traceparent", "").split("-")) == _TRACEPARENT:
+        said["trace_id"] = parts[1]
     return said

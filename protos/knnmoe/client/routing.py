@@ -23,6 +23,7 @@ from knnmoe.client.errors import (
     ServiceUnavailable,
 )
 from knnmoe.credentials import Credentials
+from knnmoe.tracing import span, traceparent
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import types_pb2
 from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
@@ -139,7 +140,8 @@ class RoutingClient:
             request.assignment.CopyFrom(own)
         else:
             request.router_logits.CopyFrom(packed(own))
-        with self._in_use():
+        with self._in_use(), span("lookup", memory=self.memory, layer=layer):
+            request.traceparent = traceparent()
             try:
                 return self._retries.run(partial(self._exchange, request), timeout_s)
             except MemoryNotFound:

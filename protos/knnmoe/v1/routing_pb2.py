@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from knnmoe.v1 import types_pb2 as knnmoe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17knnmoe/v1/routing.proto\x12\tknnmoe.v1\x1a\x15knnmoe/v1/types.proto\"S\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.ModelFingerprint\"Y\n\x10\x44\x65scribeResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\x12\x17\n\x0fservice_version\x18\x02 \x01(\t\"\xfc\x01\n\x11MemoryDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.ModelFingerprint\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12+\n\x08settings\x18\x04 \x01(\x0b\x32\x19.knnmoe.v1.MemorySettings\x12+\n\x06layers\x18\x05 \x03(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\x17\n\x0f\x63reated_unix_ms\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\r\n\x05\x65poch\x18\x08 \x01(\t\"a\n\x10LayerDescription\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x17\n\x0findexed_entries\x18\x03 \x01(\x04\x12\x14\n\x0cquantization\x18\x04 \x01(\t\"\xe4\x02\n\x0cRouteRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12(\n\rrouter_inputs\x18\x04 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x31\n\nassignment\x18\x05 \x01(\x0b\x32\x1b.knnmoe.v1.SparseAssignmentH\x00\x12*\n\rrouter_logits\x18\x06 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12\x17\n\nneighbours\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0fwith_neighbours\x18\x08 \x01(\x08\x12&\n\x07\x65xclude\x18\t \x03(\x0b\x32\x15.knnmoe.v1.ExampleRef\x12\x12\n\nrequest_id\x18\n \x01(\x04\x12\x12\n\ntimeout_us\x18\x0b \x01(\x04\x42\x05\n\x03ownB\r\n\x0b_neighbours\"-\n\nExampleRef\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07\x65xample\x18\x02 \x01(\t\"\xc0\x02\n\rRouteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x31\n\nassignment\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.SparseAssignmentH\x00\x12*\n\rrouter_logits\x18\x03 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12\"\n\x07lambdas\x18\x04 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12$\n\tabstained\x18\x05 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12)\n\nneighbours\x18\x06 \x01(\x0b\x32\x15.knnmoe.v1.Neighbours\x12$\n\x05times\x18\x07 \x01(\x0b\x32\x15.knnmoe.v1.StageTimes\x12\x16\n\x0ememory_version\x18\x08 \x01(\x04\x42\t\n\x07\x62lended\"\x88\x02\n\nNeighbours\x12\x1e\n\x03ids\x18\x01 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12,\n\x11squared_distances\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\'\n\x0csimilarities\x18\x03 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x39\n\nprovenance\x18\x04 \x03(\x0b\x32%.knnmoe.v1.Neighbours.ProvenanceEntry\x1aH\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.knnmoe.v1.Provenance:\x02\x38\x01\"W\n\nStageTimes\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x11\n\tsearch_ns\x18\x02 \x01(\x04\x12\x10\n\x08\x62lend_ns\x18\x03 \x01(\x04\x12\x11\n\tencode_ns\x18\x04 \x01(\x04*\x83\x01\n\rAbstainReason\x12\x1e\n\x1a\x41\x42STAIN_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x42STAIN_REASON_EMPTY\x10\x01\x12\x1a\n\x16\x41\x42STAIN_REASON_TOO_FAR\x10\x02\x12\x1c\n\x18\x41\x42STAIN_REASON_LAYER_OFF\x10\x03\x32\xd7\x01\n\x0eRoutingService\x12\x43\n\x08\x44\x65scribe\x12\x1a.knnmoe.v1.DescribeRequest\x1a\x1b.knnmoe.v1.DescribeResponse\x12:\n\x05Route\x12\x17.knnmoe.v1.RouteRequest\x1a\x18.knnmoe.v1.RouteResponse\x12\x44\n\x0bRouteStream\x12\x17.knnmoe.v1.RouteRequest\x1a\x18.knnmoe.v1.RouteResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17knnmoe/v1/routing.proto\x12\tknnmoe.v1\x1a\x15knnmoe/v1/types.proto\"S\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.ModelFingerprint\"Y\n\x10\x44\x65scribeResponse\x12,\n\x06memory\x18\x01 \x01(\x0b\x32\x1c.knnmoe.v1.MemoryDescription\x12\x17\n\x0fservice_version\x18\x02 \x01(\t\"\xfc\x01\n\x11MemoryDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.ModelFingerprint\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12+\n\x08settings\x18\x04 \x01(\x0b\x32\x19.knnmoe.v1.MemorySettings\x12+\n\x06layers\x18\x05 \x03(\x0b\x32\x1b.knnmoe.v1.LayerDescription\x12\x17\n\x0f\x63reated_unix_ms\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\r\n\x05\x65poch\x18\x08 \x01(\t\"a\n\x10LayerDescription\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x17\n\x0findexed_entries\x18\x03 \x01(\x04\x12\x14\n\x0cquantization\x18\x04 \x01(\t\"\xf9\x02\n\x0cRouteRequest\x12\x0e\n\x06memory\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12(\n\rrouter_inputs\x18\x04 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x31\n\nassignment\x18\x05 \x01(\x0b\x32\x1b.knnmoe.v1.SparseAssignmentH\x00\x12*\n\rrouter_logits\x18\x06 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12\x17\n\nneighbours\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0fwith_neighbours\x18\x08 \x01(\x08\x12&\n\x07\x65xclude\x18\t \x03(\x0b\x32\x15.knnmoe.v1.ExampleRef\x12\x12\n\nrequest_id\x18\n \x01(\x04\x12\x12\n\ntimeout_us\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\tB\x05\n\x03ownB\r\n\x0b_neighbours\"-\n\nExampleRef\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07\x65xample\x18\x02 \x01(\t\"\xc0\x02\n\rRouteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x31\n\nassignment\x18\x02 \x01(\x0b\x32\x1b.knnmoe.v1.SparseAssignmentH\x00\x12*\n\rrouter_logits\x18\x03 \x01(\x0b\x32\x11.knnmoe.v1.TensorH\x00\x12\"\n\x07lambdas\x18\x04 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12$\n\tabstained\x18\x05 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12)\n\nneighbours\x18\x06 \x01(\x0b\x32\x15.knnmoe.v1.Neighbours\x12$\n\x05times\x18\x07 \x01(\x0b\x32\x15.knnmoe.v1.StageTimes\x12\x16\n\x0ememory_version\x18\x08 \x01(\x04\x42\t\n\x07\x62lended\"\x88\x02\n\nNeighbours\x12\x1e\n\x03ids\x18\x01 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12,\n\x11squared_distances\x18\x02 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\'\n\x0csimilarities\x18\x03 \x01(\x0b\x32\x11.knnmoe.v1.Tensor\x12\x39\n\nprovenance\x18\x04 \x03(\x0b\x32%.knnmoe.v1.Neighbours.ProvenanceEntry\x1aH\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.knnmoe.v1.Provenance:\x02\x38\x01\"W\n\nStageTimes\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x11\n\tsearch_ns\x18\x02 \x01(\x04\x12\x10\n\x08\x62lend_ns\x18\x03 \x01(\x04\x12\x11\n\tencode_ns\x18\x04 \x01(\x04*\x83\x01\n\rAbstainReason\x12\x1e\n\x1a\x41\x42STAIN_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x42STAIN_REASON_EMPTY\x10\x01\x12\x1a\n\x16\x41\x42STAIN_REASON_TOO_FAR\x10\x02\x12\x1c\n\x18\x41\x42STAIN_REASON_LAYER_OFF\x10\x03\x32\xd7\x01\n\x0eRoutingService\x12\x43\n\x08\x44\x65scribe\x12\x1a.knnmoe.v1.DescribeRequest\x1a\x1b.knnmoe.v1.DescribeResponse\x12:\n\x05Route\x12\x17.knnmoe.v1.RouteRequest\x1a\x18.knnmoe.v1.RouteResponse\x12\x44\n\x0bRouteStream\x12\x17.knnmoe.v1.RouteRequest\x1a\x18.knnmoe.v1.RouteResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NEIGHBOURS_PROVENANCEENTRY']._loaded_options = None
   _globals['_NEIGHBOURS_PROVENANCEENTRY']._serialized_options = b'8\001'
-  _globals['_ABSTAINREASON']._serialized_start=1677
-  _globals['_ABSTAINREASON']._serialized_end=1808
+  _globals['_ABSTAINREASON']._serialized_start=1698
+  _globals['_ABSTAINREASON']._serialized_end=1829
   _globals['_DESCRIBEREQUEST']._serialized_start=61
   _globals['_DESCRIBEREQUEST']._serialized_end=144
   _globals['_DESCRIBERESPONSE']._serialized_start=146
@@ -45,17 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERDESCRIPTION']._serialized_start=492
   _globals['_LAYERDESCRIPTION']._serialized_end=589
   _globals['_ROUTEREQUEST']._serialized_start=592
-  _globals['_ROUTEREQUEST']._serialized_end=948
-  _globals['_EXAMPLEREF']._serialized_start=950
-  _globals['_EXAMPLEREF']._serialized_end=995
-  _globals['_ROUTERESPONSE']._serialized_start=998
-  _globals['_ROUTERESPONSE']._serialized_end=1318
-  _globals['_NEIGHBOURS']._serialized_start=1321
-  _globals['_NEIGHBOURS']._serialized_end=1585
-  _globals['_NEIGHBOURS_PROVENANCEENTRY']._serialized_start=1513
-  _globals['_NEIGHBOURS_PROVENANCEENTRY']._serialized_end=1585
-  _globals['_STAGETIMES']._serialized_start=1587
-  _globals['_STAGETIMES']._serialized_end=1674
-  _globals['_ROUTINGSERVICE']._serialized_start=1811
-  _globals['_ROUTINGSERVICE']._serialized_end=2026
+  _globals['_ROUTEREQUEST']._serialized_end=969
+  _globals['_EXAMPLEREF']._serialized_start=971
+  _globals['_EXAMPLEREF']._serialized_end=1016
+  _globals['_ROUTERESPONSE']._serialized_start=1019
+  _globals['_ROUTERESPONSE']._serialized_end=1339
+  _globals['_NEIGHBOURS']._serialized_start=1342
+  _globals['_NEIGHBOURS']._serialized_end=1606
+  _globals['_NEIGHBOURS_PROVENANCEENTRY']._serialized_start=1534
+  _globals['_NEIGHBOURS_PROVENANCEENTRY']._serialized_end=1606
+  _globals['_STAGETIMES']._serialized_start=1608
+  _globals['_STAGETIMES']._serialized_end=1695
+  _globals['_ROUTINGSERVICE']._serialized_start=1832
+  _globals['_ROUTINGSERVICE']._serialized_end=2047
 # @@protoc_insertion_point(module_scope)

@@ -68,7 +68,7 @@ class LayerDescription(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., entries: _Optional[int] = ..., indexed_entries: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
-    __slots__ = ("memory", "layer", "model_digest", "router_inputs", "assignment", "router_logits", "neighbours", "with_neighbours", "exclude", "request_id", "timeout_us")
+    __slots__ = ("memory", "layer", "model_digest", "router_inputs", "assignment", "router_logits", "neighbours", "with_neighbours", "exclude", "request_id", "timeout_us", "traceparent")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class RouteRequest(_message.Message):
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     memory: str
     layer: int
     model_digest: str
@@ -91,7 +92,8 @@ class RouteRequest(_message.Message):
     exclude: _containers.RepeatedCompositeFieldContainer[ExampleRef]
     request_id: int
     timeout_us: int
-    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., model_digest: _Optional[str] = ..., router_inputs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignment: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., router_logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., neighbours: _Optional[int] = ..., with_neighbours: _Optional[bool] = ..., exclude: _Optional[_Iterable[_Union[ExampleRef, _Mapping]]] = ..., request_id: _Optional[int] = ..., timeout_us: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, memory: _Optional[str] = ..., layer: _Optional[int] = ..., model_digest: _Optional[str] = ..., router_inputs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., assignment: _Optional[_Union[_types_pb2.SparseAssignment, _Mapping]] = ..., router_logits: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., neighbours: _Optional[int] = ..., with_neighbours: _Optional[bool] = ..., exclude: _Optional[_Iterable[_Union[ExampleRef, _Mapping]]] = ..., request_id: _Optional[int] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class ExampleRef(_message.Message):
     __slots__ = ("source", "example")
