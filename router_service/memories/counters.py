@@ -97,6 +97,9 @@ class LayerCounters:
 
     def add(self, lambdas: F32, abstained: U8, search_ns: int) -> None:
         """Counts one answer: lambda and Abstain of its tokens [T]."""
+        if len(lambdas) == 1:  # a decoded token: NumPy's calls would be most of it
+            self._add_one(lambdas[0], int(abstained[0]), search_ns)
+            return
         ranges = np.minimum((lambdas * LAMBDA_RANGES).astype(np.intp), LAMBDA_RANGES - 1)
         outcomes = np.where(abstained, abstained + np.intp(LAMBDA_RANGES - 1), ranges)
         counts = np.bincount(outcomes, minlength=_OUTCOMES)
@@ -110,8 +113,20 @@ class LayerCounters:
     def add_durations(self, *stages_ns: int) -> None:
         """Of one answer, in the order of STAGES without their total."""
         with self._lock:
-            for stage, ns in zip(STAGES, (*stages_ns, sum(stages_ns)), strict=True):
-                self._durations[stage].add(ns / 1e9)
+            for durations, ns in zip(
+                self._durations.values(), (*stages_ns, sum(stages_ns)), strict=True
+            ):
+                durations.add(ns / 1e9)
+
+    def _add_one(self, lambda_: np.float32, why: int, search_ns: int) -> None:
+        outcome = (
+            why + LAMBDA_RANGES - 1 if why else min(int(lambda_ * LAMBDA_RANGES), LAMBDA_RANGES - 1)
+        )
+        with self._lock:
+            self._requests += 1
+            self._outcomes[outcome] += 1
+            self._lambda_sum += float(lambda_)
+            self._search_ns += search_ns
 
     def add_found(self, requests: int, tokens: int, abstained: int, lambda_sum: float) -> None:
         """Counts what lookups in a copy of the layer did."""
