@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from knnmoe.client import AdminClient, Credentials, ServiceRefused
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from typer.testing import CliRunner
 
 from router_service.cli.serve import app
@@ -217,27 +219,61 @@ def test_values_that_cannot_work_are_refused(changes: dict[str, Any], words: str
         rendered(example(SERVICE) | changes)
 
 
+def as_kubelet(volume: Path, files: dict[str, str]) -> None:
+    """A secret as it is mounted, or what comes into its place: files are links into a directory that is exchanged."""
+    volume.mkdir(parents=True, exist_ok=True)
+    now = Path(tempfile.mkdtemp(dir=volume, prefix=".."))
+    for name, text in files.items():
+        (now / name).write_text(text)
+        if not (volume / name).is_symlink():
+            (volume / name).symlink_to(f"..data/{name}")
+    (volume / "..new").symlink_to(now.name)
+    (volume / "..new").rename(volume / "..data")
+
+
+def tokens(secret: str) -> dict[str, str]:
+    return {
+        "tokens.toml": f'[[token]]\nname = "a"\nrole = "admin"\nmemories = "all"\nsecret = "{secret}"\n'
+    }
+
+
+def memories(service: Sidecar, secrets: Path, token: str) -> int:
+    """How many there are, asked with a certificate and a token."""
+    (secrets / "token").write_text(token)
+    tls = secrets / "tls"
+    credentials = Credentials(
+        ca_file=tls / "ca.crt",
+        cert_file=tls / "tls.crt",
+        key_file=tls / "tls.key",
+        token_file=secrets / "token",
+    )
+    with AdminClient(service.target, credentials=credentials) as client:
+        return len(client.unary(client.admin.ListMemories, admin_pb.ListMemoriesRequest()).memories)
+
+
 def test_the_service_starts_with_the_arguments_and_answers_the_probes(tmp_path: Path) -> None:
-    """With TLS, certificates of clients, and tokens; probes need none of them."""
+    """With TLS, certificates of clients, and tokens, which are exchanged while it runs; probes need none of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    secrets = tmp_path / "etc"
-    (secrets / "tls").mkdir(parents=True)
-    (secrets / "tokens").mkdir()
-    for name, file in (("tls.crt", "pem"), ("tls.key", "key"), ("ca.crt", "pem")):
-        shutil.copy(ROOT / "tests" / "qdrant_standin" / f"localhost.{file}", secrets / "tls" / name)
-    token = '[[token]]\nname = "a"\nrole = "admin"\nmemories = "all"\nsecret = "0123456789abcdef0123456789"\n'
-    (secrets / "tokens" / "tokens.toml").write_text(token)
+    secrets, own = tmp_path / "etc", ROOT / "tests" / "qdrant_standin"
+    pem, key = ((own / f"localhost.{kind}").read_text() for kind in ("pem", "key"))
+    as_kubelet(secrets / "tls", {"tls.crt": pem, "tls.key": key, "ca.crt": pem})
+    as_kubelet(secrets / "tokens", tokens("a" * 32))
     container = sidecar_of(rendered(example(SERVICE) | {"metrics": {"port": port}}))
-    own = ("serve", "--data=", "--listen=", "--drain-s=")
-    flags = [word for word in container["args"] if not word.startswith(own)]
+    replaced = ("serve", "--data=", "--listen=", "--drain-s=")
+    flags = [word for word in container["args"] if not word.startswith(replaced)]
     flags = [word.replace("=/etc/knnmoe", f"={secrets}") for word in flags]
     probes = ("startupProbe", "readinessProbe", "livenessProbe")
     commands = [[sys.executable, *container[each]["exec"]["command"][1:]] for each in probes]
     with Sidecar(tmp_path / "data", backend="exact", flags=flags) as service:
         for command in commands:
             assert subprocess.run(command, check=False, timeout=60).returncode == 0
+        assert memories(service, secrets, "a" * 32) == 0
+        as_kubelet(secrets / "tokens", tokens("b" * 32))
+        assert memories(service, secrets, "b" * 32) == 0
+        with pytest.raises(ServiceRefused):
+            memories(service, secrets, "a" * 32)
         service.stop_cleanly()
     for command in commands:
         done = subprocess.run(command, check=False, timeout=60, capture_output=True)
