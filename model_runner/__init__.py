@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from model_runner.fingerprint import model_fingerprint
     from model_runner.memory import LayerReport, MemoryReport, RoutingMemory
     from model_runner.memory_builder.learner import ExampleReport
+    from model_runner.metrics import MemoryMetrics
     from model_runner.models import LoadedModel, load_model
     from model_runner.retrieval import OpenMemory, Retrieval, open_retriever
     from model_runner.router_client import OnError, RouterClient
@@ -36,6 +37,7 @@ __all__ = [
     "LayerReport",
     "LoadedModel",
     "Lookups",
+    "MemoryMetrics",
     "MemoryReport",
     "OnError",
     "OpenMemory",
@@ -59,6 +61,7 @@ _HOMES = {
     "LayerReport": "memory",
     "LoadedModel": "models",
     "Lookups": "routing_policy",
+    "MemoryMetrics": "metrics",
     "MemoryReport": "memory",
     "OnError": "router_client",
     "OpenMemory": "retrieval",

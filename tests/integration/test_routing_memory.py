@@ -17,6 +17,7 @@ from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from model_runner import (
     ExampleReport,
+    MemoryMetrics,
     MemoryReport,
     RetrievalPolicy,
     RoutingMemory,
@@ -166,6 +167,10 @@ def test_a_sidecar_that_dies_while_text_is_generated(tmp_path: Path, name: str) 
         assert report.tokens == TOKENS
         assert sum(report.fallbacks.values()) == NEW * LAYERS == report.lookups / 2
         assert f"fallbacks: {NEW * LAYERS} of {2 * NEW * LAYERS} (" in str(report)
+        looked_up, fell_back = MemoryMetrics(remote).collect()
+        assert [sample.value for sample in looked_up.samples] == [report.lookups]
+        shown = {sample.labels["reason"]: sample.value for sample in fell_back.samples}
+        assert (fell_back.name, shown) == ("knnmoe_fallback", report.fallbacks)
 
 
 @WHERE
