@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -49,7 +48,7 @@ from router_service.errors import InvalidField
 from router_service.rpc.authority import ROLE_OF, read_tokens
 from router_service.rpc.server import RoutingServer
 from router_service.settings import ServiceSettings
-from tests.certificates import Authority
+from tests.integration.identities import SECRETS, TOKENS, Authority, Place, token_table, write
 from tests.integration.server_snapshots import until
 from tests.sidecar import (
     CALL_TIMEOUT_S,
@@ -63,67 +62,6 @@ from tests.sidecar import (
     refusal,
     serve_and_fail,
 )
-
-SECRETS = {
-    name: f"{name}-secret-{'0123456789' * 3}"
-    for name in ("reader", "learner", "admin", "all", "root")
-}
-TOKENS = {
-    "reader": ("read", ["law"]),
-    "learner": ("learn", ["law"]),
-    "admin": ("admin", ["law"]),
-    "all": ("read", "all"),
-    "root": ("admin", "all"),
-}
-
-
-def token_table(name: str, secret: str | None = None) -> str:
-    role, memories = TOKENS[name]
-    lines = [
-        "[[token]]",
-        f'name = "{name}"',
-        f'role = "{role}"',
-        f"memories = {json.dumps(memories)}",
-    ]
-    return "\n".join([*lines, f'secret = "{secret or SECRETS[name]}"', ""])
-
-
-def write(path: Path, text: str) -> Path:
-    """Whole at one moment, as an operator's tool does, and for the owner alone."""
-    new = path.with_name(f"{path.name}.new")
-    new.touch(0o600)
-    new.write_text(text)
-    return new.rename(path)
-
-
-class Place:
-    """A directory with an authority's certificates, a file of tokens, and one for each token."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.authority = Authority(directory / "authority")
-        self.cert, self.key = self.authority.signed("service")
-        self.client_cert, self.client_key = self.authority.signed("client")
-        self.tokens = write(directory / "tokens.toml", "\n".join(map(token_table, TOKENS)))
-        self.files = {n: write(directory / f"{n}.token", f"{SECRETS[n]}\n") for n in TOKENS}
-        self.files["wrong"] = write(directory / "wrong.token", "nobody-has-given-this-one-out")
-        self.audit = directory / "audit.jsonl"
-
-    def flags(self, *, tls: bool = False, mutual: bool = False, tokens: bool = False) -> list[str]:
-        given: list[Any] = []
-        if tls:
-            given += ["--tls-cert", self.cert, "--tls-key", self.key]
-        if mutual:
-            given += ["--tls-client-ca", self.authority.ca]
-        if tokens:
-            given += ["--tokens", self.tokens, "--audit-log", self.audit]
-        return [str(each) for each in given]
-
-    def credentials(self, token: str | None = None, **fields: Any) -> Credentials:
-        return Credentials(token_file=None if token is None else self.files[token], **fields)
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
