@@ -181,7 +181,8 @@ def _print_scores(result: dict[str, Any], out: TextIO) -> None:
     )
     console = Console(file=out)
     console.print(table)
-    classes = Table("tokens", "share", "plain model", "with memory", "change", "share of change")
+    # Short heads: at 80 columns no cell breaks.
+    classes = Table("tokens", "share", "plain", "memory", "change", "share of change")
     for name, row in result["classes"].items():
         share = row["share_of_change"]
         classes.add_row(
@@ -190,7 +191,7 @@ def _print_scores(result: dict[str, Any], out: TextIO) -> None:
             f"{row['nll_plain']:.4f}",
             f"{row['nll_memory']:.4f}",
             f"{row['change']:+.4f}",
-            "" if share is None else f"{share:.1%}",
+            "" if share is None else f"{share:z.1%}",
         )
     console.print(classes)
     lambdas = " ".join(f"{value:.2f}" for value in with_memory["lambda_mean"])

@@ -29,7 +29,8 @@ def explain(
         typer.Option(
             "--html",
             help="Also write a page for a browser to this file: tokens coloured by what changed, and a click shows the "
-            "stored cases that did it. It needs no network; windows beyond 8 MiB are left out, and it says so.",
+            "stored cases that did it. It needs no network; windows beyond 8 MiB are left out, and it says so. "
+            "- is standard output.",
         ),
     ] = None,
     json_file: Annotated[
@@ -38,7 +39,10 @@ def explain(
     ] = None,
     neighbours: Annotated[
         int,
-        typer.Option(min=0, help="Nearest stored cases to show of each token and layer."),
+        typer.Option(
+            min=0,
+            help="Nearest stored cases to show of each token and layer, at most those that it reads.",
+        ),
     ] = 5,
     model: options.Model = options.DEFAULT_MODEL,
     target: options.Target = options.DEFAULT_TARGET,
@@ -73,6 +77,8 @@ def explain(
     if (text is None) == (prompt is None):
         got = "neither" if text is None else "both"
         raise BadInput(f"--text, --prompt: got {got} of them, expected one: what to explain")
+    if json_file == html == options.STANDARD_OUTPUT:
+        raise BadInput("--json, --html: got - twice, expected one of them on standard output")
     options.require_writable("--json", json_file)
     options.require_writable("--html", html)
     with AdminClient(target) as admin:
@@ -95,7 +101,6 @@ def explain(
             leave_one_out=leave_one_out,
             neighbours=neighbours,
         )
-    Console(file=options.words_beside(json_file)).print(Summary(found))
+    Console(file=options.words_beside(json_file, html)).print(Summary(found))
     options.write_json(json_file, found.to_json() if json_file else None)
-    if html is not None:
-        html.write_text(to_html(found), encoding="utf-8")
+    options.write_text(html, to_html(found) if html else None)

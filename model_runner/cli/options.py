@@ -208,27 +208,37 @@ JSON_FILE = "- is standard output, where nothing else is written then."
 
 
 def require_writable(option: str, path: Path | None) -> None:
-    """Notices before the work what would fail after it."""
+    """Notices before the work what would fail after it. Raises BadInput."""
     if path in (None, STANDARD_OUTPUT):
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise BadInput(f"{option}: got {path}, expected a file in a directory that exists, or -")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise BadInput(f"{option}: got {path}, expected a file that may be written")
 
 
-def words_beside(json_file: Path | None) -> TextIO:
-    """Where a command says what it has found: stdout, unless that is for JSON alone."""
-    return sys.stderr if json_file == STANDARD_OUTPUT else sys.stdout
+def words_beside(*files: Path | None) -> TextIO:
+    """Where a command says what it has found: stdout, unless that is for one of the files alone."""
+    return sys.stderr if STANDARD_OUTPUT in files else sys.stdout
 
 
 def write_json(path: Path | None, document: Any) -> None:
     """What --json names, if anything. Raises OSError."""
-    if path is None:
+    if path is not None:
+        write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path | None, text: str | None) -> None:
+    """To the file that an option names, if any; - is standard output. Raises OSError."""
+    if path is None or text is None:
         return
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     if path == STANDARD_OUTPUT:
         sys.stdout.write(text)
-    else:
-        path.write_text(text)
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:  # a full disk is of no file, unless it is named
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]

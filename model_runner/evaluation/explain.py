@@ -93,7 +93,7 @@ class WindowPart:
     tokens: range
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
     """What a memory did to the n tokens of a text whose loss counts, in the order of the text.
 
@@ -111,6 +111,23 @@ class Explanation:
     layers: tuple[LayerPart, ...]
     cases: tuple[Case, ...]
     read: int
+
+    def __repr__(self) -> str:
+        return f"<Explanation: {self.headline}>"
+
+    def __str__(self) -> str:
+        from model_runner.evaluation.explain_views import as_text
+
+        return as_text(self)
+
+    @property
+    def headline(self) -> str:
+        """Its loss in a line."""
+        plain, routed = self.nll
+        return (
+            f"{len(self.plain)} tokens: {plain:.4f} nats per token without memory {self.memory}, "
+            f"{routed:.4f} with it ({routed - plain:+.4f})"
+        )
 
     @property
     def changes(self) -> F32:
@@ -221,15 +238,15 @@ def explain(
 ) -> Explanation:
     """Scores windows without and with a memory as `nll.score` does, in the same batches, and notes each lookup.
 
-    client: must raise when the sidecar fails. neighbours: M, how many of each lookup's are kept. The model must not be
-    routing with a memory already. Raises BadInput, HooksInUse, UnsupportedModel, ServiceError.
+    client: must raise when the sidecar fails. neighbours: M, how many of each lookup's are kept: K at most. The model
+    must not be routing with a memory already. Raises BadInput, HooksInUse, UnsupportedModel, ServiceError.
     """
     if client.on_error is not OnError.RAISE:
         raise BadInput("explain needs a client that raises when the sidecar fails")
     if neighbours < 0:
         raise BadInput(f"neighbours: got {neighbours}, expected 0 or more")
     progress = progress or Progress(quiet=True)
-    notes = _Notes(client, neighbours)
+    notes = _Notes(client, min(neighbours, client.describe().settings.neighbours))
     policy = RetrievalPolicy(notes, routed=notes.routed)
     settings: dict[str, Any] = {"progress": progress, "batch_size": batch_size}
     with_memory = losses(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import io
 import json
+import re
 from collections import defaultdict
 from importlib.resources import files
 from typing import Any
@@ -26,6 +28,12 @@ MOST = 10
 # Share of the tokens whose change has less than the full colour.
 _SCALE_QUANTILE = 0.95
 _LEAST_SCALE = 0.1  # nats: less is hardly a change
+# Nats; what rounds to nothing in two digits is arithmetic in another order, not a change.
+_LEAST_SHOWN = 0.005
+# A terminal obeys the first kind, and the second turns the rest of a line around.
+_OBEYED = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def to_html(found: Explanation, *, most_bytes: int = PAGE_BYTES) -> str:
@@ -39,7 +47,7 @@ def to_html(found: Explanation, *, most_bytes: int = PAGE_BYTES) -> str:
         if not shown.add(window, most_bytes):
             break
     tokens = sum("change" in token for window in shown.windows for token in window["tokens"])
-    helped, harmed = found.most_changed
+    helped, harmed = _worth_showing(found)
     data = {name: document[name] for name in ("memory", "tokens", "neighbours_read", "nll")} | {
         "change_sum": document["change_sum"],
         "scale": _scale(found),
@@ -134,12 +142,14 @@ class Summary:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = self._found
-        plain, routed = found.nll
-        yield Text(
-            f"{len(found.plain)} tokens: {plain:.4f} nats per token without memory {found.memory}, "
-            f"{routed:.4f} with it ({routed - plain:+.4f})"
-        )
-        helped, harmed = found.most_changed
+        yield Text(found.headline)
+        helped, harmed = _worth_showing(found)
+        if not helped and not harmed:
+            lambdas = [float(layer.lambdas.mean()) for layer in found.layers]
+            yield Text(
+                f"no token changed by {_LEAST_SHOWN} nats or more; mean lambda per layer: "
+                + " ".join(f"{value:.2f}" for value in lambdas)
+            )
         for title, tokens in (("helped most", helped), ("harmed most", harmed)):
             if tokens:
                 yield self._table(title, tokens[: self._most])
@@ -156,6 +166,22 @@ class Summary:
                 _nearest(found, token),
             )
         return table
+
+
+def as_text(found: Explanation) -> str:
+    """The summary without colours."""
+    out = io.StringIO()
+    Console(file=out, color_system=None).print(Summary(found))
+    return out.getvalue().rstrip()
+
+
+def _worth_showing(found: Explanation) -> tuple[list[int], list[int]]:
+    """As `most_changed`, without what is rounding."""
+    helped, harmed = (
+        [token for token in tokens if abs(found.changes[token]) >= _LEAST_SHOWN]
+        for tokens in found.most_changed
+    )
+    return helped, harmed
 
 
 def _in_context(part: WindowPart, at: int, before: int = 24) -> Text:
@@ -192,4 +218,5 @@ def _marked(token: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\t", "→").replace("\r", "")
+    text = text.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -20,6 +20,8 @@ from model_runner.token_texts import TokenClass, TokenTexts
 
 _ENDINGS = (".parquet", ".jsonl")
 _ROWS_PER_GROUP = 1 << 16
+# Nats per token over all of them: of less, which is nothing in four digits, classes have no share worth a name.
+LEAST_CHANGE = 5e-5
 _LOSSES = [(name, pa.float64()) for name in ("nll_plain", "nll_memory", "change")]
 _NAMES = [(name, pa.string()) for name in ("source", "example", "name")]
 TOKEN_COLUMNS = pa.schema(
@@ -42,7 +44,8 @@ class ClassScores:
     Attributes:
         nll_plain, nll_memory, change: nats per token of the class.
         share_of_tokens: of all.
-        share_of_change: of the sum of all changes; above 1 where other classes take back; None where that sum is 0.
+        share_of_change: of the sum of all changes; above 1 where other classes take back; None where that sum
+            is less than LEAST_CHANGE per token.
 
     """
 
@@ -74,7 +77,7 @@ def by_class(classes: Sequence[TokenClass], plain: F32, routed: F32) -> dict[str
             after / count,
             change / count,
             count / len(of_token),
-            change / total if total else None,
+            change / total if abs(total) >= LEAST_CHANGE * len(of_token) else None,
         )
     return found
 

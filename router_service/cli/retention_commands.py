@@ -160,7 +160,7 @@ def delete(
     if not dry_run and not yes:
         counted = _delete(session, request, dry_run=True)
         if not counted.deleted:
-            raise AdminError(_nothing(session, request))
+            raise AdminError(f"nothing to delete: {_nothing(session, request)}")
         layers = sum(1 for one in counted.layers if one.deleted)
         question = f"Delete {counted.deleted} entries of {layers} layer(s) of {name}?"
         confirm(f"delete ({counted.deleted} entries)", lambda: question)
@@ -176,24 +176,23 @@ def delete(
     if reply.deleted or session.output.as_json:
         session.output.emit(document, render)
     if not reply.deleted:
-        raise AdminError(_nothing(session, request))
+        raise AdminError(f"nothing to delete: {_nothing(session, request)}")
 
 
 def _nothing(session: Session, request: pb.DeleteRequest) -> str:
     """Why a deletion found no entry: which of the names is not there, and which are near it."""
     where = request.memory + (f", layer {request.layer}" if request.HasField("layer") else "")
     if request.WhichOneof("what") == "ids":
-        return f"nothing to delete: {where} has no entry of these ids"
+        return f"{where} has no entry of these ids"
     wanted = request.filter
     found = {one.source: one for one in _sources(session, request.memory)[0]}
     if wanted.source not in found:
-        return f"nothing to delete: {request.memory} has no source {wanted.source!r}; " + _near(
-            wanted.source, list(found), request.memory
-        )
+        near = _near(wanted.source, list(found), request.memory)
+        return f"{request.memory} has no source {wanted.source!r}; {near}"
     there = found[wanted.source]
     example = f"example {wanted.example!r} of " if wanted.HasField("example") else ""
     return (
-        f"nothing to delete: {where} has no entry of {example}source {wanted.source!r} "
+        f"{where} has no entry of {example}source {wanted.source!r} "
         f"({there.entries} entries of {there.examples} examples in all layers)"
     )
 
@@ -338,7 +337,8 @@ def prune(
     """Delete the entries of a memory that any of the given policies drops. Asks first.
 
     The service answers meanwhile; entries that are written meanwhile stay. Ctrl-C ends it: what was deleted until
-    then stays deleted. Disk space comes back with `optimize`.
+    then stays deleted. Disk space comes back with `optimize`. Where --forget names what is not there, nothing goes,
+    and the exit code is 1.
 
     To shrink a memory take --max-entries with --by strength for logit deltas, with --by gain for assignments and
     logits: they kept most of the gain (docs/experiments.md).
@@ -370,6 +370,7 @@ def prune(
     _check(plan)
     request = pb.PruneRequest(memory=name, layers=layer, plan=plan, dry_run=dry_run)
     session = session_of(context)
+    _require_there(session, request)
     if not dry_run and not yes:
         confirm("prune", lambda: _prune_question(session, request))
     layers = _run(session, request)
@@ -436,6 +437,14 @@ def _check(plan: pb.PrunePlan) -> None:
     other = {"spare_newer_than_unix_ms", "near_duplicate_agreement", "keep_at_least", "seed", "by"}
     if not {field.name for field, _ in plan.ListFields()} - other:
         raise BadInput(_NOTHING)
+
+
+def _require_there(session: Session, request: pb.PruneRequest) -> None:
+    """Refuses a plan that forgets what is not there, before anything goes. Raises AdminError."""
+    for wanted in request.plan.forget:
+        asked = pb.DeleteRequest(memory=request.memory, filter=wanted)
+        if not _delete(session, asked, dry_run=True).deleted:
+            raise AdminError(f"nothing to forget: {_nothing(session, asked)}")
 
 
 def _run(session: Session, request: pb.PruneRequest) -> list[dict[str, Any]]:

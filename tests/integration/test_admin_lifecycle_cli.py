@@ -123,6 +123,23 @@ def test_a_deletion_that_finds_nothing_says_what_is_near(
     assert _count(admin, memory) == 60
 
 
+@pytest.mark.parametrize("flags", [["--yes"], ["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("texte-1", "has no source 'texte-1'; near it: 'text-1', 'text-0'; `router-admin"),
+        ("text-1/99", "no entry of example '99' of source 'text-1' (30 entries of"),
+    ],
+)
+def test_pruning_what_is_not_there_removes_nothing(
+    admin: Admin, memory: str, wanted: str, words: str, flags: list[str]
+) -> None:
+    done = admin("prune", memory, "--forget", "text-0", "--forget", wanted, *flags, code=1)
+    assert words in done.stderr
+    assert done.stderr.startswith("router-admin: nothing to forget: ")
+    assert _count(admin, memory) == 60
+
+
 @pytest.mark.usefixtures("at_a_terminal")
 def test_delete_asks_on_a_terminal(admin: Admin, memory: str) -> None:
     arguments = ("delete", memory, "--source", "text-1")

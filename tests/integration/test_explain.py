@@ -185,6 +185,14 @@ def test_json_has_all_of_it(edge_sidecar: Sidecar, client: RouterClient, name: s
     assert text == loaded_model().tokenizer.decode(windows_of()[0].token_ids)
 
 
+def test_no_more_neighbours_are_kept_than_are_read(
+    edge_sidecar: Sidecar, client: RouterClient, name: str
+) -> None:
+    build(edge_sidecar.target, name)
+    found = explained(client, neighbours=10**9)
+    assert all(part.neighbours.shape[1] == found.read for part in found.layers)
+
+
 def test_what_is_refused(edge_sidecar: Sidecar, client: RouterClient, name: str) -> None:
     build(edge_sidecar.target, name)
     with (

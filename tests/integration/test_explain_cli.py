@@ -104,6 +104,23 @@ def test_a_prompt_is_explained(run: Run, common: list[object]) -> None:
     assert "helped most" in done.out
 
 
+def test_the_page_alone_on_standard_output(
+    run: Run, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("explain", "--prompt", "Blessed are the meek", "--html", "-", *common)
+    assert done.code == 0
+    assert done.out.startswith("<!doctype html>")
+    assert "helped most" in done.err
+    assert not Path("-").exists()
+
+
+def test_a_file_that_takes_no_more_is_named(run: Run, common: list[object]) -> None:
+    done = run("explain", "--prompt", "Blessed", "--html", "/dev/full", *common)
+    assert done.code == 1
+    assert "No space left on device: '/dev/full'" in done.err
+
+
 def test_without_snippets_nothing_of_the_text_is_kept(
     run: Run, common: list[object], held_out: Path, tmp_path: Path, model: Path, name: str
 ) -> None:
@@ -124,6 +141,7 @@ def test_without_snippets_nothing_of_the_text_is_kept(
         (["explain", "--prompt", "a", "--text", "TEXT"], "got both of them"),
         (["explain", "--prompt", "x"], "none with 2 tokens"),
         (["explain", "--prompt", "xy", "--html", "/nowhere/x.html"], "--html: got /nowhere/x.html"),
+        (["explain", "--prompt", "xy", "--html", "-", "--json", "-"], "--html: got - twice"),
         (["evaluate", "--text", "TEXT", "--per-token", "x.csv"], "--per-token: got x.csv"),
         (["evaluate", "--text", "TEXT", "--per-document", "/nowhere/x.jsonl"], "--per-document"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +170,33 @@ def test_the_summary_names_the_tokens_most_changed(width: int) -> None:
         assert "«e»" in text
         assert "[bold]" in text
         assert "«shall»" in text
+
+
+def test_an_explanation_prints_as_its_summary() -> None:
+    found = explanation("Blessed are the meek " * 20)
+    assert "helped most" in str(found)
+    assert "harmed most" in str(found)
+    assert repr(found).startswith(f"<Explanation: {len(found.plain)} tokens: 3.0000 nats")
+    assert len(repr(found)) < 200
+
+
+def test_rounding_is_no_change() -> None:
+    found = explanation("Blessed")
+    same = replace(found, routed=found.plain + np.float32(1e-6))
+    assert "no token changed by 0.005 nats or more; mean lambda per layer: 0.50 0.00" in str(same)
+    assert "helped" not in str(same)
+
+
+def test_a_text_does_not_command_the_terminal() -> None:
+    evil = "\x1b]0;title\x07 \u202eback"
+    text = str(explanation(f"{evil * 4} and so on", snippet=evil))
+    assert not re.search("[\x07\x1b\u202e]", text)
+    assert "\\u001b" in text
+    assert "\\u202e" in text
+
+
+def test_a_text_does_not_turn_the_page_around(opened: Open) -> None:
+    page = opened(explanation("a \u202eback", snippet="so \u2066on and on"))
+    shown = page.locator("main").inner_text()
+    assert "\\u202e" in shown
+    assert "\u202e" not in shown
