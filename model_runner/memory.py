@@ -10,6 +10,7 @@ Everything here is composed of `open_retriever`, `RetrievalPolicy`, `RouterHooks
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -149,6 +150,12 @@ class RoutingMemory:
             raise BadInput(
                 f"model: got {model!r}, expected a model of transformers, or load_model(NAME)"
             )
+        for what, name in (("memory", memory), ("target", target)):
+            if not isinstance(name, str) or not name:
+                expected = "the name of a memory" if what == "memory" else "HOST:PORT or unix:PATH"
+                raise BadInput(f"{what}: got {name!r}, expected {expected}")
+        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+            raise BadInput(f"timeout_s: got {timeout_s!r}, expected seconds above 0")
         self.model, self.tokenizer = model, tokenizer
         self.memory, self.target, self.timeout_s = memory, target, timeout_s
         self.retrieval = retrieval if isinstance(retrieval, Retrieval) else Retrieval(retrieval)
@@ -279,10 +286,17 @@ class RoutingMemory:
             )
         length = window_length(self.model, None)
         if isinstance(text, Path):
-            return distinct(read_windows(text, self.tokenizer, length))
-        rows = [text] if isinstance(text, str | Mapping) else text
-        as_rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-        return distinct(cut_windows(examples_of(as_rows, source), self.tokenizer, length))
+            windows = read_windows(text, self.tokenizer, length)
+        else:
+            windows = cut_windows(examples_of(_rows(text), source), self.tokenizer, length)
+        embeddings: Any = _eager(self.model).get_input_embeddings()  # type: ignore[operator]
+        known = len(embeddings.weight)
+        largest = max(token for window in windows for token in window.token_ids)
+        if largest >= known:
+            raise BadInput(
+                f"tokenizer: made token {largest}, expected one of the model's {known}; is it another model's?"
+            )
+        return distinct(windows)
 
     def _entered(self, what: str) -> _Open:
         if self._open is None:
@@ -300,6 +314,13 @@ class _Open:
     fingerprint: ModelFingerprint
     opened: OpenMemory
     hooks: RouterHooks
+
+
+def _rows(text: str | Mapping[str, Any] | Iterable[Row]) -> list[Mapping[str, Any]]:
+    if not isinstance(text, Iterable):
+        raise BadInput(f"text: got {text!r}, expected a text, a row, a list of these, or a Path")
+    rows = [text] if isinstance(text, str | Mapping) else text
+    return [{"text": row} if isinstance(row, str) else row for row in rows]
 
 
 def _layer_report(use: LayerUse) -> LayerReport:

@@ -136,6 +136,16 @@ def test_what_is_refused_when_it_is_entered(ram_sidecar: Sidecar, law: str, tmp_
 def test_what_cannot_be_asked_for(ram_sidecar: Sidecar, law: str) -> None:
     with pytest.raises(BadInput, match=r"model: got 'allenai/.*', expected .* load_model"):
         RoutingMemory("allenai/OLMoE-1B-7B-0924", law)  # type: ignore[arg-type]
+    for wrong, match in [
+        ({"memory": None}, "memory: got None, expected the name of a memory"),
+        ({"memory": ""}, "memory: got ''"),
+        ({"target": None}, "target: got None, expected HOST:PORT or unix:PATH"),
+        ({"timeout_s": -1}, "timeout_s: got -1, expected seconds above 0"),
+    ]:
+        with pytest.raises(BadInput, match=match):
+            RoutingMemory(loaded_model(), **{"memory": law, **wrong})  # type: ignore[arg-type]
+    with opened(ram_sidecar, law) as memory, pytest.raises(BadInput, match="text: got 3, expected"):
+        memory.learn(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="retrieval: got 'near'"):
         opened(ram_sidecar, law, retrieval="near")
     with pytest.raises(BadInput, match="learn: the memory is not open"):
@@ -145,6 +155,19 @@ def test_what_cannot_be_asked_for(ram_sidecar: Sidecar, law: str) -> None:
         pytest.raises(BadInput, match=r"tokenizer: got None.*AutoTokenizer"),
     ):
         memory.learn("text")
+
+
+def test_another_models_tokenizer_is_named(ram_sidecar: Sidecar, law: str) -> None:
+    def larger(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1, 10**6, 2]}
+
+    with (
+        opened(ram_sidecar, law, loaded_model().model, tokenizer=larger) as memory,
+        pytest.raises(
+            BadInput, match=r"tokenizer: made token 1000000, expected one of the model's"
+        ),
+    ):
+        memory.explain("text")
 
 
 def test_a_sidecar_that_dies_while_text_is_generated(tmp_path: Path, name: str) -> None:
