@@ -170,6 +170,39 @@ def test_the_numbers_are_those_of_router_admin_stats(page: Page, served: Served)
     assert stages[-1].split()[:2] == ["total", str(sum(total["counts"]))]
 
 
+def test_a_memory_that_is_gone_is_said(page: Page, served: Served) -> None:
+    expect(page.locator("#gone")).to_be_hidden()
+    page.goto(f"{served.url}#memory=deleted&layer=1")
+    expect(page.locator("#gone")).to_have_text("No memory deleted here: this is bible.")
+    page.locator("#memory").select_option("bible")
+    page.locator("#layer").select_option("1")
+    expect(page.locator("#gone")).to_be_hidden()
+
+
+def test_charts_out_of_view_are_drawn_when_they_come_into_view(page: Page, served: Served) -> None:
+    def drawn() -> int:
+        return sum(
+            page.evaluate(
+                "Chart.getChart(document.querySelector('#lambda canvas')).data.datasets[0].data"
+            )
+        )
+
+    expect(page.locator("#lambda canvas")).to_have_count(1)
+    page.locator("h1").scroll_into_view_if_needed()
+    before = drawn()
+    look_up(served.sidecar, "bible", rounds=1)
+    layer = admin_stats(served)["memories"][0]["layers"][0]
+    total = sum(each["tokens"] for each in admin_stats(served)["memories"][0]["layers"])
+    expect(page.locator('#totals dd[data-name="tokens"]')).to_have_text(str(total))
+    assert drawn() == before
+    page.locator("#lambda canvas").scroll_into_view_if_needed()
+    page.wait_for_function(
+        "n => Chart.getChart(document.querySelector('#lambda canvas')).data.datasets[0].data"
+        ".reduce((a, b) => a + b) === n",
+        arg=sum(layer["lambda_counts"]),
+    )
+
+
 def press_until(page: Page, target: str, key: str = "Tab", most: int = 60) -> None:
     """With the keyboard alone: until the focus is there, and can be seen."""
     for _ in range(most):

@@ -10,7 +10,9 @@ const state = { overview: null, rates: [], memory: null, layer: 0, paused: false
 
 async function ask(path, parameters = {}) {
   const query = new URLSearchParams(parameters).toString();
-  const reply = await fetch(`/api/${path}${query && "?"}${query}`);
+  const reply = await fetch(`/api/${path}${query && "?"}${query}`).catch(() => {
+    throw new Error("the service has ended, or cannot be reached");
+  });
   const document = await reply.json();
   if (!reply.ok) throw new Error(document.error);
   return document;
@@ -33,6 +35,9 @@ async function refresh() {
     state.rates = state.memory === null ? [] : (await ask("history", { memory: state.memory })).rates;
     show();
     problem(null);
+    const [gone] = wanted();
+    byId("gone").hidden = gone === null || gone === state.memory;
+    byId("gone").textContent = `No memory ${gone} here${state.memory === null ? "" : `: this is ${state.memory}`}.`;
     byId("updated").textContent = `updated ${time(state.overview.at_unix_ms)}`;
   } catch (error) {
     problem(error);

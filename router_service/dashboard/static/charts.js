@@ -2,6 +2,18 @@
 import { byId, el, keepOpen } from "./dom.js";
 
 const made = new Map();
+// Charts out of view are drawn when they come into view: a browser beside the service takes its cores.
+const out = new Map();
+const sight = new IntersectionObserver((seen) => {
+  for (const { target, isIntersecting } of seen) {
+    const waiting = out.get(target.id);
+    if (!isIntersecting) out.set(target.id, waiting ?? null);
+    else {
+      out.delete(target.id);
+      waiting?.();
+    }
+  }
+}, { rootMargin: "50%" });
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 export const colour = (at) => css(`--c${Math.min(at, 7)}`);
 
@@ -33,10 +45,15 @@ export function draw(id, caption, type, data, extra, table) {
     figure.append(el("figcaption"), el("div", { class: extra.tall ? "plot map" : "plot" }, canvas));
     chart = new Chart(canvas, { type, data, options: options(extra) });
     made.set(id, chart);
+    sight.observe(figure);
   } else {
-    chart.data = data;
-    chart.options = options(extra);
-    chart.update("none");
+    const change = () => {
+      chart.data = data;
+      chart.options = options(extra);
+      chart.update("none");
+    };
+    if (out.has(id)) out.set(id, change);
+    else change();
   }
   figure.querySelector("figcaption").textContent = caption;
   chart.canvas.setAttribute("aria-label", `${caption}. The same values are in the table below.`);
@@ -46,5 +63,7 @@ export function draw(id, caption, type, data, extra, table) {
 export function clear(id) {
   made.get(id)?.destroy();
   made.delete(id);
+  out.delete(id);
+  sight.unobserve(byId(id));
   byId(id).replaceChildren();
 }
