@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from knnmoe.client import AdminClient
+from knnmoe.v1 import memory_admin_pb2 as pb
 
 from router_service.backends.qdrant_server.options import ServerOptions
 from tests.engines import clean_server, url_of
@@ -113,9 +115,16 @@ def edge_sidecar(fast_dir: Path) -> Iterator[Sidecar]:
 
 
 @pytest.fixture
-def name() -> str:
-    """The name of a memory that no other test uses."""
-    return f"memory-{next(_NUMBERS)}"
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a memory that no other test uses; those of embedded layers go afterwards, for they are in RAM."""
+    own = f"memory-{next(_NUMBERS)}"
+    yield own
+    if "edge_sidecar" not in request.fixturenames:
+        return
+    with AdminClient(request.getfixturevalue("edge_sidecar").target) as client:
+        for memory in client.unary(client.admin.ListMemories, pb.ListMemoriesRequest()).memories:
+            if memory.name == own or memory.name.startswith(f"{own}-"):
+                client.delete(memory.name)
 
 
 @pytest.fixture(scope="session")
