@@ -16,9 +16,12 @@ TIMEOUT_MS = 60_000.0
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium of this machine, or of CHROMIUM; skips where there is none."""
+    """Chromium of this machine, or of CHROMIUM; skips where there is none.
+
+    Not for the session: Playwright keeps an event loop running in this thread, and other modules run their own.
+    """
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(_NAMES)} on the PATH, and no CHROMIUM")
