@@ -33,6 +33,7 @@ from router_service.backends.base import Engines, Hosting, Hurried
 from router_service.backends.disk import FreeSpace, storage_call
 from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
+from router_service.memories.store import MemoryStore
 from router_service.operations import Operations
 from router_service.rpc.authority import Authority
 from router_service.rpc.direct import DirectServer
@@ -46,6 +47,7 @@ from router_service.rpc.replication import ReplicationService
 from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
+from router_service.rpc.write_limits import WriteGuard
 from router_service.settings import ServiceSettings
 from router_service.storage import make_snapshot_store, make_store
 from router_service.telemetry.http import Page, Pages
@@ -85,7 +87,7 @@ class RoutingServer:
         self._planes = Planes(settings.max_in_flight, settings.message_timeout_s)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
-        self._authority = _authority(settings, self._operations)
+        self._authority = _authority(settings, self._operations, self._store)
         self._encryption = _encryption(settings)
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = health.HealthServicer()
@@ -296,13 +298,14 @@ class RoutingServer:
         return self._backend.engines() if isinstance(self._backend, Hosting) else Engines(0, 0)
 
 
-def _authority(settings: ServiceSettings, operations: Operations) -> Authority:
+def _authority(settings: ServiceSettings, operations: Operations, store: MemoryStore) -> Authority:
     """Raises InvalidField."""
     own = settings.listen.startswith("unix:") and not settings.others_connect
     return Authority(
         settings.tokens,
         lambda operation: operations.get(operation).memory,
         anyone=f"uid {os.getuid()}" if own else "",
+        require_within=WriteGuard(store).require,
     )
 
 
