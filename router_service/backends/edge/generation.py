@@ -51,6 +51,7 @@ from router_service.errors import (
     DirectoryInUse,
     DiskFull,
     EngineStopped,
+    OutOfDescriptors,
     StorageError,
 )
 
@@ -488,7 +489,7 @@ def _open_unclean(
             made.flush()
             made.keep()
             stack.pop_all()
-    except (DirectoryInUse, DiskFull):
+    except (DirectoryInUse, DiskFull, OutOfDescriptors):  # which say nothing of the files
         raise
     except StorageError as error:
         if again and isinstance(error, EngineStopped):
