@@ -75,7 +75,7 @@ def _storage_error(error: BaseException, action: str, opening: bool) -> StorageE
         )
     if _has_errno(error, _FULL) or "No space left" in text or "StorageFull" in text:
         return DiskFull(text)
-    if _has_errno(error, _NO_DESCRIPTORS):
+    if _has_errno(error, _NO_DESCRIPTORS) or "TooManyOpenFiles" in text:
         return OutOfDescriptors(
             f"{text}; raise the limit of open files (ulimit -n), or retry later"
         )

@@ -82,6 +82,7 @@ def test_every_error_becomes_one_storage_error(
         (PanicError("index out of bounds"), CorruptMemory),
         (FileNotFoundError(errno.ENOENT, "No such file"), CorruptMemory),
         (Exception("Too many open files (os error 24)"), OutOfDescriptors),
+        (Exception("Can't init WAL: Os { code: 24, kind: TooManyOpenFiles }"), OutOfDescriptors),
         (PermissionError(errno.EACCES, "Permission denied"), StorageError),
         (Exception("Can't init WAL: Kind(WouldBlock)"), DirectoryInUse),
     ],
