@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench crash docker-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench crash faults docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -78,9 +78,14 @@ SEED ?= 0
 crash: setup ## kill the service KILLS times at random moments of random work, and compare with what was acknowledged
 	$(BIN)/python -m tests.faults.crash --kills $(KILLS) --seed $(SEED)
 
+MINUTES ?= 15
+FAULTS := fault-results
+faults: setup ## inject every fault and every bad input for MINUTES=15, and compare with what was acknowledged (writes fault-results/)
+	$(BIN)/python -m tests.faults.suite --minutes $(MINUTES) --seed $(SEED) --out $(FAULTS)
+
 RUNNER ?=
 docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (root, Linux); RUNNER=--runner: the runner's too
 	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) $(FAULTS) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -33,9 +33,10 @@ CALL_S, WAIT_S = 30.0, 60.0
 # Until a node that is cut off is set aside, on a busy machine.
 _LAG_S = 10.0
 _IDS_PER_WRITER = 150
+_KEPT = 9000
 _SOURCE = "load"
 # What a client may be told while a cluster changes: to try again.
-_PASSES = (
+PASSES = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -52,6 +53,10 @@ class Caller:
         self._routing = routing_pb2_grpc.RoutingServiceStub(self.channel)
 
     def upsert(self, layer: int, ids: Sequence[int], stamps: Sequence[int]) -> None:
+        list(self.begin_upsert(layer, ids, stamps))
+
+    def begin_upsert(self, layer: int, ids: Sequence[int], stamps: Sequence[int]) -> Any:
+        """The call, whose answer is its acknowledgement."""
         entries = admin_pb.Entries(
             ids=tensors.to_tensor(np.array(ids, np.uint64)),
             keys=tensors.to_tensor(key_of(ids, stamps)),
@@ -61,15 +66,17 @@ class Caller:
         request = admin_pb.UpsertRequest(
             memory=NAME, layer=layer, entries=entries, model_digest=self._digest
         )
-        list(self._admin.Upsert(iter([request]), timeout=CALL_S))
+        return self._admin.Upsert(iter([request]), timeout=CALL_S)
 
     def delete(self, layer: int, ids: Sequence[int]) -> None:
         numbers = tensors.to_tensor(np.array(ids, np.uint64))
         request = retention_pb.DeleteRequest(memory=NAME, layer=layer, ids=numbers)
         self._retention.Delete(request, timeout=CALL_S)
 
-    def nearest(self, layer: int, keys: Any) -> list[int]:
-        """The ids of the nearest neighbours of some keys."""
+    def nearest(
+        self, layer: int, keys: Any, *, timeout_s: float = CALL_S, timeout_us: int = 0
+    ) -> list[int]:
+        """The ids of the nearest neighbours of some keys; `timeout_us`: as the message says it, 0 for none."""
         request = routing_pb.RouteRequest(
             memory=NAME,
             layer=layer,
@@ -77,8 +84,9 @@ class Caller:
             router_inputs=tensors.to_tensor(keys),
             router_logits=tensors.to_tensor(np.zeros((len(keys), EXPERTS), np.float32)),
             with_neighbours=True,
+            timeout_us=timeout_us,
         )
-        reply = self._routing.Route(request, timeout=CALL_S)
+        reply = self._routing.Route(request, timeout=timeout_s)
         return [int(row[0]) for row in tensors.to_array(reply.neighbours.ids)]
 
     def stamps(self, layer: int) -> dict[int, int]:
@@ -94,13 +102,25 @@ class Caller:
 
 
 class Load:
-    """Runs from __enter__ to __exit__: two writers and a reader for each service."""
+    """Runs from __enter__ to __exit__: two writers and a reader for each service.
 
-    def __init__(self, services: Sequence[Sidecar]) -> None:
-        digest = services[0].create(NAME, model=MODEL, kind=LOGIT_DELTA, neighbours=1, gamma=[1.0])
+    Attributes:
+        longest_s: that a call took.
+        passes: what a call may be refused with.
+        kept: entries of layer 0 that no writer touches, so that whoever looks them up knows the answer.
+
+    """
+
+    def __init__(self, services: Sequence[Sidecar], *, keep: int = 0) -> None:
+        """`keep`: how many entries there are that no writer touches."""
+        self.digest = services[0].create(
+            NAME, model=MODEL, kind=LOGIT_DELTA, neighbours=1, gamma=[1.0]
+        )
         for service in services:
             until(lambda service=service: NAME in names(service))
-        self._callers = [Caller(service, digest) for service in services]
+        self._callers = [Caller(service, self.digest) for service in services]
+        self.longest_s = 0.0
+        self.passes = PASSES
         self.expected = Expectation([{} for _ in range(LAYERS)])
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -110,6 +130,12 @@ class Load:
         self.cut_off = False  # whether a node is, or was a moment ago
         self._resting = self._ended = False
         self._busy = 0
+        self.kept = range(_KEPT, _KEPT + keep)
+        if keep:
+            stamps, facts = self.begin(0, self.kept)
+            self._callers[0].upsert(0, self.kept, stamps)
+            self._acknowledge(0, facts)
+            self.kept_keys = key_of(self.kept, stamps)
         count = len(self._callers)
         self._threads = [
             threading.Thread(target=self._write, args=(number, number % count), daemon=True)
@@ -164,6 +190,11 @@ class Load:
 
     def check(self) -> None:
         """Every service holds what was acknowledged; of what was not, the same at all of them."""
+        problems = self.problems()
+        assert not problems, problems
+
+    def problems(self) -> list[str]:
+        """See check(); an entry each."""
         found = [[caller.stamps(layer) for layer in range(LAYERS)] for caller in self._callers]
         problems = [
             f"services {number} and 0 differ in layer {layer}: {each[layer].items() ^ found[0][layer].items()}"
@@ -171,8 +202,18 @@ class Load:
             for layer in range(LAYERS)
             if each[layer] != found[0][layer]
         ]
-        problems += self.expected.settle(found[0])
-        assert not problems, problems
+        return problems + self.expected.settle(found[0])
+
+    def begin(self, layer: int, ids: Sequence[int]) -> tuple[Sequence[int], dict[int, Fact | None]]:
+        """Entries that are about to be written: their stamps, and what may be there from now on."""
+        with self._changed:
+            stamps = range(self._stamp + 1, self._stamp + 1 + len(ids))
+            self._stamp += len(ids)
+            facts: dict[int, Fact | None] = {
+                i: Fact(stamp, _SOURCE) for i, stamp in zip(ids, stamps, strict=True)
+            }
+            self.expected.begin(layer, facts)
+        return stamps, facts
 
     def _write(self, writer: int, service: int) -> None:
         rng = np.random.default_rng(writer)
@@ -187,13 +228,7 @@ class Load:
                     self._delete(service, layer, ids)
 
     def _upsert(self, service: int, layer: int, ids: list[int]) -> None:
-        with self._changed:
-            stamps = range(self._stamp + 1, self._stamp + 1 + len(ids))
-            self._stamp += len(ids)
-            facts: dict[int, Fact | None] = {
-                i: Fact(stamp, _SOURCE) for i, stamp in zip(ids, stamps, strict=True)
-            }
-            self.expected.begin(layer, facts)
+        stamps, facts = self.begin(layer, ids)
         if self._done("upserts", lambda: self._callers[service].upsert(layer, ids, stamps)):
             self._acknowledge(layer, facts)
             for number in range(len(self._callers)):
@@ -221,13 +256,13 @@ class Load:
     ) -> None:
         wrong = self._asked(number, layer, keys, own, lambda found: found != ids)
         if wrong:
-            self._blame(f"layer {layer}: {ids} were acknowledged, {wrong} found by {number}")
+            self.blame(f"layer {layer}: {ids} were acknowledged, {wrong} found by {number}")
 
     def _check_gone(self, number: int, layer: int, known: dict[int, int], *, own: bool) -> None:
         keys = key_of(known, known.values())
         wrong = self._asked(number, layer, keys, own, lambda found: bool(set(found) & set(known)))
         if wrong:
-            self._blame(f"layer {layer}: {list(known)} were deleted, {wrong} found by {number}")
+            self.blame(f"layer {layer}: {list(known)} were deleted, {wrong} found by {number}")
 
     def _asked(
         self, number: int, layer: int, keys: Any, own: bool, is_wrong: Callable[[list[int]], bool]
@@ -255,24 +290,32 @@ class Load:
         while not self._ended:
             with self._turn():
                 layer = int(rng.integers(LAYERS))
-                look = self._callers[service].nearest
-                self._done(f"lookups at {service}", lambda: look(layer, keys))  # noqa: B023
+                self._done(f"lookups at {service}", lambda: self._look_once(service, layer, keys))  # noqa: B023
+
+    def _look_once(self, service: int, layer: int, keys: Any) -> None:
+        if not self.kept:
+            self._callers[service].nearest(layer, keys)
+        elif (found := self._callers[service].nearest(0, self.kept_keys)) != list(self.kept):
+            self.blame(f"layer 0: {list(self.kept)} are there, {found} found by {service}")
 
     def _done(self, kind: str, work: Callable[[], Any]) -> bool:
         """Whether it succeeded; failures that do not pass are wrong."""
+        began = time.monotonic()
         try:
             work()
         except grpc.RpcError as error:
-            if error.code() not in _PASSES:
-                self._blame(f"{kind}: {error.code().name}: {error.details()}")
+            if error.code() not in self.passes:
+                self.blame(f"{kind}: {error.code().name}: {error.details()}")
             kind = f"refused {kind}"
         with self._changed:
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.done[kind] += 1
             self.done["ended writes"] += kind.endswith(("upserts", "deletes"))
             self._changed.notify_all()
         return not kind.startswith("refused")
 
-    def _blame(self, problem: str) -> None:
+    def blame(self, problem: str) -> None:
+        """Something is wrong, in this phase."""
         with self._changed:
             self.wrong.append(f"{self.phase}: {problem}")
             self._changed.notify_all()
