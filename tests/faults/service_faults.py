@@ -31,32 +31,31 @@ from tests.qdrant_standin.tcp_faults import TcpFaults
 from tests.sidecar import CALL_TIMEOUT_S, Sidecar, make_fingerprint
 
 MIB = 1 << 20
-KILLS, ENTRIES = 2, 3000
+# A job may be over before the kill, which then counts for nothing.
+TRIES, ONCE, ENTRIES = 3, ("optimize", "snapshot"), 3000
 # Of a round of storms; of a load's calls while the service is stopped.
 STORM_S, STOPPED_S = 2.0, 5.0
 PERMITS = 4
 
 
 def sigkill(job: str, within_s: float, *, writes: bool = False, swap: bool = False) -> Any:
-    """A fault: kills amid a job of tests/faults/crash.py."""
+    """A fault: a kill amid a job of tests/faults/crash.py."""
 
     def fault(round_: Round) -> None:
         loop = CrashLoop(round_.directory / "data", ENTRIES, round_.seed)
         loop.fill()
-        for _ in range(KILLS):
-            # Now and then the job is over before the kill, which then counts for less.
+        for _ in range(TRIES):
             before = loop.acknowledged[job]
             loop.kill_amid(job, loop.rng.uniform(0, within_s), writes=writes, swap=swap)
-            once = job in ("optimize", "snapshot") and not swap
-            round_.injects(int(not once or loop.acknowledged[job] == before))
+            if swap or job not in ONCE or loop.acknowledged[job] == before:
+                round_.injects()
+                break
         with loop.start() as sidecar:
             loop.check(sidecar, deep=True)
             sidecar.stop_cleanly()
-        round_.found.recoveries_s += loop.restarts_s[
-            2:
-        ]  # those before opened nothing that was killed
+        round_.found.recoveries_s += loop.restarts_s[2:]  # the first two opened nothing killed
         round_.found.writes += loop.acknowledged["write"] + loop.acknowledged["flush"]
-        round_.found.lookups += 2 * 8 * (KILLS + 1)  # of check_lookups()
+        round_.found.lookups += 2 * 8 * len(loop.restarts_s[1:])  # of check_lookups()
 
     return fault
 

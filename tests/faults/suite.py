@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -231,6 +232,7 @@ def main(words: Sequence[str] | None = None) -> int:
     command = " ".join(
         ["python -m tests.faults.suite", *(sys.argv[1:] if words is None else words)]
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # services end too
     began_s = time.monotonic()
     suite = Suite(chosen(given.only), given.seed, lambda line: _say(began_s, line))
     suite.run(3600 * given.hours if given.hours else 60 * given.minutes, given.rounds)
