@@ -232,7 +232,6 @@ def main(words: Sequence[str] | None = None) -> int:
     command = " ".join(
         ["python -m tests.faults.suite", *(sys.argv[1:] if words is None else words)]
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # services end too
     began_s = time.monotonic()
     suite = Suite(chosen(given.only), given.seed, lambda line: _say(began_s, line))
     suite.run(3600 * given.hours if given.hours else 60 * given.minutes, given.rounds)
@@ -252,4 +251,5 @@ def _say(began_s: float, line: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # services end too
     sys.exit(main())
