@@ -17,7 +17,7 @@ from knnmoe.v1 import snapshots_pb2 as snapshots_pb
 from knnmoe.v1 import snapshots_pb2_grpc
 from knnmoe.v1 import types_pb2 as types_pb
 
-from tests.faults.rounds import DEFECTS, HANG_S, Round
+from tests.faults.rounds import DEFECTS, Round
 from tests.integration.identities import SECRETS, TOKENS, token_table, write
 from tests.integration.refusals import INVALID, Case, Memories, assert_refused, fill
 from tests.integration.server_snapshots import until
@@ -60,7 +60,7 @@ class Inputs:
             self._round.found.defects.append(f"{what}: {str(otherwise)[:300]}")
             return
         took_s = time.monotonic() - began_s
-        self._round.require(took_s <= HANG_S, f"{what}: took {took_s:.1f} s")
+        self._round.require(took_s <= self._round.hang_s, f"{what}: took {took_s:.1f} s")
         self._round.require(
             error.code not in DEFECTS, f"{what}: {error.code.name}: {error.message}"
         )

@@ -39,6 +39,7 @@ from tests.sidecar import LOGIT_DELTA, Sidecar
 NAME, LAYERS = "crash", 2
 MODEL = {"num_layers": LAYERS, "hidden_size": DIMENSION, "num_experts": EXPERTS}
 TIMEOUT_S = 120.0
+FILL = 512  # entries in a write at first
 QUANTIZATIONS = ("none", "int8")
 JOBS = ("optimize", "quantize", "prune", "snapshot", "restore", "none")
 LONGEST_S = {
@@ -97,8 +98,8 @@ class CrashLoop:
             )
             work = Work(self, sidecar, np.random.default_rng(0))
             for layer in range(LAYERS):
-                for first in range(0, self.entries, 512):
-                    ids = range(first, min(first + 512, self.entries))
+                for first in range(0, self.entries, FILL):
+                    ids = range(first, min(first + FILL, self.entries))
                     work.upsert(layer, [int(i) for i in ids])
             sidecar.stop_cleanly()
 

@@ -23,7 +23,7 @@ from knnmoe.v1 import routing_pb2 as routing_pb
 from knnmoe.v1 import snapshots_pb2 as snapshots_pb
 
 from tests.faults.cluster_load import NAME, Caller, Load
-from tests.faults.crash import CrashLoop
+from tests.faults.crash import FILL, CrashLoop
 from tests.faults.rounds import HANG_S, UNHEARD, CannotRun, Round, Storm
 from tests.integration.replaced_memories import names
 from tests.integration.server_snapshots import until
@@ -54,7 +54,8 @@ def sigkill(job: str, within_s: float, *, writes: bool = False, swap: bool = Fal
             loop.check(sidecar, deep=True)
             sidecar.stop_cleanly()
         round_.found.recoveries_s += loop.restarts_s[2:]  # the first two opened nothing killed
-        round_.found.writes += loop.acknowledged["write"] + loop.acknowledged["flush"]
+        filled = len(loop.expected.layers) * -(-ENTRIES // FILL)
+        round_.found.writes += filled + loop.acknowledged["write"] + loop.acknowledged["flush"]
         round_.found.lookups += 2 * 8 * len(loop.restarts_s[1:])  # of check_lookups()
 
     return fault
@@ -143,12 +144,13 @@ def deadline_storm(round_: Round) -> None:
     """Thousands of lookups that have expired, or nearly, before they are searched."""
     service = round_.serve()
     with round_.load(service) as load:
+        load.passes = UNHEARD
         for in_message in (False, True):
             storm = Storm(load, service, 16, (1e-4, 1e-3, 5e-3, 2e-2), in_message=in_message)
             with storm:
                 round_.pause(STORM_S)
                 load.wait_for_more(lookups=5, checks=1)  # those who have time are answered
-            round_.injects(storm.done["DEADLINE_EXCEEDED"])
+            round_.injects(storm.done["DEADLINE_EXCEEDED"] + storm.done["CANCELLED"])
             round_.recover(load)
 
 
@@ -329,13 +331,17 @@ def _needing_files(service: Sidecar) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {}
     for number in range(4):
         request = admin_pb.CreateMemoryRequest(name=f"new-{number}", fingerprint=make_fingerprint())
-        calls[f"make memory new-{number}"] = lambda r=request: admin.CreateMemory(r, timeout=HANG_S)
+        calls[f"make memory new-{number}"] = lambda r=request: admin.CreateMemory(
+            r, timeout=CALL_TIMEOUT_S
+        )
         request = snapshots_pb.CreateSnapshotRequest(memory=NAME)
         calls[f"snapshot {number}"] = lambda r=request: list(
-            snapshots.CreateSnapshot(r, timeout=HANG_S)
+            snapshots.CreateSnapshot(r, timeout=CALL_TIMEOUT_S)
         )
         request = admin_pb.OptimizeRequest(memory=NAME, quantization="int8")
-        calls[f"optimize {number}"] = lambda r=request: list(admin.Optimize(r, timeout=HANG_S))
+        calls[f"optimize {number}"] = lambda r=request: list(
+            admin.Optimize(r, timeout=CALL_TIMEOUT_S)
+        )
         calls[f"connect {number}"] = lambda: _connect(service.target)
     return calls
 
