@@ -146,7 +146,7 @@ def table(found: Mapping[str, Found], left_out: Mapping[str, str]) -> str:
     lines = [f"| {' | '.join(_COLUMNS)} |", f"| --- |{' ---: |' * (len(_COLUMNS) - 1)}"]
     for name, each in found.items():
         if name in left_out:
-            lines.append(f"| {name} | not run: {left_out[name]} |  |  |  |  |  |  |")
+            lines.append(f"| {name} | not run: {left_out[name]} |{' |' * (len(_COLUMNS) - 2)}")
             continue
         times = sorted(each.recoveries_s)
         cells = [
