@@ -151,6 +151,7 @@ def run(
             service = stack.enter_context(Sidecar(home / "data", listen=f"unix:{home}/s", **how))
         place = Place(network, cluster)
         with Load([service]) as load:
+            load.wait_for_more(acknowledged=3, lookups=5)  # what is first takes longer
             for fault in faults:
                 rows.append(_through(load, place, fault, plan))
                 say(f"{fault.__name__}: {json.dumps(rows[-1])}")
