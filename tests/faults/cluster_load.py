@@ -10,14 +10,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
 from knnmoe import tensors
 from knnmoe.channels import open_channel
+from knnmoe.v1 import doctor_pb2 as doctor_pb
+from knnmoe.v1 import (
+    doctor_pb2_grpc,
+    memory_admin_pb2_grpc,
+    retention_pb2_grpc,
+    routing_pb2_grpc,
+)
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
-from knnmoe.v1 import memory_admin_pb2_grpc, retention_pb2_grpc, routing_pb2_grpc
 from knnmoe.v1 import retention_pb2 as retention_pb
 from knnmoe.v1 import routing_pb2 as routing_pb
 from knnmoe.v1 import types_pb2 as types_pb
@@ -25,11 +31,12 @@ from knnmoe.v1 import types_pb2 as types_pb
 from tests.faults.crash_model import DIMENSION, EXPERTS, Expectation, Fact, key_of, value_of
 from tests.integration.replaced_memories import names
 from tests.integration.server_snapshots import until
+from tests.qdrant_standin import QdrantCluster
 from tests.sidecar import LOGIT_DELTA, Sidecar
 
 NAME, LAYERS = "law", 2
 MODEL = {"num_layers": LAYERS, "hidden_size": DIMENSION, "num_experts": EXPERTS}
-CALL_S, WAIT_S = 30.0, 60.0
+CALL_S, WAIT_S, EQUAL_S = 30.0, 60.0, 30.0
 # Until a node that is cut off is set aside, on a busy machine.
 _LAG_S = 10.0
 _IDS_PER_WRITER = 150
@@ -43,6 +50,16 @@ PASSES = (
 )
 
 
+class Call(NamedTuple):
+    """One that has ended; times are of time.monotonic()."""
+
+    phase: str
+    kind: str
+    status: str
+    began_s: float
+    ended_s: float
+
+
 class Caller:
     """One service over a channel of its own."""
 
@@ -50,6 +67,7 @@ class Caller:
         self.channel, self._digest = open_channel(service.target), digest
         self._admin = memory_admin_pb2_grpc.MemoryAdminServiceStub(self.channel)
         self._retention = retention_pb2_grpc.RetentionServiceStub(self.channel)
+        self._doctor = doctor_pb2_grpc.DoctorServiceStub(self.channel)
         self._routing = routing_pb2_grpc.RoutingServiceStub(self.channel)
 
     def upsert(self, layer: int, ids: Sequence[int], stamps: Sequence[int]) -> None:
@@ -100,6 +118,15 @@ class Caller:
             found |= dict(zip(ids, stamps, strict=True))
         return found
 
+    def warnings(self) -> list[str]:
+        """Of the service about the memory: that writes are not finished, for one."""
+        findings = self._doctor.Diagnose(doctor_pb.DiagnoseRequest(), timeout=CALL_S).findings
+        return [
+            each.what
+            for each in findings
+            if each.check == NAME and each.severity != doctor_pb.SEVERITY_OK
+        ]
+
 
 class Load:
     """Runs from __enter__ to __exit__: two writers and a reader for each service.
@@ -113,8 +140,9 @@ class Load:
 
     def __init__(self, services: Sequence[Sidecar], *, keep: int = 0) -> None:
         """`keep`: how many entries there are that no writer touches."""
+        # Another gamma than the default: the doctor is to have nothing to say.
         self.digest = services[0].create(
-            NAME, model=MODEL, kind=LOGIT_DELTA, neighbours=1, gamma=[1.0]
+            NAME, model=MODEL, kind=LOGIT_DELTA, neighbours=1, gamma=[2.0]
         )
         for service in services:
             until(lambda service=service: NAME in names(service))
@@ -124,7 +152,8 @@ class Load:
         self.expected = Expectation([{} for _ in range(LAYERS)])
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self._changed = threading.Condition()  # of the three above
+        self.calls: list[Call] = []
+        self._changed = threading.Condition()  # of the four above
         self._stamp = 0
         self.phase = "whole"  # what happens to the cluster, for who reads what went wrong
         self.cut_off = False  # whether a node is, or was a moment ago
@@ -187,6 +216,13 @@ class Load:
             with self._changed:
                 self._resting = False
                 self._changed.notify_all()
+
+    def wait_until_written(self) -> None:
+        """Until the services have sent again all that failed."""
+        end = time.monotonic() + EQUAL_S
+        while unfinished := [line for caller in self._callers for line in caller.warnings()]:
+            assert time.monotonic() < end, unfinished
+            time.sleep(0.05)
 
     def check(self) -> None:
         """Every service holds what was acknowledged; of what was not, the same at all of them."""
@@ -300,15 +336,18 @@ class Load:
 
     def _done(self, kind: str, work: Callable[[], Any]) -> bool:
         """Whether it succeeded; failures that do not pass are wrong."""
-        began = time.monotonic()
+        asked, status, began_s = kind, grpc.StatusCode.OK, time.monotonic()
         try:
             work()
         except grpc.RpcError as error:
-            if error.code() not in self.passes:
-                self.blame(f"{kind}: {error.code().name}: {error.details()}")
+            status = error.code()
+            if status not in self.passes:
+                self.blame(f"{kind}: {status.name}: {error.details()}")
             kind = f"refused {kind}"
         with self._changed:
-            self.longest_s = max(self.longest_s, time.monotonic() - began)
+            ended_s = time.monotonic()
+            self.longest_s = max(self.longest_s, ended_s - began_s)
+            self.calls.append(Call(self.phase, asked, status.name, began_s, ended_s))
             self.done[kind] += 1
             self.done["ended writes"] += kind.endswith(("upserts", "deletes"))
             self._changed.notify_all()
@@ -332,3 +371,25 @@ class Load:
                 self._busy -= 1
                 self._changed.notify_all()
             time.sleep(0.005)  # the machine is shared by all of them
+
+
+def options(
+    cluster: QdrantCluster, first: int, writes: int, timeout_s: float = 10.0
+) -> dict[str, object]:
+    """Of a service that is given all nodes, one of them first; lookups get long, for the machine may be busy."""
+    urls = cluster.urls[first:] + cluster.urls[:first]
+    flags = ["--qdrant-replication-factor", "2", "--flush-interval-s", "0.1"]
+    flags += ["--qdrant-timeout-s", str(timeout_s)]
+    flags += ["--qdrant-write-consistency-factor", str(writes)]
+    return {"backend": ",".join(urls), "flags": flags}
+
+
+def wait_until_equal(cluster: QdrantCluster) -> None:
+    """All replicas of all shards hold the same, a while after the cluster is whole again."""
+    cluster.wait_whole()
+    end = time.monotonic() + EQUAL_S
+    while differing := [
+        line for name in cluster.collections() for line in cluster.replicas_differ(name)
+    ]:
+        assert time.monotonic() < end, differing
+        time.sleep(0.05)

@@ -452,6 +452,23 @@ def test_hits_are_reported_at_the_end(following: Following) -> None:
     )
 
 
+def test_what_came_after_a_report_that_failed_is_reported_at_the_end(
+    following: Following, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = following.whole()
+    following.service.report_error = AWAY
+    hit(following.copy, 0, 0)
+    with monkeypatch.context() as often:
+        often.setattr(follower_module, "REPORT_EVERY_S", 0.0)
+        stream.say(synced(7), synced(8))
+        following.at(8)
+    hit(following.copy, 0, 1)
+    following.service.report_error = None
+    following.follower.close()
+    ids = following.copy.layers[0]._row_ids.tolist()
+    assert hits_of(following.service)[-2:] == [(1, 0, ids[:1], [1]), (2, 0, ids[1:2], [1])]
+
+
 def test_closing_while_it_copies(following: Following) -> None:
     _, stream = following.service.asked()
     stream.say(*WHOLE[:2])
