@@ -1,0 +1,345 @@
+"""All that a sidecar does at once: lookups on every way in, learning, a monitor's questions, jobs, replicas.
+
+load = Load(sidecar, metrics, FULL, seed=0, job_every_s=10.0); load.fill(); load.start(); ...; load.stop(); load.work
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from knnmoe import tensors
+from knnmoe.channels import open_channel
+from knnmoe.client import AdminClient, ServiceError
+from knnmoe.client.direct import DirectStream
+from knnmoe.v1 import doctor_pb2 as doctor_pb
+from knnmoe.v1 import memory_admin_pb2 as admin_pb
+from knnmoe.v1 import replication_pb2 as replication_pb
+from knnmoe.v1 import retention_pb2 as retention_pb
+from knnmoe.v1 import routing_pb2 as routing_pb
+from knnmoe.v1 import snapshots_pb2 as snapshots_pb
+from knnmoe.v1 import types_pb2 as types_pb
+from knnmoe.v1.replication_pb2_grpc import ReplicationServiceStub
+from knnmoe.v1.routing_pb2_grpc import RoutingServiceStub
+
+from tests.sidecar import LOGIT_DELTA, Sidecar
+
+LARGE, SMALL, SCRATCH = "large", "small", "scratch"
+LAYERS, HIDDEN, EXPERTS = 2, 128, 16
+MODEL = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_experts": EXPERTS}
+TOKENS = 8
+# Lookups of one stream before the next one is opened.
+LOOKUPS_PER_STREAM = 2000
+BATCH, BATCHES_PER_S, FSYNC_EVERY, SOURCES = 64, 10.0, 20, 8
+ASK_EVERY_S, VISIT_EVERY_S = 0.5, 10.0
+TIMEOUT_S = 120.0
+
+
+class Size(NamedTuple):
+    """Entries of a layer: of the memory that has engines of its own, and of the one inside the service."""
+
+    large: int = 20_000
+    small: int = 1_000
+
+
+FULL, TINY = Size(), Size(600, 200)
+
+
+@dataclass
+class Work:
+    """What was done, and what failed."""
+
+    done: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, name: str, call: Callable[[], object]) -> None:
+        """Once; a call that is refused is a failure of the run, which goes on."""
+        try:
+            call()
+        except (grpc.RpcError, ServiceError) as error:
+            # ServiceError.code is a property, RpcError's a method
+            code = error.code() if isinstance(error, grpc.RpcError) else error.code
+            with self._lock:
+                self.failed[f"{name}: {code}: {error!s:.200}"] += 1
+            return
+        self.count(name)
+
+    def count(self, name: str) -> None:
+        """One more was done."""
+        with self._lock:
+            self.done[name] += 1
+
+
+class Rows:
+    """Entries of one layer: a window over ever growing ids, each batch an example of its own."""
+
+    def __init__(self, memory: str, layer: int, digest: str, seed: int) -> None:
+        self.memory, self.layer, self.digest = memory, layer, digest
+        self.first, self.end = 0, 0
+        self._rng = np.random.default_rng([seed, layer])
+
+    def add(self, count: int, *, fsync: bool = False) -> admin_pb.UpsertRequest:
+        """The next ones."""
+        ids = np.arange(self.end, self.end + count, dtype=np.uint64)
+        keys, deltas = (
+            self._rng.standard_normal((count, width)).astype(np.float32)
+            for width in (HIDDEN, EXPERTS)
+        )
+        batch = self.end // BATCH
+        origins = [
+            types_pb.Provenance(
+                source=f"source-{batch % SOURCES}",
+                example=f"example-{batch}",
+                position=n,
+                created_unix_ms=int(time.time() * 1000),
+            )
+            for n in range(count)
+        ]
+        self.end += count
+        entries = admin_pb.Entries(
+            ids=tensors.to_tensor(ids),
+            keys=tensors.to_tensor(keys),
+            logit_deltas=tensors.to_tensor(deltas),
+            provenance=origins,
+        )
+        durability = admin_pb.DURABILITY_FSYNC if fsync else admin_pb.DURABILITY_PROCESS
+        return admin_pb.UpsertRequest(
+            memory=self.memory,
+            layer=self.layer,
+            entries=entries,
+            durability=durability,
+            model_digest=self.digest,
+        )
+
+    def drop(self, count: int) -> retention_pb.DeleteRequest:
+        """The oldest."""
+        ids = np.arange(self.first, self.first + count, dtype=np.uint64)
+        self.first += count
+        return retention_pb.DeleteRequest(
+            memory=self.memory, layer=self.layer, ids=tensors.to_tensor(ids)
+        )
+
+
+class Load:
+    """All that is asked of one sidecar, in threads, from start() to stop()."""
+
+    def __init__(
+        self, sidecar: Sidecar, metrics: str, size: Size, seed: int, job_every_s: float
+    ) -> None:
+        """`metrics`: URL of the page."""
+        self.sidecar, self.metrics, self.size, self.seed = sidecar, metrics, size, seed
+        self.job_every_s = job_every_s
+        self.work, self.ended = Work(), threading.Event()
+        self.admin = AdminClient(sidecar.target, TIMEOUT_S)
+        self.digest = ""
+        self.rows = [  # which learn() writes to, in turns
+            Rows(name, layer, "", seed) for name in (LARGE, SMALL) for layer in range(LAYERS)
+        ]
+        loops = [self.look_up_over_grpc, self.look_up_directly] * 2
+        self._threads = [
+            threading.Thread(target=loop, args=(number,), daemon=True)
+            for number, loop in enumerate([*loops, self.learn, self.ask, self.maintain, self.visit])
+        ]
+
+    def fill(self) -> None:
+        """The first entries of both memories."""
+        for name in (LARGE, SMALL):
+            self.digest = self.sidecar.create(name, model=MODEL, kind=LOGIT_DELTA, gamma=[0.01])
+        for rows in self.rows:
+            rows.digest, wanted = self.digest, getattr(self.size, rows.memory)
+            while rows.end < wanted:
+                self._upsert(rows.add(min(BATCH, wanted - rows.end)))
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Returns when all calls have ended."""
+        self.ended.set()
+        for thread in self._threads:
+            thread.join(TIMEOUT_S)
+            if thread.is_alive():
+                self.work.failed[f"{thread.name} hangs"] += 1
+        self.admin.close()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether to go on."""
+        return not self.ended.wait(seconds)
+
+    # Loops, each of a thread.
+
+    def look_up_over_grpc(self, number: int) -> None:
+        requests = self._requests(number)
+        while self.wait(0):
+            with open_channel(self.sidecar.target) as channel:
+                stream = RoutingServiceStub(channel).RouteStream(self._some(requests))
+                self.work.run("streams over gRPC", lambda stream=stream: self._read(stream))  # type: ignore[misc]
+
+    def look_up_directly(self, number: int) -> None:
+        requests = self._requests(number)
+        while self.wait(0):
+            stream = DirectStream.connected(self.sidecar.target)
+            if stream is None:
+                self.work.failed["direct: nobody listens"] += 1
+                return
+            with closing(stream):
+                self.work.run("streams directly", lambda s=stream: self._ask(s, requests))  # type: ignore[misc]
+
+    def learn(self, number: int) -> None:
+        """New entries in, as many old ones out."""
+        count = 0
+        while self.wait(1 / BATCHES_PER_S):
+            rows = self.rows[count % len(self.rows)]
+            count += 1
+            fsync = count % FSYNC_EVERY == 0
+            self.work.run("upserts", lambda r=rows, f=fsync: self._upsert(r.add(BATCH, fsync=f)))  # type: ignore[misc]
+            self.work.run("deletes", lambda r=rows: self._delete(r.drop(BATCH)))  # type: ignore[misc]
+
+    def ask(self, number: int) -> None:
+        """What a dashboard and a monitor ask."""
+        health = health_pb2_grpc.HealthStub(self.sidecar.channel)
+        stub, layer = self.admin.admin, 0
+        while self.wait(ASK_EVERY_S):
+            layer = (layer + 1) % LAYERS
+            recent = admin_pb.RecentLookupsRequest(memory=LARGE, layer=layer)
+            calls: dict[str, Callable[[], object]] = {
+                "stats": lambda: self.admin.unary(stub.Stats, admin_pb.StatsRequest()),
+                "recent lookups": lambda r=recent: self.admin.unary(stub.RecentLookups, r),  # type: ignore[misc]
+                "health checks": lambda: health.Check(
+                    health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S
+                ),
+                "metrics": self._scrape,
+            }
+            for name, call in calls.items():
+                self.work.run(name, call)
+
+    def maintain(self, number: int) -> None:
+        """One job after the other, and from the start again."""
+        jobs = (self.optimize, self.snapshot, self.scratch, self.compress, self.look_around)
+        count = 0
+        while self.wait(self.job_every_s):
+            job = jobs[count % len(jobs)]
+            count += 1
+            self.work.run(f"jobs: {job.__name__}", job)
+
+    def visit(self, number: int) -> None:
+        """Replicas that copy all and leave."""
+        while self.wait(VISIT_EVERY_S):
+            self.work.run("replicas that came and went", self._copy_all)
+
+    # Jobs.
+
+    def optimize(self, quantization: str = "none") -> None:
+        request = admin_pb.OptimizeRequest(memory=LARGE, quantization=quantization)
+        _drain(self.admin.admin.Optimize(request, timeout=TIMEOUT_S))
+
+    def compress(self) -> None:
+        self.optimize("int8")
+
+    def snapshot(self) -> None:
+        """Made, verified, restored under another name, and all of it deleted."""
+        stub, name = self.admin.snapshots, "soak"
+        reference = snapshots_pb.SnapshotRef(memory=LARGE, name=name)
+        create = snapshots_pb.CreateSnapshotRequest(memory=LARGE, name=name)
+        _drain(stub.CreateSnapshot(create, timeout=TIMEOUT_S))
+        verify = snapshots_pb.VerifySnapshotRequest(snapshot=reference)
+        _drain(stub.VerifySnapshot(verify, timeout=TIMEOUT_S))
+        restore = snapshots_pb.RestoreSnapshotRequest(snapshot=reference, as_memory=SCRATCH)
+        _drain(stub.RestoreSnapshot(restore, timeout=TIMEOUT_S))
+        self.admin.delete(SCRATCH)
+        delete = snapshots_pb.DeleteSnapshotRequest(memory=LARGE, name=name)
+        stub.DeleteSnapshot(delete, timeout=TIMEOUT_S)
+
+    def scratch(self) -> None:
+        """A memory that is made, filled, read and deleted."""
+        digest = self.sidecar.create(SCRATCH, model=MODEL, kind=LOGIT_DELTA, gamma=[0.01])
+        rows = Rows(SCRATCH, 0, digest, self.seed)
+        for _ in range(4):
+            self._upsert(rows.add(BATCH))
+        request = next(self._requests(0, SCRATCH))
+        self.sidecar.routing.Route(request, timeout=TIMEOUT_S)
+        self.admin.delete(SCRATCH)
+
+    def look_around(self) -> None:
+        """What reads all entries."""
+        export = admin_pb.ExportRequest(memory=LARGE, layer=0, batch_size=2048)
+        _drain(self.admin.admin.Export(export, timeout=TIMEOUT_S))
+        sources = admin_pb.ListSourcesRequest(memory=LARGE)
+        _drain(self.admin.admin.ListSources(sources, timeout=TIMEOUT_S))
+        calibrate = admin_pb.CalibrateRequest(memory=LARGE, lambda0=0.5, sample=64, dry_run=True)
+        self.admin.admin.Calibrate(calibrate, timeout=TIMEOUT_S)
+        self.admin.doctor.Diagnose(doctor_pb.DiagnoseRequest(), timeout=TIMEOUT_S)
+
+    # Calls.
+
+    def _requests(self, number: int, memory: str = "") -> Iterator[routing_pb.RouteRequest]:
+        """Without end, over memories and layers; every fourth asks for neighbours."""
+        rng = np.random.default_rng([self.seed, number])
+        names = [memory] if memory else [LARGE, LARGE, SMALL]
+        while True:
+            for count in range(64):
+                inputs, logits = (
+                    rng.standard_normal((TOKENS, width)).astype(np.float32)
+                    for width in (HIDDEN, EXPERTS)
+                )
+                yield routing_pb.RouteRequest(
+                    memory=names[count % len(names)],
+                    layer=0 if memory else count % LAYERS,
+                    model_digest=self.digest,
+                    router_inputs=tensors.to_tensor(inputs),
+                    router_logits=tensors.to_tensor(logits),
+                    with_neighbours=count % 4 == 0,
+                )
+
+    def _some(
+        self, requests: Iterator[routing_pb.RouteRequest]
+    ) -> Iterator[routing_pb.RouteRequest]:
+        """Those of one stream, as the service takes them."""
+        for request, _ in zip(requests, range(LOOKUPS_PER_STREAM), strict=False):
+            if self.ended.is_set():
+                return
+            yield request
+
+    def _read(self, stream: Any) -> None:
+        for _ in stream:
+            self.work.count("lookups over gRPC")
+
+    def _ask(self, stream: DirectStream, requests: Iterator[routing_pb.RouteRequest]) -> None:
+        for request in self._some(requests):
+            stream.send(request)
+            stream.receive(TIMEOUT_S)
+            self.work.count("lookups directly")
+
+    def _upsert(self, request: admin_pb.UpsertRequest) -> None:
+        _drain(self.admin.admin.Upsert(iter([request]), timeout=TIMEOUT_S))
+
+    def _delete(self, request: retention_pb.DeleteRequest) -> None:
+        self.admin.retention.Delete(request, timeout=TIMEOUT_S)
+
+    def _scrape(self) -> None:
+        with urllib.request.urlopen(self.metrics, timeout=TIMEOUT_S) as page:  # noqa: S310
+            page.read()
+
+    def _copy_all(self) -> None:
+        with open_channel(self.sidecar.target) as channel:
+            request = replication_pb.ReplicateRequest(memory=SMALL)
+            stream = ReplicationServiceStub(channel).Replicate(request, timeout=TIMEOUT_S)
+            for message in stream:
+                if message.HasField("synced"):
+                    return
+
+
+def _drain(stream: Iterable[object]) -> None:
+    for _ in stream:
+        pass
