@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ from tests.sidecar import (
 
 # A call hangs when nothing comes for so long; what is given up, and seen as a hang.
 HANG_S, GIVE_UP_S = 5.0, 60.0
-THREADS, SAY_EVERY_S = 6, 15.0
+THREADS, LOOK_EVERY_S, SAY_EVERY = 6, 0.5, 30
 KEPT = {"kept-assignments": ASSIGNMENT, "kept-deltas": LOGIT_DELTA, "kept-logits": LOGITS}
 KEPT_ENTRIES, ENTRIES = 60, 8
 DIRECT, SOCKET = "direct socket", "bytes at gRPC's socket"
@@ -90,8 +91,12 @@ DESTRUCTIVE = (
     *("/Delete", "/Prune"),
 )
 AFRESH_EVERY = 300
-# How often jobs are asked for that take a process of their own each; other methods: 1.
-RARE = {"/MeasureQuantization": 0.05, "/Quantize": 0.15, "/Optimize": 0.15}
+# How often methods are called whose work is a copy of files, or a process of its own; other methods: 1.
+RARE = {
+    "MeasureQuantization": 0.04,
+    **dict.fromkeys(("Quantize", "Optimize"), 0.1),
+    **dict.fromkeys(("CreateSnapshot", "PackSnapshot", "RestoreSnapshot", "ReplaceMemory"), 0.3),
+}
 # Whose token a call shows, and how often of a hundred; "": none.
 CALLERS = {"root": 82, "": 4, "wrong": 4, "reader": 4, "learner": 3, "all": 3}
 MESSAGES_OF_STREAM, MESSAGES_OF_CALL = (1, 1, 2, 3, 6), (1,) * 18 + (0, 2)
@@ -107,6 +112,7 @@ class Figures:
     calls: int = 0
     codes: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
+    total_s: float = 0.0
     hangs: int = 0
 
 
@@ -129,6 +135,7 @@ class Tally:
             figures.calls += 1
             figures.messages += len(sent)
             figures.codes[code] += 1
+            figures.total_s += seconds
             figures.slowest_s = max(figures.slowest_s, seconds)
             figures.hangs += silent_s > HANG_S
 
@@ -186,7 +193,7 @@ class Client:
     def run(self, messages: int) -> None:
         """So many, in as many calls as it takes."""
         methods = [*METHODS, *HEALTH]
-        often = [RARE.get(f"/{method.name}", 1.0) for method in methods]
+        often = [RARE.get(method.name, 1.0) for method in methods]
         ways, weights = [*methods, DIRECT, SOCKET, NOT_THERE], [*often, 2.0, 0.5, 0.5]
         with closing(self.channel), closing(self.root):
             while messages > 0:
@@ -201,18 +208,23 @@ class Client:
                 else:
                     self.knock() if way == SOCKET else self.call_nobody()
                     messages -= 1
+            self.clear()
 
     def begin_afresh(self) -> None:
         """What mutated requests made goes, and what valid ones are about is made again."""
+        self.clear()
+        self.make_memories()
+        self.make_snapshot()
+        shutil.rmtree(self.sidecar.data / "packs" / self.memory, ignore_errors=True)
+        self.calls_left = AFRESH_EVERY
+
+    def clear(self) -> None:
+        """Deletes its own memories, and those that nobody calls his own."""
         for name in self._names():
             if name.startswith(self.memory) or not name.startswith(("fuzz-", "kept-")):
                 self._unless_gone(
                     self.admin.DeleteMemory, admin_pb.DeleteMemoryRequest(memory=name)
                 )
-        self.make_memories()
-        self.make_snapshot()
-        shutil.rmtree(self.sidecar.data / "packs" / self.memory, ignore_errors=True)
-        self.calls_left = AFRESH_EVERY
 
     def make_memories(self) -> None:
         """Those two that are not there, each with its entries."""
@@ -338,15 +350,14 @@ class Client:
     def call_directly(self, most: int) -> int:
         """Frames at the direct socket, which may be none; how many messages there were."""
         method = routing_pb.DESCRIPTOR.services_by_name["RoutingService"].methods_by_name["Route"]
-        count = min(most, self.random.choice((1, 2, 3, 6)))
-        sent = [self.message(method) for _ in range(count)]
+        sent = [self.message(method) for _ in range(min(most, self.random.choice((1, 2, 3, 6))))]
         data = b"".join(self._frames(sent))
         if self.random.random() < 0.1:
             data = data[: self.random.randrange(len(data) + 1)]  # half-sent
         began = time.monotonic()
         code, reason, said = self._exchanged(data)
         self._judge(DIRECT, sent, (code, reason, said), time.monotonic() - began)
-        return count
+        return len(sent)
 
     def _frames(self, sent: Sequence[bytes]) -> Iterator[bytes]:
         caller = self._caller().encode()
@@ -527,7 +538,7 @@ def run(
             kept.make()
             before, held = kept.state(), _held_by(pid)
             clients = [Client(sidecar, place, tally, seed, n) for n in range(threads)]
-            _run_all(clients, messages, tally, say)
+            highest = _run_all(clients, messages, tally, say)
             problems = [] if sidecar.process.poll() is None else ["the service has ended"]
             after = _held_by(pid)
             problems += _differences(before, kept.state(), "at the end")
@@ -547,6 +558,7 @@ def run(
         },
         "held_before": held,
         "held_after": after,
+        "highest_rss_mib": round(highest, 1),
         "violations": [*tally.violations, *problems],
     }
     (out / "fuzz.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -556,8 +568,8 @@ def run(
 
 def _run_all(
     clients: Sequence[Client], messages: int, tally: Tally, say: Callable[[str], None]
-) -> None:
-    """Each its share, in a thread. What ends a thread is a violation."""
+) -> float:
+    """Each its share, in a thread; the most MiB that the service had meanwhile. What ends a thread is a violation."""
 
     def work(client: Client, share: int) -> None:
         try:
@@ -572,11 +584,20 @@ def _run_all(
     ]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
-        for thread in threads:
-            thread.join(SAY_EVERY_S / len(threads))
-        sent = sum(each.messages for each in list(tally.of.values()))
-        say(f"{sent} of {messages} messages, {len(tally.violations)} violations")
+    service, began, highest = clients[0].sidecar.process.pid, time.monotonic(), 0.0
+    for tick in count(1):
+        alive = [thread for thread in threads if thread.is_alive()]
+        if not alive:
+            return highest
+        alive[0].join(LOOK_EVERY_S)
+        highest = max(highest, resident_bytes(service) / 2**20)
+        if tick % SAY_EVERY == 0:
+            sent, now = sum(each.messages for each in list(tally.of.values())), time.monotonic()
+            say(
+                f"{now - began:.0f} s: {sent} of {messages} messages, {len(tally.violations)} violations, "
+                f"RSS {resident_bytes(service) / 2**20:.0f} MiB"
+            )
+    raise AssertionError("count() ends never")
 
 
 def _held_by(service: int) -> dict[str, float]:
@@ -639,7 +660,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['seconds']:,} s. INTERNAL or UNKNOWN: {codes['INTERNAL'] + codes['UNKNOWN']}; "
         f"silent over {HANG_S:g} s: {hangs}; violations of all kinds: {len(result['violations'])}.",
         f"Forms: {forms}.",
-        f"Before -> after: {'; '.join(held)}.",
+        f"Before -> after: {'; '.join(held)}; RSS of the service meanwhile at most {result['highest_rss_mib']:,} MiB.",
         "",
         *rows,
         "",

@@ -224,6 +224,7 @@ def run(
             **dict(sorted(load.work.done.items())),
             "lookups in the replica": copied["lookups"],
         },
+        "load_average": os.getloadavg(),
         "problems": problems,
         "verdicts": [{**asdict(each), "flat": each.flat} for each in verdicts],
         "at_minute": times,
