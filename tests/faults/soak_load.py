@@ -39,7 +39,8 @@ MODEL = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_experts": EXPERTS}
 TOKENS = 8
 # Lookups of one stream before the next one is opened.
 LOOKUPS_PER_STREAM = 2000
-BATCH, BATCHES_PER_S, FSYNC_EVERY, SOURCES = 64, 10.0, 20, 8
+BATCH, BATCHES_PER_S, FSYNC_EVERY = 256, 5.0, 20
+EXAMPLE_ENTRIES, SOURCES = 64, 8
 ASK_EVERY_S, VISIT_EVERY_S = 0.5, 10.0
 TIMEOUT_S = 120.0
 
@@ -95,15 +96,14 @@ class Rows:
             self._rng.standard_normal((count, width)).astype(np.float32)
             for width in (HIDDEN, EXPERTS)
         )
-        batch = self.end // BATCH
         origins = [
             types_pb.Provenance(
-                source=f"source-{batch % SOURCES}",
-                example=f"example-{batch}",
-                position=n,
+                source=f"source-{n // EXAMPLE_ENTRIES % SOURCES}",
+                example=f"example-{n // EXAMPLE_ENTRIES}",
+                position=n % EXAMPLE_ENTRIES,
                 created_unix_ms=int(time.time() * 1000),
             )
-            for n in range(count)
+            for n in range(self.end, self.end + count)
         ]
         self.end += count
         entries = admin_pb.Entries(
@@ -142,13 +142,13 @@ class Load:
         self.work, self.ended = Work(), threading.Event()
         self.admin = AdminClient(sidecar.target, TIMEOUT_S)
         self.digest = ""
-        self.rows = [  # which learn() writes to, in turns
+        self.rows = [
             Rows(name, layer, "", seed) for name in (LARGE, SMALL) for layer in range(LAYERS)
         ]
-        loops = [self.look_up_over_grpc, self.look_up_directly] * 2
+        loops = [self.look_up_over_grpc, self.look_up_directly] * 2 + [self.learn] * 2
         self._threads = [
             threading.Thread(target=loop, args=(number,), daemon=True)
-            for number, loop in enumerate([*loops, self.learn, self.ask, self.maintain, self.visit])
+            for number, loop in enumerate([*loops, self.ask, self.maintain, self.visit])
         ]
 
     def fill(self) -> None:
@@ -197,10 +197,11 @@ class Load:
                 self.work.run("streams directly", lambda s=stream: self._ask(s, requests))  # type: ignore[misc]
 
     def learn(self, number: int) -> None:
-        """New entries in, as many old ones out."""
+        """New entries in, as many old ones out, in one of both memories."""
+        mine = [rows for rows in self.rows if rows.memory == (LARGE, SMALL)[number % 2]]
         count = 0
         while self.wait(1 / BATCHES_PER_S):
-            rows = self.rows[count % len(self.rows)]
+            rows = mine[count % LAYERS]
             count += 1
             fsync = count % FSYNC_EVERY == 0
             self.work.run("upserts", lambda r=rows, f=fsync: self._upsert(r.add(BATCH, fsync=f)))  # type: ignore[misc]
