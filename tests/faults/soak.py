@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,19 @@ from typing import Any
 from knnmoe.client import AdminClient, ReplicationClient
 
 from tests.faults.curves import Bound, Verdict, draw, judge, table
-from tests.faults.soak_load import EXPERTS, FULL, HIDDEN, LARGE, LAYERS, MODEL, SMALL, Load, Size
-from tests.sidecar import EXIT_TIMEOUT_S, Sidecar, make_fingerprint
+from tests.faults.soak_load import (
+    EXPERTS,
+    FULL,
+    HIDDEN,
+    LARGE,
+    LAYERS,
+    MODEL,
+    SMALL,
+    Beside,
+    Load,
+    Size,
+)
+from tests.sidecar import Sidecar, make_fingerprint
 
 SAMPLE_EVERY_S, JOB_EVERY_S, REPLICA_LOOKUP_EVERY_S, PATIENCE_S = 5.0, 10.0, 0.02, 60.0
 MIB = 1 << 20
@@ -147,43 +156,6 @@ def follow(target: str, out: Connection) -> None:
     out.send({"lookups": lookups, "entries": [len(copy.layers[n]) for n in range(LAYERS)]})
 
 
-@dataclass
-class Replica:
-    """The process of follow()."""
-
-    process: Any
-    connection: Any
-
-    def finished(self) -> dict[str, Any]:
-        """What it says at the end. Raises AssertionError when it has died."""
-        self.connection.send("end")
-        return self._heard()
-
-    def _heard(self) -> Any:
-        assert self.connection.poll(2 * PATIENCE_S), "the replica says nothing"
-        try:
-            return self.connection.recv()
-        except EOFError:
-            raise AssertionError("the replica has died, see its traceback") from None
-
-
-@contextmanager
-def replica_of(target: str) -> Iterator[Replica]:
-    """From when it is complete."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=follow, args=(target, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    replica = Replica(process, ours)
-    try:
-        replica._heard()
-        yield replica
-    finally:
-        process.join(EXIT_TIMEOUT_S)
-        process.kill()
-
-
 # The run.
 
 
@@ -205,11 +177,16 @@ def run(
         with Sidecar(directory / "data", listen=f"unix:{directory}/s", flags=flags) as sidecar:
             load = Load(sidecar, _metrics_of(sidecar), size, seed, job_every_s)
             load.fill()
-            with replica_of(sidecar.target) as replica:
+            replica = Beside(follow, sidecar.target)
+            try:
+                replica.heard()
                 load.start()
                 curves = watch(sidecar, replica, minutes, sample_every_s, say)
                 load.stop()
-                copied = replica.finished()
+                copied = replica.end()
+            finally:
+                load.kill()
+                replica.kill()
             problems = [f"{count} calls failed: {what}" for what, count in load.work.failed.items()]
             problems += _differences(sidecar, load, copied)
             sidecar.stop_cleanly()
@@ -236,7 +213,7 @@ def run(
 
 def watch(
     sidecar: Sidecar,
-    replica: Replica,
+    replica: Beside,
     minutes: float,
     every_s: float,
     say: Callable[[str], None],

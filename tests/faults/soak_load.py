@@ -5,13 +5,16 @@ load = Load(sidecar, metrics, FULL, seed=0, job_every_s=10.0); load.fill(); load
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import grpc
@@ -20,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.client import AdminClient, ServiceError
+from knnmoe.client.calls import DuplexStream, Stream
 from knnmoe.client.direct import DirectStream
 from knnmoe.v1 import doctor_pb2 as doctor_pb
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
@@ -39,6 +43,8 @@ MODEL = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_experts": EXPERTS}
 TOKENS = 8
 # Lookups of one stream before the next one is opened.
 LOOKUPS_PER_STREAM = 2000
+# Of each way in.
+STREAMS = 2
 BATCH, BATCHES_PER_S, FSYNC_EVERY = 256, 5.0, 20
 EXAMPLE_ENTRIES, SOURCES = 64, 8
 ASK_EVERY_S, VISIT_EVERY_S = 0.5, 10.0
@@ -130,6 +136,110 @@ class Rows:
         )
 
 
+Lookup = Stream[routing_pb.RouteRequest, routing_pb.RouteResponse]
+
+
+class Lookups:
+    """Those of one way in, without pause."""
+
+    def __init__(self, target: str, digest: str, seed: int) -> None:
+        self.target, self.digest, self.seed = target, digest, seed
+        self.work, self.ended = Work(), threading.Event()
+
+    def look_up(self, way: str, number: int) -> None:
+        """One after the other, on one stream after the other."""
+        requests = self.requests(number)
+        open_stream = {"over gRPC": self._over_grpc, "directly": self._directly}[way]
+        while not self.ended.is_set():
+            with open_stream() as stream:
+                self.work.run(f"streams {way}", lambda s=stream: self._ask(s, requests, way))  # type: ignore[misc]
+
+    @contextmanager
+    def _over_grpc(self) -> Iterator[Lookup]:
+        with open_channel(self.target) as channel:
+            yield DuplexStream(RoutingServiceStub(channel).RouteStream, self.target)
+
+    @contextmanager
+    def _directly(self) -> Iterator[Lookup]:
+        stream = DirectStream.connected(self.target)
+        assert stream is not None, f"nobody listens beside {self.target}"
+        with closing(stream):
+            yield stream
+
+    def requests(self, number: int, memory: str = "") -> Iterator[routing_pb.RouteRequest]:
+        """Without end, over memories and layers; every fourth asks for neighbours."""
+        rng = np.random.default_rng([self.seed, number])
+        names = [memory] if memory else [LARGE, LARGE, SMALL]
+        while True:
+            for count in range(64):
+                inputs, logits = (
+                    rng.standard_normal((TOKENS, width)).astype(np.float32)
+                    for width in (HIDDEN, EXPERTS)
+                )
+                yield routing_pb.RouteRequest(
+                    memory=names[count % len(names)],
+                    layer=0 if memory else count % LAYERS,
+                    model_digest=self.digest,
+                    router_inputs=tensors.to_tensor(inputs),
+                    router_logits=tensors.to_tensor(logits),
+                    with_neighbours=count % 4 == 0,
+                )
+
+    def _ask(self, stream: Lookup, requests: Iterator[routing_pb.RouteRequest], way: str) -> None:
+        for request in islice(requests, LOOKUPS_PER_STREAM):
+            if self.ended.is_set():
+                return
+            stream.send(request)
+            stream.receive(TIMEOUT_S)
+            self.work.count(f"lookups {way}")
+
+
+def look_up(target: str, digest: str, way: str, seed: int, out: Connection) -> None:
+    """In a process of its own, as a model's: until it is told to end; then it says what it did."""
+    lookups = Lookups(target, digest, seed)
+    threads = [
+        threading.Thread(target=lookups.look_up, args=(way, n), daemon=True) for n in range(STREAMS)
+    ]
+    for thread in threads:
+        thread.start()
+    out.recv()
+    lookups.ended.set()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    out.send((lookups.work.done, lookups.work.failed))
+
+
+class Beside:
+    """A function in a process of its own, whose last argument is a pipe: what it hears there first ends it."""
+
+    def __init__(self, function: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process: Any = context.Process(target=function, args=(*arguments, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def heard(self) -> Any:
+        """What it says next. Raises AssertionError when it has died, or is silent."""
+        try:
+            assert self._pipe.poll(TIMEOUT_S), f"{self.process} says nothing"
+            return self._pipe.recv()
+        except EOFError:
+            raise AssertionError(f"{self.process} has died, see its traceback") from None
+
+    def end(self) -> Any:
+        """What it says in the end."""
+        self._pipe.send("end")
+        said = self.heard()
+        self.process.join(TIMEOUT_S)
+        return said
+
+    def kill(self) -> None:
+        """Whatever it does."""
+        self.process.kill()
+        self.process.join()
+
+
 class Load:
     """All that is asked of one sidecar, in threads, from start() to stop()."""
 
@@ -145,10 +255,11 @@ class Load:
         self.rows = [
             Rows(name, layer, "", seed) for name in (LARGE, SMALL) for layer in range(LAYERS)
         ]
-        loops = [self.look_up_over_grpc, self.look_up_directly] * 2 + [self.learn] * 2
+        loops = [self.learn, self.learn, self.ask, self.maintain, self.visit]
+        self._lookups: list[Beside] = []
         self._threads = [
             threading.Thread(target=loop, args=(number,), daemon=True)
-            for number, loop in enumerate([*loops, self.ask, self.maintain, self.visit])
+            for number, loop in enumerate(loops)
         ]
 
     def fill(self) -> None:
@@ -161,40 +272,36 @@ class Load:
                 self._upsert(rows.add(min(BATCH, wanted - rows.end)))
 
     def start(self) -> None:
+        for number, way in enumerate(("over gRPC", "directly")):
+            about = self.sidecar.target, self.digest, way, self.seed + number
+            self._lookups.append(Beside(look_up, *about))
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Returns when all calls have ended."""
         self.ended.set()
+        for lookups in self._lookups:
+            done, failed = lookups.end()
+            self.work.done += done
+            self.work.failed += failed
         for thread in self._threads:
             thread.join(TIMEOUT_S)
             if thread.is_alive():
                 self.work.failed[f"{thread.name} hangs"] += 1
         self.admin.close()
 
+    def kill(self) -> None:
+        """What is left, when the run has failed."""
+        self.ended.set()
+        for lookups in self._lookups:
+            lookups.kill()
+
     def wait(self, seconds: float) -> bool:
         """Whether to go on."""
         return not self.ended.wait(seconds)
 
     # Loops, each of a thread.
-
-    def look_up_over_grpc(self, number: int) -> None:
-        requests = self._requests(number)
-        while self.wait(0):
-            with open_channel(self.sidecar.target) as channel:
-                stream = RoutingServiceStub(channel).RouteStream(self._some(requests))
-                self.work.run("streams over gRPC", lambda stream=stream: self._read(stream))  # type: ignore[misc]
-
-    def look_up_directly(self, number: int) -> None:
-        requests = self._requests(number)
-        while self.wait(0):
-            stream = DirectStream.connected(self.sidecar.target)
-            if stream is None:
-                self.work.failed["direct: nobody listens"] += 1
-                return
-            with closing(stream):
-                self.work.run("streams directly", lambda s=stream: self._ask(s, requests))  # type: ignore[misc]
 
     def learn(self, number: int) -> None:
         """New entries in, as many old ones out, in one of both memories."""
@@ -268,7 +375,7 @@ class Load:
         rows = Rows(SCRATCH, 0, digest, self.seed)
         for _ in range(4):
             self._upsert(rows.add(BATCH))
-        request = next(self._requests(0, SCRATCH))
+        request = next(Lookups(self.sidecar.target, digest, self.seed).requests(0, SCRATCH))
         self.sidecar.routing.Route(request, timeout=TIMEOUT_S)
         self.admin.delete(SCRATCH)
 
@@ -283,44 +390,6 @@ class Load:
         self.admin.doctor.Diagnose(doctor_pb.DiagnoseRequest(), timeout=TIMEOUT_S)
 
     # Calls.
-
-    def _requests(self, number: int, memory: str = "") -> Iterator[routing_pb.RouteRequest]:
-        """Without end, over memories and layers; every fourth asks for neighbours."""
-        rng = np.random.default_rng([self.seed, number])
-        names = [memory] if memory else [LARGE, LARGE, SMALL]
-        while True:
-            for count in range(64):
-                inputs, logits = (
-                    rng.standard_normal((TOKENS, width)).astype(np.float32)
-                    for width in (HIDDEN, EXPERTS)
-                )
-                yield routing_pb.RouteRequest(
-                    memory=names[count % len(names)],
-                    layer=0 if memory else count % LAYERS,
-                    model_digest=self.digest,
-                    router_inputs=tensors.to_tensor(inputs),
-                    router_logits=tensors.to_tensor(logits),
-                    with_neighbours=count % 4 == 0,
-                )
-
-    def _some(
-        self, requests: Iterator[routing_pb.RouteRequest]
-    ) -> Iterator[routing_pb.RouteRequest]:
-        """Those of one stream, as the service takes them."""
-        for request, _ in zip(requests, range(LOOKUPS_PER_STREAM), strict=False):
-            if self.ended.is_set():
-                return
-            yield request
-
-    def _read(self, stream: Any) -> None:
-        for _ in stream:
-            self.work.count("lookups over gRPC")
-
-    def _ask(self, stream: DirectStream, requests: Iterator[routing_pb.RouteRequest]) -> None:
-        for request in self._some(requests):
-            stream.send(request)
-            stream.receive(TIMEOUT_S)
-            self.work.count("lookups directly")
 
     def _upsert(self, request: admin_pb.UpsertRequest) -> None:
         _drain(self.admin.admin.Upsert(iter([request]), timeout=TIMEOUT_S))
