@@ -113,6 +113,7 @@ class Figures:
     codes: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
     total_s: float = 0.0
+    silent_s: float = 0.0
     hangs: int = 0
 
 
@@ -137,6 +138,7 @@ class Tally:
             figures.codes[code] += 1
             figures.total_s += seconds
             figures.slowest_s = max(figures.slowest_s, seconds)
+            figures.silent_s = max(figures.silent_s, silent_s)
             figures.hangs += silent_s > HANG_S
 
     def violation(self, path: str, sent: Sequence[bytes], what: str) -> None:
@@ -152,11 +154,58 @@ class Tally:
             (self.out / f"violation-{number}.json").write_text(json.dumps(kept) + "\n")
 
 
-class Answers:
-    """Those of one call, and how long it was silent before one came, or the end."""
+class Clock(threading.Thread):
+    """Seconds in which a process could have worked: those that its threads wait for a processor count in part.
 
-    def __init__(self, call: Any) -> None:
-        self._call, self._since, self.longest_s = call, time.monotonic(), 0.0
+    On a machine that others use a call takes longer than the service needs. A call that hangs does so by this clock
+    too, for threads that wait for a lock, or for nothing, do not wait for a processor.
+    """
+
+    def __init__(self, process: int) -> None:
+        super().__init__(daemon=True)
+        self._process, self._ended = process, threading.Event()
+        self._at = time.monotonic(), 0.0, 1.0  # on the wall, on this clock, and its pace since
+
+    def now(self) -> float:
+        """Seconds since it was made."""
+        then, seconds, pace = self._at
+        return seconds + pace * (time.monotonic() - then)
+
+    def run(self) -> None:
+        """Until stop()."""
+        before = schedule_of(self._process)
+        while not self._ended.wait(LOOK_EVERY_S):
+            ran, waited = schedule_of(self._process)
+            worked, stood = max(0, ran - before[0]), max(0, waited - before[1])
+            before = ran, waited
+            self._at = (
+                time.monotonic(),
+                self.now(),
+                worked / max(1, worked + stood) if stood else 1.0,
+            )
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+def schedule_of(process: int) -> tuple[int, int]:
+    """Nanoseconds that the threads it has now have run, and have waited for a processor."""
+    ran = waited = 0
+    for task in Path(f"/proc/{process}/task").iterdir():
+        try:
+            numbers = (task / "schedstat").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        ran, waited = ran + int(numbers[0]), waited + int(numbers[1])
+    return ran, waited
+
+
+class Answers:
+    """Those of one call, and how long it was silent by a clock before one came, or the end."""
+
+    def __init__(self, call: Any, clock: Clock) -> None:
+        self._call, self._clock = call, clock
+        self._since, self.longest_s = clock.now(), 0.0
 
     def __iter__(self) -> Iterator[bytes]:
         for answer in self._call:
@@ -168,7 +217,7 @@ class Answers:
 
     def silence(self) -> None:
         """It ends now."""
-        now = time.monotonic()
+        now = self._clock.now()
         self.longest_s, self._since = max(self.longest_s, now - self._since), now
 
 
@@ -176,9 +225,9 @@ class Client:
     """One thread's calls, about memories of its own. All that is random follows from the seed and the number."""
 
     def __init__(
-        self, sidecar: Sidecar, place: Place, tally: Tally, seed: int, number: int
+        self, sidecar: Sidecar, place: Place, tally: Tally, seed: int, number: int, clock: Clock
     ) -> None:
-        self.sidecar, self.tally = sidecar, tally
+        self.sidecar, self.tally, self.clock = sidecar, tally, clock
         self.memory, self.random = f"fuzz-{number}", random.Random(f"{seed} {number}")
         self.rng = np.random.default_rng([seed, number])
         self.path = sidecar.target.removeprefix("unix:")
@@ -189,6 +238,7 @@ class Client:
         self.snapshots = SnapshotServiceStub(self.root)
         self.operations = OperationServiceStub(self.root)
         self.calls_left = 0
+        self.stopped = threading.Event()
 
     def run(self, messages: int) -> None:
         """So many, in as many calls as it takes."""
@@ -196,7 +246,7 @@ class Client:
         often = [RARE.get(method.name, 1.0) for method in methods]
         ways, weights = [*methods, DIRECT, SOCKET, NOT_THERE], [*often, 2.0, 0.5, 0.5]
         with closing(self.channel), closing(self.root):
-            while messages > 0:
+            while messages > 0 and not self.stopped.is_set():
                 if self.calls_left <= 0:
                     self.begin_afresh()
                 self.calls_left -= 1
@@ -310,7 +360,7 @@ class Client:
         if cancelled:
             time.sleep(self.random.choice([0, 0.001, 0.01]))
             call.cancel()
-        answers = Answers(call)
+        answers = Answers(call, self.clock)
         code, reason, said = "OK", "", ""
         try:
             read_enough(path, answers)
@@ -330,18 +380,19 @@ class Client:
         sent: list[bytes],
         end: tuple[str, str, str],
         seconds: float,
-        silent_s: float | None = None,
+        silent_s: float,
     ) -> None:
-        """`silent_s`: the longest wait for anything to come; all of it when not given."""
+        """`silent_s`: the longest wait for anything to come, by the service's clock."""
         code, reason, said = end
-        silent_s = seconds if silent_s is None else silent_s
         self.tally.add(path, sent, code, seconds, silent_s)
         if code in ("INTERNAL", "UNKNOWN"):
             self.tally.violation(path, sent, f"{code} {reason}: {said}")
         elif code == "UNAVAILABLE" and not reason:
             self.tally.violation(path, sent, f"the connection was lost: {said}")
         if silent_s > HANG_S:
-            self.tally.violation(path, sent, f"{code}, silent for {silent_s:.1f} s")
+            self.tally.violation(
+                path, sent, f"{code}, silent for {silent_s:.1f} s of {seconds:.1f}"
+            )
 
     def _caller(self) -> str:
         who = self.random.choices(list(CALLERS), list(CALLERS.values()))[0]
@@ -354,9 +405,9 @@ class Client:
         data = b"".join(self._frames(sent))
         if self.random.random() < 0.1:
             data = data[: self.random.randrange(len(data) + 1)]  # half-sent
-        began = time.monotonic()
-        code, reason, said = self._exchanged(data)
-        self._judge(DIRECT, sent, (code, reason, said), time.monotonic() - began)
+        began, since = time.monotonic(), self.clock.now()
+        end = self._exchanged(data)
+        self._judge(DIRECT, sent, end, time.monotonic() - began, self.clock.now() - since)
         return len(sent)
 
     def _frames(self, sent: Sequence[bytes]) -> Iterator[bytes]:
@@ -400,14 +451,14 @@ class Client:
             b"GET / HTTP/1.1\r\n\r\n",
         )
         data = self.random.choice(begins) + self.random.randbytes(self.random.choice([1, 9, 5000]))
-        began = time.monotonic()
+        began, since = time.monotonic(), self.clock.now()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(GIVE_UP_S)
             connection.connect(self.path)
             _send_all(connection, data)
             ended = _received(connection) is not None
-        code = "closed" if ended else "DEADLINE_EXCEEDED"
-        self._judge(SOCKET, [data], (code, "", ""), time.monotonic() - began)
+        end = "closed" if ended else "DEADLINE_EXCEEDED", "", ""
+        self._judge(SOCKET, [data], end, time.monotonic() - began, self.clock.now() - since)
 
 
 def _send_all(connection: socket.socket, data: bytes) -> None:
@@ -537,8 +588,12 @@ def run(
             kept, pid = Kept(sidecar, place), sidecar.process.pid
             kept.make()
             before, held = kept.state(), _held_by(pid)
-            clients = [Client(sidecar, place, tally, seed, n) for n in range(threads)]
+            clock = Clock(pid)
+            clock.start()
+            clients = [Client(sidecar, place, tally, seed, n, clock) for n in range(threads)]
             highest = _run_all(clients, messages, tally, say)
+            clock.stop()
+            clock.join()
             problems = [] if sidecar.process.poll() is None else ["the service has ended"]
             after = _held_by(pid)
             problems += _differences(before, kept.state(), "at the end")
@@ -589,7 +644,12 @@ def _run_all(
         alive = [thread for thread in threads if thread.is_alive()]
         if not alive:
             return highest
-        alive[0].join(LOOK_EVERY_S)
+        try:
+            alive[0].join(LOOK_EVERY_S)
+        except KeyboardInterrupt:
+            tally.violation("", [], "the run was ended early")
+            for client in clients:
+                client.stopped.set()
         highest = max(highest, resident_bytes(service) / 2**20)
         if tick % SAY_EVERY == 0:
             sent, now = sum(each.messages for each in list(tally.of.values())), time.monotonic()
@@ -644,7 +704,7 @@ def report(result: dict[str, Any]) -> str:
         refused = ", ".join(f"{name} {count:,}" for name, count in codes.items())
         rows.append(
             f"| {path.removeprefix('/knnmoe.v1.')[:60]} | {each['messages']:,} | {each['calls']:,} | {answered:,} | "
-            f"{refused} | {1000 * each['slowest_s']:,.0f} |"
+            f"{refused} | {1000 * each['slowest_s']:,.0f} | {1000 * each['silent_s']:,.0f} |"
         )
     codes = Counter[str]()
     for each in result["of"].values():
