@@ -42,6 +42,8 @@ from tests.faults.soak_load import (
 from tests.sidecar import Sidecar, make_fingerprint
 
 SAMPLE_EVERY_S, JOB_EVERY_S, REPLICA_LOOKUP_EVERY_S, PATIENCE_S = 5.0, 10.0, 0.02, 60.0
+# At least, however short the run.
+SAMPLES = 8
 MIB = 1 << 20
 # What each curve may grow by over the run.
 BOUNDS = {
@@ -221,7 +223,7 @@ def watch(
     """Samples by curve, and at which minute."""
     began = time.monotonic()
     curves: dict[str, list[float]] = {"minutes": [], **{name: [] for name in BOUNDS}}
-    while (now := time.monotonic() - began) <= 60 * minutes:
+    while (now := time.monotonic() - began) <= 60 * minutes or len(curves["minutes"]) < SAMPLES:
         assert sidecar.process.poll() is None, sidecar.stderr
         assert replica.process.is_alive(), "the replica has died"
         found = sample(sidecar.process.pid, replica.process.pid, sidecar.data)
