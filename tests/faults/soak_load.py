@@ -22,7 +22,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe import tensors
 from knnmoe.channels import open_channel
-from knnmoe.client import AdminClient, ServiceError
+from knnmoe.client import AdminClient, ServiceError, service_error
 from knnmoe.client.calls import DuplexStream, Stream
 from knnmoe.client.direct import DirectStream
 from knnmoe.v1 import doctor_pb2 as doctor_pb
@@ -74,10 +74,9 @@ class Work:
         try:
             call()
         except (grpc.RpcError, ServiceError) as error:
-            # ServiceError.code is a property, RpcError's a method
-            code = error.code() if isinstance(error, grpc.RpcError) else error.code
+            known = error if isinstance(error, ServiceError) else service_error(error)
             with self._lock:
-                self.failed[f"{name}: {code}: {error!s:.200}"] += 1
+                self.failed[f"{name}: {known.code.name}: {known.message:.200}"] += 1
             return
         self.count(name)
 
