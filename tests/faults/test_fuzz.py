@@ -11,6 +11,7 @@ import pytest
 
 from tests.congruence.fast_dir import fast_dir
 from tests.faults import fuzz
+from tests.faults.fuzz_client import schedule_of
 from tests.faults.messages import FORMS, METHODS, path_of, request_class, spoilt, valid
 
 __all__ = ["fast_dir"]
@@ -33,8 +34,8 @@ def test_every_method_has_messages_of_every_form(form: str) -> None:
 
 
 def test_what_a_process_had_of_the_processors() -> None:
-    ran, waited = fuzz.schedule_of(os.getpid())
+    ran, waited = schedule_of(os.getpid())
     sum(range(10**6))
-    more, longer = fuzz.schedule_of(os.getpid())
+    more, longer = schedule_of(os.getpid())
     assert more > ran > 0
     assert longer >= waited
