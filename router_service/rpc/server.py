@@ -29,7 +29,6 @@ from knnmoe.v1.replication_pb2_grpc import (
 )
 from knnmoe.v1.retention_pb2_grpc import add_RetentionServiceServicer_to_server as add_retention
 from knnmoe.v1.snapshots_pb2_grpc import add_SnapshotServiceServicer_to_server as add_snapshots
-from typing_extensions import override
 
 from router_service.backends.base import Engines, Hosting, Hurried
 from router_service.backends.disk import FreeSpace, storage_call
@@ -83,10 +82,10 @@ _ROUTING = _SERVICES[1]
 class _Health(health.HealthServicer):
     """With List, which grpcio-health-checking leaves out: it would end in a traceback."""
 
-    @override
-    def List(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def List(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         """What Check says of each service."""
-        return health_pb2.HealthListResponse(
+        messages: Any = health_pb2  # the stubs do not have this call
+        return messages.HealthListResponse(
             statuses={
                 name: self.Check(health_pb2.HealthCheckRequest(service=name), context)
                 for name in _SERVICES
