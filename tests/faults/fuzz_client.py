@@ -70,7 +70,12 @@ DESTRUCTIVE = (
     *("/DeleteMemory", "/ReplaceMemory", "/RestoreSnapshot", "/DeleteSnapshot", "/UpdateSettings"),
     *("/Delete", "/Prune"),
 )
-AFRESH_EVERY = 300
+AFRESH_EVERY, TRIES = 300, 20
+IN_THE_WAY = (
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.UNAVAILABLE,
+)
 # How often methods are called whose work is a copy of files, or a process of its own; other methods: 1.
 RARE = {
     "MeasureQuantization": 0.04,
@@ -227,7 +232,7 @@ class Client:
         with closing(self.channel), closing(self.root):
             while messages > 0 and not self.stopped.is_set():
                 if self.calls_left <= 0:
-                    self.begin_afresh()
+                    self.keep_up(self.begin_afresh)
                 self.calls_left -= 1
                 way = self.random.choices(ways, weights)[0]
                 if isinstance(way, MethodDescriptor):
@@ -237,7 +242,7 @@ class Client:
                 else:
                     self.knock() if way == SOCKET else self.call_nobody()
                     messages -= 1
-            self.clear()
+            self.keep_up(self.clear)
 
     def begin_afresh(self) -> None:
         """What mutated requests made goes, and what valid ones are about is made again."""
@@ -246,6 +251,18 @@ class Client:
         self.make_snapshot()
         shutil.rmtree(self.sidecar.data / "packs" / self.memory, ignore_errors=True)
         self.calls_left = AFRESH_EVERY
+
+    def keep_up(self, work: Callable[[], None]) -> None:
+        """Again where a call that was cancelled goes on at the service, and is in its way."""
+        for left in reversed(range(TRIES)):
+            try:
+                work()
+            except grpc.RpcError as error:
+                if not left or service_error(error).code not in IN_THE_WAY:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
 
     def clear(self) -> None:
         """Deletes its own memories, and those that nobody calls his own."""
@@ -311,19 +328,18 @@ class Client:
         counts = MESSAGES_OF_STREAM if method.client_streaming else MESSAGES_OF_CALL
         sent = [self.message(method) for _ in range(min(most, self.random.choice(counts)))]
         if self._sent(path, path, sent) == "OK" and path.endswith(DESTRUCTIVE):
-            self.make_up_for(method.name)
+            self.keep_up(lambda: self.make_up_for(method.name))
         return len(sent)
 
     def make_up_for(self, method: str) -> None:
         """What a call has removed or changed is there again."""
-        if method == "DeleteSnapshot":
-            self.make_snapshot()
-            return
         if method == "UpdateSettings":
             self._unless_gone(
                 self.admin.DeleteMemory, admin_pb.DeleteMemoryRequest(memory=self.memory)
             )
         self.make_memories()
+        if method == "DeleteSnapshot":
+            self.make_snapshot()
 
     def call_nobody(self) -> None:
         """A method that there is not."""
