@@ -1,4 +1,4 @@
-"""What a curve is judged by, and the soak for some seconds; `make soak MINUTES=30` runs it in full."""
+"""What a curve is judged by, and the soak for some seconds; `make soak SOAK_MINUTES=30` runs it in full."""
 
 from __future__ import annotations
 
