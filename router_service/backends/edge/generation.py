@@ -412,8 +412,12 @@ class Generation:
     def close(self) -> None:
         """Flushes, saves the value rows and the sums of all files, and releases these.
 
-        The files of what is set apart stay as they are.
+        The files of what is set apart stay as they are, and so does what has come into the place of removed ones.
         """
+        if self._log is not None and self._log.removed:
+            log.info("%s is closed after its files were removed", self.files.directory)
+            self.abandon()
+            return
         closed = False
         try:
             if self.shard.alive and self.damage is None:
