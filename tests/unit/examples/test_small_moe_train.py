@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.small_moe.families import FAMILIES, new_model
 from examples.small_moe.sources import Document
 from examples.small_moe.texts import write_jsonl
 from examples.small_moe.token_streams import random_windows, spaced_windows, token_stream
@@ -15,7 +16,6 @@ from examples.small_moe.train import (
     learning_rate,
     main,
     mean_nll,
-    new_model,
     prepared_streams,
     train,
 )
@@ -93,8 +93,9 @@ def test_windows_are_cut_from_the_stream(streams_and_tokenizer):
     assert len(spaced_windows(streams["train"], 2)) == 2
 
 
-def test_padded_experts_compute_what_eager_experts_do():
-    model = new_model(0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_experts_compute_what_eager_experts_do(family):
+    model = new_model(0, family)
     tokens = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
     results = {}
     for implementation in (model.config._experts_implementation, "eager"):
