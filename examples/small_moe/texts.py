@@ -128,14 +128,15 @@ def main(arguments: list[str] | None = None) -> None:
     cache = options.cache.resolve()
     sources = collected_sources(cache, SOURCE_LIMIT_CHARS, options.layout)
     for package, documents in sources.items():
-        _log_size(f"{package} {archive_version(package, cache)}", documents)
+        log_size(f"{package} {archive_version(package, cache)}", documents)
     splits = general_splits(sources) | shifted_splits(bible_chapters(cache))
     for name, documents in splits.items():
         write_jsonl(documents, options.out / f"{name}.jsonl")
-        _log_size(name, documents)
+        log_size(name, documents)
 
 
-def _log_size(name: str, documents: list[Document]) -> None:
+def log_size(name: str, documents: list[Document]) -> None:
+    """Log how many documents and characters a split has."""
     _LOG.info("%s: %d documents, %d chars", name, len(documents), _chars(documents))
 
 
