@@ -263,7 +263,7 @@ _BF16_SINCE = {"deepseek_v4": "5.20"}
 """The first version of transformers that runs a family in bf16, where an older one is supported."""
 
 
-def _missing(family: str, dtype: torch.dtype = torch.float32) -> str | None:
+def missing(family: str, dtype: torch.dtype = torch.float32) -> str | None:
     """What the installed transformers is too old for, if it is."""
     needed = {family: _SINCE.get(family)}
     if dtype == torch.bfloat16:
@@ -275,7 +275,7 @@ def _missing(family: str, dtype: torch.dtype = torch.float32) -> str | None:
     return None
 
 
-FAMILIES_HERE = tuple(family for family in FAMILIES if _missing(family) is None)
+FAMILIES_HERE = tuple(family for family in FAMILIES if missing(family) is None)
 """Those that the installed transformers has."""
 
 CORE_FAMILIES = ("olmoe", "qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3")
@@ -297,7 +297,7 @@ def tiny_model(
 
     Skips the test when the installed transformers is too old for the family.
     """
-    if reason := _missing(family, dtype):
+    if reason := missing(family, dtype):
         pytest.skip(reason)
     transformers.logging.set_verbosity_error()
     model_class = getattr(

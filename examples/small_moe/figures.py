@@ -1,18 +1,19 @@
 """Measure what MODEL_CARD.md states: NLL per split, and how much the splits repeat each other.
 
-`python -m examples.small_moe.figures [--model DIR]` prints one JSON object per split.
+`python -m examples.small_moe.figures [--model DIR] [--texts DIR]` prints one JSON object per split: of the shipped
+model and texts, or of others, such as those of `domains`.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from examples.small_moe.token_streams import (
     TokenStream,
@@ -20,9 +21,10 @@ from examples.small_moe.token_streams import (
     stream_of,
 )
 from examples.small_moe.train import mean_nll
-from model_runner.small_moe import MODEL_DIR, data_file
+from model_runner.small_moe import DATA_DIR, MODEL_DIR
 
 NGRAM_TOKENS = 8
+SPLITS = ("reference", "dev", "test")
 
 
 def repeated_ngrams(stream: TokenStream, reference: TokenStream) -> float:
@@ -31,42 +33,48 @@ def repeated_ngrams(stream: TokenStream, reference: TokenStream) -> float:
 
 
 def split_figures(
-    model: Any,
-    tokenizer: Any,
-    domain: Literal["general", "shifted"],
-    split: Literal["reference", "dev", "test"],
+    model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, most_windows: int | None = None
 ) -> dict[str, object]:
-    """Return NLL in nats per token and per byte over all whole windows of a split, and sizes."""
-    path = data_file(domain, split)
+    """Return NLL in nats per token and per byte over whole windows of a split, and sizes.
+
+    `path` ends in `_reference.jsonl`, `_dev.jsonl` or `_test.jsonl`; the reference split lies beside it, or the
+    figure of repetition is left out. `most_windows`: spread over the split, in place of all.
+    """
     stream = stream_of(path, tokenizer)
-    windows = spaced_windows(stream, len(stream))
+    windows = spaced_windows(stream, most_windows or len(stream))
     nll = mean_nll(model, windows)
-    text = tokenizer.decode(stream)
-    return {
+    bytes_per_token = len(tokenizer.decode(stream).encode()) / len(stream)
+    figures: dict[str, object] = {
         "split": path.stem,
         "tokens": len(stream),
         "windows": len(windows),
         "nll_per_token": round(nll, 4),
-        "bytes_per_token": round(len(text.encode()) / len(stream), 3),
-        "ngrams_in_reference": round(
-            repeated_ngrams(stream, stream_of(data_file(domain, "reference"), tokenizer)), 4
-        ),
+        "nll_per_byte": round(nll / bytes_per_token, 4),
+        "bytes_per_token": round(bytes_per_token, 3),
     }
+    reference = path.with_name(f"{path.stem.rpartition('_')[0]}_reference.jsonl")
+    if reference.exists():
+        repeated = repeated_ngrams(stream, stream_of(reference, tokenizer))
+        figures["ngrams_in_reference"] = round(repeated, 4)
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the figures of every shipped split."""
+    """Print the figures of every split that is asked for."""
     parser = argparse.ArgumentParser(description="Measure the figures of the model card.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="checkpoint directory")
+    parser.add_argument("--texts", type=Path, default=DATA_DIR, help="directory with the splits")
+    parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="which")
+    parser.add_argument("--windows", type=int, help="at most so many of each, in place of all")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for the default")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    for domain in ("general", "shifted"):
-        for split in ("reference", "dev", "test"):
-            figures = split_figures(model, tokenizer, domain, split)
+    for split in options.splits:
+        for path in sorted(options.texts.glob(f"*_{split}.jsonl")):
+            figures = split_figures(model, tokenizer, path, options.windows)
             sys.stdout.write(json.dumps(figures) + "\n")
             sys.stdout.flush()
 

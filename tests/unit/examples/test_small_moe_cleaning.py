@@ -21,6 +21,12 @@ def test_html_text_prefers_the_main_part():
     assert cleaning.html_text("<body>menu<main><p>text</p></main>footer</body>") == "text"
 
 
+def test_layout_is_kept_where_it_is_meant():
+    page = "<body> <p>One  two</p> <pre>if a:\n    b  \n\n\n\tc</pre><p> Three</p></body>"
+    assert cleaning.html_text(page, layout=True) == ("One two\n\nif a:\n    b\n\n\tc\n\nThree")
+    assert cleaning.laid_out_text("\n  a  b \n\n\n\n    c\n") == "  a  b\n\n    c"
+
+
 def test_wordnet_glosses_appear_once_and_unwrapped():
     text = (
         "\ncar\n    n 1: a motor vehicle with\n         four wheels [syn: {car}, {auto}]\n"

@@ -16,9 +16,13 @@ from examples.small_moe.train import (
     learning_rate,
     main,
     mean_nll,
+    new_optimizer,
     prepared_streams,
+    save_checkpoint,
     train,
+    train_step,
 )
+from model_runner.architectures import find_router_sites
 
 DOCUMENTS = [
     Document(f"d/{n}", f"The {n}th of many short lines about the number {n}.\n" * 10)
@@ -58,6 +62,33 @@ def test_two_steps_leave_a_checkpoint_that_loads(out, streams_and_tokenizer):
     untrained = mean_nll(new_model(0), windows)
     assert mean_nll(model, windows) < untrained
     assert AutoTokenizer.from_pretrained(out)("lines").input_ids == tokenizer("lines").input_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_of_every_family_load(family, streams_and_tokenizer, tmp_path):
+    model = new_model(0, family)
+    save_checkpoint(model, streams_and_tokenizer[1], tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.config.model_type == family
+    assert 3.5e6 < loaded.num_parameters() < 4.5e6
+    assert [site.top_k for site in find_router_sites(loaded)] == [4] * 4
+    written = model.state_dict()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, written[name].bfloat16().float())
+
+
+def test_a_step_learns_in_every_family(streams_and_tokenizer):
+    stream = streams_and_tokenizer[0]["train"]
+    batch = random_windows(stream, 2, seed=0, step=0)
+    for family in FAMILIES:
+        model = new_model(0, family)
+        optimizer = new_optimizer(model)
+        losses = [train_step(model, optimizer, batch, 4e-3) for _ in range(3)]
+        assert losses[-1] < losses[0]
+        routers = [site.router for site in find_router_sites(model)]
+        assert not torch.equal(
+            routers[0].weight, find_router_sites(new_model(0, family))[0].router.weight
+        )
 
 
 def test_resuming_after_the_last_step_changes_nothing(out, streams_and_tokenizer):

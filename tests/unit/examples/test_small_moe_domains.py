@@ -1,0 +1,47 @@
+"""Domains: works stay whole, R's strings are read, excerpts end with a line."""
+
+import struct
+import zlib
+
+from examples.small_moe.domain_sources import Domain, r_string_vectors
+from examples.small_moe.domains import DEV_CHARS, TEST_CHARS, domain_splits
+from examples.small_moe.sources import Document
+
+
+def r_entry(kind, strings):
+    body = b"X\n" + struct.pack(">III", 3, 0x40201, 0x30500) + struct.pack(">I", 5) + b"UTF-8"
+    body += struct.pack(">II", kind, len(strings))
+    for text in strings:
+        body += struct.pack(">Ii", 0x40009, len(text.encode())) + text.encode()
+    return struct.pack(">I", len(body)) + zlib.compress(body)
+
+
+def test_character_vectors_of_an_r_database():
+    database = r_entry(16, ["EMMA", "", "caf\u00e9"]) + r_entry(19, []) + r_entry(16, ["b"])
+    assert list(r_string_vectors(database)) == [["EMMA", "", "caf\u00e9"], ["b"]]
+
+
+def test_works_are_whole_in_one_split_and_draws_repeat():
+    documents = [
+        Document(f"play-{play}#{scene}", "word " * 1600) for play in range(80) for scene in range(5)
+    ]
+    splits = domain_splits("drama", documents)
+    works = {name: {d.id.partition("#")[0] for d in split} for name, split in splits.items()}
+    assert list(splits) == ["drama_test", "drama_dev", "drama_reference"]
+    assert not works["drama_test"] & works["drama_dev"]
+    assert not works["drama_reference"] & (works["drama_test"] | works["drama_dev"])
+    sizes = {name: sum(len(d.text) for d in split) for name, split in splits.items()}
+    assert TEST_CHARS <= sizes["drama_test"] < TEST_CHARS + 40_000
+    assert DEV_CHARS <= sizes["drama_dev"] < DEV_CHARS + 40_000
+    assert domain_splits("drama", documents) == splits
+    few = domain_splits("few", documents[:60])
+    assert [len(split) for split in few.values()] == [10, 10, 40]
+
+
+def test_excerpts_end_with_a_line_and_short_documents_are_left_out():
+    texts = {"long": "x" * 99 + "\n", "short": "y" * 99}
+    documents = [Document("long", texts["long"] * 200), Document("short", texts["short"])]
+    domain = Domain("d", "none", "none", "text", lambda _: iter(documents))
+    [excerpt] = domain.documents(None)
+    assert excerpt.id == "long"
+    assert excerpt.text == "\n".join(["x" * 99] * 80)
