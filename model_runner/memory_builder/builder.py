@@ -158,8 +158,7 @@ class MemoryBuilder:
 
     def trace(self, group: Sequence[Window]) -> TracedWindows:
         """Traces at the model's own logits with the gradient there."""
-        batch = make_batch(group, self._device)
-        return TracedWindows(batch, *self._traces(batch))
+        return traced_windows(self._model, make_batch(group, self._device), self._gradient)
 
     def is_there(self, group: Sequence[Window], memories: Sequence[str]) -> bool:
         """Whether these windows were written before: layers are written in order, so the last one tells."""
@@ -211,24 +210,6 @@ class MemoryBuilder:
         self._upload_s += time.monotonic() - started
         return sum(len(entries) for entries in layers)
 
-    def _traces(self, batch: Batch) -> tuple[list[LayerTrace], Tensor]:
-        losses: list[Tensor] = []
-
-        def loss(logits: Tensor) -> Tensor:
-            losses.append(token_nll(logits, batch))
-            return losses[-1].sum()
-
-        traces = router_gradients(
-            self._model,
-            batch.input_ids,
-            loss,
-            attention_mask=batch.attention_mask,
-            straight_through=self._gradient.straight_through,
-            detach_kv=self._gradient.own_token,
-            scope=self._gradient.scope,
-        )
-        return traces, losses[0].detach()
-
     def _entries(
         self,
         traced: TracedWindows,
@@ -237,7 +218,9 @@ class MemoryBuilder:
         generator: torch.Generator,
     ) -> list[LayerEntries]:
         kept, batch = traced.kept, traced.batch
-        last = self._descend(batch, traced.traces, target.recipe, norms, generator)
+        last = descended(
+            self._model, traced, target.recipe, norms, self._gradient, generator=generator
+        )
         values = [
             entry_values(t, target.recipe, norms[t.site.layer], kept, generator) for t in last
         ]
@@ -252,25 +235,6 @@ class MemoryBuilder:
             for trace, layer_keys, layer_values in zip(traced.traces, keys, values, strict=True)
         ]
 
-    def _descend(
-        self,
-        batch: Batch,
-        traces: Sequence[LayerTrace],
-        recipe: Recipe,
-        norms: Sequence[float],
-        generator: torch.Generator,
-    ) -> Sequence[LayerTrace]:
-        """Traces at the logits before the last of S steps; for S = 1 the ones given."""
-        for _ in range(1, self._gradient.steps):
-            logits = [
-                t.router_logits
-                + step(t.gradient, recipe, norms[t.site.layer], generator).to(t.router_logits)
-                for t in traces
-            ]
-            with RouterHooks(self._model, partial(_replay_logits, logits)):
-                traces, _ = self._traces(batch)
-        return traces
-
     def _replayed_nll(self, batch: Batch, values: Sequence[Values]) -> Tensor:
         """NLL [B, S] in nats when the stored values stand in place of the model's own routing."""
         policy = partial(_replay_values, values, batch.predicts.flatten())
@@ -279,6 +243,51 @@ class MemoryBuilder:
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
         return token_nll(output.logits, batch)
+
+
+def traced_windows(model: nn.Module, batch: Batch, gradient: GradientSettings) -> TracedWindows:
+    """Traces at the model's own logits, or at those of the policy that routes it, with the gradient there."""
+    losses: list[Tensor] = []
+
+    def loss(logits: Tensor) -> Tensor:
+        losses.append(token_nll(logits, batch))
+        return losses[-1].sum()
+
+    traces = router_gradients(
+        model,
+        batch.input_ids,
+        loss,
+        attention_mask=batch.attention_mask,
+        straight_through=gradient.straight_through,
+        detach_kv=gradient.own_token,
+        scope=gradient.scope,
+    )
+    return TracedWindows(batch, traces, losses[0].detach())
+
+
+def descended(
+    model: nn.Module,
+    traced: TracedWindows,
+    recipe: Recipe,
+    norms: Sequence[float],
+    gradient: GradientSettings,
+    *,
+    generator: torch.Generator | None = None,
+) -> Sequence[LayerTrace]:
+    """Traces at the logits before the last of `gradient.steps` steps; for one step the ones given.
+
+    norms: median |g| per layer; generator: of random steps.
+    """
+    traces, drawn_by = traced.traces, generator or torch.Generator()
+    for _ in range(1, gradient.steps):
+        logits = [
+            t.router_logits
+            + step(t.gradient, recipe, norms[t.site.layer], drawn_by).to(t.router_logits)
+            for t in traces
+        ]
+        with RouterHooks(model, partial(_replay_logits, logits)):
+            traces = traced_windows(model, traced.batch, gradient).traces
+    return traces
 
 
 def collect_router_inputs(
