@@ -48,7 +48,9 @@ class Fitted(Protocol):
 class Arm(Protocol):
     """A method with its settings."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As tables and files have it."""
 
     def fit(self, study: Study) -> AbstractContextManager[Fitted]:
         """Within it the arm scores; the model is as before afterwards, bit for bit.

@@ -6,7 +6,7 @@ Traces of a reference are taken once; memories are functions of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +18,7 @@ from torch import Tensor
 from model_runner.architectures import Assignment
 from model_runner.memory_builder.builder import (
     GradientSettings,
+    TokenLoss,
     TracedWindows,
     collect_router_inputs,
     descended,
@@ -28,7 +29,7 @@ from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall
-from model_runner.texts import Window, batched, make_batch
+from model_runner.texts import Window, batched, make_batch, token_nll
 
 # Distances that are held at once: 16 MB, which the allocator gives again without new pages.
 _DISTANCES_AT_ONCE = 1 << 22
@@ -118,16 +119,18 @@ def collect(
     gradient: GradientSettings | None = None,
     *,
     recipe: Recipe | None = None,
+    loss: TokenLoss = token_nll,
     batch_size: int = 32,
 ) -> Traces:
     """Traces of windows, kept in RAM.
 
     recipe: whose steps come before the last, where the gradient's settings ask for several.
+    loss: of each token, of logits [B, S, V]: nats [B, S].
     """
     gradient = gradient or GradientSettings()
     batches, keys, losses, ordered = [], list[list[Tensor]](), list[Tensor](), list[Window]()
     for group in progress.track(list(batched(windows, batch_size)), "reference", unit="batches"):
-        traced = traced_windows(loaded.model, make_batch(group, loaded.device), gradient)
+        traced = traced_windows(loaded.model, make_batch(group, loaded.device), gradient, loss)
         kept = traced.kept
         keys.append([t.router_input.flatten(0, 1)[kept].float() for t in traced.traces])
         last = traced.traces
@@ -180,7 +183,11 @@ def median_distances(
     loaded: LoadedModel, keys: Sequence[Tensor], windows: Sequence[Window]
 ) -> list[float]:
     """Median squared distance of the windows' router inputs to the nearest key, per layer."""
-    inputs = collect_router_inputs(loaded.model, windows, most=1000)
+    return distances_to(collect_router_inputs(loaded.model, windows, most=1000), keys)
+
+
+def distances_to(inputs: Mapping[int, Tensor], keys: Sequence[Tensor]) -> list[float]:
+    """Median squared distance of router inputs [m, d] by layer to the nearest key [n, d]."""
     medians = []
     for layer, of_layer in enumerate(keys):
         queries = inputs[layer].float()

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from model_runner.errors import BadInput
 from model_runner.evaluation.nll import Scores, score
-from model_runner.experiments.local import Traces, collect, median_distances
-from model_runner.memory_builder.builder import GradientSettings
+from model_runner.experiments.local import Traces, collect, distances_to
+from model_runner.memory_builder.builder import GradientSettings, collect_router_inputs
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy
@@ -30,18 +32,38 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many windows, of `length` tokens."""
+    """How many windows, of `length` tokens.
+
+    Attributes:
+        largest: of the experiment on the size of the reference; None: all that there are.
+        questions: of the multiple choice.
+        prompts: of the texts that are generated.
+
+    """
 
     length: int = 128
     reference: int = 240
-    dev: int = 48
-    test: int = 96
-    general_dev: int = 48
-    general_test: int = 96
+    dev: int = 32
+    test: int = 64
+    general_dev: int = 32
+    general_test: int = 64
+    largest: int | None = None
+    questions: int = 1800
+    prompts: int = 32
     batch_size: int = 32
 
 
-QUICK = Sizes(reference=64, dev=12, test=24, general_dev=12, general_test=24)
+QUICK = Sizes(
+    reference=48,
+    dev=8,
+    test=16,
+    general_dev=8,
+    general_test=16,
+    largest=96,
+    questions=96,
+    prompts=8,
+    batch_size=16,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +133,15 @@ class Study:
 
     def medians(self) -> list[float]:
         """Median squared distance, per layer, of dev router inputs to the nearest key of the reference."""
-        return self.once(
-            "medians", lambda: median_distances(self.loaded, self.traces().keys, self.texts.dev)
+        return self.once("medians", lambda: self.medians_to(self.traces().keys))
+
+    def medians_to(self, keys: Sequence[Tensor]) -> list[float]:
+        """Of dev router inputs to other keys, per layer [n, d]."""
+        inputs = self.once(
+            "dev inputs",
+            lambda: collect_router_inputs(self.loaded.model, self.texts.dev, most=1000),
         )
+        return distances_to(inputs, keys)
 
     def score(self, windows: Sequence[Window], policy: Policy | None, what: str) -> Scores:
         """Of windows, longest first; pair them only with scores of the same windows."""

@@ -95,6 +95,8 @@ class TracedWindows:
         return trace.gradient.float().norm(dim=-1)[self.batch.predicts]
 
 
+# Nats [B, S] of logits [B, S, V].
+TokenLoss = Callable[[Tensor, Batch], Tensor]
 # Which of a layer's entries ([n] bool) are written.
 Keep = Callable[[TracedWindows, LayerTrace, LayerEntries], Tensor]
 
@@ -245,12 +247,17 @@ class MemoryBuilder:
         return token_nll(output.logits, batch)
 
 
-def traced_windows(model: nn.Module, batch: Batch, gradient: GradientSettings) -> TracedWindows:
+def traced_windows(
+    model: nn.Module,
+    batch: Batch,
+    gradient: GradientSettings,
+    token_loss: TokenLoss = token_nll,
+) -> TracedWindows:
     """Traces at the model's own logits, or at those of the policy that routes it, with the gradient there."""
     losses: list[Tensor] = []
 
     def loss(logits: Tensor) -> Tensor:
-        losses.append(token_nll(logits, batch))
+        losses.append(token_loss(logits, batch))
         return losses[-1].sum()
 
     traces = router_gradients(

@@ -1,0 +1,274 @@
+"""Statements of the paper and of this project, and in which studies they hold: functions of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from model_runner.experiments.results import Result, Row, of_experiment
+
+PAPERS = ("paper", "paper-v2")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one study.
+
+    Attributes:
+        text: the figure as it is printed.
+
+    """
+
+    study: str
+    holds: bool
+    figure: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A statement, and how it is read off a study's rows.
+
+    Attributes:
+        experiment: whose rows.
+        read: of all rows of one study: the figure, its text, and whether the statement holds; None: they do not say.
+
+    """
+
+    statement: str
+    experiment: str
+    read: Callable[[Sequence[Row]], tuple[float, str, bool] | None]
+
+    def verdicts(self, results: Sequence[Result]) -> list[Verdict]:
+        """By study."""
+        found = []
+        for study, rows in _by_study(of_experiment(results, self.experiment)):
+            if (read := self.read(rows)) is not None:
+                figure, text, holds = read
+                found.append(Verdict(study, holds, figure, text))
+        return found
+
+
+def _by_study(results: Sequence[Result]) -> Iterator[tuple[str, list[Row]]]:
+    rows: dict[str, list[Row]] = {}
+    for result in results:
+        study = f"{result.model}, {result.domain}, {result.seed}"
+        rows.setdefault(study, []).extend(result.rows)
+    yield from rows.items()
+
+
+def _one(rows: Sequence[Row], **having: object) -> Row | None:
+    return next((r for r in rows if all(r.get(k) == v for k, v in having.items())), None)
+
+
+def _times_paper(
+    arm: str, times: float
+) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    """Gain of an arm over that of the better reading of the paper; where that gains nothing, any gain holds."""
+
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        mine = _one(rows, arm=arm)
+        papers = [p for p in (_one(rows, arm=name) for name in PAPERS) if p]
+        if mine is None or not papers:
+            return None
+        gain = -mine["domain"]["delta"]
+        best = max(-p["domain"]["delta"] for p in papers)
+        if best <= 0:
+            return float("inf"), f"{gain:+.3f} against {best:+.3f}", gain > 0
+        return gain / best, f"{gain / best:.1f}x", gain / best >= times
+
+    return read
+
+
+def _harm_at_most(
+    arm: str, most: float
+) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        row = _one(rows, arm=arm)
+        if row is None:
+            return None
+        harm = row["general"]["delta"]
+        return harm, f"{harm:+.4f}", harm <= most
+
+    return read
+
+
+def _gains(arm: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        row = _one(rows, arm=arm)
+        if row is None or row["domain"]["high"] is None:
+            return None
+        return row["domain"]["delta"], f"{row['domain']['delta']:+.3f}", row["domain"]["high"] < 0
+
+    return read
+
+
+def _best_on_dev(
+    column: str, value: object, **having: object
+) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    """Whether the best gain on dev among rows of a kind has this value in a column."""
+
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        found = [
+            r
+            for r in rows
+            if r.get("split") == "dev" and all(r.get(k) == v for k, v in having.items())
+        ]
+        if not found:
+            return None
+        best = min(found, key=lambda r: r["domain"]["delta"])
+        shown = best[column]
+        return float(best["domain"]["delta"]), f"{shown} is best", shown == value
+
+    return read
+
+
+def _steps_gain_nothing(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+    once = _one(rows, method="paper", steps=1, split="dev")
+    more = [
+        r for r in rows if r.get("method") == "paper" and r.get("split") == "dev" and r["steps"] > 1
+    ]
+    if once is None or not more:
+        return None
+    best = min(more, key=lambda r: r["domain"]["delta"])
+    extra = best["domain"]["delta"] - once["domain"]["delta"]
+    return extra, f"{extra:+.3f} (S = {best['steps']})", extra > -2 * once["domain"]["se"]
+
+
+def _high_gains_more(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+    high, low = (
+        _one(rows, method="recommended", by="first half", bucket=b) for b in ("high", "low")
+    )
+    if high is None or low is None:
+        return None
+    apart = high["domain"]["delta"] - low["domain"]["delta"]
+    error = (high["domain"]["se"] ** 2 + low["domain"]["se"] ** 2) ** 0.5
+    return apart, f"{apart:+.3f} ± {error:.3f}", apart < -2 * error
+
+
+def _better_than_chance(signal: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    """At half of the lookups; of the gain on the domain."""
+
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        mine, chance = (_one(rows, signal=s, rate=0.5) for s in (signal, "chance"))
+        if mine is None or chance is None:
+            return None
+        apart = mine["domain"]["delta"] - chance["domain"]["delta"]
+        error = (mine["domain"]["se"] ** 2 + chance["domain"]["se"] ** 2) ** 0.5
+        return apart, f"{apart:+.3f} ± {error:.3f}", apart < -2 * error
+
+    return read
+
+
+def _labels_gain(labels: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        row = _one(rows, method="recommended", labels=labels)
+        if row is None:
+            return None
+        return row["domain"]["delta"], f"{row['domain']['delta']:+.3f}", row["domain"]["high"] < 0
+
+    return read
+
+
+def _keeps(keys: str, share: float) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    """Share of the gain that is left with these keys."""
+
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        full, coded = (
+            _one(rows, method="recommended", keys=k, values="f32") for k in ("f32", keys)
+        )
+        if full is None or coded is None or not full["domain"]["delta"]:
+            return None
+        kept = coded["domain"]["delta"] / full["domain"]["delta"]
+        return kept, f"{kept:.1%}", kept >= share
+
+    return read
+
+
+def _grows(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+    """From the paper's 500 to 1,000 examples on: what doubling the largest half adds."""
+    mine = [r for r in rows if r.get("method") == "recommended"]
+    if len(mine) < 2:
+        return None
+    before, last = mine[-2], mine[-1]
+    extra = last["domain"]["delta"] - before["domain"]["delta"]
+    shown = f"{extra:+.3f} from {before['reference']} to {last['reference']} windows"
+    return extra, shown, extra < 0
+
+
+def _chooses_better(arm: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        row = _one(rows, arm=arm)
+        if row is None:
+            return None
+        points = 100 * row["change"]
+        return points, f"{points:+.1f} points, p = {row['p']:.2g}", points > 0 and row["p"] < 0.05
+
+    return read
+
+
+CLAIMS = (
+    Claim(
+        "The paper's first reading gains on the domain (interval below 0)", "main", _gains("paper")
+    ),
+    Claim("So does the second", "main", _gains("paper-v2")),
+    Claim("`recommended` gains", "main", _gains("recommended")),
+    Claim("`boosted` gains", "main", _gains("boosted")),
+    Claim(
+        "The first reading harms general text by at most 0.008",
+        "main",
+        _harm_at_most("paper", 0.008),
+    ),
+    Claim(
+        "`recommended` gains at least twice what the better reading does",
+        "main",
+        _times_paper("recommended", 2),
+    ),
+    Claim("and harms by at most 0.008", "main", _harm_at_most("recommended", 0.008)),
+    Claim("`boosted` gains at least three times as much", "main", _times_paper("boosted", 3)),
+    Claim("and harms by at most 0.015", "main", _harm_at_most("boosted", 0.015)),
+    Claim(
+        "`recommended` chooses more right continuations (p < 0.05)",
+        "choice",
+        _chooses_better("recommended"),
+    ),
+    Claim("so does `boosted`", "choice", _chooses_better("boosted")),
+    Claim("so does the paper's first reading", "choice", _chooses_better("paper")),
+    Claim(
+        "K = 1 gains most in the paper's first reading (RBF)",
+        "neighbours",
+        _best_on_dev("neighbours", 1, method="paper", similarity="rbf"),
+    ),
+    Claim(
+        "RBF gains more than cosine (first reading, K = 1)",
+        "neighbours",
+        _best_on_dev("similarity", "rbf", method="paper", neighbours=1),
+    ),
+    Claim("Several steps gain nothing beyond one (first reading)", "steps", _steps_gain_nothing),
+    Claim(
+        "Hard sequences gain more than easy ones (thirds by the first half's loss, measured on the second)",
+        "perplexity",
+        _high_gains_more,
+    ),
+    Claim("The largest reference still adds to the gain", "size", _grows),
+    *(
+        Claim(
+            f"Lookups chosen by {name} gain more than by chance (half of them)",
+            "selective",
+            _better_than_chance(name),
+        )
+        for name in (
+            "router entropy",
+            "router margin",
+            "previous token's loss",
+            "first layer's lambda",
+        )
+    ),
+    Claim("Labels by the model's own argmax gain", "pseudo-labels", _labels_gain("argmax")),
+    Claim("filtered by confidence they do", "pseudo-labels", _labels_gain("argmax, p >= 0.9")),
+    Claim("with a perfect judge they do", "pseudo-labels", _labels_gain("argmax, perfect judge")),
+    Claim("Keys of 8 bits keep 99 % of the gain", "compression", _keeps("int8", 0.99)),
+    Claim("Keys of 4 bits do", "compression", _keeps("int4", 0.99)),
+    Claim("Keys of 1 bit do", "compression", _keeps("1 bit", 0.99)),
+    Claim("An eighth of the principal components does", "compression", _keeps("PCA d/8", 0.99)),
+)
