@@ -1,4 +1,4 @@
-"""What a memory does to predictions: by sequence, by class of token, their calibration, what it repeats and leans to."""
+"""What a memory does to predictions: by sequence and class of token, calibration, what it repeats and leans to."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def questions(windows: Sequence[Window], seed: int) -> list[list[Window]]:
 
 
 def is_right(scores: Scores) -> NDArray[np.bool_]:
-    """[n] whether the true continuation is the likeliest; scores: of the windows of questions(), one after the other."""
+    """[n] whether the true continuation is the likeliest; scores: of the windows of questions(), in their order."""
     return scores.nll_sums.reshape(-1, CHOICES).argmin(axis=1) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,19 @@ def _one(rows: Sequence[Row], **having: object) -> Row | None:
     return next((r for r in rows if all(r.get(k) == v for k, v in having.items())), None)
 
 
+def _below_zero(row: Row) -> bool:
+    """The whole interval of the change on the domain; False where a document is alone."""
+    high = row["domain"]["high"]
+    return high is not None and high < 0
+
+
+def _apart(one: Row, other: Row) -> tuple[float, float]:
+    """Difference of two gains and its standard error, as if they were independent; NaN where a document is alone."""
+    errors = [row["domain"]["se"] for row in (one, other)]
+    both = math.hypot(*errors) if None not in errors else math.nan
+    return one["domain"]["delta"] - other["domain"]["delta"], both
+
+
 def _times_paper(
     arm: str, times: float
 ) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
@@ -96,9 +110,9 @@ def _harm_at_most(
 def _gains(arm: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
     def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
         row = _one(rows, arm=arm)
-        if row is None or row["domain"]["high"] is None:
+        if row is None:
             return None
-        return row["domain"]["delta"], f"{row['domain']['delta']:+.3f}", row["domain"]["high"] < 0
+        return row["domain"]["delta"], f"{row['domain']['delta']:+.3f}", _below_zero(row)
 
     return read
 
@@ -132,7 +146,7 @@ def _steps_gain_nothing(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
         return None
     best = min(more, key=lambda r: r["domain"]["delta"])
     extra = best["domain"]["delta"] - once["domain"]["delta"]
-    return extra, f"{extra:+.3f} (S = {best['steps']})", extra > -2 * once["domain"]["se"]
+    return extra, f"{extra:+.3f} (S = {best['steps']})", extra > -2 * (once["domain"]["se"] or 0.0)
 
 
 def _high_gains_more(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
@@ -141,8 +155,7 @@ def _high_gains_more(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
     )
     if high is None or low is None:
         return None
-    apart = high["domain"]["delta"] - low["domain"]["delta"]
-    error = (high["domain"]["se"] ** 2 + low["domain"]["se"] ** 2) ** 0.5
+    apart, error = _apart(high, low)
     return apart, f"{apart:+.3f} ± {error:.3f}", apart < -2 * error
 
 
@@ -153,8 +166,7 @@ def _better_than_chance(signal: str) -> Callable[[Sequence[Row]], tuple[float, s
         mine, chance = (_one(rows, signal=s, rate=0.5) for s in (signal, "chance"))
         if mine is None or chance is None:
             return None
-        apart = mine["domain"]["delta"] - chance["domain"]["delta"]
-        error = (mine["domain"]["se"] ** 2 + chance["domain"]["se"] ** 2) ** 0.5
+        apart, error = _apart(mine, chance)
         return apart, f"{apart:+.3f} ± {error:.3f}", apart < -2 * error
 
     return read
@@ -165,7 +177,7 @@ def _labels_gain(labels: str) -> Callable[[Sequence[Row]], tuple[float, str, boo
         row = _one(rows, method="recommended", labels=labels)
         if row is None:
             return None
-        return row["domain"]["delta"], f"{row['domain']['delta']:+.3f}", row["domain"]["high"] < 0
+        return row["domain"]["delta"], f"{row['domain']['delta']:+.3f}", _below_zero(row)
 
     return read
 

@@ -248,6 +248,8 @@ class LocalMemory:
         layer = call.site.layer
         if self.setting.layers is not None and layer not in self.setting.layers:
             return None
+        if not len(self.keys[layer]):  # an empty memory is the plain model
+            return None
         similarity, nearest = self.neighbours(layer, call.router_input.float(), self._without(call))
         return self.blended(call, similarity, self.values[layer][nearest])
 

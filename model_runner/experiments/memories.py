@@ -1,4 +1,4 @@
-"""What is in a memory: compressed keys and values, labels without ground truth, and where in the routing the gain is."""
+"""What is in a memory: compressed keys and values, labels without ground truth, and where the gain comes from."""
 
 from __future__ import annotations
 

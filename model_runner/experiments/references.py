@@ -29,7 +29,7 @@ from model_runner.texts import Window
 
 
 def transfer_rows(study: Study, _part: str) -> Iterator[Row]:
-    """This domain's memory on the test text of every domain."""
+    """The domain's memory on the test text of every domain."""
     memories = {name: fitted_memory(study, preset_setting(name)) for name in BOTH}
     drawn = partial(draw, study.loaded, split="test", data=study.data, length=study.sizes.length)
     for domain in (*domains(study.data), GENERAL):
@@ -234,8 +234,8 @@ def drift_rows(study: Study, _part: str) -> Iterator[Row]:
 def phases(study: Study) -> Iterator[tuple[int, str, list[Window]]]:
     """The study's domain, up to three others, and its own again, in windows of the test split."""
     others = [name for name in domains(study.data) if name != study.texts.domain][:3]
-    count = max(4, study.sizes.test // 2)
     own = study.texts.test
+    count = len(own) // 2
     yield 0, study.texts.domain, own[:count]
     for phase, domain in enumerate(others or [GENERAL], 1):
         drawn = partial(draw, data=study.data, length=study.sizes.length)

@@ -83,6 +83,9 @@ def run(plan: Plan, progress: Progress) -> int:
 
     A run that was interrupted goes on with the first one that is missing. Raises BadInput, RunnerError.
     """
+    known = {part for each in plan.chosen for part in each.parts}
+    if unknown := set(plan.parts) - known:
+        raise BadInput(f"part {min(unknown)!r}: expected one of {', '.join(sorted(known))}")
     written, loaded = 0, list[LoadedModel]()
     for domain in plan.domains:
         for seed in plan.seeds:

@@ -1,4 +1,4 @@
-"""From stored results to Markdown and plots: `python -m model_runner.experiments.report DIR --markdown FILE --images DIR`.
+"""From stored results to Markdown and plots: `python -m model_runner.experiments.report DIR --markdown F --images I`.
 
 A pure function of the JSON: the same results give the same text, byte for byte.
 """
