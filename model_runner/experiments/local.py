@@ -1,4 +1,4 @@
-"""Memories in this process, searched exactly with torch: a setting costs seconds; a sidecar answers the same.
+"""Memories in this process, searched exactly: a setting costs seconds, and a sidecar answers the same.
 
 Traces of a reference are taken once; memories are functions of them.
 """
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from model_runner.architectures import Assignment
 from model_runner.memory_builder.builder import (
@@ -28,12 +30,16 @@ from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step_sizes
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
+from model_runner.replica.bounded import BoundedScan
+from model_runner.replica.layer import LayerReplica, LookupLock
 from model_runner.router_hooks import Logits, RouterCall
 from model_runner.texts import Window, batched, make_batch, token_nll
 
 # Distances that are held at once: 16 MB, which the allocator gives again without new pages.
 _DISTANCES_AT_ONCE = 1 << 22
 _TINY = 1e-30
+# Of keys that several memories are made of; by identity, for tensors compare by number.
+_scans: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Similarity(StrEnum):
@@ -262,13 +268,15 @@ class LocalMemory:
         """
         if self.setting.similarity is Similarity.COSINE:
             queries = F.normalize(queries, dim=1)
-        distances, nearest = squared_distances(
-            queries,
-            self._searched[layer],
-            self._square_norms[layer],
-            min(self.setting.neighbours, len(self.keys[layer])),
-            None if excluded is None else (self.owners, excluded),
-        )
+        keys, count = self._searched[layer], min(self.setting.neighbours, len(self.keys[layer]))
+        scan = scan_of(keys)
+        if excluded is None and scan.serves(len(queries), count):
+            nearest, distances = scan.nearest(queries, count)
+        else:
+            own = None if excluded is None else (self.owners, excluded)
+            distances, nearest = squared_distances(
+                queries, keys, self._square_norms[layer], count, own
+            )
         return self._similarity(layer, distances), nearest
 
     def blended(self, call: RouterCall, similarity: Tensor, values: Tensor) -> Assignment | Logits:
@@ -309,6 +317,19 @@ class LocalMemory:
             # exp(-c r) with c r = -ln(lambda0) at the median distance r: c = sqrt(gamma * -ln lambda0).
             return torch.exp(-math.sqrt(gamma * -math.log(self.setting.lambda0)) * distances.sqrt())
         return torch.exp(-gamma * distances)
+
+
+def scan_of(keys: Tensor) -> BoundedScan:
+    """The replicas' exact search of keys [n, d], where it serves; about five times as fast as a scan by torch."""
+    found: BoundedScan | None = _scans.get(keys)  # type: ignore[no-untyped-call]
+    if found is None:
+        layer = LayerReplica(keys.shape[1], 1, device=keys.device, lock=LookupLock())
+        ids = np.arange(len(keys), dtype=np.uint64)
+        nothing = torch.zeros(len(keys), 1, device=keys.device)
+        layer.stage(ids, keys, None, nothing, np.zeros(len(keys), np.int64), ids)
+        layer.commit()
+        found = _scans[keys] = BoundedScan(layer)
+    return found
 
 
 def squared_distances(
