@@ -19,15 +19,16 @@ Line = tuple[str, Sequence[float], Sequence[float]]
 """Label, x and y."""
 
 
-def draw_all(results: Sequence[Result], images: Path) -> dict[str, str]:
-    """File name by experiment, of those that have a plot and results."""
-    drawn = {}
-    for name, draw in _PLOTS.items():
-        found = of_experiment(results, name)
-        if found:
-            drawn[name] = f"experiment-{name}.png"
-            draw(found, images / drawn[name])
-    return drawn
+def draw_all(results: Sequence[Result], images: Path) -> None:
+    """Of the experiments that have a plot and results."""
+    for name, draw in PLOTS.items():
+        if found := of_experiment(results, name):
+            draw(found, images / file_name(name))
+
+
+def file_name(experiment: str) -> str:
+    """Of its plot."""
+    return f"experiment-{experiment}.png"
 
 
 def _panels(
@@ -143,7 +144,7 @@ def _drift(results: Sequence[Result], path: Path) -> None:
     _panels(results, path, lines, ("block of the stream", "change in NLL"), {})
 
 
-_PLOTS: dict[str, Callable[[Sequence[Result], Path], None]] = {
+PLOTS: dict[str, Callable[[Sequence[Result], Path], None]] = {
     "size": _size,
     "lambda0": _lambda0,
     "selective": _selective,

@@ -17,8 +17,6 @@ from model_runner.experiments import plots
 from model_runner.experiments.claims import CLAIMS, Verdict
 from model_runner.experiments.results import Result, Row, of_experiment, read_results
 
-# Of the rows of a table that are the same but for the seed.
-_NOT_NAMES = ("domain", "general", "chosen", "budget", "rank")
 _HEAD = """# Results
 
 Generated from {json}; do not edit. `{command}` writes it anew, byte for byte.
@@ -36,14 +34,20 @@ Section = Callable[[Sequence[Result]], list[str]]
 
 def write_report(directory: Path, markdown: Path, images: Path) -> Path:
     """Writes the Markdown, and plots into `images`. Raises BadInput when there are no results."""
+    text = rendered(directory, markdown, images)
+    images.mkdir(parents=True, exist_ok=True)
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    plots.draw_all(read_results(directory), images)
+    markdown.write_text(text)
+    return markdown
+
+
+def rendered(directory: Path, markdown: Path, images: Path) -> str:
+    """The Markdown, whose links are from where `markdown` is. Raises BadInput when there are no results."""
     results = read_results(directory)
     if not results:
         raise BadInput(f"{directory} holds no results; run an experiment first")
-    images.mkdir(parents=True, exist_ok=True)
-    markdown.parent.mkdir(parents=True, exist_ok=True)
-    drawn = plots.draw_all(results, images)
-    markdown.write_text(markdown_of(results, _Places(directory, markdown, images), drawn))
-    return markdown
+    return _markdown_of(results, _Places(directory, markdown, images))
 
 
 class _Places:
@@ -62,32 +66,30 @@ class _Places:
 
     @property
     def command(self) -> str:
-        """That writes the report."""
-        if self._markdown.parent == self._directory:
-            return "model-runner experiment report --out DIR"
-        paths = [Path(os.path.relpath(p)) for p in (self._directory, self._markdown, self._images)]
-        return "python -m model_runner.experiments.report {} --markdown {} --images {}".format(
-            *paths
-        )
+        """That writes the report: in a directory of its own, or that of the docs."""
+        own = self._markdown.parent == self._directory
+        return "model-runner experiment report --out DIR" if own else "make results"
 
     def _from(self, path: Path) -> str:
         return os.path.relpath(path, self._markdown.parent)
 
 
-def markdown_of(results: Sequence[Result], places: _Places, drawn: Mapping[str, str]) -> str:
-    """The whole text. drawn: image by experiment."""
+def _markdown_of(results: Sequence[Result], places: _Places) -> str:
+    """The whole text."""
     lines = [_HEAD.format(json=places.json(), command=places.command)]
     lines += _setup(results)
     lines += _verdicts(results)
-    for name, (title, sections) in SECTIONS.items():
+    names = [*SECTIONS, *(n for n in _values(results, "experiment") if n not in SECTIONS)]
+    for name in names:
         found = of_experiment(results, name)
         if not found:
             continue
+        title, sections = SECTIONS.get(name, (name.capitalize().replace("-", " "), [any_table]))
         lines += [f"## {title}", "", *_question(name)]
         for section in sections:
             lines += section(found)
-        if name in drawn:
-            lines += [f"![{title}]({places.image(drawn[name])})", ""]
+        if name in plots.PLOTS:
+            lines += [f"![{title}]({places.image(plots.file_name(name))})", ""]
         lines += [_commands(found, places, name), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -185,7 +187,7 @@ def main_tables(results: Sequence[Result]) -> list[str]:
         of_model = [r for r in results if r.model == model]
         domains = _values(of_model, "domain")
         rows = _by(of_model, lambda result, row: (row["arm"], result.domain))
-        arms = list(dict.fromkeys(arm for arm, _ in rows))
+        arms = _in_order(dict.fromkeys(arm for arm, _ in rows))
         for text, title in (
             ("domain", "Change on the domain"),
             ("general", "Change on general text"),
@@ -198,6 +200,14 @@ def main_tables(results: Sequence[Result]) -> list[str]:
             lines += [*table(["arm", *domains], body), ""]
         lines += [f"### {model}: cost", "", *_costs(arms, rows), ""]
     return lines
+
+
+def _in_order(arms: Iterable[str]) -> list[str]:
+    """As the experiment has them; what it does not have any more comes last."""
+    from model_runner.experiments.main_table import arms as known
+
+    order = {arm: at for at, arm in enumerate(known())}
+    return sorted(arms, key=lambda arm: (order.get(arm, len(order)), arm))
 
 
 def _costs(arms: Sequence[str], rows: Mapping[tuple[str, str], list[Row]]) -> list[str]:
@@ -291,6 +301,13 @@ def number_table(columns: Sequence[str], numbers: Mapping[str, str]) -> Section:
         return lines
 
     return section
+
+
+def any_table(results: Sequence[Result]) -> list[str]:
+    """Of rows that nothing here knows: what names them, and their changes."""
+    changes = ("domain", "general")
+    named = [n for result in results for row in result.rows for n in row if n not in changes]
+    return change_table(*dict.fromkeys(named))(results)
 
 
 def transfer_table(results: Sequence[Result]) -> list[str]:

@@ -29,6 +29,7 @@ def test_the_commands() -> None:
         "calibrate",
         "demo",
         "evaluate",
+        "experiment",
         "explain",
         "generate",
         "learn",
