@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from model_runner.experiments.results import Result, Row, of_experiment
 
@@ -283,4 +284,102 @@ CLAIMS = (
     Claim("Keys of 4 bits do", "compression", _keeps("int4", 0.99)),
     Claim("Keys of 1 bit do", "compression", _keeps("1 bit", 0.99)),
     Claim("An eighth of the principal components does", "compression", _keeps("PCA d/8", 0.99)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A question, and the changes that answer it: means over studies, on the domain and on general text.
+
+    Attributes:
+        rows: what each is called, and the columns that it is found by.
+
+    """
+
+    question: str
+    experiment: str
+    rows: Sequence[tuple[str, Row]]
+
+    def found(self, results: Sequence[Result]) -> list[tuple[str, int, float, float]]:
+        """Name, studies, change on the domain and on general text, of what there are results of."""
+        answers = list[tuple[str, int, float, float]]()
+        for name, having in self.rows:
+            rows = [
+                row
+                for result in of_experiment(results, self.experiment)
+                for row in result.rows
+                if all(row.get(column) == value for column, value in having.items())
+            ]
+            if rows:
+                means = (
+                    fmean(row[text]["delta"] for row in rows) for text in ("domain", "general")
+                )
+                answers.append((name, len(rows), *means))
+        return answers
+
+
+_LABELS = ("truth", "argmax", "argmax, p >= 0.9", "4 of 5 draws agree", "argmax, perfect judge")
+_KEYS = ("f32", "int8", "int4", "1 bit", "PCA d/4", "PCA d/8")
+_SIGNALS = (
+    *("chance", "router entropy", "router margin", "previous token's loss"),
+    "first layer's lambda",
+)
+ANSWERS = (
+    Answer(
+        "Open question 1: can pseudo-labels stand in for ground truth? (`recommended`)",
+        "pseudo-labels",
+        [(name, {"method": "recommended", "labels": name}) for name in _LABELS],
+    ),
+    Answer(
+        "Open question 2: how far can keys be quantized or reduced? (`recommended`)",
+        "compression",
+        [(name, {"method": "recommended", "keys": name, "values": "f32"}) for name in _KEYS],
+    ),
+    Answer(
+        "Open question 3: is there a cheap proxy that says when to retrieve? (half of the lookups)",
+        "selective",
+        [
+            ("all lookups", {"signal": "all"}),
+            *((name, {"signal": name, "rate": 0.5}) for name in _SIGNALS),
+        ],
+    ),
+    Answer(
+        "Next check 1: where does the gain come from?",
+        "source",
+        [
+            ("all of the change", {"changed": "all"}),
+            ("which experts run", {"changed": "choice"}),
+            ("weights among the model's own", {"changed": "weights"}),
+            ("their total weight", {"changed": "total"}),
+            ("control: shuffled", {"changed": "shuffled"}),
+            ("control: the mean delta", {"changed": "mean delta"}),
+        ],
+    ),
+    Answer(
+        "Next check 2: can harm be controlled, and what does that cost? (`recommended`, dev)",
+        "lambda0",
+        [
+            (
+                f"lambda0 {lambda0:g}, s0 {null:g}",
+                {
+                    "method": "recommended",
+                    "lambda0": lambda0,
+                    "null_weight": null,
+                    "split": "dev",
+                },
+            )
+            for lambda0, null in ((0.1, 0.5), (0.3, 0.5), (0.5, 0.5), (0.3, 2.0), (0.3, 4.0))
+        ],
+    ),
+    Answer(
+        "Next check 3: does a larger step gain more? (`recommended`, dev)",
+        "step-size",
+        [
+            (
+                f"eta {eta:g}",
+                {"method": "recommended", "norm": "soft", "eta": eta, "split": "dev"},
+            )
+            for eta in (1.125, 2.25, 3.375, 4.5, 9.0)
+        ],
+    ),
 )

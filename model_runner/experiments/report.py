@@ -14,7 +14,7 @@ from typing import Any
 
 from model_runner.errors import BadInput
 from model_runner.experiments import plots
-from model_runner.experiments.claims import CLAIMS, Verdict
+from model_runner.experiments.claims import ANSWERS, CLAIMS, Verdict
 from model_runner.experiments.results import Result, Row, of_experiment, read_results
 
 _HEAD = """# Results
@@ -79,6 +79,7 @@ def _markdown_of(results: Sequence[Result], places: _Places) -> str:
     lines = [_HEAD.format(json=places.json(), command=places.command)]
     lines += _setup(results)
     lines += _verdicts(results)
+    lines += _answers(results)
     names = [*SECTIONS, *(n for n in _values(results, "experiment") if n not in SECTIONS)]
     for name in names:
         found = of_experiment(results, name)
@@ -123,6 +124,17 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         return []
     head = ["statement", "holds in", "figures"]
     return ["## What holds", "", "By study (model, domain, seed).", "", *table(head, rows), ""]
+
+
+def _answers(results: Sequence[Result]) -> list[str]:
+    """The questions that were open, with figures."""
+    lines = list[str]()
+    for answer in ANSWERS:
+        if found := answer.found(results):
+            body = [[name, str(n), f"{gain:+.3f}", f"{harm:+.3f}"] for name, n, gain, harm in found]
+            head = ["", "studies", "domain", "general"]
+            lines += [f"### {answer.question}", "", *table(head, body), ""]
+    return ["## Questions that were open", "", *lines] if lines else []
 
 
 def _count(found: Sequence[Verdict]) -> str:
