@@ -311,11 +311,13 @@ class Answer:
                 if all(row.get(column) == value for column, value in having.items())
             ]
             if rows:
-                means = (
-                    fmean(row[text]["delta"] for row in rows) for text in ("domain", "general")
-                )
-                answers.append((name, len(rows), *means))
+                gain, harm = (_mean(rows, text) for text in ("domain", "general"))
+                answers.append((name, len(rows), gain, harm))
         return answers
+
+
+def _mean(rows: Sequence[Row], text: str) -> float:
+    return float(fmean(row[text]["delta"] for row in rows))
 
 
 _LABELS = ("truth", "argmax", "argmax, p >= 0.9", "4 of 5 draws agree", "argmax, perfect judge")
