@@ -109,7 +109,7 @@ def predictions(study: Study, windows: Sequence[Window], policy: Policy | None) 
         mean = mean + p.double().sum(0)
         counts = counts + torch.bincount(targets, minlength=p.shape[1])
         total += len(targets)
-    confidence, correct = torch.cat(confidences), torch.cat(right).float()
+    confidence, correct = torch.cat(confidences).cpu(), torch.cat(right).float().cpu()
     return {
         "tokens": total,
         "ece": expected_calibration_error(confidence, correct),

@@ -88,8 +88,8 @@ class Traces:
         windows: in the order of the rows: longest first.
         keys: per layer [n, d], router inputs of the tokens with a loss.
         batches: the batches' traces at the logits that the last step starts from, and the rows that count.
-        nll: [n] nats of each of these tokens' successors.
-        window_of: [n] number of each row's window.
+        nll: [n] nats of each of these tokens' successors, on the CPU.
+        window_of: [n] number of each row's window, on the CPU.
 
     """
 
@@ -143,7 +143,7 @@ def collect(
         if gradient.steps > 1 and recipe is not None:
             last = descended(loaded.model, traced, recipe, _norms(traced), gradient)
         batches.append((last, kept))
-        losses.append(traced.nll.flatten()[kept])
+        losses.append(traced.nll.flatten()[kept].cpu())
         ordered += group
     counts = torch.tensor([w.targets for w in ordered])
     return Traces(
@@ -196,7 +196,7 @@ def distances_to(inputs: Mapping[int, Tensor], keys: Sequence[Tensor]) -> list[f
     """Median squared distance of router inputs [m, d] by layer to the nearest key [n, d]."""
     medians = []
     for layer, of_layer in enumerate(keys):
-        queries = inputs[layer].float()
+        queries = inputs[layer].float().to(of_layer.device)
         distances, _ = squared_distances(queries, of_layer, of_layer.square().sum(1), 1)
         medians.append(float(distances.median()))
     return medians
@@ -243,7 +243,7 @@ class LocalMemory:
     @contextmanager
     def excluding(self, owners: Sequence[int]) -> Iterator[None]:
         """Within it, row b of a batch reads no entry of owners[b] (leave one out)."""
-        self._excluded = torch.tensor(list(owners))
+        self._excluded = torch.tensor(list(owners), device=self.keys[0].device)
         try:
             yield
         finally:
@@ -269,14 +269,13 @@ class LocalMemory:
         if self.setting.similarity is Similarity.COSINE:
             queries = F.normalize(queries, dim=1)
         keys, count = self._searched[layer], min(self.setting.neighbours, len(self.keys[layer]))
-        scan = scan_of(keys)
-        if excluded is None and scan.serves(len(queries), count):
-            nearest, distances = scan.nearest(queries, count)
-        else:
-            own = None if excluded is None else (self.owners, excluded)
-            distances, nearest = squared_distances(
-                queries, keys, self._square_norms[layer], count, own
-            )
+        if excluded is None and keys.device.type == "cpu":
+            scan = scan_of(keys)
+            if scan.serves(len(queries), count):
+                nearest, distances = scan.nearest(queries, count)
+                return self._similarity(layer, distances), nearest
+        own = None if excluded is None else (self.owners, excluded)
+        distances, nearest = squared_distances(queries, keys, self._square_norms[layer], count, own)
         return self._similarity(layer, distances), nearest
 
     def blended(self, call: RouterCall, similarity: Tensor, values: Tensor) -> Assignment | Logits:

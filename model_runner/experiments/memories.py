@@ -72,7 +72,7 @@ def _random(share: int) -> Codec:
     def fitted(keys: Tensor) -> Encode:
         width = keys.shape[1] // share
         axes = torch.randn(keys.shape[1], width, generator=torch.Generator().manual_seed(0))
-        return lambda rows: rows @ axes / width**0.5
+        return lambda rows: rows @ axes.to(rows.device) / width**0.5
 
     return Codec(fitted, lambda d: 4 * (d // share), both=True)
 
@@ -173,12 +173,13 @@ def self_consistent(draws: int, agreeing: int) -> Labels:
 
     def proposed(logits: Tensor, _batch: Batch) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        flat = logits.softmax(-1).flatten(0, 1)
+        flat = logits.softmax(-1).flatten(0, 1).cpu()
         drawn = torch.multinomial(flat, draws, replacement=True, generator=generator)
         most = drawn.mode(dim=1).values
         votes = (drawn == most[:, None]).sum(1)
         shape = logits.shape[:2]
-        return most.view(shape), (votes >= agreeing).view(shape)
+        both = most.view(shape), (votes >= agreeing).view(shape)
+        return both[0].to(logits.device), both[1].to(logits.device)
 
     return Labels(proposed)
 

@@ -69,7 +69,7 @@ class Pool:
             sums = torch.zeros(count, *rows.shape[1:]).index_add(0, traces.window_of, rows)
             return sums / tokens.view(-1, *[1] * (rows.dim() - 1))
 
-        inputs = means(traces.keys[len(traces.keys) // 2])
+        inputs = means(traces.keys[len(traces.keys) // 2].cpu())
         centred = inputs - inputs.mean(0)
         return cls(traces.windows, means(traces.nll), torch.nn.functional.normalize(centred, dim=1))
 

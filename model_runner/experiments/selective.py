@@ -22,6 +22,8 @@ from model_runner.router_hooks import Logits, RouterCall
 from model_runner.texts import Window
 
 RATES = (0.25, 0.5, 0.75)
+# Above every signal, and finite, for quantiles are taken.
+_ALWAYS = 99.0
 
 
 class Signal(Protocol):
@@ -46,7 +48,8 @@ class Chance:
 
     def of(self, call: RouterCall) -> Tensor:
         """As of Signal."""
-        return torch.rand(len(call.router_input), generator=self.generator)
+        drawn = torch.rand(len(call.router_input), generator=self.generator)
+        return drawn.to(call.router_input.device)
 
 
 class Entropy:
@@ -89,9 +92,9 @@ class PreviousLoss:
             batch_size=self.study.sizes.batch_size,
         )
         # The loss of a token's successor, one place on; before the first nothing was predicted.
-        self._batches = [
-            nll.roll(1, dims=1).index_fill(1, torch.tensor([0]), 99.0) for _, nll in scored
-        ]
+        self._batches = [nll.roll(1, dims=1) for _, nll in scored]
+        for nll in self._batches:
+            nll[:, 0] = _ALWAYS
 
     def of(self, call: RouterCall) -> Tensor:
         """As of Signal."""
@@ -117,7 +120,7 @@ class FirstLambda:
         similarity, _ = self.memory.neighbours(0, call.router_input.float())
         total = similarity.sum(1)
         self._current = total / (total + self.memory.setting.null_weight)
-        return torch.full_like(self._current, torch.inf)
+        return torch.full_like(self._current, _ALWAYS)
 
 
 class GatedMemory:

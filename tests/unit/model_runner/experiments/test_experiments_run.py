@@ -73,6 +73,16 @@ def test_each_experiment_stores_rows(finished: Plan) -> None:
     assert {(r.model, r.domain, r.seed) for r in results} == {("tiny", "hymns", 3)}
 
 
+def test_gates_look_up_the_share_that_they_were_set_to(finished: Plan) -> None:
+    [result] = [r for r in read_results(finished.out) if r.experiment == "selective"]
+    for row in result.rows:
+        first_too = (
+            row["signal"] == "first layer's lambda"
+        )  # of two layers, the first always looks up
+        share = (1 + row["rate"]) / 2 if first_too else row["rate"]
+        assert row["domain_looked_up"] == pytest.approx(share, abs=0.2)
+
+
 def test_what_is_there_is_not_run_again(finished: Plan) -> None:
     assert run(finished, Progress(quiet=True)) == 0
 
