@@ -350,9 +350,9 @@ ANSWERS = (
         "source",
         [
             ("all of the change", {"changed": "all"}),
-            ("which experts run", {"changed": "choice"}),
-            ("weights among the model's own", {"changed": "weights"}),
-            ("their total weight", {"changed": "total"}),
+            ("experts and proportions, at the model's own total", {"changed": "choice"}),
+            ("proportions of the model's own experts", {"changed": "weights"}),
+            ("their total weight alone", {"changed": "total"}),
             ("control: shuffled", {"changed": "shuffled"}),
             ("control: the mean delta", {"changed": "mean delta"}),
         ],

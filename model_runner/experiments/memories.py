@@ -237,8 +237,9 @@ def _labelled(traces: Traces) -> Tensor:
 class PartOfTheChange:
     """A policy that lets through a part of what a logit-delta memory changes in the assignment.
 
-    Parts: `choice`: the memory's experts with the total weight of the model's own; `weights`: the model's own experts,
-    weighed as the memory would; `total`: the model's own experts and proportions at the memory's total weight.
+    Parts: `choice`: the memory's experts and proportions, with the total weight of the model's own; `weights`: the
+    model's own experts, weighed as the memory would; `total`: the model's own experts and proportions at the memory's
+    total weight.
     """
 
     def __init__(self, memory: LocalMemory, part: str) -> None:
