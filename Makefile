@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench results crash docker-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench results crash faults fuzz soak docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -82,9 +82,22 @@ results: setup ## docs/results.md and its plots, from the JSON of experiments
 crash: setup ## kill the service KILLS times at random moments of random work, and compare with what was acknowledged
 	$(BIN)/python -m tests.faults.crash --kills $(KILLS) --seed $(SEED)
 
+MINUTES ?= 15
+FAULTS := fault-results
+faults: setup ## inject every fault and every bad input for MINUTES=15, and compare with what was acknowledged (writes fault-results/)
+	$(BIN)/python -m tests.faults.suite --minutes $(MINUTES) --seed $(SEED) --out $(FAULTS)
+
+MESSAGES ?= 100000
+fuzz: setup ## send MESSAGES that nobody sends, to every method of every service (writes fuzz-results/)
+	$(BIN)/python -m tests.faults.fuzz --messages $(MESSAGES) --seed $(SEED) --out fuzz-results
+
+SOAK_MINUTES ?= 30
+soak: setup ## full load for SOAK_MINUTES=30, and nothing that grows: memory, descriptors, threads, logs, data (writes soak-results/)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES) --seed $(SEED) --out soak-results
+
 RUNNER ?=
 docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (root, Linux); RUNNER=--runner: the runner's too
 	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) $(FAULTS) fuzz-results soak-results build dist .mypy_cache .ruff_cache .pytest_cache

@@ -512,12 +512,15 @@ def check_snapshots(directory: Path, *, deep: bool, in_use: bool) -> Findings:
     with storage_call(f"read {directory}"):
         for home in sorted(path for path in directory.glob("*") if path.is_dir()):
             found = sorted(path for path in home.iterdir() if path.is_dir())
-            yield from (_check_snapshot(path, deep) for path in found if NAME.fullmatch(path.name))
+            for path in found:
+                if NAME.fullmatch(path.name):
+                    yield from _check_snapshot(path, deep)
             if not in_use:
                 yield from map(_unfinished_snapshot, home.glob(".partial-*"))
 
 
-def _check_snapshot(path: Path, deep: bool) -> Finding:
+def _check_snapshot(path: Path, deep: bool) -> Findings:
+    """None of one that was deleted meanwhile, which takes its name from it at one moment."""
     topic = f"snapshot {path.parent.name}/{path.name}"
     try:
         if deep:
@@ -526,10 +529,15 @@ def _check_snapshot(path: Path, deep: bool) -> Finding:
             manifest = snapshot_manifest.read_manifest(path)
             check_listing(path, manifest)
             entries = sum(manifest.entries)
-    except SnapshotInvalid as invalid:
-        remedy = _UPGRADE if isinstance(invalid, NewerSnapshot) else f"rm -r {quote(str(path))}"
-        return error(topic, str(invalid), remedy)
-    return fine(
+    except (SnapshotInvalid, StorageError) as failed:
+        if not path.is_dir():
+            return
+        if not isinstance(failed, SnapshotInvalid):
+            raise
+        remedy = _UPGRADE if isinstance(failed, NewerSnapshot) else f"rm -r {quote(str(path))}"
+        yield error(topic, str(failed), remedy)
+        return
+    yield fine(
         topic, f"{entries} entries; " + ("every sum is right" if deep else "all files there")
     )
 

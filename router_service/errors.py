@@ -23,6 +23,7 @@ RoutingServiceError
 ├── ShuttingDown
 └── StorageError              the engine or the file system failed
     ├── DiskFull
+    ├── OutOfDescriptors      the process may open no further file
     ├── DirectoryInUse
     ├── CollectionClosed      deleted, replaced or shut down while a call was on its way
     ├── EngineStopped         an engine process that ended, and is started again
@@ -163,6 +164,10 @@ class StorageError(RoutingServiceError):
 
 class DiskFull(StorageError):
     """Too little free disk to accept a write; on a Qdrant server also too little RAM."""
+
+
+class OutOfDescriptors(StorageError):
+    """The process, or the machine, may open no further file for now; nothing is damaged."""
 
 
 class DirectoryInUse(StorageError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ DTYPES: dict[KeyDtype, tuple[torch.dtype, Dtype]] = {
 }
 # Staged in one go: each row takes some Python, which a forward pass in another thread waits for.
 ROWS_AT_ONCE = 128
+# Examples that are kept however few of them entries came from.
+FEW_EXAMPLES = 4096
 
 
 class AskAgain(Exception):
@@ -47,7 +51,8 @@ class ReplicaCopy:
         layers: by number; those that the memory's settings speak for.
         settings: as of the last commit; every field is set.
         lock: shared by all layers, so that a change of several takes effect at once.
-        examples: the number of each example that an entry came from.
+        examples: the number of each example that an entry came from; others are forgotten now and then, for where a
+            memory learns and forgets they would grow without end.
         complete: whether it was all there once, since it was last empty.
         model_digest: of the model that the memory was made for.
 
@@ -60,7 +65,8 @@ class ReplicaCopy:
         self.layers: dict[int, LayerReplica] = {}
         self.settings = MemorySettings()
         self.lock = LookupLock(drain_of(device))
-        self.examples: dict[ExampleRef, int] = {}
+        self.examples: dict[ExampleRef, int] = {}  # replaced as a whole when some are forgotten
+        self._numbered, self._many_examples = 0, FEW_EXAMPLES
         self.complete = False
         self.model_digest = ""
         self._device, self._keys, self._budget = device, keys, budget
@@ -85,7 +91,11 @@ class ReplicaCopy:
 
     def number_of(self, example: ExampleRef) -> int:
         """Of an example, whether an entry came from it or not."""
-        return self.examples.setdefault(example, len(self.examples))
+        number = self.examples.get(example)
+        if number is None:
+            number = self.examples[example] = self._numbered
+            self._numbered += 1
+        return number
 
     def prepare(self, memory: MemoryDescription) -> None:
         """Makes room for a memory's entries. Raises ReplicaTooLarge when they do not fit."""
@@ -148,6 +158,7 @@ class ReplicaCopy:
                 self.settings = self._next or self.settings
             for layer, flip in flips:
                 layer.settle(flip)
+            self._forget_examples()
         self._next, self.complete = None, True
 
     def cut(self) -> None:
@@ -184,6 +195,17 @@ class ReplicaCopy:
         with self.lock.committing():
             self.layers.clear()
             self.complete = False
+
+    def _forget_examples(self) -> None:
+        """Those that no entry came from, once they may be the most; nothing is staged."""
+        if len(self.examples) <= self._many_examples:
+            return
+        used = set().union(*(layer.examples_in_use() for layer in self.layers.values()))
+        items, kept = iter(self.examples.items()), dict[ExampleRef, int]()
+        while part := list(islice(items, ROWS_AT_ONCE)):
+            kept.update((example, number) for example, number in part if number in used)
+            time.sleep(0)  # lets a forward pass go on
+        self.examples, self._many_examples = kept, max(FEW_EXAMPLES, 2 * len(kept))
 
     def _stage_entries(self, message: pb.ReplicaEntries) -> int:
         ids, digests = tensors.to_array(message.ids), tensors.to_array(message.digests)

@@ -360,21 +360,22 @@ class HitReports:
             self.send(timeout_s)
 
     def send(self, timeout_s: float) -> None:
-        """Sends what is there. What fails is kept; hits go on to be counted in the copy meanwhile."""
+        """Sends what failed before, then what is there. What fails is kept; hits go on to be counted in the copy."""
         self._sent_s = time.monotonic()
-        if not self._unanswered:
+        try:
+            self._send_unanswered(timeout_s)
             for hits in self._copy.take_hits(IDS_PER_REPORT):
                 self._number += 1
                 self._unanswered.append((self._number, hits))
-        try:
-            while self._unanswered:
-                number, hits = self._unanswered[0]
-                self._client.report_hits(
-                    self._copy.model_digest, [hits], number, timeout_s=timeout_s
-                )
-                self._unanswered.popleft()
+            self._send_unanswered(timeout_s)
         except ServiceUnavailable as error:
             log.info("hits are reported later: %s", error)
         except ServiceRefused as error:  # the memory is gone, and its counters with it
             log.info("hits are not counted: %s", error)
             self._unanswered.clear()
+
+    def _send_unanswered(self, timeout_s: float) -> None:
+        while self._unanswered:
+            number, hits = self._unanswered[0]
+            self._client.report_hits(self._copy.model_digest, [hits], number, timeout_s=timeout_s)
+            self._unanswered.popleft()

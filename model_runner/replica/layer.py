@@ -297,6 +297,11 @@ class LayerReplica:
         order = np.argsort(ids)
         return ids[order], self._digests[rows[order]]
 
+    def examples_in_use(self) -> set[int]:
+        """The numbers of the examples that entries came from, but for those that are only staged."""
+        rows = np.fromiter(self._row_of.values(), np.int64, len(self._row_of))
+        return set(np.unique(self.examples[self._on_device(rows)].cpu().numpy()).tolist())
+
     def ids_of(self, rows: I64) -> U64:
         """Ids of the entries in rows [...]; of a free row, what was there last."""
         return self._row_ids[rows]

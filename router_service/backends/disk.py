@@ -21,6 +21,7 @@ from router_service.errors import (
     DirectoryInUse,
     DiskFull,
     NewerFormat,
+    OutOfDescriptors,
     RoutingServiceError,
     StorageError,
     newer_format,
@@ -29,6 +30,7 @@ from router_service.errors import (
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 # An open that fails on one of these says nothing about the files themselves.
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
 # The engine's own words for files of a later version of itself.
@@ -73,6 +75,10 @@ def _storage_error(error: BaseException, action: str, opening: bool) -> StorageE
         )
     if _has_errno(error, _FULL) or "No space left" in text or "StorageFull" in text:
         return DiskFull(text)
+    if _has_errno(error, _NO_DESCRIPTORS) or "TooManyOpenFiles" in text:
+        return OutOfDescriptors(
+            f"{text}; raise the limit of open files (ulimit -n), or retry later"
+        )
     if opening and (engine := _NEWER.search(text)):
         found, reads = (f"{version} of the engine" for version in engine.groups())
         return NewerFormat(newer_format(action.removeprefix("open "), found, reads, None))

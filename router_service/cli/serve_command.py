@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -34,6 +35,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 _SWITCH_INTERVAL_S = 0.0005
 # What the service writes is nobody else's to read.
 _OWNER_ONLY = 0o077
+# Arenas of glibc's allocator, 8 for each core by default. Each keeps what it was once given, and threads come to all of
+# them: beside snapshots that are restored and deleted the heap grew from 52 to 77 MiB, with two from 51 to 55.
+_ARENAS, _M_ARENA_MAX = 2, -8
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 _help = partial(options.setting_help, ServiceSettings)
@@ -121,12 +125,20 @@ def serve(
         settings = given.settings()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     os.umask(_OWNER_ONLY)  # of engine processes too
+    limit_arenas()
     with _ending(given):
         configure_logging(settings.log_level, settings.log_format)
         if settings.audit_log is not None:
             audit_to(settings.audit_log)
         with closing(Dashboard(settings)) as page, closing(Probes(settings)) as probes:
             _run(RoutingServer(settings), page, probes)
+
+
+def limit_arenas() -> None:
+    """Of malloc in this process, before it has threads; unless MALLOC_ARENA_MAX says how many, or it is not glibc's."""
+    libc = ctypes.CDLL(None)
+    if "MALLOC_ARENA_MAX" not in os.environ and hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def _copy(sources: Sequence[Path], target: Path) -> None:
 
 
 def _run(work: Path, task: Task, report: Report) -> Iterator[Measurement]:
-    with tempfile.TemporaryFile() as stderr:
+    with storage_call(f"measure layer {task.layer}"), tempfile.TemporaryFile() as stderr:
         process = start_module(_CHILD, [str(work)], stderr=stderr.fileno())
         try:
             yield from _followed(work / RESULTS, process, task, report)

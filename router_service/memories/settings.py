@@ -23,6 +23,8 @@ _HNSW_EF = 100
 _MEASURED_FOR = ("neighbours", "hnsw_ef", "oversampling")
 # Blended logits stay finite in f32: the norm of a stored delta is below 2e19.
 MAX_STEP_SIZE = 1e6
+# Of gamma and null_weight: beyond f32 the kernel of an equal key is NaN, and a sum infinite.
+MOST = 1e30
 
 
 class Kind(StrEnum):
@@ -167,10 +169,12 @@ def validate(settings: MemorySettings, num_layers: int) -> None:
         _check_per_layer(name, getattr(settings, name), num_layers)
     for number, gamma in enumerate(settings.gamma):
         _require(f"gamma[{number}]", gamma, gamma > 0, "a number above 0")
+        _require(f"gamma[{number}]", gamma, gamma <= MOST, f"at most {MOST:g}")
     for number, step_size in enumerate(settings.step_size):
         within = abs(step_size) <= MAX_STEP_SIZE
         _require(f"step_size[{number}]", step_size, within, f"at most {MAX_STEP_SIZE:g} in size")
-    _require("null_weight", settings.null_weight, 0 <= settings.null_weight < math.inf, "0 or more")
+    within = 0 <= settings.null_weight <= MOST
+    _require("null_weight", settings.null_weight, within, f"0 or more, and at most {MOST:g}")
     _require("min_lambda", settings.min_lambda, 0 <= settings.min_lambda < 1, "in [0, 1)")
     for name in ("layers", "exact_layers"):
         numbers = getattr(settings, name)

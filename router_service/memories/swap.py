@@ -127,7 +127,8 @@ def retire(store: MemoryStore, replaced: RoutingMemory) -> None:
         home = home_of(memories, record)
         serving = record.name in store.names() and store.get(record.name)
         if serving and home_of(memories, serving.record) == home:
-            return  # deleted, and created again
+            close_all(replaced.layers)  # deleted, and created again: the files are the new one's
+            return
         store.discard_layers(home, replaced.layers)
         if home != record.name:
             remove_tree(memories / home)

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -31,6 +32,7 @@ from router_service.errors import (
     Unauthenticated,
     shorten,
 )
+from router_service.rpc.write_limits import WriteLimits
 
 Request = TypeVar("Request")
 
@@ -42,6 +44,8 @@ _TOKENS = "--tokens"
 LOOK_EVERY_S = 1.0
 _SHORTEST_SECRET = 20
 _KEYS = {"name", "role", "memories", "secret", "sha256"}
+# Of tokens with the role learn, see WriteLimits.
+_LIMITS = {"sources", "max_entries", "max_step"}
 # Mode of a Unix socket that is for its own user.
 OWN_USER = 0o600
 _UCRED = struct.Struct("3i")
@@ -93,12 +97,13 @@ _MEMORIES = {
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token allows. `memories`: None for all; `digest`: SHA-256 of the token."""
+    """What a token allows. `memories`: None for all; `digest`: SHA-256 of the token; `limits`: of what it writes."""
 
     name: str
     role: Role
     memories: frozenset[str] | None
     digest: bytes = field(repr=False)
+    limits: WriteLimits | None = None
 
 
 def read_tokens(path: Path) -> tuple[Grant, ...]:
@@ -125,15 +130,35 @@ def _grant(place: str, token: Any) -> Grant:
             raise InvalidField(_TOKENS, f"{place}: {key}", expected)
 
     require(isinstance(token, dict), "this", "a table")
-    require(set(token) <= _KEYS, "its keys", f"no others than {', '.join(sorted(_KEYS))}")
+    keys = _KEYS | _LIMITS
+    require(set(token) <= keys, "its keys", f"no others than {', '.join(sorted(keys))}")
     name, role, memories = token.get("name"), token.get("role"), token.get("memories")
     require(isinstance(name, str) and bool(name), "name", "a name for the log")
     roles = {each.name.lower(): each for each in Role}
     require(isinstance(role, str) and role in roles, "role", "read, learn or admin")
     is_list = isinstance(memories, list) and all(isinstance(each, str) for each in memories)
     require(memories == "all" or (is_list and bool(memories)), "memories", '"all" or ["NAME", ...]')
-    digest = _digest_of(token, require)
-    return Grant(name, roles[role], None if memories == "all" else frozenset(memories), digest)
+    digest, limits = _digest_of(token, require), _limits_of(token, require)
+    bound = None if memories == "all" else frozenset(memories)
+    return Grant(name, roles[role], bound, digest, limits)
+
+
+def _limits_of(
+    token: Mapping[str, Any], require: Callable[[bool, str, str], None]
+) -> WriteLimits | None:
+    given = {key: token[key] for key in sorted(_LIMITS & set(token))}
+    if not given:
+        return None
+    require(token["role"] == "learn", next(iter(given)), 'the role "learn", which it bounds')
+    sources = given.get("sources", [])
+    named = isinstance(sources, list) and all(isinstance(s, str) and s for s in sources)
+    require(named and ("sources" not in given or bool(sources)), "sources", '["SOURCE", ...]')
+    most, step = given.get("max_entries"), given.get("max_step")
+    counts = isinstance(most, int) and not isinstance(most, bool) and most > 0
+    require(most is None or (counts and bool(sources)), "max_entries", "1 or more, with `sources`")
+    length = isinstance(step, int | float) and not isinstance(step, bool)
+    require(step is None or (length and 0 < step < math.inf), "max_step", "a number above 0")
+    return WriteLimits(token["name"], frozenset(sources), most, step)
 
 
 def _digest_of(token: Mapping[str, Any], require: Callable[[bool, str, str], None]) -> bytes:
@@ -164,12 +189,14 @@ class Authority:
         tokens: Path | None,
         memory_of_operation: Callable[[str], str] = lambda _: "",
         anyone: str = "",
+        require_within: Callable[[WriteLimits, Any], None] = lambda *_: None,
     ) -> None:
-        """`anyone`: the name in the audit log where there are no tokens.
+        """`anyone`: the name in the audit log where there are no tokens; `require_within`: see WriteGuard.require.
 
         Raises InvalidField when the file cannot be used; what it is later on is said in the log, see Watched.
         """
         self._memory_of_operation = memory_of_operation
+        self.require_within = require_within
         self._anyone = Grant(anyone, Role.ADMIN, None, b"")
         self._own = ""
         self._own_grants: tuple[Grant, ...] = ()
@@ -287,6 +314,8 @@ class Call(AbstractContextManager["Call"]):
         ):
             about = " and ".join(map(shorten, self._memories)) or "all memories"
             raise self._denied(grant, f"a token for {about}")
+        if grant.limits is not None and self._role is Role.LEARN:
+            self._authority.require_within(grant.limits, request)
         return request
 
     def goes_on(self) -> None:

@@ -40,6 +40,7 @@ _TABLE: dict[type[RoutingServiceError], tuple[int, int]] = {
     errors.Overloaded: (code_pb2.RESOURCE_EXHAUSTED, reasons.ERROR_REASON_OVERLOADED),
     errors.DeadlineTooShort: (code_pb2.DEADLINE_EXCEEDED, reasons.ERROR_REASON_DEADLINE),
     errors.DiskFull: (code_pb2.RESOURCE_EXHAUSTED, reasons.ERROR_REASON_DISK_FULL),
+    errors.OutOfDescriptors: (code_pb2.RESOURCE_EXHAUSTED, reasons.ERROR_REASON_STORAGE),
     errors.Busy: (code_pb2.UNAVAILABLE, reasons.ERROR_REASON_BUSY),
     errors.Cancelled: (code_pb2.CANCELLED, reasons.ERROR_REASON_CANCELLED),
     errors.OperationNotFound: (code_pb2.NOT_FOUND, reasons.ERROR_REASON_OPERATION_NOT_FOUND),

@@ -13,6 +13,7 @@ import threading
 from concurrent import futures
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -33,6 +34,7 @@ from router_service.backends.base import Engines, Hosting, Hurried
 from router_service.backends.disk import FreeSpace, storage_call
 from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
+from router_service.memories.store import MemoryStore
 from router_service.operations import Operations
 from router_service.rpc.authority import Authority
 from router_service.rpc.direct import DirectServer
@@ -46,6 +48,7 @@ from router_service.rpc.replication import ReplicationService
 from router_service.rpc.retention import RetentionService
 from router_service.rpc.routing import RoutingService
 from router_service.rpc.snapshots import SnapshotService
+from router_service.rpc.write_limits import WriteGuard
 from router_service.settings import ServiceSettings
 from router_service.storage import make_snapshot_store, make_store
 from router_service.telemetry.http import Page, Pages
@@ -76,6 +79,20 @@ _SERVICES = ("", *(f"knnmoe.v1.{name}Service" for name in _SERVICE_NAMES))
 _ROUTING = _SERVICES[1]
 
 
+class _Health(health.HealthServicer):
+    """With List, which grpcio-health-checking leaves out: it would end in a traceback."""
+
+    def List(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """What Check says of each service."""
+        messages: Any = health_pb2  # the stubs do not have this call
+        return messages.HealthListResponse(
+            statuses={
+                name: self.Check(health_pb2.HealthCheckRequest(service=name), context)
+                for name in _SERVICES
+            }
+        )
+
+
 class RoutingServer:
     """A running service. `start` opens the memories and the address; `stop` drains, flushes and closes."""
 
@@ -85,10 +102,10 @@ class RoutingServer:
         self._planes = Planes(settings.max_in_flight, settings.message_timeout_s)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
-        self._authority = _authority(settings, self._operations)
+        self._authority = _authority(settings, self._operations, self._store)
         self._encryption = _encryption(settings)
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
-        self._health = health.HealthServicer()
+        self._health = _Health()
         self._replication = ReplicationService(self._store)
         self._traces = None if settings.otlp is None else Traces(settings.otlp)
         self._routing = RoutingService(self._store, self._traces)
@@ -296,13 +313,14 @@ class RoutingServer:
         return self._backend.engines() if isinstance(self._backend, Hosting) else Engines(0, 0)
 
 
-def _authority(settings: ServiceSettings, operations: Operations) -> Authority:
+def _authority(settings: ServiceSettings, operations: Operations, store: MemoryStore) -> Authority:
     """Raises InvalidField."""
     own = settings.listen.startswith("unix:") and not settings.others_connect
     return Authority(
         settings.tokens,
         lambda operation: operations.get(operation).memory,
         anyone=f"uid {os.getuid()}" if own else "",
+        require_within=WriteGuard(store).require,
     )
 
 

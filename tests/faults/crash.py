@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from tests.sidecar import LOGIT_DELTA, Sidecar
 NAME, LAYERS = "crash", 2
 MODEL = {"num_layers": LAYERS, "hidden_size": DIMENSION, "num_experts": EXPERTS}
 TIMEOUT_S = 120.0
+FILL = 512  # entries in a write at first
 QUANTIZATIONS = ("none", "int8")
 JOBS = ("optimize", "quantize", "prune", "snapshot", "restore", "none")
 LONGEST_S = {
@@ -53,6 +54,18 @@ LONGEST_S = {
 
 class Violation(AssertionError):
     """The service broke a promise."""
+
+
+class Lost(Violation):
+    """Entries are not what was acknowledged: `problems`, one each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems[:5]) + f" ({len(problems)} in all)")
+        self.problems = problems
+
+
+class Wrong(Violation):
+    """An answer that is not right."""
 
 
 class CrashLoop:
@@ -85,43 +98,49 @@ class CrashLoop:
             )
             work = Work(self, sidecar, np.random.default_rng(0))
             for layer in range(LAYERS):
-                for first in range(0, self.entries, 512):
-                    ids = range(first, min(first + 512, self.entries))
+                for first in range(0, self.entries, FILL):
+                    ids = range(first, min(first + FILL, self.entries))
                     work.upsert(layer, [int(i) for i in ids])
             sidecar.stop_cleanly()
 
     def round(self, number: int) -> str:
-        """Starts, checks, works, kills."""
+        """Starts, checks, works, kills: a random job, at a random moment."""
+        job = str(self.rng.choice(JOBS))
+        writes = job != "restore" and self.rng.random() < 0.8
+        swap = job in ("optimize", "quantize") and self.rng.random() < 0.33
+        within_s = self.rng.uniform(0.0, LONGEST_S[job])
+        self.kill_amid(job, within_s, writes=writes, swap=swap, deep=number % 10 == 9)
+        return job
+
+    def kill_amid(
+        self, job: str, within_s: float, *, writes: bool, swap: bool = False, deep: bool = False
+    ) -> None:
+        """Starts, checks, and kills after so many seconds of work, or right after a swap."""
         with self.start() as sidecar:
-            self.check(sidecar, deep=number % 10 == 9)
+            self.check(sidecar, deep=deep)
             work = Work(self, sidecar, np.random.default_rng(int(self.rng.integers(2**31))))
-            job = str(self.rng.choice(JOBS))
             threads = [threading.Thread(target=work.run_job, args=(job,), daemon=True)]
-            if job != "restore" and self.rng.random() < 0.8:
+            if writes:
                 threads.append(threading.Thread(target=work.write, daemon=True))
             elif job == "snapshot":
                 work.remember = True
             before = self.currents()
             for thread in threads:
                 thread.start()
-            self.wait(job, before)
+            self.wait(within_s, before if swap else None)
             sidecar.process.kill()
             sidecar.process.wait()
             for thread in threads:
                 thread.join()
         if work.failure is not None:
-            raise Violation(f"round {number}, {job}: {work.failure}")
+            raise Violation(f"{job}: {work.failure}")
         self.kills[job] += 1
-        return job
 
-    def wait(self, job: str, before: list[bytes]) -> None:
-        """Until it is time to kill."""
-        end = time.monotonic() + self.rng.uniform(0.0, LONGEST_S[job])
-        swap = job in ("optimize", "quantize") and self.rng.random() < 0.33
-        if swap:
-            end = time.monotonic() + 10
+    def wait(self, within_s: float, before: list[bytes] | None) -> None:
+        """Until it is time to kill; given which generations counted `before`, until others do."""
+        end = time.monotonic() + (within_s if before is None else 10)
         while time.monotonic() < end:
-            if swap and self.currents() != before:
+            if before is not None and self.currents() != before:
                 self.kills["right after a swap"] += 1
                 time.sleep(self.rng.uniform(0.0, 0.03))
                 return
@@ -139,13 +158,13 @@ class CrashLoop:
         for layer in range(LAYERS):
             ids, stamps, keys = _exported(sidecar, layer)
             if not np.array_equal(keys, key_of(ids, stamps)):
-                raise Violation(f"layer {layer}: keys are not those of their ids")
+                raise Wrong(f"layer {layer}: keys are not those of their ids")
             found.append(dict(zip(ids, stamps, strict=True)))
         deleted = [
             set(layer) - set(here) for layer, here in zip(self.expected.layers, found, strict=True)
         ]
         if problems := self.expected.settle(found):
-            raise Violation("; ".join(problems[:5]) + f" ({len(problems)} in all)")
+            raise Lost(problems)
         for layer in range(LAYERS):
             self.check_lookups(sidecar, layer, sorted(deleted[layer])[:3])
         if deep:
@@ -169,9 +188,9 @@ class CrashLoop:
         reply = sidecar.route(request)
         ids = tensors.to_array(reply.neighbours.ids)[:, 0].tolist()
         if ids != chosen:
-            raise Violation(f"layer {layer}: looked {chosen} up, found {ids}")
+            raise Wrong(f"layer {layer}: looked {chosen} up, found {ids}")
         if set(ids) & set(deleted):
-            raise Violation(f"layer {layer}: deleted entries were found")
+            raise Wrong(f"layer {layer}: deleted entries were found")
 
     def check_snapshots(self, sidecar: Sidecar) -> None:
         """Those that were acknowledged are there, and those that are there are whole."""
@@ -229,7 +248,7 @@ class Work:
         self.loop.acknowledged[name] += 1
         return True
 
-    def upsert(self, layer: int, ids: list[int]) -> None:
+    def upsert(self, layer: int, ids: Sequence[int], *, fsync: bool = False) -> None:
         with self.loop.lock:
             stamps = range(self.loop.stamp + 1, self.loop.stamp + 1 + len(ids))
             self.loop.stamp += len(ids)
@@ -246,7 +265,11 @@ class Work:
             provenance=[types_pb.Provenance(source=source) for source in sources],
         )
         request = admin_pb.UpsertRequest(
-            memory=NAME, layer=layer, entries=entries, model_digest=self.loop.digest
+            memory=NAME,
+            layer=layer,
+            entries=entries,
+            model_digest=self.loop.digest,
+            durability=admin_pb.DURABILITY_FSYNC if fsync else admin_pb.DURABILITY_PROCESS,
         )
         for _ in self.admin.Upsert(iter([request]), timeout=TIMEOUT_S):
             with self.loop.lock:
@@ -264,9 +287,18 @@ class Work:
             self.loop.expected.acknowledge(layer, gone)
 
     def run_job(self, job: str) -> None:
-        """One long call."""
-        if job != "none":
+        """One long call, or flush after flush."""
+        if job == "flush":
+            while self.attempt(job, self.flush):
+                pass
+        elif job != "none":
             self.attempt(job, getattr(self, job))
+
+    def flush(self) -> None:
+        """A write that is acknowledged when it would survive a loss of power, of entries that only this one writes."""
+        layer, first = int(self.rng.integers(LAYERS)), int(self.rng.integers(self.loop.entries))
+        ids = range(2 * self.loop.entries + first, 2 * self.loop.entries + first + 20)
+        self.upsert(layer, ids, fsync=True)
 
     def optimize(self) -> None:
         request = admin_pb.OptimizeRequest(memory=NAME, quantization="none")  # small layers too

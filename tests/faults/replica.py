@@ -31,7 +31,7 @@ LEAST_RECALL = 0.99
 SIZES = {"exact": SMALL, "pca": LARGE, "auto": SCANNED}
 # How often each step is taken, of a thousand.
 STEPS = {
-    "upsert": 530,
+    "upsert": 529,
     "delete": 380,
     "settings": 40,
     "cut": 20,
@@ -41,9 +41,12 @@ STEPS = {
     "restore": 4,
     "replace": 3,
     "optimize": 2,
+    "restart": 1,
     "kill": 1,
     "kill_while_it_writes": 1,
 }
+# Those of them that end the sidecar.
+RESTARTS = ("restart", "kill", "kill_while_it_writes")
 
 
 def run(

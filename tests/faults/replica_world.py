@@ -138,6 +138,7 @@ class World:
         self.snapshots: dict[str, dict[str, Truth]] = {}
         self.replicas: dict[str, Replica] = {}
         self._asked = self._found = 0
+        self.looked_up = 0  # tokens, each by a replica and by Route
         self.scanned = 0  # lookups that a scan of bytes may answer
         self._made = 0
 
@@ -294,6 +295,12 @@ class World:
         self.sidecar.kill()
         self._start_again()
 
+    def restart(self, name: str, rng: np.random.Generator) -> None:
+        """SIGTERM, and a start."""
+        if code := self.sidecar.stop():
+            raise Violation(f"the sidecar ended with {code}: {self.sidecar.stderr}")
+        self._start_again()
+
     def kill_while_it_writes(self, name: str, rng: np.random.Generator) -> None:
         """Of what was not acknowledged each entry is the old one or the new one."""
         layer, rows = int(rng.integers(LAYERS)), self._random_rows(name, rng)
@@ -348,6 +355,7 @@ class World:
         expected = Expected.of(truth, layer, inputs, own, exclude)
         where = f"{name}, layer {layer}, {tokens} tokens, {len(exclude)} excluded, {truth.settings}"
         answered = _answer_of(replica, layer, inputs, own, exclude)
+        self.looked_up += 2 * tokens
         if exclude or self._is_exact(replica, layer, tokens, truth.settings["neighbours"]):
             expected.compare(*answered, f"the replica: {where}")
         refs = [

@@ -6,7 +6,6 @@ while a node is cut off), nothing is INTERNAL, lookups go on, and in the end all
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.congruence.fast_dir import fast_dir
-from tests.faults.cluster_load import Load
+from tests.faults.cluster_load import Load, options, wait_until_equal
 from tests.qdrant_standin import Peer, QdrantCluster
 from tests.sidecar import Sidecar
 
 __all__ = ["fast_dir"]
 
-EQUAL_S = 30.0
 Loss = tuple[Callable[[Peer], None], Callable[[Peer], None]]
 LOSSES: list[Loss] = [
     (Peer.kill, Peer.start),
@@ -83,23 +81,3 @@ def test_a_memory_made_while_a_node_is_lost(
                 load.check()
         for service in services:
             service.stop_cleanly()
-
-
-def options(cluster: QdrantCluster, first: int, writes: int) -> dict[str, object]:
-    """Of a service that is given all nodes, one of them first."""
-    urls = cluster.urls[first:] + cluster.urls[:first]
-    flags = ["--qdrant-replication-factor", "2", "--flush-interval-s", "0.1"]
-    flags += ["--qdrant-timeout-s", "10"]  # the machine may be busy
-    flags += ["--qdrant-write-consistency-factor", str(writes)]
-    return {"backend": ",".join(urls), "flags": flags}
-
-
-def wait_until_equal(cluster: QdrantCluster) -> None:
-    """All replicas of all shards hold the same, a while after the cluster is whole again."""
-    cluster.wait_whole()
-    end = time.monotonic() + EQUAL_S
-    while differing := [
-        line for name in cluster.collections() for line in cluster.replicas_differ(name)
-    ]:
-        assert time.monotonic() < end, differing
-        time.sleep(0.05)

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from knnmoe import tensors
 from knnmoe.client import AdminClient
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
@@ -19,7 +24,7 @@ from model_runner.architectures import Assignment
 from model_runner.router_hooks import Logits
 from model_runner.routing_policy import Retrieved
 from tests.congruence.fast_dir import fast_dir
-from tests.faults.replica import LEAST_RECALL, STEPS
+from tests.faults.replica import LEAST_RECALL, RESTARTS, STEPS
 from tests.faults.replica_world import MODEL, PATIENCE_S, Replica, World
 from tests.sidecar import EXPERTS, LOGIT_DELTA, Sidecar, random_keys
 
@@ -29,7 +34,8 @@ SEEDS = st.integers(0, 2**31 - 1)
 MEMORIES = st.integers(0, 1)
 # What is done often, and what takes long and matters most.
 OFTEN = ["upsert", "upsert", "delete", "settings", "cut"]
-SELDOM = [step for step in STEPS if step not in OFTEN]
+SELDOM = [step for step in STEPS if step not in (*OFTEN, *RESTARTS)]
+MOST_RESTARTS = 2
 
 
 def test_random_work(fast_dir: Path) -> None:
@@ -39,6 +45,7 @@ def test_random_work(fast_dir: Path) -> None:
         class Machine(RuleBasedStateMachine):
             def __init__(self) -> None:
                 super().__init__()
+                self.restarts = 0
                 world.begin()
 
             def _do(self, step: str, memory: int, seed: int) -> None:
@@ -53,6 +60,14 @@ def test_random_work(fast_dir: Path) -> None:
             def seldom(self, step: str, memory: int, seed: int) -> None:
                 self._do("upsert", memory, seed)
                 self._do(step, memory, seed)
+
+            # Each takes a second or two.
+            @precondition(lambda self: self.restarts < MOST_RESTARTS)
+            @rule(how=st.sampled_from(RESTARTS), memory=MEMORIES, seed=SEEDS)
+            def restart_the_sidecar(self, how: str, memory: int, seed: int) -> None:
+                self.restarts += 1
+                self._do("upsert", memory, seed)
+                self._do(how, memory, seed)
 
         # What fails is said as it came: shrinking would start many a sidecar.
         how = settings(

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.client import (
     AdminClient,
@@ -483,6 +484,10 @@ def test_a_socket_for_others_and_an_address_for_others_need_tokens(
         (token_table("all").replace("secret", "sha256"), "sha256', expected 64 hex digits"),
         (token_table("all") * 2, "expected names that are all different"),
         (token_table("all") + "more = 1", "expected no others than"),
+        (token_table("all") + 'sources = ["a"]', 'sources\', expected the role "learn"'),
+        (token_table("learner") + "sources = []", "sources', expected"),
+        (token_table("learner") + "max_entries = 5", "max_entries', expected 1 or more, with"),
+        (token_table("learner") + "max_step = nan", "max_step', expected a number above 0"),
     ],
 )
 def test_a_file_of_tokens_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> None:
@@ -498,6 +503,63 @@ def test_a_token_may_be_kept_as_its_digest(tmp_path: Path) -> None:
     hashed = plain.replace(f'secret = "{SECRETS["all"]}"', f'sha256 = "{digest}"')
     found = [read_tokens(write(tmp_path / "tokens.toml", text)) for text in (plain, hashed)]
     assert found[0] == found[1]
+
+
+def written_by(client: AdminClient, ids: list[int], source: str, length: float = 1.0) -> int:
+    entries = random_entries(LOGIT_DELTA, len(ids))
+    deltas = np.zeros((len(ids), EXPERTS), np.float32)
+    deltas[:, 0] = length
+    entries.ids.CopyFrom(tensors.to_tensor(np.array(ids, np.uint64)))
+    entries.logit_deltas.CopyFrom(tensors.to_tensor(deltas))
+    for origin in entries.provenance:
+        origin.source = source
+    digest = client.describe("law").model_digest
+    request = admin_pb.UpsertRequest(memory="law", entries=entries, model_digest=digest)
+    return sum(answer.upserted for answer in client.upsert([request]))
+
+
+@pytest.mark.parametrize("backend", ["exact", "edge"])
+def test_a_token_that_learns_writes_within_its_limits(
+    tmp_path: Path, place: Place, backend: str
+) -> None:
+    limits = 'sources = ["clinic", "clinic-2"]\nmax_entries = 6\nmax_step = 1.5\n'
+    tokens = write(tmp_path / "tokens.toml", token_table("learner") + limits + token_table("root"))
+    data, flags = tmp_path / "data", ["--tokens", str(tokens)]
+    with Sidecar(data, backend=backend, flags=flags) as sidecar, ExitStack() as stack:
+        clients = (
+            AdminClient(sidecar.target, credentials=place.credentials(name))
+            for name in ("root", "learner")
+        )
+        root, bound = map(stack.enter_context, clients)
+        settings = types_pb2.MemorySettings(kind=LOGIT_DELTA, neighbours=3, gamma=[0.05])
+        root.find_or_create("law", make_fingerprint(), settings)
+        assert written_by(root, [1, 2], "court", 9.0) == 2
+        assert written_by(bound, [3, 4, 5, 6], "clinic", 1.5) == 4
+        refused = [
+            (([7], "court"), "source: got 'court', and token 'learner' writes of clinic, clinic-2"),
+            (([7], ""), "source: got '', and token"),
+            (([3, 2], "clinic"), "id 2 is an entry of 'court', and token 'learner' overwrites"),
+            (([3, 4], "clinic", 1.6), "[0]: length 1.6, and token 'learner' may write 1.5"),
+            (([6, 7, 8, 9], "clinic"), "has 4 of its sources, and this would add 3"),
+        ]
+        for given, said in refused:
+            with pytest.raises(ServiceRefused) as error:
+                written_by(bound, *given)
+            assert error.value.code is grpc.StatusCode.PERMISSION_DENIED
+            assert said in error.value.message
+        assert written_by(bound, [3, 4, 5, 6, 7, 8], "clinic-2") == 6
+        with pytest.raises(ServiceRefused, match="has 6 of its sources, and this would add 1"):
+            written_by(bound, [9], "clinic")
+        forgotten = retention_pb2.DeleteRequest(
+            memory="law", ids=tensors.to_tensor(np.array([7, 8], np.uint64))
+        )
+        root.unary(root.retention.Delete, forgotten)
+        assert written_by(bound, [9, 10], "clinic") == 2
+        assert (
+            written_by(root, list(range(20, 30)), "clinic", 9.0) == 10
+        )  # the operator is not bound
+        with pytest.raises(ServiceRefused, match="has 16 of its sources"):
+            written_by(bound, [11], "clinic")
 
 
 def test_every_call_has_a_role_and_names_of_calls_are_right() -> None:

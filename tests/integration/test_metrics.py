@@ -6,11 +6,9 @@ import json
 import os
 import signal
 import socket
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from urllib.error import HTTPError
 
 import grpc
 import numpy as np
@@ -19,11 +17,11 @@ from knnmoe import tensors
 from knnmoe.client import AdminClient, ReplicationClient
 from knnmoe.v1 import memory_admin_pb2 as admin_pb
 from knnmoe.v1 import routing_pb2 as routing_pb
-from prometheus_client.parser import text_string_to_metric_families
 
 from router_service import __version__
 from router_service.rpc.server import RoutingServer
 from router_service.settings import ServiceSettings
+from tests.scraping import FLAGS, Scraped, get, url_of
 from tests.sidecar import (
     CALL_TIMEOUT_S,
     EXPERTS,
@@ -39,50 +37,8 @@ from tests.sidecar import (
     serve_and_fail,
 )
 
-FLAGS = ("--metrics", "127.0.0.1:0")
 FAR = 100.0
 OFF = 2  # the layer that the settings leave out
-
-
-def url_of(sidecar: Sidecar) -> str:
-    """The second line on stdout."""
-    assert sidecar.process.stdout is not None
-    line = sidecar.process.stdout.readline().decode()
-    assert line.startswith("metrics on http://127.0.0.1:"), (line, sidecar.stderr)
-    return line.removeprefix("metrics on ").removesuffix("/metrics\n")
-
-
-def get(url: str) -> tuple[int, str]:
-    """Status and body."""
-    try:
-        with urllib.request.urlopen(url, timeout=CALL_TIMEOUT_S) as reply:  # noqa: S310
-            return reply.status, reply.read().decode()
-    except HTTPError as refused:
-        return refused.code, refused.read().decode()
-
-
-class Scraped:
-    """What /metrics said at one moment."""
-
-    def __init__(self, url: str) -> None:
-        status, text = get(f"{url}/metrics")
-        assert status == 200, text
-        self.families = {each.name: each for each in text_string_to_metric_families(text)}
-        samples = [sample for each in self.families.values() for sample in each.samples]
-        self._values = {(each.name, *sorted(each.labels.items())): each.value for each in samples}
-        assert len(self._values) == len(samples)  # no series twice
-
-    def __call__(self, name: str, **labels: object) -> float:
-        key = (f"knnmoe_{name}", *sorted((k, str(v)) for k, v in labels.items()))
-        return self._values[key]
-
-    def of(self, name: str, **labels: str) -> Mapping[str, float]:
-        """The series of a name that have these labels, by all labels."""
-        return {
-            str(key[1:]): value
-            for key, value in self._values.items()
-            if key[0] == f"knnmoe_{name}" and labels.items() <= dict(key[1:]).items()
-        }
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,11 @@ def on_a_terminal(script: str, *words: object) -> str:
     """What somebody sees who runs this script, stdout and stderr on one terminal."""
     screen, terminal = os.openpty()
     command = [sys.executable, "-c", script, *map(str, words)]
-    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+    # Under CI, transformers hands its records to the root logger too, and each would be there twice.
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+    ) as process:
         os.close(terminal)
         seen = b""
         try:

@@ -25,7 +25,8 @@ from knnmoe.client import AdminClient, ReplicationClient
 
 from model_runner.vllm.http import metric_lines
 from router_service.telemetry.http import Page, PageServer
-from tests.integration.test_metrics import FAR, url_of
+from tests.integration.test_metrics import FAR
+from tests.scraping import url_of
 from tests.sidecar import (
     CALL_TIMEOUT_S,
     EXPERTS,

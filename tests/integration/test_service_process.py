@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import queue
 import signal
 import socket
@@ -243,3 +245,42 @@ def test_stats_count_what_was_asked(narrow: Sidecar) -> None:
     before = tokens()
     narrow.route(_request(narrow))
     assert tokens() == before + 2
+
+
+def test_health_of_every_service(ram_sidecar: Sidecar) -> None:
+    listed = ram_sidecar.channel.unary_unary("/grpc.health.v1.Health/List")(b"", timeout=60)
+    statuses = health_pb2.HealthListResponse.FromString(listed).statuses
+    assert statuses["knnmoe.v1.RoutingService"].status == SERVING
+    assert {_health(ram_sidecar, name) for name in statuses} == {SERVING}
+
+
+ARENAS = """
+import ctypes, sys, threading
+from router_service.cli.serve_command import limit_arenas
+if sys.argv[1] == "limited":
+    limit_arenas()
+all_there, kept = threading.Barrier(12), []
+def work():
+    all_there.wait()
+    kept.append([bytes(50_000) for _ in range(20)])
+    all_there.wait()
+threads = [threading.Thread(target=work) for _ in range(12)]
+for each in threads: each.start()
+for each in threads: each.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not glibc's malloc")
+def test_memory_is_not_spread_over_arenas_of_all_threads(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+    found = {}
+    for how in ("limited", "as it is"):
+        command = [sys.executable, "-c", ARENAS, how, str(tmp_path / how)]
+        subprocess.run(command, check=True, env=environment)
+        found[how] = (tmp_path / how).read_text().count("<heap nr=")
+    assert found["limited"] <= 2 < found["as it is"]

@@ -19,7 +19,8 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 class TcpFaults:
     """Passes bytes on from `host` to `target_host`:`target_port` from __enter__ to __exit__, unless told otherwise.
 
-    What one method switches on stays until heal(); reset() breaks what is open and nothing else.
+    What one method switches on stays until heal(); reset() breaks what is open and nothing else. `listen`: how the
+    socket is made, for one in another network namespace.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class TcpFaults:
         target_host: str = "127.0.0.1",
         host: str = "127.0.0.1",
         port: int = 0,
+        listen: Callable[[tuple[str, int]], socket.socket] = socket.create_server,
     ) -> None:
-        self.host, self.port = host, port
+        self.host, self.port, self._make_listener = host, port, listen
         self._target = (target_host, target_port)
         self._bytes_per_s: float | None = None
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
@@ -84,7 +86,7 @@ class TcpFaults:
 
     async def _listen(self) -> None:
         if self._listener is None:
-            self._listener = socket.create_server((self.host, self.port))
+            self._listener = self._make_listener((self.host, self.port))
             self._listener.setblocking(False)
             self.port = self._listener.getsockname()[1]
             self._loop.add_reader(self._listener, self._accept, self._listener)

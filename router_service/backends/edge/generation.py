@@ -51,6 +51,7 @@ from router_service.errors import (
     DirectoryInUse,
     DiskFull,
     EngineStopped,
+    OutOfDescriptors,
     StorageError,
 )
 
@@ -411,8 +412,12 @@ class Generation:
     def close(self) -> None:
         """Flushes, saves the value rows and the sums of all files, and releases these.
 
-        The files of what is set apart stay as they are.
+        The files of what is set apart stay as they are, and so does what has come into the place of removed ones.
         """
+        if self._log is not None and self._log.removed:
+            log.info("%s is closed after its files were removed", self.files.directory)
+            self.abandon()
+            return
         closed = False
         try:
             if self.shard.alive and self.damage is None:
@@ -488,7 +493,7 @@ def _open_unclean(
             made.flush()
             made.keep()
             stack.pop_all()
-    except (DirectoryInUse, DiskFull):
+    except (DirectoryInUse, DiskFull, OutOfDescriptors):  # which say nothing of the files
         raise
     except StorageError as error:
         if again and isinstance(error, EngineStopped):

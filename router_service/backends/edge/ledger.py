@@ -80,6 +80,11 @@ class WriteLog:
         """Bytes that it has grown to."""
         return os.fstat(self._file).st_size
 
+    @property
+    def removed(self) -> bool:
+        """Whether its file was deleted meanwhile, and all else of the collection with it."""
+        return os.fstat(self._file).st_nlink == 0
+
     def begin(self, ids: U64, digests: U64 | None, *, durable: bool) -> None:
         """Before entries are written, with their digests [n, 2], or deleted.
 

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,6 +21,7 @@ from weakref import WeakSet
 
 from router_service.arrays import F32, U64, ExampleRef
 from router_service.backends.base import CollectionSpec, Compression, Engines, SearchOptions
+from router_service.backends.disk import storage_call
 from router_service.backends.edge.engine import EngineShard
 from router_service.backends.edge.files import CollectionFiles, Pointer
 from router_service.backends.edge.frames import read_answer, search_frame
@@ -79,16 +80,25 @@ class HostedShard:
         wanted: Compression,
         watch: Callable[[HostedShard], object] = lambda _: None,
     ) -> None:
-        """Starts the process, lets `watch` know, and opens the shard. Raises what EngineShard.load() raises."""
+        """Starts the process, lets `watch` know, and opens the shard.
+
+        Raises what EngineShard.load() raises, and StorageError where no process can be started.
+        """
         self._directory, self._closed = directory, False
         self._wait_s: Callable[[], float] | None = None
         self._owed = 0  # answers that are due, those that nobody waits for any more among them
         self._call, self._still_since, self._cpu_s = "", 0.0, 0.0  # of the call under way
-        self._connection, theirs = Pipe()
-        with theirs:
-            descriptor = theirs.fileno()
-            arguments = [str(descriptor), str(directory)]
-            self._process = start_module(_HOST, arguments, stderr=None, pass_fds=[descriptor])
+        with (
+            storage_call(f"start the engine process of {directory}"),
+            ExitStack() as unless_started,
+        ):
+            self._connection, theirs = Pipe()
+            unless_started.enter_context(self._connection)
+            with theirs:
+                descriptor = theirs.fileno()
+                arguments = [str(descriptor), str(directory)]
+                self._process = start_module(_HOST, arguments, stderr=None, pass_fds=[descriptor])
+            unless_started.pop_all()
         self._readable = select.poll()  # kept: Connection.poll() makes one for each look
         self._readable.register(self._connection, select.POLLIN)
         watch(self)

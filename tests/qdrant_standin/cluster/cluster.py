@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from router_service.backends.qdrant_server.wire import q as pb
 from tests.qdrant_standin.cluster.consensus import Consensus
@@ -24,11 +24,30 @@ WHOLE_S = 60.0
 _GRACE_S = 5.0
 
 
+class Host(Protocol):
+    """Where a node's clients find it: another network namespace, for instance."""
+
+    address: str
+
+    def listen(self, address: tuple[str, int]) -> socket.socket:
+        """A socket there."""
+        ...
+
+
+class _ThisHost:
+    """Reached by this machine alone."""
+
+    address = "127.0.0.1"
+
+    def listen(self, address: tuple[str, int]) -> socket.socket:
+        return socket.create_server(address)
+
+
 class Peer:
     """One node, from outside. Its ports stay the same whatever happens to it; `server` is behind them."""
 
-    def __init__(self, members: Members, node: Node, server: QdrantStandIn) -> None:
-        self._members, self._node, self.server = members, node, server
+    def __init__(self, members: Members, node: Node, server: QdrantStandIn, host: Host) -> None:
+        self._members, self._node, self.server, self._host = members, node, server, host
         self._proxies: tuple[TcpFaults, ...] = ()
 
     @property
@@ -63,8 +82,7 @@ class Peer:
         targets = {grpc_port: self.server.port, grpc_port - 1: self.server.rest_port}
         proxies = []
         for port, target in targets.items():
-            proxy = TcpFaults(target)
-            proxy.port = port
+            proxy = TcpFaults(target, host=self._host.address, port=port, listen=self._host.listen)
             proxies.append(stack.enter_context(proxy))
         self._proxies = tuple(proxies)
 
@@ -162,7 +180,10 @@ class Peer:
 
 
 class QdrantCluster:
-    """Serves from __enter__ to __exit__. `time_scale`: what takes a real server 10 s takes this so many times that."""
+    """Serves from __enter__ to __exit__. `time_scale`: what takes a real server 10 s takes this so many times that.
+
+    hosts: of the peers' clients, one each; all on this machine when not given.
+    """
 
     def __init__(
         self,
@@ -174,6 +195,7 @@ class QdrantCluster:
         indexing_threshold_kb: int = QdrantStandIn.indexing_threshold_kb,
         consensus_delay_s: float = 0.002,
         time_scale: float = 0.1,
+        hosts: Sequence[Host] = (),
     ) -> None:
         first = secrets.randbelow(1 << 50) + 1
         nodes = [Node(first + n, f"http://qdrant-{n}:6335/") for n in range(peers)]
@@ -183,7 +205,8 @@ class QdrantCluster:
         self.recovery = Recovery(self._members)
         self._directory, self._running = directory, ExitStack()
         self.peers = [
-            Peer(self._members, node, self._server(node, api_key, version)) for node in nodes
+            Peer(self._members, node, self._server(node, api_key, version), host)
+            for node, host in zip(nodes, hosts or [_ThisHost()] * peers, strict=True)
         ]
         for peer in self.peers:
             peer.server.indexing_threshold_kb = indexing_threshold_kb

@@ -31,7 +31,7 @@ from knnmoe.v1.routing_pb2 import LayerDescription, MemoryDescription
 from model_runner.progress import Progress
 from model_runner.replica import follower as follower_module
 from model_runner.replica.budget import Budget, ReplicaTooLarge
-from model_runner.replica.copy import ReplicaCopy
+from model_runner.replica.copy import FEW_EXAMPLES, ReplicaCopy
 from model_runner.replica.follower import Follower
 
 PATIENCE_S = 60.0
@@ -231,6 +231,27 @@ def test_a_change_takes_effect_when_it_is_whole(following: Following) -> None:
     assert layer.keys[row].tolist() == [2.0] * D
     number = following.copy.number_of
     assert layer.examples[row] == number(ExampleRef("s", "odd")) != number(ExampleRef("s", "no"))
+
+
+def test_examples_that_no_entry_came_from_are_forgotten() -> None:
+    copy, ids, rounds = ReplicaCopy(CPU, "f32", Budget(2**28)), list(range(1000)), 12
+    copy.begin(described())
+    for number in range(rounds):
+        message = upserted(0, ids, of=float(number))
+        names = [WireExample(source="s", example=f"{number}-{n}") for n in ids]
+        message.upserted.ClearField("examples")
+        message.upserted.examples.extend(names)
+        numbers = np.arange(len(ids), dtype=np.int32)
+        message.upserted.example_numbers.CopyFrom(tensors.to_tensor(numbers))
+        copy.stage(message)
+        copy.commit()
+        assert len(copy.examples) <= FEW_EXAMPLES + len(ids)
+    layer = copy.layers[0]
+    rows = [layer._row_of[n] for n in ids]
+    last = [copy.examples[ExampleRef("s", f"{rounds - 1}-{n}")] for n in ids]
+    assert layer.examples[rows].tolist() == last
+    assert len(set(last)) == len(ids)
+    assert ExampleRef("s", "0-0") not in copy.examples
 
 
 def test_a_follower_that_is_paused_changes_nothing(following: Following) -> None:
@@ -450,6 +471,23 @@ def test_hits_are_reported_at_the_end(following: Following) -> None:
         0,
         0.5,
     )
+
+
+def test_what_came_after_a_report_that_failed_is_reported_at_the_end(
+    following: Following, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = following.whole()
+    following.service.report_error = AWAY
+    hit(following.copy, 0, 0)
+    with monkeypatch.context() as often:
+        often.setattr(follower_module, "REPORT_EVERY_S", 0.0)
+        stream.say(synced(7), synced(8))
+        following.at(8)
+    hit(following.copy, 0, 1)
+    following.service.report_error = None
+    following.follower.close()
+    ids = following.copy.layers[0]._row_ids.tolist()
+    assert hits_of(following.service)[-2:] == [(1, 0, ids[:1], [1]), (2, 0, ids[1:2], [1])]
 
 
 def test_closing_while_it_copies(following: Following) -> None:

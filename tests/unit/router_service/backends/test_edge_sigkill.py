@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from router_service.backends.edge.backend import EdgeBackend
+from router_service.errors import OutOfDescriptors
 from tests.unit.router_service.backends.numbered_entries import SPEC, assert_holds
 
 # Does not end by itself, however fast the machine.
@@ -74,6 +76,29 @@ def assert_acknowledged_entries_are_there(data_dir: Path, acknowledged: int) -> 
 @pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.017])
 def test_kill_while_writing(data_dir: Path, delay_s: float) -> None:
     seen = kill_after(start_service(data_dir), "3500", delay_s)
+    assert_acknowledged_entries_are_there(data_dir, int(seen[-1]))
+
+
+@pytest.mark.parametrize("isolate_above_bytes", [0, 2**30])
+def test_without_descriptors_it_is_not_opened_and_not_damaged(
+    data_dir: Path, isolate_above_bytes: int
+) -> None:
+    """Neither here nor in a process of its own, whichever file it is that there is none for."""
+    seen = kill_after(start_service(data_dir), "1400", 0.0)
+    before, refused = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    for free in range(5):
+        backend = EdgeBackend(data_dir, min_free_bytes=0, isolate_above_bytes=isolate_above_bytes)
+        used = len(os.listdir("/proc/self/fd")) - 1  # noqa: PTH208  # its own is gone
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + free, before[1]))
+        try:
+            assert not backend.open("layer", SPEC).info().damage
+        except OutOfDescriptors as error:
+            assert "ulimit -n" in str(error)  # noqa: PT017  # with some left it is opened
+            refused.append(free)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            backend.close()
+    assert refused
     assert_acknowledged_entries_are_there(data_dir, int(seen[-1]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from router_service.backends.base import Report
 from router_service.backends.disk import copy_tree
 from router_service.backends.exact import ExactBackend
-from router_service.errors import Busy, StorageError
+from router_service.errors import Busy, MemoryNotFound, StorageError
 from router_service.memories import swap
 from router_service.memories.memory import RoutingMemory, close_all
 from router_service.memories.store import MemoryStore
@@ -284,3 +284,34 @@ def test_in_ram_nothing_is_left_of_what_was_replaced() -> None:
     store.create("rebuilt", MODEL, SETTINGS)
     store.create("bible", MODEL, SETTINGS)
     assert counts(store.get("bible")) == [0] * 2
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_what_was_replaced_is_closed_though_its_files_went_meanwhile(
+    store: MemoryStore,
+    memory: RoutingMemory,
+    snapshot_store: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    made_again: bool,
+) -> None:
+    """The memory that came into its place is deleted before it is retired, and perhaps made again."""
+    made = local.create(store, "bible", snapshot_store, min_free_bytes=0)
+
+    def delete_and(retire: Callable[..., None]) -> Callable[..., None]:
+        def first(store: MemoryStore, replaced: RoutingMemory) -> None:
+            store.delete("bible")
+            if made_again:
+                fill(store.create("bible", MODEL, SETTINGS), 0, NEW)
+            retire(store, replaced)
+
+        return first
+
+    monkeypatch.setattr(local, "retire", delete_and(swap.retire))
+    with nullcontext() if made_again else pytest.raises(MemoryNotFound):
+        local.restore(store, made.path, "bible", replacing=True, retire_after_s=0, min_free_bytes=0)
+    assert all(layer.collection.closed for layer in memory.layers)  # type: ignore[attr-defined]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    if made_again:
+        assert store.get("bible").layer(0).info().entries == NEW
+        answers(store.get("bible"), 3)
