@@ -121,10 +121,17 @@ def _lambda0(results: Sequence[Result], path: Path) -> None:
 
 
 def _selective(results: Sequence[Result], path: Path) -> None:
+    """Change over the share of lookups that were made; the plain model makes none."""
+
     def lines(found: Sequence[Result]) -> list[Line]:
-        means = _means(found, "signal", "rate", partial(_delta, "domain"))
-        [full] = means.pop("all").values()
-        return [(s, [*y, 1.0], [*y.values(), full]) for s, y in means.items()]
+        by_share = partial(_means, found, "signal", "rate")
+        shares = by_share(lambda row: row["domain_looked_up"])
+        deltas = by_share(partial(_delta, "domain"))
+        [full] = deltas.pop("all").values()
+        return [
+            (signal, [0.0, *shares[signal].values(), 1.0], [0.0, *each.values(), full])
+            for signal, each in deltas.items()
+        ]
 
     _panels(results, path, lines, ("share of lookups", "change in NLL"), {})
 
