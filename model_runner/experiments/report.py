@@ -210,6 +210,7 @@ def main_tables(results: Sequence[Result]) -> list[str]:
                 for arm in arms
             ]
             lines += [*table(["arm", *domains], body), ""]
+        lines += _settings(model, arms, domains, rows)
         lines += [f"### {model}: cost", "", *_costs(arms, rows), ""]
     return lines
 
@@ -220,6 +221,33 @@ def _in_order(arms: Iterable[str]) -> list[str]:
 
     order = {arm: at for at, arm in enumerate(known())}
     return sorted(arms, key=lambda arm: (order.get(arm, len(order)), arm))
+
+
+def _settings(
+    model: str,
+    arms: Sequence[str],
+    domains: Sequence[str],
+    rows: Mapping[tuple[str, str], list[Row]],
+) -> list[str]:
+    """What arms that choose a setting on the dev texts chose, by domain; of several seeds each."""
+    body = []
+    for arm in arms:
+        of_arm = [rows.get((arm, domain), []) for domain in domains]
+        if any("chosen" in row for found in of_arm for row in found):
+            shown = [[_setting(row["chosen"]["setting"]) for row in found] for found in of_arm]
+            body.append([arm, *("; ".join(dict.fromkeys(each)) for each in shown)])
+    if not body:
+        return []
+    title = f"### {model}: settings chosen on dev"
+    return [title, "", *table(["arm", *domains], body), ""]
+
+
+def _setting(setting: Mapping[str, Any] | None) -> str:
+    """`the model as it is` where no candidate was within the bound on harm."""
+    if setting is None:
+        return "the model as it is"
+    values = {name: format(v, "g") if isinstance(v, float) else v for name, v in setting.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _costs(arms: Sequence[str], rows: Mapping[tuple[str, str], list[Row]]) -> list[str]:

@@ -20,7 +20,10 @@ from model_runner.experiments import c3po, fine_tuning, in_context, knn_lm
 from model_runner.experiments.arms import RECOMMENDED, Arm
 from model_runner.experiments.baselines import METHODS, baselines
 from model_runner.experiments.choosing import BEST, SAFE, Baseline, Candidate, Trial
+from model_runner.experiments.main_table import main_rows
 from model_runner.experiments.reading import read, read_batch
+from model_runner.experiments.report import main_tables
+from model_runner.experiments.results import Result
 from model_runner.experiments.study import Study
 from model_runner.texts import Window, make_batch
 from tests.unit.model_runner.experiments.studies import tiny_study, windows_of
@@ -84,6 +87,18 @@ def test_rows_have_names_of_their_own() -> None:
     assert len(set(names)) == len(names)
     assert all(name.replace("-", "").isalnum() for name in names)
     assert {f"{method.name}-safe" for method in METHODS} < set(names)
+
+
+def test_a_row_of_the_main_table(shared: Study) -> None:
+    [row] = main_rows(shared, "knn-lm-safe")
+    chosen = row["chosen"]
+    settings = [trial["setting"] for trial in chosen["trials"]]
+    assert len(settings) == len(knn_lm.KEYS) * len(knn_lm.WEIGHTS) * len(knn_lm.TEMPERATURES)
+    assert chosen["setting"] is None or chosen["setting"] in settings
+    result = Result("main", "tiny", "random", 0, "knn-lm-safe", "", {}, 0.0, [row])
+    shown = "\n".join(main_tables([result]))
+    assert "settings chosen on dev" in shown
+    assert ("the model as it is" in shown) == (chosen["setting"] is None)
 
 
 # Choosing
