@@ -1,7 +1,8 @@
 """Fine-tuning on the same reference: routers only, the last router, all weights, or LoRA's adapters.
 
 AdamW without weight decay, gradients cut at norm 1, the learning rate rising over 10 steps and falling to 5 %; after
-each epoch the weights are a candidate. No loss for balancing experts. The model's own weights come back bit for bit.
+each epoch the weights are a candidate. No loss for balancing experts. Weights are trained in the model's dtype: half
+precision loses small steps. The model's own weights come back bit for bit.
 """
 
 from __future__ import annotations

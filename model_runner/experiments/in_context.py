@@ -3,7 +3,7 @@
 As in-context retrieval does (Ram et al., 2023): every quarter of a window the text so far is the query, and what is
 found is prepended while the next quarter is scored, so that no query knows what it is scored on. Both fit into the
 context that the model was made for, or into a window's length, where the text so far gives way: models that were
-trained on windows of that length read little beyond it.
+trained on windows of that length read little beyond it. The tokenizer's end of text, if it has one, stands between.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class FewShot:
         for room, kind in itertools.product(ROOMS, SEARCHES):
             tokens, most = room_of(study, room)
             started = time.perf_counter()
-            texts = pieces(study.texts.reference, most)
+            texts = pieces(study.texts.reference, most - 1)
             search: Search = Lexical(texts)
             if kind == "hidden":
                 search = Hidden(study, texts, study.sizes.length // PARTS)
@@ -197,13 +197,15 @@ def score_after(
     room: tokens of both at most.
     """
     search.learn(windows)
-    parts = {
-        id(window): [
-            with_context(window, begin, end, texts[search(window, begin)].token_ids, room)
-            for begin, end in segments(window, study.sizes.length // PARTS)
-        ]
-        for window in windows
-    }
+    end_of_text = getattr(study.loaded.tokenizer, "eos_token_id", None)
+    between = () if end_of_text is None else (end_of_text,)
+
+    def parts_of(window: Window) -> Iterator[Window]:
+        for begin, end in segments(window, study.sizes.length // PARTS):
+            before = (*texts[search(window, begin)].token_ids, *between)
+            yield with_context(window, begin, end, before, room)
+
+    parts = {id(window): list(parts_of(window)) for window in windows}
     scores = study.score([p for each in parts.values() for p in each], None, "few-shot")
     losses = {id(w): nll for w, nll in zip(scores.windows, scores.token_nll, strict=True)}
     return _joined(windows, {key: [losses[id(p)] for p in each] for key, each in parts.items()})
