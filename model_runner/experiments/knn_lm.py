@@ -25,7 +25,7 @@ from model_runner.texts import Batch, Window
 KEYS = ("feed-forward input", "output")
 WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 # Of the median squared distance to the nearest key.
-TEMPERATURES = (1.0, 0.25)
+TEMPERATURES = (4.0, 1.0)
 _TINY = 1e-12
 
 
