@@ -29,6 +29,13 @@ has `dev` and `test`, settings were compared on dev and the best (gain less ten 
 DIR is a directory of domain texts; names of models are directories.
 """
 
+_BASELINES = """Baselines have the memories' reference, and the largest gain on dev; `-safe`: among the candidates that
+cost general dev text at most 0.01 nats per token, one standard error added. `few-shot` is the nearest reference text
+before what is scored; `c3po` is the released code's mixture (3 neighbours that the model got right, last 5 layers, one
+token at a time), carried over from answers to running text (model_runner/experiments/c3po.py); `c3po-tuned` keeps a
+share of the token's own pathway, as the paper's text has it. `fit, s` is that of all candidates. The oracle sees the
+answers."""
+
 Section = Callable[[Sequence[Result]], list[str]]
 
 
@@ -239,7 +246,7 @@ def _settings(
     if not body:
         return []
     title = f"### {model}: settings chosen on dev"
-    return [title, "", *table(["arm", *domains], body), ""]
+    return [title, "", *table(["arm", *domains], body), "", _BASELINES, ""]
 
 
 def _setting(setting: Mapping[str, Any] | None) -> str:
