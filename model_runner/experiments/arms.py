@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from model_runner.evaluation.nll import Scores
@@ -41,6 +41,10 @@ class Fitted(Protocol):
     def budget(self) -> Budget:
         """What it took; s_per_token is that of the last scores."""
 
+    @property
+    def details(self) -> Mapping[str, object]:
+        """The setting that was chosen on dev, and from which: for results. Empty where there was no choice."""
+
     def score(self, windows: Sequence[Window]) -> Scores:
         """Of windows, longest first, as model_runner.evaluation.nll.score gives them."""
 
@@ -69,6 +73,7 @@ class Timed:
     fit_s: float
     peak_bytes: int
     s_per_token: float | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def budget(self) -> Budget:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from model_runner.experiments.arms import PAPER, PAPER_V2, RECOMMENDED, Arm
+from model_runner.experiments.baselines import baselines
 from model_runner.experiments.registry import Experiment
 from model_runner.experiments.results import Row, change
 from model_runner.experiments.study import Study
@@ -13,7 +14,7 @@ from model_runner.experiments.study import Study
 
 def arms() -> dict[str, Arm]:
     """By name, in the order of the table."""
-    found: list[Arm] = [PAPER, PAPER_V2, RECOMMENDED]
+    found: list[Arm] = [PAPER, PAPER_V2, RECOMMENDED, *baselines()]
     return {arm.name: arm for arm in found}
 
 
@@ -25,7 +26,8 @@ def main_rows(study: Study, part: str) -> Iterator[Row]:
             name: change(fitted.score(windows), study.plain(windows), study.seed)
             for name, windows in texts.items()
         }
-        yield {"arm": part, **changes, "budget": asdict(fitted.budget)}
+        chosen = {"chosen": fitted.details} if fitted.details else {}
+        yield {"arm": part, **changes, "budget": asdict(fitted.budget), **chosen}
 
 
 EXPERIMENTS = (

@@ -29,6 +29,13 @@ has `dev` and `test`, settings were compared on dev and the best (gain less ten 
 DIR is a directory of domain texts; names of models are directories.
 """
 
+_BASELINES = """Baselines have the memories' reference, and the largest gain on dev; `-safe`: among the candidates that
+cost general dev text at most 0.01 nats per token, one standard error added. `few-shot` is the nearest reference text
+before what is scored; `c3po` is the released code's mixture (3 neighbours that the model got right, last 5 layers, one
+token at a time), carried over from answers to running text (model_runner/experiments/c3po.py); `c3po-tuned` keeps a
+share of the token's own pathway, as the paper's text has it. `fit, s` is that of all candidates. The oracle sees the
+answers."""
+
 Section = Callable[[Sequence[Result]], list[str]]
 
 
@@ -210,6 +217,7 @@ def main_tables(results: Sequence[Result]) -> list[str]:
                 for arm in arms
             ]
             lines += [*table(["arm", *domains], body), ""]
+        lines += _settings(model, arms, domains, rows)
         lines += [f"### {model}: cost", "", *_costs(arms, rows), ""]
     return lines
 
@@ -220,6 +228,33 @@ def _in_order(arms: Iterable[str]) -> list[str]:
 
     order = {arm: at for at, arm in enumerate(known())}
     return sorted(arms, key=lambda arm: (order.get(arm, len(order)), arm))
+
+
+def _settings(
+    model: str,
+    arms: Sequence[str],
+    domains: Sequence[str],
+    rows: Mapping[tuple[str, str], list[Row]],
+) -> list[str]:
+    """What arms that choose a setting on the dev texts chose, by domain; of several seeds each."""
+    body = []
+    for arm in arms:
+        of_arm = [rows.get((arm, domain), []) for domain in domains]
+        if any("chosen" in row for found in of_arm for row in found):
+            shown = [[_setting(row["chosen"]["setting"]) for row in found] for found in of_arm]
+            body.append([arm, *("; ".join(dict.fromkeys(each)) for each in shown)])
+    if not body:
+        return []
+    title = f"### {model}: settings chosen on dev"
+    return [title, "", *table(["arm", *domains], body), "", _BASELINES, ""]
+
+
+def _setting(setting: Mapping[str, Any] | None) -> str:
+    """`the model as it is` where no candidate was within the bound on harm."""
+    if setting is None:
+        return "the model as it is"
+    values = {name: format(v, "g") if isinstance(v, float) else v for name, v in setting.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _costs(arms: Sequence[str], rows: Mapping[tuple[str, str], list[Row]]) -> list[str]:
