@@ -36,6 +36,15 @@ token at a time), carried over from answers to running text (model_runner/experi
 share of the token's own pathway, as the paper's text has it. `fit, s` is that of all candidates. The oracle sees the
 answers."""
 
+# In the order of the main table, whatever arms the program has that writes it.
+_ARMS = (
+    *("zero-shot", "paper", "paper-v2", "recommended", "boosted", "distilled", "learned-metric"),
+    *("recommended-tuned", "recommended-tuned-safe", "c3po", "c3po-tuned", "c3po-tuned-safe"),
+    *("few-shot", "few-shot-safe", "router-ft", "router-ft-safe", "last-router-ft"),
+    *("last-router-ft-safe", "lora", "lora-safe", "full-ft", "full-ft-safe", "knn-lm"),
+    *("knn-lm-safe", "control-random", "control-shuffled", "control-negated", "oracle"),
+)
+
 Section = Callable[[Sequence[Result]], list[str]]
 
 
@@ -223,10 +232,8 @@ def main_tables(results: Sequence[Result]) -> list[str]:
 
 
 def _in_order(arms: Iterable[str]) -> list[str]:
-    """As the experiment has them; what it does not have any more comes last."""
-    from model_runner.experiments.main_table import arms as known
-
-    order = {arm: at for at, arm in enumerate(known())}
+    """Ours, then the baselines, then controls; what is not named here comes last, by the alphabet."""
+    order = {arm: at for at, arm in enumerate(_ARMS)}
     return sorted(arms, key=lambda arm: (order.get(arm, len(order)), arm))
 
 
