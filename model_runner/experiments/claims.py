@@ -353,7 +353,8 @@ ANSWERS = (
         [(name, {"method": "recommended", "keys": name, "values": "f32"}) for name in _KEYS],
     ),
     Answer(
-        "Open question 3: is there a cheap proxy that says when to retrieve? (half of the lookups)",
+        "Open question 3: is there a cheap proxy that says when to retrieve? (half of the lookups are made; by "
+        "`first layer's lambda` more, for that layer always looks up)",
         "selective",
         [
             ("all lookups", {"signal": "all"}),

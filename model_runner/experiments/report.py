@@ -45,6 +45,9 @@ _ARMS = (
     *("knn-lm-safe", "control-random", "control-shuffled", "control-negated", "oracle"),
 )
 
+# Beside the results: what models and texts they are of, as Markdown that goes into the report.
+NOTES = "notes.md"
+
 Section = Callable[[Sequence[Result]], list[str]]
 
 
@@ -63,7 +66,9 @@ def rendered(directory: Path, markdown: Path, images: Path) -> str:
     results = read_results(directory)
     if not results:
         raise BadInput(f"{directory} holds no results; run an experiment first")
-    return _markdown_of(results, _Places(directory, markdown, images))
+    notes = directory / NOTES
+    about = notes.read_text().rstrip() if notes.is_file() else ""
+    return _markdown_of(results, _Places(directory, markdown, images), about)
 
 
 class _Places:
@@ -90,9 +95,10 @@ class _Places:
         return os.path.relpath(path, self._markdown.parent)
 
 
-def _markdown_of(results: Sequence[Result], places: _Places) -> str:
-    """The whole text."""
+def _markdown_of(results: Sequence[Result], places: _Places, about: str) -> str:
+    """The whole text. about: what the results' directory says of them."""
     lines = [_HEAD.format(json=places.json(), command=places.command)]
+    lines += [about, ""] if about else []
     lines += _setup(results)
     lines += _verdicts(results)
     lines += _answers(results)
