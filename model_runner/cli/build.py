@@ -6,7 +6,9 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from knnmoe.v1.operations_pb2 import Operation
     from knnmoe.v1.types_pb2 import Tensor
 
+    from model_runner.memory_builder.boosting import Outcome
+    from model_runner.memory_builder.recipes import Preset
     from model_runner.models import LoadedModel
     from model_runner.texts import Window
 
@@ -39,10 +43,20 @@ def build(
     preset: Annotated[
         options.Preset,
         typer.Option(
-            help="recommended: logit deltas, K = 32. paper: assignments, K = 1. paper-v2: the same step, stored and "
-            "blended as logits, so that as many experts run as without a memory."
+            help="recommended: logit deltas, K = 32. boosted: the same, after boosting rounds: more gain, more time to "
+            "build. paper: assignments, K = 1. paper-v2: the same step, stored and blended as logits, so that as many "
+            "experts run as without a memory."
         ),
     ] = "recommended",
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Boosting rounds at most, of logit deltas: each goes over the text with the memory on, leaving out a "
+            "token's own example, and steps on from there, until the NLL hardly falls. Default: the preset's (boosted: "
+            "6, others: none).",
+        ),
+    ] = None,
     window: options.Window = None,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help=f"Remember {options.DRAWN}")
@@ -102,25 +116,29 @@ def build(
 ) -> None:
     """Build a memory from reference text, or go on with a build that was cut off.
 
-    Running it again with the same text skips what is there; for other settings delete the memory first or choose
-    another name. Entries know their text: another file of the same name is added, and text of an `id` that the memory
-    holds with other text is refused unless the new file takes the old one's place. For example:
+    Running it again with the same text skips what is there, boosting rounds too; for other settings delete the memory
+    first or choose another name. Entries know their text: another file of the same name is added, and text of an `id`
+    that the memory holds with other text is refused unless the new file takes the old one's place. For example:
 
         model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
+
+        model-runner build --memory law --reference law.jsonl --preset boosted
 
         model-runner build --memory law --reference law.jsonl --replace-source
     """
     from knnmoe.client import AdminClient
-    from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
 
-    from model_runner.memory_builder.builder import GradientSettings, MemoryBuilder, Target
+    from model_runner.memory_builder.boosting import require_two_examples
+    from model_runner.memory_builder.builder import MemoryBuilder, Target
     from model_runner.memory_builder.entries import forget_other_texts, windows_as_known
     from model_runner.memory_builder.recipes import PRESETS
+    from model_runner.memory_builder.traces import GradientSettings
     from model_runner.models import window_length
     from model_runner.texts import drawn, read_windows
 
     progress, chosen = Progress(quiet=quiet), PRESETS[preset]
     entries = Target(memory, chosen.recipe.altered(norm, step_size), measure_gain=gain)
+    most = _rounds_of(chosen, rounds)
     gradient = GradientSettings(steps, gradient_scope, straight_through, own_token)
     with AdminClient(target) as client:
         # A sidecar that is not there is noticed before the model is loaded, bad text before the long work.
@@ -133,6 +151,8 @@ def build(
             held_out = read_windows(calibrate_on, loaded.tokenizer, length, progress)
         elif is_new:
             _require_two_examples(windows, every, reference)
+        if most:
+            require_two_examples(windows)
         settings = chosen.settings(loaded.fingerprint.num_layers)
         client.find_or_create(memory, loaded.fingerprint.message(), settings)
         if not replace_source:
@@ -152,19 +172,79 @@ def build(
         if replace_source:
             gone = forget_other_texts(client, memory, every)
             progress.say(f"{gone} entries of other text of {every[0].ref.source} were deleted")
-        if optimize:
-            numbers = progress.track(range(loaded.fingerprint.num_layers), "indexing", "layers")
-            layers = [layer for _, layer in zip(numbers, client.optimizing(memory), strict=True)]
-            if exact := [layer.entries for layer in layers if not layer.indexed_entries]:
-                progress.say(f"searched exactly: {max(exact)} entries a layer need no index")
-        if client.describe(memory).settings.similarity == SIMILARITY_COSINE:
-            progress.say("not calibrated: a cosine memory has no bandwidth")
+        index = partial(_index, client, progress) if optimize else _leave
+        finished = _Finish(client, memory, progress, index)
+        inputs = None if held_out is None else partial(_inputs, loaded, held_out, batch_size)
+        finished.calibrate(lambda0 or chosen.lambda0, inputs, boosts=bool(most))
+        if most:
+            finished.boost(
+                partial(builder.boost, memory, windows, most, progress, recipe=entries.recipe)
+            )
+
+
+def _rounds_of(preset: Preset, given: int | None) -> int:
+    """Boosting rounds at most. Raises BadInput for values that have none."""
+    from model_runner.memory_builder.recipes import Kind
+
+    most = preset.rounds if given is None else given
+    if most and preset.recipe.kind is not Kind.LOGIT_DELTA:
+        raise BadInput(
+            f"--rounds {most}: preset {preset.name} stores no logit deltas, which rounds boost; --preset boosted"
+        )
+    return most
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """What becomes of a memory whose entries are written; `index` has a name."""
+
+    client: AdminClient
+    memory: str
+    progress: Progress
+    index: Callable[[str], None]
+
+    def calibrate(
+        self,
+        lambda0: float,
+        inputs: Callable[[Progress], dict[int, Tensor]] | None,
+        *,
+        boosts: bool,
+    ) -> None:
+        """Indexes it, unless another one is to take its place, and sets its bandwidths."""
+        from knnmoe.v1.types_pb2 import SIMILARITY_COSINE
+
+        settings = self.client.describe(self.memory).settings
+        if settings.rounds or not boosts:
+            self.index(self.memory)
+        if settings.similarity == SIMILARITY_COSINE:
+            self.progress.say("not calibrated: a cosine memory has no bandwidth")
             return
-        inputs = None if held_out is None else _inputs(loaded, held_out, batch_size, progress)
-        response = _calibrated(client, memory, lambda0 or chosen.lambda0, inputs, progress)
+        if settings.rounds:
+            self.progress.say("not calibrated anew: it was boosted with the bandwidths that it has")
+            return
+        of_text = None if inputs is None else inputs(self.progress)
+        response = _calibrated(self.client, self.memory, lambda0, of_text, self.progress)
         gammas = " ".join(f"{layer.gamma:.3g}" for layer in response.layers)
-        progress.say(f"calibrated, gamma per layer: {gammas}")
-        _say_copies(progress, memory, response.layers)
+        self.progress.say(f"calibrated, gamma per layer: {gammas}")
+        _say_copies(self.progress, self.memory, response.layers)
+
+    def boost(self, run: Callable[..., Outcome]) -> None:
+        """Boosts it; what takes its place is indexed before."""
+        outcome = run(finish=self.index)
+        self.progress.say(f"{self.memory}: {outcome}")
+        if not outcome.rounds:  # nothing took its place
+            self.index(self.memory)
+
+
+def _index(client: AdminClient, progress: Progress, memory: str) -> None:
+    numbers = progress.track(client.describe(memory).layers, "indexing", "layers")
+    found = [layer for _, layer in zip(numbers, client.optimizing(memory), strict=True)]
+    if exact := [layer.entries for layer in found if not layer.indexed_entries]:
+        progress.say(f"searched exactly: {max(exact)} entries a layer need no index")
+
+
+def _leave(memory: str) -> None:
+    """Of --no-optimize."""
 
 
 def _require_two_examples(

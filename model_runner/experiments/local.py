@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from model_runner.architectures import Assignment
-from model_runner.memory_builder.builder import (
+from model_runner.memory_builder.builder import collect_router_inputs
+from model_runner.memory_builder.objective import LayerTrace
+from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step_sizes
+from model_runner.memory_builder.traces import (
     GradientSettings,
     TokenLoss,
     TracedWindows,
-    collect_router_inputs,
     descended,
     traced_windows,
 )
-from model_runner.memory_builder.objective import LayerTrace
-from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step_sizes
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.replica.bounded import BoundedScan

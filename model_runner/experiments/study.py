@@ -15,7 +15,8 @@ from torch import Tensor
 from model_runner.errors import BadInput
 from model_runner.evaluation.nll import Scores, score
 from model_runner.experiments.local import Traces, collect, distances_to
-from model_runner.memory_builder.builder import GradientSettings, collect_router_inputs
+from model_runner.memory_builder.builder import collect_router_inputs
+from model_runner.memory_builder.traces import GradientSettings
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy

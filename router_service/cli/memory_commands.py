@@ -32,6 +32,7 @@ class Preset(StrEnum):
     PAPER = "paper"
     PAPER_V2 = "paper-v2"
     RECOMMENDED = "recommended"
+    BOOSTED = "boosted"
 
 
 Neighbours = Annotated[
