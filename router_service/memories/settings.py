@@ -80,7 +80,7 @@ class MemorySettings:
     # What the two were measured to find of the K = neighbours nearest (0: they were not), and where they find less.
     search_recall: float = 0.0
     exact_layers: tuple[int, ...] = ()
-    # Boosting rounds behind the deltas, and the NLL of the reference: plain, then leave-one-out after 0, 1, ... of them.
+    # Boosting rounds behind the deltas, and the NLL of the reference: plain, then leave-one-out after 0, 1, ... rounds.
     rounds: int = 0
     round_nll: tuple[float, ...] = ()
 
