@@ -7,6 +7,9 @@ from dataclasses import asdict
 
 from model_runner.experiments.arms import PAPER, PAPER_V2, RECOMMENDED, Arm
 from model_runner.experiments.baselines import baselines
+from model_runner.experiments.boosted import BOOSTED
+from model_runner.experiments.distilled import DISTILLED
+from model_runner.experiments.metric import METRIC
 from model_runner.experiments.registry import Experiment
 from model_runner.experiments.results import Row, change
 from model_runner.experiments.study import Study
@@ -14,7 +17,7 @@ from model_runner.experiments.study import Study
 
 def arms() -> dict[str, Arm]:
     """By name, in the order of the table."""
-    found: list[Arm] = [PAPER, PAPER_V2, RECOMMENDED, *baselines()]
+    found: list[Arm] = [PAPER, PAPER_V2, RECOMMENDED, BOOSTED, DISTILLED, METRIC, *baselines()]
     return {arm.name: arm for arm in found}
 
 

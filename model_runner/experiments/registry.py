@@ -36,6 +36,7 @@ def experiments() -> dict[str, Experiment]:
     """All, by name, in the order in which `all` runs them."""
     from model_runner.experiments import (
         behaviour,
+        boosted,
         choice,
         main_table,
         memories,
@@ -44,7 +45,7 @@ def experiments() -> dict[str, Experiment]:
         sweeps,
     )
 
-    modules = (main_table, sweeps, memories, behaviour, selective, references, choice)
+    modules = (main_table, boosted, sweeps, memories, behaviour, selective, references, choice)
     return {each.name: each for module in modules for each in module.EXPERIMENTS}
 
 

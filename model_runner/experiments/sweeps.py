@@ -20,8 +20,8 @@ from model_runner.experiments.local import (
 from model_runner.experiments.registry import Experiment
 from model_runner.experiments.results import Row, change
 from model_runner.experiments.study import Study, draw
-from model_runner.memory_builder.builder import GradientSettings
 from model_runner.memory_builder.recipes import Norm
+from model_runner.memory_builder.traces import GradientSettings
 from model_runner.router_hooks import Policy
 
 # A nat of harm to general text weighs as much as ten of gain: what chose the presets (docs/experiments.md).

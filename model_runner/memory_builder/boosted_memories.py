@@ -20,7 +20,6 @@ from torch import Tensor
 
 from model_runner.errors import BadInput, RunnerError
 from model_runner.memory_builder.boosting import (
-    LEAST_FALL,
     Boosted,
     Booster,
     Deltas,
@@ -225,6 +224,8 @@ def boost_memory(
     booster_of: Callable[[Stored], Booster],
     most: int,
     progress: Progress,
+    *,
+    least_fall: float,
     finish: Callable[[str], object],
 ) -> Outcome:
     """Boosts a memory until it has been through `most` rounds, or its leave-one-out NLL says that it is enough.
@@ -236,7 +237,7 @@ def boost_memory(
     now = rounds.described(most)
     before, nll = now.settings.rounds, tuple(now.settings.round_nll)
     if before and len(nll) == before + 2:
-        why = verdict(nll, LEAST_FALL) or ("as many as asked for" if before >= most else "")
+        why = verdict(nll, least_fall) or ("as many as asked for" if before >= most else "")
         if why:
             return Outcome(before, nll, f"{why}, before this run")
     stored = rounds.read(rounds.latest(now, most, entry_ids(windows)), progress)

@@ -27,7 +27,7 @@ from model_runner.memory_builder.boosted_memories import (
     boost_memory,
     rows_of,
 )
-from model_runner.memory_builder.boosting import Booster, Outcome
+from model_runner.memory_builder.boosting import LEAST_FALL, Booster, Outcome
 from model_runner.memory_builder.entries import (
     Destination,
     LayerEntries,
@@ -148,11 +148,12 @@ class MemoryBuilder:
         progress: Progress,
         *,
         recipe: Recipe = RECOMMENDED,
+        least_fall: float = LEAST_FALL,
         finish: Callable[[str], object] | None = None,
     ) -> Outcome:
         """Boosts a memory of logit deltas, built of these windows and calibrated, until it went through `rounds`.
 
-        Ends before when a round lowers the leave-one-out NLL of the windows by less than boosting.LEAST_FALL. Until the
+        Ends before when a round lowers the leave-one-out NLL of the windows by less than `least_fall`. Until the
         memory is replaced, from one lookup to the next, rounds are memories beside it (boosted_memories.py): a run that
         was cut off goes on. finish: gets the name of the one that takes its place, before it does, e.g. to index it.
         Raises BadInput for other values, or text of one example; MemoryChanged when it was written to meanwhile.
@@ -166,13 +167,16 @@ class MemoryBuilder:
                 rows=rows_of(stored, windows, self._batch_size),
                 recipe=recipe,
                 gradient=self._gradient,
+                least_fall=least_fall,
                 batch_size=self._batch_size,
             )
 
         to = Destination(memory, self._digest, self._durability)
         beside = RoundMemories(self._client, to, self._device)
         return boost_memory(
-            beside, windows, booster_of, rounds, progress, finish or (lambda name: None)
+            *(beside, windows, booster_of, rounds, progress),
+            least_fall=least_fall,
+            finish=finish or (lambda name: None),
         )
 
     def trace(self, group: Sequence[Window]) -> TracedWindows:
