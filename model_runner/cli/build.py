@@ -375,7 +375,8 @@ def calibrate(
     progress = Progress()
     with AdminClient(target) as client:
         client.describe(memory)  # what is not there is noticed before the model is loaded
-        inputs, loaded, windows = None, None, list[Window]()
+        inputs, loaded = None, None
+        windows: list[Window] = []
         if text is not None:
             loaded = options.load(model, device, dtype)
             length = window_length(loaded.model, window)

@@ -230,8 +230,8 @@ def boost_memory(
 ) -> Outcome:
     """Boosts a memory until it has been through `most` rounds, or its leave-one-out NLL says that it is enough.
 
-    windows: of the reference. booster_of: goes over them with what was read, and stops by `least_fall`. finish: gets the name of the memory that
-    takes its place, before it does, e.g. to index it.
+    windows: of the reference. booster_of: goes over them with what was read, and stops by `least_fall`.
+    finish: gets the name of the memory that takes its place, before it does, e.g. to index it.
     Raises BadInput for another kind of values, or fewer than one round; MemoryChanged.
     """
     now = rounds.described(most)
