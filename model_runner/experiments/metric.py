@@ -42,7 +42,8 @@ class Learning:
         at_once = min(self.queries + self.keys, len(inputs))
         queries = min(self.queries, at_once // 2)
         start = _principal(inputs, self.dimension)
-        reach = torch.cdist(inputs[:256] @ start, inputs[256 : 256 + 2048] @ start).square()
+        few = inputs[:: max(1, len(inputs) // 2048)] @ start
+        reach = torch.cdist(few[: len(few) // 8 + 1], few[len(few) // 8 + 1 :]).square()
         start = start * math.sqrt(2.5 / float(reach.amin(1).median().clamp_min(1e-9)))
         with torch.enable_grad():
             axes = start.clone().requires_grad_()

@@ -94,9 +94,11 @@ def verdict(nll: Sequence[float], least_fall: float) -> str:
     if len(nll) < 3:
         return ""
     fall = nll[-2] - nll[-1]
+    if fall >= least_fall:
+        return ""
     if fall < 0:
         return f"round {len(nll) - 2} raised the NLL by {-fall:.4f}"
-    return f"round {len(nll) - 2} lowered it by less than {least_fall}" if fall < least_fall else ""
+    return f"round {len(nll) - 2} lowered it by less than {least_fall}"
 
 
 class Booster:
