@@ -19,7 +19,7 @@ from model_runner.experiments.registry import Experiment
 from model_runner.experiments.results import Row
 from model_runner.experiments.study import Study
 from model_runner.experiments.sweeps import changes
-from model_runner.memory_builder.boosting import Boosted, Booster, Deltas, Outcome
+from model_runner.memory_builder.boosting import LEAST_FALL, Boosted, Booster, Deltas, Outcome
 from model_runner.memory_builder.recipes import PRESETS, RECOMMENDED, step_sizes
 
 # s0 of the preset (router_service/memories/settings.py).
@@ -40,22 +40,21 @@ class Rounds:
         return self.layers[self.outcome.rounds]
 
 
-def boosted(study: Study, most: int, least_fall: float | None = None) -> Rounds:
-    """Boosts the study's reference for `most` rounds at most; least_fall None: as a build does, -inf: all of them."""
+def boosted(study: Study, most: int, least_fall: float = LEAST_FALL) -> Rounds:
+    """Boosts the study's reference for `most` rounds at most; least_fall: as of Booster; -inf: all of them."""
     return study.once(("boosted", most, least_fall), lambda: _boosted(study, most, least_fall))
 
 
-def _boosted(study: Study, most: int, least_fall: float | None) -> Rounds:
+def _boosted(study: Study, most: int, least_fall: float) -> Rounds:
     traces = study.traces()
     origins = [window.ref for window in traces.windows for _ in window.target_at]
     deltas = values_of(traces, RECOMMENDED)
     first = [Deltas(k, u, origins) for k, u in zip(traces.keys, deltas, strict=True)]
-    more = {} if least_fall is None else {"least_fall": least_fall}
     booster = Booster(
         *(study.loaded.model, study.texts.reference, traces.norms()),
         wire_settings(SETTING, gammas_at(study.medians(), SETTING.lambda0)),
+        least_fall=least_fall,
         batch_size=study.sizes.batch_size,
-        **more,
     )
     layers: list[Sequence[Deltas]] = [first]
     outcome = booster.run(
@@ -97,7 +96,7 @@ class BoostedArm:
     def fit(self, study: Study) -> Iterator[Fitted]:
         """As of Arm."""
         memory = memory_of(study, boosted(study, self.rounds).kept, self.setting)
-        fit_s = study.made_s("traces", "medians", ("boosted", self.rounds, None))
+        fit_s = study.made_s("traces", "medians", ("boosted", self.rounds, LEAST_FALL))
         yield Timed(study, memory, self.name, fit_s, 2 * memory.nbytes)
 
 

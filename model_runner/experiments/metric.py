@@ -60,7 +60,7 @@ class Learning:
                 guess = near @ steps[there] / (near.sum(1, keepdim=True) + null.exp())
                 loss = (guess - steps[asked]).square().sum(1).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
         share = len(inputs) / (at_once - queries)
         return axes.detach(), float(null.exp()) * share
