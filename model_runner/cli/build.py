@@ -198,12 +198,12 @@ def _rounds_of(preset: Preset, given: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Finish:
-    """What becomes of a memory whose entries are written; `index` has a name."""
+    """What becomes of a memory whose entries are written; `index` gets a memory's name."""
 
     client: AdminClient
     memory: str
     progress: Progress
-    index: Callable[[str], None]
+    index: Callable[..., None]
 
     def calibrate(
         self,
@@ -232,20 +232,23 @@ class _Finish:
 
     def boost(self, run: Callable[..., Outcome]) -> None:
         """Boosts it; what takes its place is indexed before."""
-        outcome = run(finish=self.index)
+        kept = self.client.describe(self.memory).layers[0].quantization
+        compressed = "" if kept == "none" else kept
+        outcome = run(finish=partial(self.index, quantization=compressed))
         self.progress.say(f"{self.memory}: {outcome}")
         if not outcome.rounds:  # nothing took its place
             self.index(self.memory)
 
 
-def _index(client: AdminClient, progress: Progress, memory: str) -> None:
+def _index(client: AdminClient, progress: Progress, memory: str, quantization: str = "") -> None:
     numbers = progress.track(client.describe(memory).layers, "indexing", "layers")
-    found = [layer for _, layer in zip(numbers, client.optimizing(memory), strict=True)]
+    layers = client.optimizing(memory, quantization)
+    found = [layer for _, layer in zip(numbers, layers, strict=True)]
     if exact := [layer.entries for layer in found if not layer.indexed_entries]:
         progress.say(f"searched exactly: {max(exact)} entries a layer need no index")
 
 
-def _leave(memory: str) -> None:
+def _leave(memory: str, quantization: str = "") -> None:
     """Of --no-optimize."""
 
 

@@ -63,7 +63,7 @@ class Learning:
                 torch.autograd.backward(loss)
                 optimizer.step()
         share = len(inputs) / (at_once - queries)
-        return axes.detach(), float(null.exp()) * share
+        return axes.detach(), float(null.detach().exp()) * share
 
 
 def _principal(inputs: Tensor, dimension: int) -> Tensor:

@@ -91,7 +91,7 @@ class RoundMemories:
         """
         found, last = now, now.layers[-1].layer
         for rounds in range(now.settings.rounds + 1, most + 1):
-            there = self._client.find(self.name(rounds))
+            there = self._found(rounds)
             if there is None:
                 continue
             held = [self._client.count(each.name, last, ids) for each in (now, there)]
@@ -104,8 +104,18 @@ class RoundMemories:
     def drop(self, rounds: range) -> None:
         """Removes those that are there."""
         for number in rounds:
-            if self._client.find(self.name(number)) is not None:
+            if self._found(number) is not None:
                 self._client.delete(self.name(number))
+
+    def _found(self, rounds: int) -> MemoryDescription | None:
+        """The memory of a round. Raises BadInput where another one has its name."""
+        there = self._client.find(self.name(rounds))
+        if there is not None and there.settings.rounds != rounds:
+            raise BadInput(
+                f"memory {there.name!r} is no round of boosting, and has the name of one: remove it, or boost a memory "
+                "of another name"
+            )
+        return there
 
     def read(self, described: MemoryDescription, progress: Progress) -> Stored:
         """All entries of a memory."""
@@ -138,6 +148,9 @@ class RoundMemories:
         settings = MemorySettings()
         settings.CopyFrom(of.described.settings)
         settings.rounds, settings.round_nll[:] = state.rounds, state.nll
+        if settings.search_recall:  # was measured for the keys before
+            for field in ("search_recall", "exact_layers", "hnsw_ef", "oversampling"):
+                settings.ClearField(field)
         self._client.find_or_create(name, of.described.fingerprint, settings)
         to = replace(self._to, memory=name)
         with self._client.upserter() as upserter:

@@ -214,10 +214,15 @@ def test_what_is_written_meanwhile_is_not_lost(ram_sidecar: Sidecar, name: str) 
 
 
 def test_what_cannot_be_boosted(ram_sidecar: Sidecar, name: str) -> None:
+    built(ram_sidecar, f"{name}.round-1", WINDOWS[:2])
     one = windows_of(SENTENCES[:1])
-    build(ram_sidecar.target, name, "paper", windows=one)
+    build(ram_sidecar.target, f"{name}-paper", "paper", windows=one)
     with pytest.raises(BadInput, match="holds no logit deltas"):
+        boost(ram_sidecar, f"{name}-paper", 1)
+    built(ram_sidecar, name, one)
+    with pytest.raises(BadInput, match="is no round of boosting, and has the name of one"):
         boost(ram_sidecar, name, 1)
+    assert described(ram_sidecar, f"{name}.round-1").layers[0].entries > 0
     built(ram_sidecar, f"{name}-one", one)
     with pytest.raises(BadInput, match="expected 1 or more"):
         boost(ram_sidecar, f"{name}-one", 0, windows=one)
