@@ -61,14 +61,25 @@ def scan(
 
     squared_norms [capacity]: those of the rows that count, +inf for others.
     """
-    every = layer.capacity if layer.device.type == "cuda" else layer.rows
     if queries.numel() >= _NUMBERS_OF_BLOCKS and _reads_in_place(layer):
-        keys, more = layer.keys[:every], 0 if exclude is None else _OWN_CANDIDATES
+        keys, more = layer.keys[: layer.rows], 0 if exclude is None else _OWN_CANDIDATES
         near = _scan_in_blocks(keys, squared_norms, queries, count + more)
         if near is not None and exclude is not None:
             return _without(layer, squared_norms, queries, count, exclude, near)
         if near is not None:
             return near
+    return _scan_all(layer, squared_norms, queries, count, exclude)
+
+
+def _scan_all(
+    layer: LayerReplica,
+    squared_norms: Tensor,
+    queries: Tensor,
+    count: int,
+    exclude: Tensor | None,
+) -> Tensor:
+    """`scan` by torch."""
+    every = layer.capacity if layer.device.type == "cuda" else layer.rows
     height = max(count, _SCORES // max(1, len(queries)))
     scores: list[Tensor] = []
     rows: list[Tensor] = []
@@ -101,13 +112,11 @@ def _without(
     own = layer.examples[near.clamp_min(0)] == exclude.unsqueeze(1)
     found = near.masked_fill(own, -1)
     short = (own.any(1) & ((found >= 0).sum(1) < count)).nonzero().flatten()
-    # In parts that are too small for blocks: those are looked at row by row.
-    at_once = max(1, (_NUMBERS_OF_BLOCKS - 1) // layer.dimension)
-    for start in range(0, len(short), at_once):
-        rows = short[start : start + at_once]
-        again = scan(layer, squared_norms, queries[rows], count, exclude[rows])
-        found[rows] = -1
-        found[rows, : again.shape[1]] = again
+    if len(short):
+        again = _scan_all(layer, squared_norms, queries[short], count, exclude[short])
+        found[short] = torch.nn.functional.pad(
+            again, (0, found.shape[1] - again.shape[1]), value=-1
+        )
     return found
 
 
