@@ -107,7 +107,7 @@ class Measured:
         self, windows: Sequence[Window], reading: Reading, *, leave_one_out: bool
     ) -> Scores:
         settings = reading.settings(self.squared_distances)
-        policy = policy_of(self.memory.read_with(settings), self.num_experts)
+        policy = policy_of(self.memory.read_with(settings), self.num_experts, "auto")
         return score(
             *(self.model, windows, policy, self.progress),
             what=str(reading),

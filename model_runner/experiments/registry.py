@@ -43,9 +43,20 @@ def experiments() -> dict[str, Experiment]:
         references,
         selective,
         sweeps,
+        together,
     )
 
-    modules = (main_table, boosted, sweeps, memories, behaviour, selective, references, choice)
+    modules = (
+        main_table,
+        boosted,
+        sweeps,
+        memories,
+        behaviour,
+        selective,
+        references,
+        together,
+        choice,
+    )
     return {each.name: each for module in modules for each in module.EXPERIMENTS}
 
 

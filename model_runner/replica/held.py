@@ -69,7 +69,8 @@ class HeldMemory:
         return replace(self, settings=changed)
 
 
-def policy_of(memory: Copy, num_experts: int) -> RetrievalPolicy:
-    """Reads a copy of a memory, every entry of it."""
-    retriever = ReplicaRetriever(memory, num_experts, on_error=OnError.RAISE, first_pass="exact")  # noqa: S106
-    return RetrievalPolicy(retriever)
+def policy_of(memory: Copy, num_experts: int, first_pass: str = "exact") -> RetrievalPolicy:
+    """Reads a copy of a memory; first_pass: as of ReplicaRetriever, by default every entry is looked at."""
+    return RetrievalPolicy(
+        ReplicaRetriever(memory, num_experts, on_error=OnError.RAISE, first_pass=first_pass)
+    )

@@ -150,7 +150,7 @@ def measured() -> Measured:
 def test_trials_are_scores_of_the_memory_as_it_would_be_read(measured: Measured) -> None:
     chosen = least_harm(measured, 9.0)[0]
     settings = chosen.reading.settings(measured.squared_distances)
-    policy = policy_of(measured.memory.read_with(settings), measured.num_experts)
+    policy = policy_of(measured.memory.read_with(settings), measured.num_experts, "auto")
     for windows_, expected in ((measured.general, chosen.harm), (measured.text, chosen.gain)):
         plain, routed = (
             score(measured.model, windows_, each, measured.progress, what="", batch_size=4)

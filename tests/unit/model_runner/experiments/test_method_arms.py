@@ -22,12 +22,13 @@ from model_runner.experiments.distilled import DistilledArm, Fit
 from model_runner.experiments.local import gammas_at
 from model_runner.experiments.metric import Learning, MetricArm
 from model_runner.experiments.study import Sizes, Study, StudyTexts
+from model_runner.experiments.together import Mixture, VotingMemory, mixed_scores, successors_of
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.boosting import held
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.replica.held import policy_of
-from model_runner.texts import Window
+from model_runner.texts import Window, make_batch
 from tests.families import VOCABULARY, tiny_model
 
 ARMS = (
@@ -94,3 +95,26 @@ def test_rows_of_rounds(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["rounds"] for row in rows if row["split"] == "dev"} == set(range(7))
     assert [row["rounds"] for row in rows if row["kept"] and row["split"] == "test"]
     assert all(math.isfinite(row["left_out_nll"]) for row in rows)
+
+
+def test_votes_of_the_neighbours(study: Study) -> None:
+    """Without weight the memory's own loss is left; with all of it, a vote by hand."""
+    memory = memory_of(study, boosted(study, 1).layers[0], SETTING)
+    voting = VotingMemory(memory, successors_of(study.traces()), routes=True)
+    mixtures = [Mixture(0.0, 1.0, by_lambda=False), Mixture(0.5, 2.0, by_lambda=True)]
+    alone, mixed = mixed_scores(study, study.texts.test, voting, mixtures)
+    routed = study.score(study.texts.test, memory, "")
+    assert alone.nll_sums == pytest.approx(routed.nll_sums, rel=1e-6)
+    assert alone.examples == routed.examples
+    batch = make_batch(study.texts.test[:1], study.loaded.device)
+    losses = mixed_scores(study, study.texts.test[:1], voting, mixtures)
+    assert voting.found is not None
+    similarity, rows = voting.found
+    at, successor = 3, int(batch.input_ids[0, 4])
+    near, said = similarity[at].double(), successors_of(study.traces())[rows[at]]
+    share = float((near.square() * (said == successor)).sum() / near.square().sum())
+    weight = 0.5 * float(near.sum() / (near.sum() + SETTING.null_weight))
+    own = math.exp(-float(losses[0].token_nll[0][at]))
+    expected = -math.log((1 - weight) * own + weight * share)
+    assert float(losses[1].token_nll[0][at]) == pytest.approx(expected, rel=1e-4)
+    assert mixed.nll != alone.nll
