@@ -76,7 +76,8 @@ class Fit:
         rows, best, since = (~held_out).nonzero().flatten(), float("inf"), 0
         kept = {name: value.clone() for name, value in network.state_dict().items()}
         for number in range(1, self.most_steps + 1):
-            picked = rows[torch.randint(len(rows), (self.batch,), generator=generator)]
+            some = min(self.batch, len(rows))
+            picked = rows[torch.randint(len(rows), (some,), generator=generator)]
             with torch.enable_grad():
                 loss = (network(inputs[picked]) - targets[picked]).square().mean()
                 optimizer.zero_grad()

@@ -48,12 +48,12 @@ def experiments() -> dict[str, Experiment]:
 
     modules = (
         main_table,
-        boosted,
         sweeps,
         memories,
         behaviour,
         selective,
         references,
+        boosted,
         together,
         choice,
     )

@@ -420,6 +420,15 @@ SECTIONS: dict[str, tuple[str, Sequence[Section]]] = {
         [change_table("method", "lambda0", "null_weight", "split")],
     ),
     "source": ("Where the gain comes from", [change_table("changed")]),
+    "rounds": (
+        "Boosting rounds",
+        [change_table("rounds", "null_weight", "kept", "split", numbers={"left_out_nll": ".3f"})],
+    ),
+    "boosted-layers": ("Layers of a boosted memory", [change_table("layers")]),
+    "together": (
+        "With a kNN-LM in one pass",
+        [change_table("method", "weight", "sharpness", "weighed_by", "split")],
+    ),
     "token-classes": (
         "Classes of tokens",
         [
