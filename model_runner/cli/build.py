@@ -120,7 +120,8 @@ def build(
 
     Running it again with the same text skips what is there, boosting rounds too; for other settings delete the memory
     first or choose another name. Entries know their text: another file of the same name is added, and text of an `id`
-    that the memory holds with other text is refused unless the new file takes the old one's place. For example:
+    that the memory holds with other text is refused unless the new file takes the old one's place. While it is boosted
+    a memory serves as it is; its rounds are memories NAME.round-K, of which one takes its place. For example:
 
         model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
 
