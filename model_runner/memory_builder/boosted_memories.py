@@ -249,10 +249,10 @@ def boost_memory(
     """
     now = rounds.described(most)
     before, nll = now.settings.rounds, tuple(now.settings.round_nll)
-    if before and len(nll) == before + 2:
-        why = verdict(nll, least_fall) or ("as many as asked for" if before >= most else "")
-        if why:
-            return Outcome(before, nll, f"{why}, before this run")
+    if before and len(nll) == before + 3 and (why := verdict(nll, least_fall)):
+        return Outcome(before, nll, f"{why}, before this run")
+    if before >= most:
+        return Outcome(before, nll, "as many as asked for, before this run")
     stored = rounds.read(rounds.latest(now, most, entry_ids(windows)), progress)
     settings = stored.described.settings
     start = Boosted(

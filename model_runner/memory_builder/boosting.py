@@ -28,7 +28,7 @@ from model_runner.texts import Window, batched, make_batch
 
 # Of a round's step that is added to the deltas.
 RATE = 0.5
-# Nats per token: a round that lowers the leave-one-out NLL by less is the last.
+# Nats per token: a round that lowers the leave-one-out NLL by less is the last, and is not kept.
 LEAST_FALL = 0.002
 
 
@@ -111,7 +111,7 @@ class Booster:
         norms: median |g| of each layer with the plain model.
         settings: how the memory is read, every field set. Layers that it does not speak for stay as they are.
         rate: of a round's step that is added to the deltas.
-        least_fall: nats per token; a round that lowers the leave-one-out NLL by less is the last.
+        least_fall: nats per token; a round that lowers the leave-one-out NLL by less is the last, and is not kept.
 
     Raises BadInput for text of one example.
 
@@ -146,7 +146,7 @@ class Booster:
         progress: Progress,
         on_round: Callable[[Boosted], None],
     ) -> Outcome:
-        """Rounds until there are `rounds`, or the leave-one-out NLL falls by less than the bound.
+        """Rounds until there are `rounds`, or one lowers the leave-one-out NLL too little; that one is not kept.
 
         on_round: gets the memory after each; the kept one is among them, or `start`.
         """
@@ -161,8 +161,8 @@ class Booster:
                 nll = (*nll, left)
             why = verdict(nll, self._least_fall)
             if why or last:
-                rose = len(nll) > 2 and nll[-1] > nll[-2]
-                return Outcome(state.rounds - rose, nll, why or "as many as asked for")
+                # What hardly helps is not kept: it would still harm other text more.
+                return Outcome(state.rounds - bool(why), nll, why or "as many as asked for")
             state = Boosted(layers, state.rounds + 1, nll)
             on_round(state)
 

@@ -177,12 +177,19 @@ def test_it_stops_by_itself_stays_stopped_and_goes_on(
     ram_sidecar: Sidecar, name: str, whole: tuple[str, Outcome]
 ) -> None:
     built(ram_sidecar, name)
+    before = everything(ram_sidecar, name)
     outcome = boost(ram_sidecar, name, 5, least_fall=math.inf)
-    assert (outcome.rounds, len(outcome.nll)) == (1, 3)
-    assert "lowered it by less than inf" in str(outcome)
+    assert (outcome.rounds, len(outcome.nll)) == (0, 3)
+    assert "round 1 lowered it by less than inf" in str(outcome)
+    assert everything(ram_sidecar, name) == before
+    falls = [one - other for one, other in zip(whole[1].nll[1:], whole[1].nll[2:], strict=False)]
+    bound = sum(falls) / 2
+    assert falls[0] > bound > falls[1], "the first round helps more"
+    first = boost(ram_sidecar, name, 5, least_fall=bound)
+    assert (first.rounds, len(first.nll)) == (1, 4)
     said = Heard()
-    again = boost(ram_sidecar, name, 5, said, least_fall=math.inf)
-    assert (again.rounds, again.nll, said.tracked) == (1, outcome.nll, [])
+    again = boost(ram_sidecar, name, 5, said, least_fall=bound)
+    assert (again.rounds, again.nll, said.tracked) == (1, first.nll, [])
     assert boost(ram_sidecar, name, 2) == whole[1]
     assert everything(ram_sidecar, name) == everything(ram_sidecar, whole[0])
 
