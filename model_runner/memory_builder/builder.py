@@ -155,7 +155,8 @@ class MemoryBuilder:
 
         Ends before when a round lowers the leave-one-out NLL of the windows by less than `least_fall`; that one is not
         kept. Until the memory is replaced, from one lookup to the next, rounds are memories beside it
-        (boosted_memories.py): a run that was cut off goes on. finish: gets the name of the one that takes its place, before it does, e.g. to index it.
+        (boosted_memories.py): a run that was cut off goes on.
+        finish: gets the name of the one that takes its place, before it does, e.g. to index it.
         Raises BadInput for other values, or text of one example; MemoryChanged when it was written to meanwhile.
         """
         windows = distinct(windows)
