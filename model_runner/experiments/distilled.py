@@ -9,7 +9,7 @@ say, and they are fitted again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -123,6 +123,7 @@ class Distilled:
     name: str
     fit_s: float
     s_per_token: float | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def budget(self) -> Budget:
