@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench crash faults fuzz soak docker-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench results crash faults fuzz soak docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -75,6 +75,10 @@ bench: setup ## the short set of benchmarks (writes bench-results/); what retrie
 
 KILLS ?= 200
 SEED ?= 0
+RESULTS := benchmarks/results/experiments-2026-11-29
+results: setup ## docs/results.md and its plots, from the JSON of experiments
+	$(BIN)/python -m model_runner.experiments.report $(RESULTS) --markdown docs/results.md --images docs/images
+
 crash: setup ## kill the service KILLS times at random moments of random work, and compare with what was acknowledged
 	$(BIN)/python -m tests.faults.crash --kills $(KILLS) --seed $(SEED)
 

@@ -14,6 +14,7 @@ import typer
 
 from model_runner.cli.build import build, calibrate
 from model_runner.cli.evaluate import demo, evaluate
+from model_runner.cli.experiment import experiment
 from model_runner.cli.explain import explain
 from model_runner.cli.generate import generate
 from model_runner.cli.learn import learn
@@ -92,9 +93,13 @@ def _common(
             os.environ[_variable(name)] = str(path)
 
 
-for command in (build, calibrate, evaluate, explain, generate, learn, demo, sample_data):
+for command in (
+    *(build, calibrate, evaluate, explain, generate, learn, demo, experiment, sample_data),
+):
     app.command()(command)
-_COMMANDS = ("build", "learn", "generate", "calibrate", "evaluate", "explain", "demo")
+_COMMANDS = (
+    *("build", "learn", "generate", "calibrate", "evaluate", "explain", "demo", "experiment"),
+)
 
 
 def main() -> None:
@@ -140,6 +145,8 @@ def _interrupted() -> str:
     command = next((word for word in words if word in _COMMANDS), "")
     if command in ("build", "learn"):
         return f"interrupted{_GOES_ON}"
+    if command == "experiment":
+        return "interrupted; results that were written are kept: the same command again goes on"
     learns = any(word.startswith(("--learn", "--interactive")) for word in words)
     return f"interrupted{_KEPT if command == 'generate' and learns else ''}"
 

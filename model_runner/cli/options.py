@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from model_runner.models import LoadedModel
 
 # Names of recipes.PRESETS, recipes.Norm and router_client.OnError, which need torch; tests compare them.
-Preset = Literal["paper", "paper-v2", "recommended"]
+Preset = Literal["paper", "paper-v2", "recommended", "boosted"]
 Norm = Literal["raw", "unit", "soft"]
 OnError = Literal["fall_back", "raise"]
 # Names of budget.KEY_BYTES, first_pass.CHOICES and retrieval.Where.

@@ -82,7 +82,7 @@ def score(
     leave_one_out: a RetrievalPolicy never reads an entry of the window's own example (for scores on reference text).
     Raises UnsupportedModel when the model gives NaN.
     """
-    return _collected(
+    return collected(
         losses(
             *(model, windows, policy, progress),
             what=what,
@@ -134,7 +134,7 @@ def oracle_scores(
         with RouterHooks(model, lambda call: values[call.site.layer]):
             return _logits(model, batch)
 
-    return _collected(_losses(model, windows, logits_of, progress, "oracle", batch_size))
+    return collected(_losses(model, windows, logits_of, progress, "oracle", batch_size))
 
 
 def _losses(
@@ -159,7 +159,8 @@ def _losses(
         yield batch, nll
 
 
-def _collected(scored: Iterable[tuple[Batch, Tensor]]) -> Scores:
+def collected(scored: Iterable[tuple[Batch, Tensor]]) -> Scores:
+    """Scores of batches with the loss f32 [B, S] of each token's successor; 0 where it does not count."""
     sums, order, tokens = list[F64](), list[Window](), list[F32]()
     for batch, nll in scored:
         # Sums of thousands of tokens in f64: differences of two runs are taken afterwards.

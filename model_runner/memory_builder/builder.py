@@ -16,10 +16,18 @@ import torch
 from knnmoe.client import AdminClient, Upserter
 from knnmoe.fingerprint import ModelFingerprint
 from knnmoe.v1 import memory_admin_pb2 as pb
+from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor, nn
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
+from model_runner.memory_builder.boosted_memories import (
+    RoundMemories,
+    Stored,
+    boost_memory,
+    rows_of,
+)
+from model_runner.memory_builder.boosting import LEAST_FALL, Booster, Outcome
 from model_runner.memory_builder.entries import (
     Destination,
     LayerEntries,
@@ -27,34 +35,26 @@ from model_runner.memory_builder.entries import (
     provenance_of,
     upsert_requests,
 )
-from model_runner.memory_builder.objective import LayerTrace, Scope, router_gradients
-from model_runner.memory_builder.recipes import Kind, Recipe, Values, entry_values, step
+from model_runner.memory_builder.objective import LayerTrace
+from model_runner.memory_builder.recipes import (
+    RECOMMENDED,
+    Kind,
+    Recipe,
+    Values,
+    entry_values,
+)
+from model_runner.memory_builder.traces import (
+    GradientSettings,
+    TracedWindows,
+    descended,
+    traced_windows,
+)
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Batch, Window, batched, distinct, make_batch, token_nll
 
 # Windows whose gradients set each layer's median norm: up to 8,192 tokens, enough for a median, few beside a build.
 NORM_SAMPLE_WINDOWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class GradientSettings:
-    """How the gradient of each token's loss with respect to the routers' logits is taken.
-
-    The defaults are measured in docs/experiments.md.
-
-    Attributes:
-        steps: gradient steps S; each after the first costs another pass. Not for logit deltas.
-        scope: "leaf" holds later routers fixed, "live" lets the gradient through them.
-        straight_through: experts that were not chosen get a gradient too.
-        own_token: only (nearly) each token's own loss, not its effect on later tokens.
-
-    """
-
-    steps: int = 1
-    scope: Scope = "leaf"
-    straight_through: bool = False
-    own_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +75,6 @@ class BuildReport:
     entries_per_layer: int
     elapsed_s: float
     upload_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TracedWindows:
-    """What one pass over the frozen model gave: a trace per layer, and the NLL [B, S] in nats."""
-
-    batch: Batch
-    traces: Sequence[LayerTrace]
-    nll: Tensor
-
-    @property
-    def kept(self) -> Tensor:
-        """Row numbers [n] of the tokens with a loss."""
-        return self.batch.predicts.flatten().nonzero().flatten()
-
-    def gradient_norms(self, trace: LayerTrace) -> Tensor:
-        """|g| [n] in f32 of the tokens with a loss."""
-        return trace.gradient.float().norm(dim=-1)[self.batch.predicts]
 
 
 # Which of a layer's entries ([n] bool) are written.
@@ -148,6 +130,8 @@ class MemoryBuilder:
                     skipped += len(group)
                     continue
                 traced = self.trace(group)
+                for target in targets if not entries else ():
+                    self._forget_rounds(target.memory)
                 for target in targets:
                     self.write(upserter, traced, target, norms, number=number)
                 entries += len(traced.kept)
@@ -156,15 +140,59 @@ class MemoryBuilder:
             len(windows), skipped, entries, time.monotonic() - started, self._upload_s
         )
 
+    def boost(
+        self,
+        memory: str,
+        windows: Sequence[Window],
+        rounds: int,
+        progress: Progress,
+        *,
+        recipe: Recipe = RECOMMENDED,
+        least_fall: float = LEAST_FALL,
+        finish: Callable[[str], object] | None = None,
+    ) -> Outcome:
+        """Boosts a memory of logit deltas, built of these windows and calibrated, until it went through `rounds`.
+
+        Ends before when a round lowers the leave-one-out NLL of the windows by less than `least_fall`; that one is not
+        kept. Until the memory is replaced, from one lookup to the next, rounds are memories beside it
+        (boosted_memories.py): a run that was cut off goes on.
+        finish: gets the name of the one that takes its place, before it does, e.g. to index it.
+        Raises BadInput for other values, or text of one example; MemoryChanged when it was written to meanwhile.
+        """
+        windows = distinct(windows)
+
+        def booster_of(stored: Stored) -> Booster:
+            return Booster(
+                *(self._model, windows, self.median_norms(windows, progress)),
+                stored.described.settings,
+                rows=rows_of(stored, windows, self._batch_size),
+                recipe=recipe,
+                gradient=self._gradient,
+                least_fall=least_fall,
+                batch_size=self._batch_size,
+            )
+
+        to = Destination(memory, self._digest, self._durability)
+        beside = RoundMemories(self._client, to, self._device)
+        return boost_memory(
+            *(beside, windows, booster_of, rounds, progress),
+            least_fall=least_fall,
+            finish=finish or (lambda name: None),
+        )
+
     def trace(self, group: Sequence[Window]) -> TracedWindows:
         """Traces at the model's own logits with the gradient there."""
-        batch = make_batch(group, self._device)
-        return TracedWindows(batch, *self._traces(batch))
+        return traced_windows(self._model, make_batch(group, self._device), self._gradient)
 
     def is_there(self, group: Sequence[Window], memories: Sequence[str]) -> bool:
         """Whether these windows were written before: layers are written in order, so the last one tells."""
         ids = entry_ids(group)
         return all(self._client.count(m, self._layers - 1, ids) == len(ids) for m in memories)
+
+    def _forget_rounds(self, memory: str) -> None:
+        """Entries that are written now went through none."""
+        if self._client.describe(memory).settings.rounds:
+            self._client.update_settings(memory, MemorySettings(rounds=0))
 
     def median_norms(
         self, windows: Sequence[Window], progress: Progress | None = None
@@ -211,24 +239,6 @@ class MemoryBuilder:
         self._upload_s += time.monotonic() - started
         return sum(len(entries) for entries in layers)
 
-    def _traces(self, batch: Batch) -> tuple[list[LayerTrace], Tensor]:
-        losses: list[Tensor] = []
-
-        def loss(logits: Tensor) -> Tensor:
-            losses.append(token_nll(logits, batch))
-            return losses[-1].sum()
-
-        traces = router_gradients(
-            self._model,
-            batch.input_ids,
-            loss,
-            attention_mask=batch.attention_mask,
-            straight_through=self._gradient.straight_through,
-            detach_kv=self._gradient.own_token,
-            scope=self._gradient.scope,
-        )
-        return traces, losses[0].detach()
-
     def _entries(
         self,
         traced: TracedWindows,
@@ -237,7 +247,9 @@ class MemoryBuilder:
         generator: torch.Generator,
     ) -> list[LayerEntries]:
         kept, batch = traced.kept, traced.batch
-        last = self._descend(batch, traced.traces, target.recipe, norms, generator)
+        last = descended(
+            self._model, traced, target.recipe, norms, self._gradient, generator=generator
+        )
         values = [
             entry_values(t, target.recipe, norms[t.site.layer], kept, generator) for t in last
         ]
@@ -251,25 +263,6 @@ class MemoryBuilder:
             LayerEntries(trace.site.layer, ids, layer_keys, layer_values, provenance)
             for trace, layer_keys, layer_values in zip(traced.traces, keys, values, strict=True)
         ]
-
-    def _descend(
-        self,
-        batch: Batch,
-        traces: Sequence[LayerTrace],
-        recipe: Recipe,
-        norms: Sequence[float],
-        generator: torch.Generator,
-    ) -> Sequence[LayerTrace]:
-        """Traces at the logits before the last of S steps; for S = 1 the ones given."""
-        for _ in range(1, self._gradient.steps):
-            logits = [
-                t.router_logits
-                + step(t.gradient, recipe, norms[t.site.layer], generator).to(t.router_logits)
-                for t in traces
-            ]
-            with RouterHooks(self._model, partial(_replay_logits, logits)):
-                traces, _ = self._traces(batch)
-        return traces
 
     def _replayed_nll(self, batch: Batch, values: Sequence[Values]) -> Tensor:
         """NLL [B, S] in nats when the stored values stand in place of the model's own routing."""
@@ -308,10 +301,6 @@ def collect_router_inputs(
 def _thinned(rows: Tensor, most: int) -> Tensor:
     stride = max(1, -(-len(rows) // most))
     return rows[::stride]
-
-
-def _replay_logits(logits: Sequence[Tensor], call: RouterCall) -> Logits:
-    return Logits(logits[call.site.layer].flatten(0, 1))
 
 
 def _replay_values(values: Sequence[Values], kept: Tensor, call: RouterCall) -> Assignment | Logits:

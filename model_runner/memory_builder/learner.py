@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
-from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target, TracedWindows
+from model_runner.memory_builder.builder import Keep, MemoryBuilder, Target
 from model_runner.memory_builder.entries import LayerEntries
 from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import Recipe, assignment_values, recipe_of
+from model_runner.memory_builder.traces import TracedWindows
 from model_runner.texts import Window, batched, distinct
 
 # Tokens whose gradient norms a running median remembers, per layer: 16 windows of 512, as many as a build samples.

@@ -4,7 +4,7 @@ Values are pure functions of a LayerTrace; T = B*S tokens, N logits.
 
 The paper's recipe steps the logits against the gradient and stores the family's assignment of the result (`paper`), or,
 as its version 2 can be read, the result itself (`paper-v2`). Ours stores a bounded step itself, a logit delta, and
-leaves the averaging to the lookup (docs/experiments.md).
+leaves the averaging to the lookup (docs/experiments.md); `boosted` goes over the reference again with the memory on.
 """
 
 from __future__ import annotations
@@ -107,16 +107,17 @@ _WIRE_KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How values are made, how they are read, and the similarity at the median distance."""
+    """How values are made, how they are read, the similarity at the median distance, and boosting rounds at most."""
 
     name: str
     recipe: Recipe
     lambda0: float
+    rounds: int = 0
 
     def settings(self, num_layers: int) -> MemorySettings:
         """Settings of a new memory for a model of `num_layers` MoE layers; gamma is calibrated later."""
         settings = MemorySettings(preset=self.name, kind=_WIRE_KINDS[self.recipe.kind])
-        if self.name == "recommended":
+        if self.recipe.kind is Kind.LOGIT_DELTA:
             settings.step_size.extend(step_sizes(num_layers))
         return settings
 
@@ -134,6 +135,7 @@ PRESETS = {
     "paper": Preset("paper", PAPER, lambda0=0.9),
     "paper-v2": Preset("paper-v2", PAPER_V2, lambda0=0.9),
     "recommended": Preset("recommended", RECOMMENDED, lambda0=0.3),
+    "boosted": Preset("boosted", RECOMMENDED, lambda0=0.3, rounds=6),
 }
 
 

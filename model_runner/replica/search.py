@@ -23,6 +23,8 @@ MORE_CANDIDATES = 8
 _SCORES, _DIFFERENCES = 1 << 23, 1 << 21
 # From so many tokens on their candidates are looked at key by key.
 _TOKENS_BY_KEY = 128
+# Candidates beyond those, of tokens that must not find their own example: so many of its entries may be among them.
+_OWN_CANDIDATES = 32
 # From so many numbers of queries on FAISS takes keys by blocks (faiss::distance_compute_blas_threshold); with fewer it
 # is slower than torch, and does not look at the norms that say which rows count.
 _NUMBERS_OF_BLOCKS = 128_000
@@ -59,14 +61,25 @@ def scan(
 
     squared_norms [capacity]: those of the rows that count, +inf for others.
     """
+    if queries.numel() >= _NUMBERS_OF_BLOCKS and _reads_in_place(layer):
+        keys, more = layer.keys[: layer.rows], 0 if exclude is None else _OWN_CANDIDATES
+        near = _scan_in_blocks(keys, squared_norms, queries, count + more)
+        if near is not None and exclude is not None:
+            return _without(layer, squared_norms, queries, count, exclude, near)
+        if near is not None:
+            return near
+    return _scan_all(layer, squared_norms, queries, count, exclude)
+
+
+def _scan_all(
+    layer: LayerReplica,
+    squared_norms: Tensor,
+    queries: Tensor,
+    count: int,
+    exclude: Tensor | None,
+) -> Tensor:
+    """`scan` by torch."""
     every = layer.capacity if layer.device.type == "cuda" else layer.rows
-    if (
-        exclude is None
-        and queries.numel() >= _NUMBERS_OF_BLOCKS
-        and _reads_in_place(layer)
-        and (near := _scan_in_blocks(layer.keys[:every], squared_norms, queries, count)) is not None
-    ):
-        return near
     height = max(count, _SCORES // max(1, len(queries)))
     scores: list[Tensor] = []
     rows: list[Tensor] = []
@@ -85,6 +98,26 @@ def scan(
         finite, order = finite.topk(min(count, found.shape[1]), largest=False, sorted=False)
         found = found.gather(1, order)
     return found.masked_fill_(finite == INFINITY, -1)
+
+
+def _without(
+    layer: LayerReplica,
+    squared_norms: Tensor,
+    queries: Tensor,
+    count: int,
+    exclude: Tensor,
+    near: Tensor,
+) -> Tensor:
+    """`scan` of rows that were found without a look at `exclude`; tokens that are left with too few are asked again."""
+    own = layer.examples[near.clamp_min(0)] == exclude.unsqueeze(1)
+    found = near.masked_fill(own, -1)
+    short = (own.any(1) & ((found >= 0).sum(1) < count)).nonzero().flatten()
+    if len(short):
+        again = _scan_all(layer, squared_norms, queries[short], count, exclude[short])
+        found[short] = torch.nn.functional.pad(
+            again, (0, found.shape[1] - again.shape[1]), value=-1
+        )
+    return found
 
 
 def _scan_in_blocks(

@@ -32,6 +32,7 @@ class Preset(StrEnum):
     PAPER = "paper"
     PAPER_V2 = "paper-v2"
     RECOMMENDED = "recommended"
+    BOOSTED = "boosted"
 
 
 Neighbours = Annotated[
@@ -162,8 +163,8 @@ def create(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="Settings to start from: recommended (logit deltas, K = 32; the default), paper "
-            "(assignments, K = 1) or paper-v2 (logits, K = 1), e.g. --preset paper."
+            help="Settings to start from: recommended (logit deltas, K = 32; the default), boosted (the same with "
+            "null weight 1), paper (assignments, K = 1) or paper-v2 (logits, K = 1), e.g. --preset paper."
         ),
     ] = None,
     kind: Annotated[

@@ -39,7 +39,7 @@ from router_service.memories.settings import MemorySettings, settings_from_json
 FORMAT = 1
 FILE_NAME = "memory.json"
 UNFINISHED = "CREATING"
-_SINCE_0_1_0 = ("search_recall", "exact_layers")
+_SINCE_0_1_0 = ("search_recall", "exact_layers", "rounds", "round_nll")
 
 
 def begin_creation(directory: Path) -> None:

@@ -80,6 +80,9 @@ class MemorySettings:
     # What the two were measured to find of the K = neighbours nearest (0: they were not), and where they find less.
     search_recall: float = 0.0
     exact_layers: tuple[int, ...] = ()
+    # Boosting rounds behind the deltas, and the NLL of the reference: plain, then leave-one-out after 0, 1, ... rounds.
+    rounds: int = 0
+    round_nll: tuple[float, ...] = ()
 
     def gamma_of(self, layer: int) -> float:
         """RBF bandwidth of a layer."""
@@ -119,6 +122,8 @@ PRESETS: dict[str, MemorySettings] = {
     "paper-v2": MemorySettings(preset="paper-v2", kind=Kind.LOGITS, neighbours=1, null_weight=0.0),
     # One-pass logit deltas, 32 neighbours, a null neighbour of weight 0.5 (docs/experiments.md).
     "recommended": MemorySettings(),
+    # The same deltas after boosting rounds, which make them longer: a heavier null neighbour holds them back.
+    "boosted": MemorySettings(preset="boosted", null_weight=1.0),
 }
 
 
@@ -135,7 +140,7 @@ def settings_from_json(values: dict[str, Any]) -> MemorySettings:
     for name, convert in (("kind", Kind), ("similarity", Similarity), ("support", Support)):
         if name in known:
             known[name] = convert(known[name])
-    for name in ("gamma", "step_size", "layers", "exact_layers"):
+    for name in ("gamma", "step_size", "layers", "exact_layers", "round_nll"):
         if name in known:
             known[name] = tuple(known[name])
     return MemorySettings(**known)
@@ -183,6 +188,8 @@ def validate(settings: MemorySettings, num_layers: int) -> None:
     _require("search_recall", settings.search_recall, 0 <= settings.search_recall <= 1, "0 to 1")
     _require("hnsw_ef", settings.hnsw_ef, 1 <= settings.hnsw_ef <= 65_536, "1 to 65536")
     _require("oversampling", settings.oversampling, 1 <= settings.oversampling <= 100, "1 to 100")
+    finite = all(math.isfinite(nll) for nll in settings.round_nll)
+    _require("round_nll", list(settings.round_nll), finite, "finite numbers")
 
 
 def _check_per_layer(name: str, values: tuple[float, ...], num_layers: int) -> None:

@@ -39,7 +39,7 @@ _ENUMS: dict[str, dict[Any, Any]] = {
     },
     "support": {types_pb.SUPPORT_UNION: Support.UNION, types_pb.SUPPORT_TOP_K: Support.TOP_K},
 }
-_LISTS = ("gamma", "step_size", "layers", "exact_layers")
+_LISTS = ("gamma", "step_size", "layers", "exact_layers", "round_nll")
 _F16_MAX = float(np.finfo(np.float16).max)
 
 

@@ -105,7 +105,7 @@ def test_unknown_preset(memories: Memories) -> None:
         name="new", fingerprint=make_fingerprint(), settings=_settings(preset="best")
     )
     error = refusal(memories.sidecar.admin.CreateMemory, request)
-    words = ("settings.preset", "'best'", "paper, paper-v2, recommended")
+    words = ("settings.preset", "'best'", "boosted, paper, paper-v2, recommended")
     assert_refused(error, Case(print, INVALID, "INVALID_FIELD", words))
 
 

@@ -147,6 +147,43 @@ def test_calibrate(run: Run, edge_sidecar: Sidecar, built: str, texts: Path, mod
     assert gamma_of(edge_sidecar, built) != found
 
 
+def test_boosted_and_read_under_a_bound_on_harm(
+    run: Run,
+    edge_sidecar: Sidecar,
+    build_arguments: list[object],
+    name: str,
+    texts: Path,
+    model: Path,
+) -> None:
+    first = run(*build_arguments, "--preset", "boosted", "--rounds", 1, "--max-windows", 12)
+    assert first.code == 0, first.err
+    assert f"{name}: 1 rounds kept (" in first.err
+    again = run(*build_arguments, "--preset", "boosted", "--rounds", 1, "--max-windows", 12)
+    assert "not calibrated anew: it was boosted" in again.err
+    assert "1 rounds kept (as many as asked for, before this run)" in again.err
+    where = ("--memory", name, "--target", edge_sidecar.target, "--model", model)
+    control = ("--general", texts / "held-out.jsonl", "--max-windows", 8, "--text")
+    before = settings_of(edge_sidecar, name)
+    without = run("calibrate", *where, "--general", texts / "held-out.jsonl")
+    assert without.code == 2
+    assert "--general: the gain needs --text" in without.err
+    reference = (texts / FILE_NAME, "--leave-one-out", "--window", LENGTH)
+    dry = run("calibrate", *where, *control, *reference, "--harm", 9, "--dry-run")
+    assert settings_of(edge_sidecar, name) == before
+    chosen = run("calibrate", *where, *control, *reference, "--harm", 9)
+    assert chosen.code == 0
+    assert chosen.out == dry.out
+    [row] = [line.split("│")[1:-1] for line in chosen.out.splitlines() if "chosen" in line]
+    now = settings_of(edge_sidecar, name)
+    assert now.null_weight == float(row[2])
+    assert now != before
+
+
+def settings_of(sidecar: Sidecar, memory: str) -> MemorySettings:
+    with AdminClient(sidecar.target) as client:
+        return client.describe(memory).settings
+
+
 def gamma_of(sidecar: Sidecar, memory: str) -> list[float]:
     with AdminClient(sidecar.target) as client:
         return list(client.describe(memory).settings.gamma)
@@ -398,9 +435,13 @@ def test_sampling_is_seeded(run: Run, model: Path) -> None:
         (["--dtype", "int4"], "dtype: got 'int4', expected auto, float32"),
         (["--window", 4096], "window: got 4096 tokens, expected at most the model's 128"),
         (["--norm", "huge"], "'huge' is not one of 'raw', 'unit', 'soft'"),
-        (["--preset", "best"], "'best' is not one of 'paper', 'paper-v2', 'recommended'"),
+        (
+            ["--preset", "best"],
+            "'best' is not one of 'paper', 'paper-v2', 'recommended', 'boosted'",
+        ),
         (["--lambda0", 1.5], "1.5 is not between 0 and 1"),
         (["--steps", 3], "not logit deltas: use steps 1"),
+        (["--preset", "paper", "--rounds", 1], "preset paper stores no logit deltas"),
     ],
 )
 def test_a_wrong_option_of_a_build(

@@ -90,7 +90,7 @@ class ModelFingerprint(_message.Message):
     def __init__(self, architecture: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., router_hash: _Optional[str] = ...) -> None: ...
 
 class MemorySettings(_message.Message):
-    __slots__ = ("preset", "kind", "similarity", "neighbours", "gamma", "step_size", "null_weight", "min_lambda", "support", "layers", "hnsw_ef", "oversampling", "search_recall", "exact_layers")
+    __slots__ = ("preset", "kind", "similarity", "neighbours", "gamma", "step_size", "null_weight", "min_lambda", "support", "layers", "hnsw_ef", "oversampling", "search_recall", "exact_layers", "rounds", "round_nll")
     PRESET_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SIMILARITY_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,8 @@ class MemorySettings(_message.Message):
     OVERSAMPLING_FIELD_NUMBER: _ClassVar[int]
     SEARCH_RECALL_FIELD_NUMBER: _ClassVar[int]
     EXACT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_NLL_FIELD_NUMBER: _ClassVar[int]
     preset: str
     kind: MemoryKind
     similarity: Similarity
@@ -119,7 +121,9 @@ class MemorySettings(_message.Message):
     oversampling: float
     search_recall: float
     exact_layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, preset: _Optional[str] = ..., kind: _Optional[_Union[MemoryKind, str]] = ..., similarity: _Optional[_Union[Similarity, str]] = ..., neighbours: _Optional[int] = ..., gamma: _Optional[_Iterable[float]] = ..., step_size: _Optional[_Iterable[float]] = ..., null_weight: _Optional[float] = ..., min_lambda: _Optional[float] = ..., support: _Optional[_Union[Support, str]] = ..., layers: _Optional[_Iterable[int]] = ..., hnsw_ef: _Optional[int] = ..., oversampling: _Optional[float] = ..., search_recall: _Optional[float] = ..., exact_layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    rounds: int
+    round_nll: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, preset: _Optional[str] = ..., kind: _Optional[_Union[MemoryKind, str]] = ..., similarity: _Optional[_Union[Similarity, str]] = ..., neighbours: _Optional[int] = ..., gamma: _Optional[_Iterable[float]] = ..., step_size: _Optional[_Iterable[float]] = ..., null_weight: _Optional[float] = ..., min_lambda: _Optional[float] = ..., support: _Optional[_Union[Support, str]] = ..., layers: _Optional[_Iterable[int]] = ..., hnsw_ef: _Optional[int] = ..., oversampling: _Optional[float] = ..., search_recall: _Optional[float] = ..., exact_layers: _Optional[_Iterable[int]] = ..., rounds: _Optional[int] = ..., round_nll: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Provenance(_message.Message):
     __slots__ = ("source", "example", "position", "token", "gain", "created_unix_ms", "snippet", "token_start", "token_end")

@@ -29,6 +29,7 @@ def test_the_commands() -> None:
         "calibrate",
         "demo",
         "evaluate",
+        "experiment",
         "explain",
         "generate",
         "learn",
@@ -75,6 +76,7 @@ def test_help_names_the_presets_own_numbers() -> None:
     helps = {p.name: p.help for p in ROOT.commands["build"].params}
     paper, ours = PRESETS["paper"], PRESETS["recommended"]
     assert f"paper, paper-v2: {paper.recipe.step_size:g}" in helps["step_size"]
+    assert f"boosted: {PRESETS['boosted'].rounds}, others: none" in helps["rounds"]
     assert f"{paper.lambda0} paper and paper-v2, {ours.lambda0} ours" in helps["lambda0"]
 
 

@@ -55,6 +55,8 @@ def test_settings_of_a_new_memory() -> None:
     )
     assert (recommended.preset, recommended.kind) == ("recommended", MEMORY_KIND_LOGIT_DELTA)
     assert list(recommended.step_size) == step_sizes(4)
+    assert list(PRESETS["boosted"].settings(4).step_size) == step_sizes(4)
+    assert [name for name, preset in PRESETS.items() if preset.rounds] == ["boosted"]
 
 
 def test_the_second_reading_of_the_paper_differs_in_its_kind_alone() -> None:
@@ -67,6 +69,11 @@ def test_the_second_reading_of_the_paper_differs_in_its_kind_alone() -> None:
 def test_one_name_for_preset_recipe_and_option() -> None:
     assert set(PRESETS) == set(get_args(options.Preset))
     recipes = {name: preset.recipe for name, preset in PRESETS.items()}
-    assert recipes == {"paper": PAPER, "paper-v2": PAPER_V2, "recommended": RECOMMENDED}
+    assert recipes == {
+        "paper": PAPER,
+        "paper-v2": PAPER_V2,
+        "recommended": RECOMMENDED,
+        "boosted": RECOMMENDED,
+    }
     assert all(name == preset.name for name, preset in PRESETS.items())
     assert set(get_args(options.Norm)) == set(Norm)

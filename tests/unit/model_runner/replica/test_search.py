@@ -119,13 +119,21 @@ def test_a_scan_in_blocks_finds_no_hidden_and_no_staged_row(
         np.testing.assert_allclose(distances, brute_force(layer, queries, k), rtol=1e-5)
 
 
-def test_entries_of_a_tokens_example_are_not_found() -> None:
+@pytest.mark.parametrize("numbers", [search._NUMBERS_OF_BLOCKS, 1])
+@pytest.mark.parametrize("tokens", [9, search._NUMBERS_OF_BLOCKS // D + 1])
+def test_entries_of_a_tokens_example_are_not_found(
+    numbers: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where more of them are near than a scan in blocks looks beyond."""
+    monkeypatch.setattr(search, "_NUMBERS_OF_BLOCKS", numbers)
     keys = Keys()
-    layer, queries = filled(keys.some(300)), keys.some(9)
-    exclude = torch.arange(9) - 1
-    rows, distances = search.nearest(layer, queries, 290, exclude)
-    require_consistent(layer, queries, rows, distances)
-    np.testing.assert_allclose(distances, brute_force(layer, queries, 290, exclude), rtol=1e-5)
+    layer, queries = filled(keys.some(300)), keys.some(tokens)
+    exclude = torch.arange(tokens) % 9 - 1
+    for k in (1, 32, 290):
+        rows, distances = search.nearest(layer, queries, k, exclude)
+        require_consistent(layer, queries, rows, distances)
+        expected = brute_force(layer, queries, k, exclude)
+        np.testing.assert_allclose(distances, expected, rtol=1e-5)
 
 
 def test_of_no_rows_and_for_no_tokens() -> None:

@@ -44,7 +44,13 @@ def test_round_trip(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "later", [{}, {"search_recall": 0.99, "exact_layers": (3,)}], ids=["unused", "used"]
+    "later",
+    [
+        {},
+        {"search_recall": 0.99, "exact_layers": (3,)},
+        {"rounds": 1, "round_nll": (4.0, 3.5, 3.25)},
+    ],
+    ids=["unused", "measured", "boosted"],
 )
 def test_settings_that_0_1_0_does_not_know_are_written_where_they_say_something(
     directory: Path, later: dict[str, Any]
@@ -52,7 +58,7 @@ def test_settings_that_0_1_0_does_not_know_are_written_where_they_say_something(
     record = replace(RECORD, settings=replace(RECORD.settings, **later))
     manifest.write_manifest(directory, record)
     written = json.loads((directory / manifest.FILE_NAME).read_text())["settings"]
-    assert written.keys() & {"search_recall", "exact_layers"} == later.keys()
+    assert written.keys() & set(manifest._SINCE_0_1_0) == later.keys()
     assert manifest.read_manifest(directory) == record
 
 

@@ -43,7 +43,9 @@ def test_the_second_reading_of_the_paper_differs_in_its_kind_alone() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(InvalidField, match=r"settings\.preset: got 'best', expected one of paper"):
+    with pytest.raises(
+        InvalidField, match=r"settings\.preset: got 'best', expected one of boosted, paper"
+    ):
         preset("best")
 
 

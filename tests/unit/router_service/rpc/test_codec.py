@@ -172,6 +172,8 @@ settings = st.builds(
     min_lambda=st.floats(0, 0.9),
     support=st.sampled_from(Support),
     layers=st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    rounds=st.integers(0, 9),
+    round_nll=st.lists(st.floats(0, 20), max_size=4).map(tuple),
 )
 
 

@@ -1,0 +1,128 @@
+"""What is compared on a study: an arm is fitted to its reference, and scores windows; memories are the first arms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from model_runner.evaluation.nll import Scores
+from model_runner.experiments.local import LocalMemory, Setting, gammas_at, values_of
+from model_runner.experiments.study import Study
+from model_runner.memory_builder.recipes import PRESETS, RECOMMENDED_STEP_SIZE, Kind
+from model_runner.texts import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an arm costs.
+
+    Attributes:
+        fit_s: seconds to fit, calibration included.
+        trained_parameters: numbers that were fitted by gradient; 0 for memories.
+        peak_bytes: what it keeps beside the model while it is fitted or read: weights, gradients and states of the
+            optimizer, or keys and values.
+        s_per_token: seconds per scored token, beside nothing else; None when nothing was scored yet.
+
+    """
+
+    fit_s: float
+    trained_parameters: int
+    peak_bytes: int
+    s_per_token: float | None = None
+
+
+class Fitted(Protocol):
+    """An arm that was fitted to a reference."""
+
+    @property
+    def budget(self) -> Budget:
+        """What it took; s_per_token is that of the last scores."""
+
+    @property
+    def details(self) -> Mapping[str, object]:
+        """The setting that was chosen on dev, and from which: for results. Empty where there was no choice."""
+
+    def score(self, windows: Sequence[Window]) -> Scores:
+        """Of windows, longest first, as model_runner.evaluation.nll.score gives them."""
+
+
+class Arm(Protocol):
+    """A method with its settings."""
+
+    @property
+    def name(self) -> str:
+        """As tables and files have it."""
+
+    def fit(self, study: Study) -> AbstractContextManager[Fitted]:
+        """Within it the arm scores; the model is as before afterwards, bit for bit.
+
+        Only texts.reference, dev and general_dev are read.
+        """
+
+
+@dataclass(slots=True)
+class Timed:
+    """A Fitted whose scores come from a policy on the study's model."""
+
+    study: Study
+    policy: LocalMemory
+    name: str
+    fit_s: float
+    peak_bytes: int
+    s_per_token: float | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> Budget:
+        """As of Fitted."""
+        return Budget(self.fit_s, 0, self.peak_bytes, self.s_per_token)
+
+    def score(self, windows: Sequence[Window]) -> Scores:
+        """As of Fitted."""
+        started = time.perf_counter()
+        scores = self.study.score(windows, self.policy, self.name)
+        self.s_per_token = (time.perf_counter() - started) / sum(len(w.token_ids) for w in windows)
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryArm:
+    """A routing memory in RAM, searched exactly."""
+
+    name: str
+    setting: Setting
+
+    @contextmanager
+    def fit(self, study: Study) -> Iterator[Fitted]:
+        """As of Arm. The time is that of traces, values and calibration, also where the study had them already."""
+        study.medians()
+        started = time.perf_counter()
+        memory = fitted_memory(study, self.setting)
+        elapsed_s = study.made_s("traces", "medians") + time.perf_counter() - started
+        yield Timed(study, memory, self.name, elapsed_s, memory.nbytes)
+
+
+def fitted_memory(study: Study, setting: Setting) -> LocalMemory:
+    """Of the study's reference; gamma by the dev text."""
+    traces, recipe = study.traces(), setting.recipe
+    if recipe in [preset.recipe for preset in PRESETS.values()]:  # many settings read these
+        values = study.once(("values", recipe), lambda: values_of(traces, recipe))
+    else:
+        values = values_of(traces, recipe)
+    return LocalMemory(traces.keys, values, gammas_at(study.medians(), setting.lambda0), setting)
+
+
+def preset_setting(name: str) -> Setting:
+    """How a memory of that preset is made and read."""
+    preset = PRESETS[name]
+    if preset.recipe.kind is Kind.LOGIT_DELTA:
+        return Setting(preset.recipe, 32, preset.lambda0, RECOMMENDED_STEP_SIZE)
+    return Setting(preset.recipe, 1, preset.lambda0)
+
+
+PAPER = MemoryArm("paper", preset_setting("paper"))
+PAPER_V2 = MemoryArm("paper-v2", preset_setting("paper-v2"))
+RECOMMENDED = MemoryArm("recommended", preset_setting("recommended"))
