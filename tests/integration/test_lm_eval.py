@@ -172,7 +172,7 @@ def test_local_tasks_are_scored_better_with_a_memory(
 ) -> None:
     """The plain model, an empty memory, and by the command one of other chapters of the same book."""
     loaded, chosen = load_model(str(MODEL_DIR), device="cpu"), PRESETS["recommended"]
-    windows = drawn(read_windows(data_file("shifted", "reference"), loaded.tokenizer, 128), 8)
+    windows = drawn(read_windows(data_file("shifted", "dev"), loaded.tokenizer, 128), 8)
     with AdminClient(ram_sidecar.target) as client:
         settings = chosen.settings(loaded.fingerprint.num_layers)
         for each in (name, f"{name}-empty"):
