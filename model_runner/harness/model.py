@@ -71,25 +71,30 @@ class KnnMoeLM(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         most = None if replica_memory is None else parse_bytes(str(replica_memory))
-        how = Retrieval(retrieval, most, replica_keys, first_pass, max_staleness_s)
-        super().__init__(pretrained, device=device or str(pick_device("auto")), **options)
+        try:
+            how = Retrieval(retrieval, most, replica_keys, first_pass, max_staleness_s)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
         self._memory: RoutingMemory | None = None
         self._reports = list[MemoryReport]()
-        if memory is None:
+        name = None if memory is None else str(memory)  # the harness makes numbers of some names
+        # What is not there is noticed before the model is loaded.
+        described = None if name is None else _describe(target, name)
+        super().__init__(pretrained, device=device or str(pick_device("auto")), **options)
+        if name is None or described is None:
             return
         self._memory = RoutingMemory(
             self.model,
-            str(memory),  # the harness makes numbers of names that look like one
+            name,
             target=target,
             retrieval=how,
             on_error=OnError.RAISE,
             timeout_s=timeout_s,
         )
-        self._described = self._describe()
-        require_same_model(self._described, model_fingerprint(self.model).message(), target)
-        self._where = how.where
-        if not any(layer.entries for layer in self._described.layers):
-            log.warning("memory %r is empty: answers are the plain model's", memory)
+        self._described, self._where = described, how.where
+        require_same_model(described, model_fingerprint(self.model).message(), target)
+        if not any(layer.entries for layer in described.layers):
+            log.warning("memory %r is empty: answers are the plain model's", name)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As HFLM's: log-likelihood in nats of each continuation, and whether it is the greedy one."""
@@ -141,16 +146,16 @@ class KnnMoeLM(HFLM):  # type: ignore[misc]
             yield
             return
         with self._memory as memory:
-            self._require_unchanged()
+            self._require_unchanged(memory)
             yield
-            self._require_unchanged()
+            self._require_unchanged(memory)
             self._where = memory.where
         self._reports.append(memory.report)
         if memory.report.fallbacks:  # not for a sidecar's sake: that is an error
             log.warning("lookups that fell back: %s", dict(memory.report.fallbacks))
 
-    def _require_unchanged(self) -> None:
-        now, before = self._describe(), self._described
+    def _require_unchanged(self, memory: RoutingMemory) -> None:
+        now, before = _describe(memory.target, memory.memory), self._described
         if (now.epoch, now.version) != (before.epoch, before.version):
             raise MemoryChanged(
                 f"memory {now.name!r} was changed, or its sidecar started again, while tasks were scored: answers "
@@ -158,10 +163,10 @@ class KnnMoeLM(HFLM):  # type: ignore[misc]
                 "name, stays as it is)"
             )
 
-    def _describe(self) -> MemoryDescription:
-        assert self._memory is not None  # noqa: S101
-        with AdminClient(self._memory.target) as admin:
-            return admin.describe(self._memory.memory)
+
+def _describe(target: str, memory: str) -> MemoryDescription:
+    with AdminClient(target) as admin:
+        return admin.describe(memory)
 
 
 def run_command(arguments: Sequence[str]) -> None:

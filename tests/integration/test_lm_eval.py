@@ -162,6 +162,8 @@ def test_what_is_refused_at_once(
         knn_moe(checkpoint, ram_sidecar, 7)
     with pytest.raises(ModelMismatch):
         knn_moe(MODEL_DIR, ram_sidecar, empty)
+    with pytest.raises(BadInput, match="retrieval: got 'here', expected"):
+        knn_moe(checkpoint, ram_sidecar, empty, retrieval="here")
     with pytest.raises(BadInput, match="use_cache: its answers"):
         CachingLM(knn_moe(checkpoint, ram_sidecar, empty), str(tmp_path / "answers.db"))
     CachingLM(knn_moe(checkpoint, ram_sidecar, None), str(tmp_path / "answers.db"))
