@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast test-lowest test-vllm lint types proto bench results crash faults fuzz soak docker-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-harness lint types proto bench results crash faults fuzz soak docker-check clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -49,6 +49,14 @@ $(VLLM_VENV)/.installed: pyproject.toml
 
 test-vllm: $(VLLM_VENV)/.installed ## memories inside vLLM, on the CPU, in a virtual environment of its own (2.7 GB)
 	PATH=$(CURDIR)/$(VLLM_VENV)/bin:$$PATH $(VLLM_VENV)/bin/pytest tests/vllm
+
+# In .venv: it moves nothing that is pinned there. `make test` runs these too, once they can be.
+$(VENV)/.installed-harness: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[runner,harness]'
+	touch $@
+
+test-harness: $(VENV)/.installed-harness ## tests with lm-evaluation-harness, which it adds to .venv (450 MB)
+	$(PYTEST) tests/integration/test_lm_eval.py tests/unit/model_runner/harness
 
 lint: setup ## ruff, import contracts, protos, which break no released version
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@
       +-- HooksInUse           hooks are already installed on this model
       +-- HookBypassed         a forward pass went around a hooked router
       +-- BadInput             an argument or a policy's reply has the wrong shape or value
+      +-- MemoryChanged        a memory was changed while tasks were scored with it
 
 Errors of torch and transformers are mapped to these where they are first met. Calls to a sidecar raise
 knnmoe.client.ServiceError.
@@ -50,3 +51,7 @@ class HookBypassed(RunnerError):
 
 class BadInput(RunnerError):
     """An argument, or a policy's reply, has the wrong shape, type or value."""
+
+
+class MemoryChanged(RunnerError):
+    """A memory is no longer the one that the first answers were given with."""

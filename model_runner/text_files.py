@@ -38,9 +38,35 @@ PLAIN_TEXT_EXAMPLE_CHARACTERS = 4000
 MAX_ID_CHARACTERS = 1024
 STANDARD_INPUT = Path("-")
 
-_FORMS = (("messages",), ("text",), ("prompt", "answer"))
-_FIELDS = (*(field for form in _FORMS for field in form), "id")
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What rows are read for.
+
+    Attributes:
+        forms: fields of which a row has those of one form at least.
+        others: fields that are read where they are there.
+        wanted: the forms in words.
+
+    """
+
+    forms: tuple[tuple[str, ...], ...]
+    others: tuple[str, ...]
+    wanted: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*(field for form in self.forms for field in form), *self.others)
+
+    def known(self, names: Iterable[str]) -> bool:
+        """Whether a table with these columns has what is wanted."""
+        there = set(names)
+        return any(set(form) <= there for form in self.forms)
+
+
 _WANTED = "`text`, or `prompt` and `answer`, or `messages`"
+_COLUMNS = Columns((("messages",), ("text",), ("prompt", "answer")), ("id",), _WANTED)
 _JSON_ENDINGS, _CSV_ENDINGS = (".jsonl", ".ndjson", ".jl", ".json"), (".csv", ".tsv")
 _LOOKS_LIKE_JSON = re.compile(r'\s*\[?\s*\{\s*"[^"\n]*"\s*:')
 _PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
@@ -84,15 +110,27 @@ def read_examples(path: Path) -> list[Example]:
 
     Rows without an answer or a text are left out; a warning says how many. Raises BadInput naming file, row and field.
     """
-    if path != STANDARD_INPUT and not path.exists():
-        raise BadInput(f"{path}: no such file")
-    if path.is_dir():
-        raise BadInput(f"{path}: is a directory, expected a file")
-    try:
-        with closing(_opened(path)) as file:
-            return _examples_in(path, file)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
+    found = _content(path, _COLUMNS)
+    return _plain_examples(path, found) if isinstance(found, str) else _from_rows(path, found)
+
+
+def read_rows(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
+    """Rows of a file of JSON, CSV or Parquet with their numbers, whatever their schema.
+
+    Fields that nobody asked for may be there. Raises BadInput naming the file, and the row that lacks a form.
+    """
+    found = _content(path, columns)
+    if isinstance(found, str):
+        raise BadInput(
+            f"{path}: is plain text, expected JSON, CSV or Parquet with {columns.wanted}"
+        )
+    for number, row in found:
+        if not isinstance(row, dict) or not columns.known(
+            k for k, v in row.items() if v is not None
+        ):
+            has = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise BadInput(f"{path}: row {number}: has {has}, expected {columns.wanted}")
+    return found
 
 
 def examples_of(rows: Iterable[Mapping[str, Any]], source: str) -> list[Example]:
@@ -123,7 +161,21 @@ def _source_name(path: Path) -> str:
     return "pipe" if str(path).startswith(("/dev/fd/", "/proc/")) else path.name
 
 
-def _examples_in(path: Path, file: IO[bytes]) -> list[Example]:
+def _content(path: Path, columns: Columns) -> list[tuple[int, Any]] | str:
+    """Rows with their numbers, or plain text. Raises BadInput."""
+    if path != STANDARD_INPUT and not path.exists():
+        raise BadInput(f"{path}: no such file")
+    if path.is_dir():
+        raise BadInput(f"{path}: is a directory, expected a file")
+    try:
+        with closing(_opened(path)) as file:
+            found = _rows_or_text(path, file, columns)
+            return found if isinstance(found, str) else list(found)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from error
+
+
+def _rows_or_text(path: Path, file: IO[bytes], columns: Columns) -> Iterable[tuple[int, Any]] | str:
     """By what the file is: its first bytes first, then its name's ending, then its look."""
     head = file.read(16)
     file.seek(0)
@@ -136,16 +188,16 @@ def _examples_in(path: Path, file: IO[bytes]) -> list[Example]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     ending = next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
     if head.startswith(_PARQUET):
-        return _from_rows(path, _parquet_rows(path, file))
+        return _parquet_rows(path, file, columns)
     if ending == ".parquet":
         raise BadInput(f"{path}: not a Parquet file (its first bytes are {head[:4]!r})")
     text = _decoded(path, file.read())
     if ending in _JSON_ENDINGS or (ending not in _CSV_ENDINGS and _LOOKS_LIKE_JSON.match(text)):
-        return _from_rows(path, _json_rows(path, text))
-    delimiter = _delimiter(text, ending)
+        return _json_rows(path, text)
+    delimiter = _delimiter(text, ending, columns)
     if ending in _CSV_ENDINGS or delimiter is not None:
-        return _from_rows(path, _csv_rows(path, text, delimiter or ","))
-    return _plain_examples(path, text)
+        return _csv_rows(path, text, delimiter or ",", columns)
+    return text
 
 
 def _unpacked(path: Path, file: IO[bytes]) -> bytes:
@@ -191,38 +243,38 @@ def _json(where: str, text: str) -> Any:
         raise BadInput(f"{where}: not JSON ({error})") from error
 
 
-def _parquet_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(path: Path, file: IO[bytes], columns: Columns) -> Iterator[tuple[int, Any]]:
     """Columns that nobody asks for are not read: some hold what Python cannot."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         parquet = pq.ParquetFile(file)
-        names = [name for name in _FIELDS if name in parquet.schema_arrow.names]
-        if not any(set(form) <= set(names) for form in _FORMS):
-            raise BadInput(f"{path}: has columns {parquet.schema_arrow.names}, expected {_WANTED}")
+        names = [name for name in columns.fields if name in parquet.schema_arrow.names]
+        if not columns.known(names):
+            has = parquet.schema_arrow.names
+            raise BadInput(f"{path}: has columns {has}, expected {columns.wanted}")
         table = parquet.read(columns=names)
         if "id" in names and not pa.types.is_floating(table.schema.field("id").type):
             at = table.schema.get_field_index("id")
             table = table.set_column(at, "id", table.column(at).cast(pa.string()))
         rows = table.to_pylist()
     except (pa.ArrowException, ValueError) as error:
-        raise BadInput(f"{path}: not a Parquet file of {_WANTED} ({error})") from error
+        raise BadInput(f"{path}: not a Parquet file of {columns.wanted} ({error})") from error
     yield from enumerate(rows, 1)
 
 
-def _delimiter(text: str, ending: str) -> str | None:
+def _delimiter(text: str, ending: str, columns: Columns) -> str | None:
     """Of a CSV file whose header names the columns that are read, two at least unless its name says what it is."""
     header = text.lstrip("\n").partition("\n")[0]
     for delimiter in ",;\t":
         names = [name.strip(' "') for name in header.split(delimiter)]
-        known = any(set(form) <= set(names) for form in _FORMS)
-        if known and (len(names) > 1 or ending in _CSV_ENDINGS):
+        if columns.known(names) and (len(names) > 1 or ending in _CSV_ENDINGS):
             return delimiter
     return None
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Any]]:
+def _csv_rows(path: Path, text: str, delimiter: str, columns: Columns) -> Iterator[tuple[int, Any]]:
     """Fields of the header's names; an empty one is none."""
     csv.field_size_limit(len(text) + 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -231,8 +283,8 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Any]
     except csv.Error as error:
         raise BadInput(f"{path}: line {reader.line_num}: not CSV ({error})") from error
     names = [name.strip() for name in rows[0]] if rows else []
-    if rows and not any(set(form) <= set(names) for form in _FORMS):
-        raise BadInput(f"{path}: has columns {names}, expected a header with {_WANTED}")
+    if rows and not columns.known(names):
+        raise BadInput(f"{path}: has columns {names}, expected a header with {columns.wanted}")
     for number, row in enumerate(rows[1:], 1):
         if len(row) != len(names):
             raise BadInput(
@@ -248,7 +300,7 @@ def _from_rows(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Example]:
         where = f"{path}: row {number}"
         if not isinstance(row, dict):
             raise BadInput(f"{where}: expected an object with {_WANTED}")
-        given = {field: row[field] for field in _FIELDS if row.get(field) is not None}
+        given = {field: row[field] for field in _COLUMNS.fields if row.get(field) is not None}
         form = _form_of(row, given, where)
         name = _id_of(given, where)
         if name and name in row_of_id:
@@ -268,8 +320,8 @@ def _from_rows(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Example]:
 
 def _form_of(row: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Sequence[str]:
     """The fields that make the example. Nulls beside filled ones do not matter; a row of nulls is of any form."""
-    forms = [form for form in _FORMS if set(form) <= given.keys()]
-    forms = forms or [form for form in _FORMS if set(form) <= row.keys()][-1:]
+    forms = [form for form in _COLUMNS.forms if set(form) <= given.keys()]
+    forms = forms or [form for form in _COLUMNS.forms if set(form) <= row.keys()][-1:]
     if len(forms) > 1:
         both = " as well as ".join(" and ".join(f"`{f}`" for f in form) for form in forms)
         raise BadInput(f"{where}: has {both}, expected one of them")

@@ -17,13 +17,15 @@ from model_runner.cli.evaluate import demo, evaluate
 from model_runner.cli.experiment import experiment
 from model_runner.cli.explain import explain
 from model_runner.cli.generate import generate
+from model_runner.cli.harness import lm_eval, reference
 from model_runner.cli.learn import learn
 from model_runner.cli.sample_data import sample_data
 from model_runner.errors import BadInput, RunnerError
 
 _KEPT = "; what the sidecar acknowledged is kept"
 _GOES_ON = f"{_KEPT}: the same command again goes on where it stopped"
-_OF_THE_EXTRA = ("torch", "transformers", "accelerate", "faiss", "matplotlib", "packaging")
+_RUNNER = ("torch", "transformers", "accelerate", "faiss", "matplotlib", "packaging")
+_EXTRAS = dict.fromkeys(_RUNNER, "runner") | {"lm_eval": "harness"}
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
@@ -95,10 +97,15 @@ def _common(
 
 for command in (
     *(build, calibrate, evaluate, explain, generate, learn, demo, experiment, sample_data),
+    reference,
 ):
     app.command()(command)
+# What is given goes on to the other command, options too.
+_PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command(context_settings=_PASSED_ON)(lm_eval)
 _COMMANDS = (
     *("build", "learn", "generate", "calibrate", "evaluate", "explain", "demo", "experiment"),
+    "lm-eval",
 )
 
 
@@ -119,10 +126,11 @@ def main() -> None:
             _fail(_interrupted(), EXIT_INTERRUPTED)
         raise
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in _OF_THE_EXTRA:
+        extra = _EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
             raise
         _fail(
-            f"{error.name} is not installed; the runner needs it: pip install 'knn-moe[runner]'",
+            f"{error.name} is not installed; the {extra} needs it: pip install 'knn-moe[{extra}]'",
             EXIT_FAILED,
         )
     except (BadInput, _client().KindMismatch, _client().BadCredentials) as error:

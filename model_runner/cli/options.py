@@ -192,11 +192,12 @@ def fraction(value: float | None) -> float | None:
     return value
 
 
-def existing(path: Path | None) -> Path | None:
-    """A callback of options and arguments that name a file, or - for stdin, which `exists` of typer does not take."""
-    if path is not None and str(path) != "-" and not path.exists():
-        raise typer.BadParameter(f"File {str(path)!r} does not exist.")
-    return path
+def existing(given: Path | list[Path] | None) -> Path | list[Path] | None:
+    """A callback of options and arguments that name files, or - for stdin, which `exists` of typer does not take."""
+    for path in given if isinstance(given, list) else [given]:
+        if path is not None and str(path) != "-" and not path.exists():
+            raise typer.BadParameter(f"File {str(path)!r} does not exist.")
+    return given
 
 
 def file_option(explained: str) -> Any:

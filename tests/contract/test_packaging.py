@@ -104,6 +104,21 @@ def test_a_missing_library_of_the_runner_is_one_line(missing: str) -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
+def test_a_missing_harness_is_one_line() -> None:
+    blocked = (
+        "import sys; sys.modules['lm_eval'] = None; from model_runner.cli import main;"
+        "sys.argv = ['model-runner', 'lm-eval', '--model', 'knn-moe', '--tasks', 'mmlu']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"model-runner: lm_eval.* is not installed; the harness needs it: pip install 'knn-moe\[harness\]'\n",
+        done.stderr,
+    )
+
+
 def test_the_wheel_has_the_files_of_the_dashboard() -> None:
     """All of them, and the licence of the library among them."""
     static = ROOT / "router_service" / "dashboard" / "static"
