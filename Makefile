@@ -83,9 +83,9 @@ bench: setup ## the short set of benchmarks (writes bench-results/); what retrie
 
 KILLS ?= 200
 SEED ?= 0
-RESULTS := benchmarks/results/experiments-2026-11-29
+EVIDENCE := benchmarks/results/experiments-2026-11-29
 results: setup ## docs/results.md and its plots, from the JSON of experiments
-	$(BIN)/python -m model_runner.experiments.report $(RESULTS) --markdown docs/results.md --images docs/images
+	$(BIN)/python -m model_runner.experiments.report $(EVIDENCE) --markdown docs/results.md --images docs/images
 
 crash: setup ## kill the service KILLS times at random moments of random work, and compare with what was acknowledged
 	$(BIN)/python -m tests.faults.crash --kills $(KILLS) --seed $(SEED)
@@ -108,4 +108,4 @@ docker-check: setup ## the steps of docker/sidecar.Dockerfile without Docker (ro
 	$(BIN)/python -m tests.images.dry_run $(RUNNER)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) $(FAULTS) fuzz-results soak-results build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) demo-results $(RESULTS) $(FAULTS) fuzz-results soak-results experiment-results build dist .mypy_cache .ruff_cache .pytest_cache
