@@ -211,7 +211,7 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-ROUTERS = FineTuning("router-ft", partial(in_place, routers), (3e-3, 1e-2, 3e-2))
-LAST_ROUTER = FineTuning("last-router-ft", partial(in_place, last_router), (1e-2, 3e-2, 1e-1))
-LORA = FineTuning("lora", partial(adapters, 8), (1e-3, 3e-3, 1e-2))
-FULL = FineTuning("full-ft", partial(in_place, all_weights), (3e-4, 1e-3, 3e-3))
+ROUTERS = FineTuning("router-ft", partial(in_place, routers), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+LAST_ROUTER = FineTuning("last-router-ft", partial(in_place, last_router), (1e-3, 3e-3, 1e-2, 3e-2))
+LORA = FineTuning("lora", partial(adapters, 8), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+FULL = FineTuning("full-ft", partial(in_place, all_weights), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
