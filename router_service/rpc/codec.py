@@ -258,11 +258,12 @@ def decode_settings(message: types_pb.MemorySettings) -> MemorySettings:
 
 
 def encode_settings(settings: MemorySettings) -> types_pb.MemorySettings:
-    """Inverse of decode_settings: every field set."""
+    """Inverse of decode_settings: every field set, but `rounds` where there were none, as in earlier versions."""
     wire = {name: {v: k for k, v in table.items()} for name, table in _ENUMS.items()}
     values: dict[str, Any] = {
         name: wire[name][v] if name in wire else v for name, v in settings.fields().items()
     }
+    values["rounds"] = values["rounds"] or None
     return types_pb.MemorySettings(**values)
 
 
