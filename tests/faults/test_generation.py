@@ -1,4 +1,4 @@
-"""A tiny model generates while its sidecar is stopped, overloaded, killed, restarted and cut off from its server.
+"""A tiny model generates while its sidecar is stopped, overloaded, killed and cut off from its server.
 
 `python -m tests.faults.generation` does so with the shipped model, for longer, and measures what a token waits.
 """
@@ -35,8 +35,12 @@ PLAN = Plan(
 WINDOWS: Sequence[Window] = [window for window in windows_of() if window.offset == 0]
 
 
+# A restart is a kill that is over sooner; the command has it too.
+HERE = tuple(fault for fault in EMBEDDED if fault != "restarted")
+
+
 @pytest.mark.parametrize(
-    ("faults", "server"), [(EMBEDDED, False), (("cut_off",), True)], ids=["embedded", "server"]
+    ("faults", "server"), [(HERE, False), (("cut_off",), True)], ids=["embedded", "server"]
 )
 def test_a_token_always_comes(fast_dir: Path, faults: Sequence[str], server: bool) -> None:
     """Without the memory it is the plain model's, with it what NumPy says; and every counter adds up."""
