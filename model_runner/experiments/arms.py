@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from model_runner.evaluation.nll import Scores
@@ -63,27 +64,30 @@ class Arm(Protocol):
         """
 
 
+# Of windows, longest first, as model_runner.evaluation.nll.score gives them.
+Scorer = Callable[[Sequence[Window]], Scores]
+
+
 @dataclass(slots=True)
 class Timed:
-    """A Fitted whose scores come from a policy on the study's model."""
+    """A Fitted that scores with a function, and notes how long that takes; the numbers as of Budget."""
 
-    study: Study
-    policy: LocalMemory
-    name: str
+    scorer: Scorer
     fit_s: float
-    peak_bytes: int
-    s_per_token: float | None = None
+    peak_bytes: int = 0
+    trained_parameters: int = 0
     details: Mapping[str, object] = field(default_factory=dict)
+    s_per_token: float | None = None
 
     @property
     def budget(self) -> Budget:
         """As of Fitted."""
-        return Budget(self.fit_s, 0, self.peak_bytes, self.s_per_token)
+        return Budget(self.fit_s, self.trained_parameters, self.peak_bytes, self.s_per_token)
 
     def score(self, windows: Sequence[Window]) -> Scores:
         """As of Fitted."""
         started = time.perf_counter()
-        scores = self.study.score(windows, self.policy, self.name)
+        scores = self.scorer(windows)
         self.s_per_token = (time.perf_counter() - started) / sum(len(w.token_ids) for w in windows)
         return scores
 
@@ -102,7 +106,7 @@ class MemoryArm:
         started = time.perf_counter()
         memory = fitted_memory(study, self.setting)
         elapsed_s = study.made_s("traces", "medians") + time.perf_counter() - started
-        yield Timed(study, memory, self.name, elapsed_s, memory.nbytes)
+        yield Timed(partial(study.score, policy=memory, what=self.name), elapsed_s, memory.nbytes)
 
 
 def fitted_memory(study: Study, setting: Setting) -> LocalMemory:

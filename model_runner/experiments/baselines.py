@@ -18,11 +18,12 @@ from model_runner.experiments.arms import (
     Arm,
     Fitted,
     MemoryArm,
+    Timed,
     fitted_memory,
     preset_setting,
 )
 from model_runner.experiments.c3po import VARIANTS, C3po
-from model_runner.experiments.choosing import SAFE, Baseline, Candidate, Chosen, Method
+from model_runner.experiments.choosing import SAFE, Baseline, Candidate, Method
 from model_runner.experiments.fine_tuning import FULL, LAST_ROUTER, LORA, ROUTERS
 from model_runner.experiments.in_context import FewShot
 from model_runner.experiments.knn_lm import KnnLm
@@ -44,7 +45,7 @@ class ZeroShot:
     @contextmanager
     def fit(self, study: Study) -> Iterator[Fitted]:
         """As of Arm."""
-        yield Chosen(partial(study.score, policy=None, what=self.name), 0.0)
+        yield Timed(partial(study.score, policy=None, what=self.name), 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,15 @@ A method gives candidates one after the other; the best one is kept, scored on w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from model_runner.evaluation.nll import Scores, difference
-from model_runner.experiments.arms import Budget, Fitted
+from model_runner.evaluation.nll import difference
+from model_runner.experiments.arms import Fitted, Scorer, Timed
 from model_runner.experiments.study import Study
-from model_runner.texts import Window
 
-Scorer = Callable[[Sequence[Window]], Scores]
 Setting = Mapping[str, float | int | str]
 
 
@@ -151,38 +149,6 @@ def judged(study: Study, candidate: Candidate) -> Trial:
     return Trial(candidate.setting, gain.delta, harm.delta, harm.se)
 
 
-@dataclass(slots=True)
-class Chosen:
-    """A Fitted.
-
-    Attributes:
-        choice: None: the rule left the model as it is.
-        details: what was chosen and from what, for results.
-
-    """
-
-    scorer: Scorer
-    fit_s: float
-    choice: Candidate | None = None
-    details: Mapping[str, object] = field(default_factory=dict)
-    s_per_token: float | None = None
-
-    @property
-    def budget(self) -> Budget:
-        """As of Fitted."""
-        one = self.choice
-        if one is None:
-            return Budget(self.fit_s, 0, 0, self.s_per_token)
-        return Budget(self.fit_s, one.trained_parameters, one.peak_bytes, self.s_per_token)
-
-    def score(self, windows: Sequence[Window]) -> Scores:
-        """As of Fitted."""
-        started = time.perf_counter()
-        scores = self.scorer(windows)
-        self.s_per_token = (time.perf_counter() - started) / sum(len(w.token_ids) for w in windows)
-        return scores
-
-
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """An Arm: a method, and the rule that chooses its setting."""
@@ -201,10 +167,11 @@ class Baseline:
         choice = sweep.choices.get(self.rule)
         details = _details(sweep, self.rule)
         if choice is None:
-            yield Chosen(study.plain, sweep.elapsed_s, details=details)
+            yield Timed(study.plain, sweep.elapsed_s, details=details)
             return
         with choice.again() as scorer:
-            yield Chosen(scorer, sweep.elapsed_s, choice.candidate, details)
+            one = choice.candidate
+            yield Timed(scorer, sweep.elapsed_s, one.peak_bytes, one.trained_parameters, details)
 
 
 def _details(sweep: Sweep, rule: Rule) -> dict[str, object]:

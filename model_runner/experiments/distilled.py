@@ -9,15 +9,15 @@ say, and they are fitted again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from model_runner.evaluation.nll import Scores
-from model_runner.experiments.arms import Budget, Fitted
+from model_runner.experiments.arms import Fitted, Timed
 from model_runner.experiments.study import Study
 from model_runner.experiments.sweeps import changes, worth
 from model_runner.memory_builder.builder import collect_router_inputs
@@ -114,31 +114,6 @@ class NetworkPolicy:
         return Logits(call.router_logits + change.to(call.router_logits))
 
 
-@dataclass(slots=True)
-class Distilled:
-    """A Fitted."""
-
-    study: Study
-    policy: NetworkPolicy
-    name: str
-    fit_s: float
-    s_per_token: float | None = None
-    details: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def budget(self) -> Budget:
-        """As of Fitted: weights, gradients and two moments of the optimizer."""
-        numbers = sum(p.numel() for network in self.policy.networks for p in network.parameters())
-        return Budget(self.fit_s, numbers, 16 * numbers, self.s_per_token)
-
-    def score(self, windows: Sequence[Window]) -> Scores:
-        """As of Fitted."""
-        started = time.perf_counter()
-        scores = self.study.score(windows, self.policy, self.name)
-        self.s_per_token = (time.perf_counter() - started) / sum(len(w.token_ids) for w in windows)
-        return scores
-
-
 @dataclass(frozen=True, slots=True)
 class DistilledArm:
     """An Arm: networks in the place of a memory, after one pass over the reference and `rounds` more."""
@@ -155,7 +130,11 @@ class DistilledArm:
         networks = self._networks(study)
         policies = [NetworkPolicy(networks, _steps(networks, scale)) for scale in SCALES]
         best = max(policies, key=lambda policy: worth(changes(study, policy, "dev", self.name)))
-        yield Distilled(study, best, self.name, time.perf_counter() - started)
+        fit_s = time.perf_counter() - started
+        numbers = sum(p.numel() for network in best.networks for p in network.parameters())
+        # Weights, gradients and two moments of the optimizer.
+        scorer = partial(study.score, policy=best, what=self.name)
+        yield Timed(scorer, fit_s, 16 * numbers, numbers)
 
     def _networks(self, study: Study) -> list[Network]:
         loaded, traces = study.loaded, study.traces()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from model_runner.architectures.discovery import find_router_sites
 from model_runner.errors import UnsupportedLibrary
-from model_runner.experiments.choosing import Candidate, Scorer
+from model_runner.experiments.arms import Scorer
+from model_runner.experiments.choosing import Candidate
 from model_runner.experiments.study import Study
 from model_runner.texts import Window, make_batch, token_nll
 

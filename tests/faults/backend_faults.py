@@ -16,7 +16,7 @@ from tests.sidecar import Sidecar
 # That a lookup may take the server, and a write: the service's own deadlines.
 LOOKUP_S, WRITE_S = 1.0, 10.0
 HELD_S = 4.0
-# Lookups are as they were, though the service was told a moment ago that the server is away.
+# Lookups are as they were, though the service has known for a moment that the server is away.
 FLUSH = ("--flush-interval-s", "0.2", "--qdrant-timeout-s", str(LOOKUP_S))
 
 

@@ -42,7 +42,7 @@ _LAG_S = 10.0
 _IDS_PER_WRITER = 150
 _KEPT = 9000
 _SOURCE = "load"
-# What a client may be told while a cluster changes: to try again.
+# What a client may be answered while a cluster changes: to try again.
 PASSES = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,

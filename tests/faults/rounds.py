@@ -25,7 +25,7 @@ from tests.sidecar import Sidecar, serve_and_fail
 HANG_S, _STEPS = 5.0, 10
 _BEAT_S = 0.02
 KEPT = 32
-# What also ends a call without a word that it could be told: one whose message has not come when the service stops, or
+# What also ends a call without a reason: one whose message has not come when the service stops, or
 # when too many wait for theirs; and gRPC at a deadline that the service's clock sees first.
 UNHEARD = (*PASSES, grpc.StatusCode.CANCELLED)
 DEFECTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)

@@ -194,7 +194,7 @@ class Lookups:
 
 
 def look_up(target: str, digest: str, way: str, seed: int, out: Connection) -> None:
-    """In a process of its own, as a model's: until it is told to end; then it says what it did."""
+    """In a process of its own, as a model's: until a message ends it; then it says what it did."""
     lookups = Lookups(target, digest, seed)
     threads = [
         threading.Thread(target=lookups.look_up, args=(way, n), daemon=True) for n in range(STREAMS)
