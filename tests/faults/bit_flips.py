@@ -189,12 +189,12 @@ def flips_of(path: Path, wanted: int, rng: random.Random) -> list[int]:
 def cases_of(
     files: list[Path], wanted: int, rng: random.Random
 ) -> Iterator[tuple[Path | None, int]]:
-    """Files and bytes; of files that there are many of (one per field, say) one byte of each after the second."""
+    """Files and bytes; of files that there are many of (one per field, say) one byte of each after the first."""
     seen: Counter[str] = Counter()
     for path in files:
         flips = flips_of(path, wanted, rng)
         seen[path.name] += bool(flips)
-        if seen[path.name] > 2:
+        if seen[path.name] > 1:
             flips = rng.sample(flips, min(1, len(flips)))
         yield from ((path, byte) for byte in flips)
 

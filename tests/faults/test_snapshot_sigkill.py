@@ -23,7 +23,7 @@ from tests.unit.router_service.numbered_memory import (
 
 __all__ = ["fast_dir"]
 
-KILLS = 8  # of each of two services
+KILLS = 5  # of each of two services
 # What the two snapshots hold: entries per layer, and the setting `neighbours`.
 STATES = {"monday": (60, 5), "tuesday": (90, 3)}
 

@@ -116,15 +116,18 @@ def edge_sidecar(fast_dir: Path) -> Iterator[Sidecar]:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a memory that no other test uses; those of embedded layers go afterwards, for they are in RAM."""
+    """The name of a memory that no other test uses; it and those of names that begin with it go afterwards.
+
+    A service looks after each memory that it has until the last test ends.
+    """
     own = f"memory-{next(_NUMBERS)}"
     yield own
-    if "edge_sidecar" not in request.fixturenames:
-        return
-    with AdminClient(request.getfixturevalue("edge_sidecar").target) as client:
-        for memory in client.unary(client.admin.ListMemories, pb.ListMemoriesRequest()).memories:
-            if memory.name == own or memory.name.startswith(f"{own}-"):
-                client.delete(memory.name)
+    for service in {"edge_sidecar", "ram_sidecar"} & set(request.fixturenames):
+        with AdminClient(request.getfixturevalue(service).target) as client:
+            listed = client.unary(client.admin.ListMemories, pb.ListMemoriesRequest())
+            for memory in listed.memories:
+                if memory.name == own or memory.name.startswith(f"{own}-"):
+                    client.delete(memory.name)
 
 
 @pytest.fixture(scope="session")

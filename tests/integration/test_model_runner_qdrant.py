@@ -48,7 +48,7 @@ def service(server: StandInProcess, data: Path) -> Iterator[Sidecar]:
 def generating_client(service: Sidecar) -> RouterClient:
     breaker = CircuitBreaker(first_pause_s=FIRST_PAUSE_S, longest_pause_s=LONGEST_PAUSE_S)
     fingerprint = loaded_model().fingerprint
-    return RouterClient(service.target, MEMORY, fingerprint, timeout_s=30.0, breaker=breaker)
+    return RouterClient(service.target, MEMORY, fingerprint, timeout_s=8.0, breaker=breaker)
 
 
 def test_generation_goes_on_without_the_server_and_resumes_with_it(

@@ -32,7 +32,7 @@ from tests.replicas import random_copy
 from tests.sidecar import Sidecar
 
 THREADS, TOKENS = 16, 3
-FORWARDS = int(os.environ.get("THREAD_FORWARDS", "60"))  # of each thread
+FORWARDS = int(os.environ.get("THREAD_FORWARDS", "24"))  # of each thread
 KIND = pytest.mark.parametrize("preset", REPLY_NAMES)
 
 

@@ -20,10 +20,14 @@ TIMEOUT_S = 60.0
 
 
 @contextmanager
-def connect(port: int) -> Iterator[QdrantClient]:
+def connect(port: int, timeout: int = 5) -> Iterator[QdrantClient]:
     """A client that speaks gRPC only; its address for REST leads nowhere."""
     client = QdrantClient(
-        url="http://127.0.0.1:1", grpc_port=port, prefer_grpc=True, check_compatibility=False
+        url="http://127.0.0.1:1",
+        grpc_port=port,
+        prefer_grpc=True,
+        check_compatibility=False,
+        timeout=timeout,
     )
     try:
         yield client

@@ -9,7 +9,18 @@ import grpc
 import pytest
 import qdrant_client.grpc as pb
 from qdrant_client import QdrantClient, models
-from standin_uses import EUCLID, NAME, create, points, refused, rows, stubs, upsert, wait_for
+from standin_uses import (
+    EUCLID,
+    NAME,
+    connect,
+    create,
+    points,
+    refused,
+    rows,
+    stubs,
+    upsert,
+    wait_for,
+)
 
 from tests.qdrant_standin import QdrantCluster
 
@@ -85,10 +96,15 @@ def test_a_node_that_does_not_hear_the_commit(cluster: QdrantCluster, clients: C
     wait_for(lambda: clients[0].collection_exists(NAME))  # it was made all the same
 
 
-def test_a_new_leader_is_found(cluster: QdrantCluster, clients: Clients) -> None:
+def test_a_new_leader_is_found(
+    cluster: QdrantCluster, clients: Clients, pool: ThreadPoolExecutor
+) -> None:
     cluster.peers[0].kill()
-    create(clients[1], replication_factor=2, timeout=20)
-    cluster.peers[0].start()
+    with connect(cluster.peers[1].port, timeout=100) as patient:
+        made = pool.submit(create, patient, replication_factor=2, timeout=900)
+        wait_for(lambda: clients[2].collection_exists(NAME))
+        cluster.peers[0].start()  # what it waits for
+        made.result()
     cluster.wait_whole()
     assert cluster.peers[0].states(NAME) == cluster.peers[1].states(NAME)
 

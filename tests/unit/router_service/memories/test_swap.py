@@ -81,20 +81,25 @@ def check_nothing_is_left(data: Path) -> None:
 
 
 class Moments:
-    """Copies of a directory before each step that changes what leads where, as a kill would leave it."""
+    """Copies of a directory before each step that changes what leads where, as a kill would leave it.
+
+    A memory that made room closes meanwhile, in a thread of its own: its steps wait for a copy that is being made.
+    """
 
     def __init__(self, directory: Path, target: Path) -> None:
         self.directory, self.target = directory, target
         self.copies: list[Path] = []
         self._last: Any = None
+        self._alone = threading.RLock()
 
     def note(self) -> None:
-        manifests = [path.read_bytes() for path in sorted(self.directory.rglob("memory.json"))]
-        state = manifests, files(self.directory)
-        if state != self._last:
-            self._last = state
-            self.copies.append(self.target / str(len(self.copies)))
-            copy_tree(self.directory, self.copies[-1])
+        with self._alone:
+            manifests = [path.read_bytes() for path in sorted(self.directory.rglob("memory.json"))]
+            state = manifests, files(self.directory)
+            if state != self._last:
+                self._last = state
+                self.copies.append(self.target / str(len(self.copies)))
+                copy_tree(self.directory, self.copies[-1])
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -109,8 +114,9 @@ class Moments:
 
     def _before(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def noting(*arguments: Any, **options: Any) -> Any:
-            self.note()
-            return step(*arguments, **options)
+            with self._alone:
+                self.note()
+                return step(*arguments, **options)
 
         return noting
 
