@@ -2,8 +2,8 @@
 
 `python -m examples.small_moe.domains --cache DIR --out DIR` writes `<domain>_reference.jsonl`,
 `<domain>_dev.jsonl` and `<domain>_test.jsonl` for the Bible, drama, manual pages, source code, novels and French,
-and `general_dev.jsonl` and `general_test.jsonl` of the training text's kind, held out of it. Lines are
-`{"text": ..., "id": ...}`, one per document; documents are whole in one split. Same packages, same files.
+and `general_reference.jsonl` of the training text, `general_dev.jsonl` and `general_test.jsonl` held out of it.
+Lines are `{"text": ..., "id": ...}`, one per document; documents are whole in one split. Same packages, same files.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     bible = shifted_splits(bible_chapters(cache))
     _write({name.replace("shifted", "bible"): split for name, split in bible.items()}, options.out)
     general = general_splits(collected_sources(cache, SOURCE_LIMIT_CHARS, layout=True))
-    _write({name: general[name] for name in ("general_dev", "general_test")}, options.out)
+    _write({name: general[name] for name in general if name != "general_train"}, options.out)
 
 
 def _write(splits: Splits, out: Path) -> None:

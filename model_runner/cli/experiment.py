@@ -30,7 +30,7 @@ def experiment(
         Path | None,
         typer.Option(
             help="Directory of texts: DOMAIN_reference.jsonl, DOMAIN_dev.jsonl and DOMAIN_test.jsonl for each domain, "
-            'general_dev.jsonl and general_test.jsonl; a row is {"text": ..., "id": ...}. '
+            'the same three of `general`; a row is {"text": ..., "id": ...}. '
             "Default: the texts that ship with this package, whose domain is `bible`.",
             exists=True,
             file_okay=False,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from model_runner.evaluation.nll import Scores
 from model_runner.experiments.local import LocalMemory, Setting, gammas_at, values_of
 from model_runner.experiments.study import Study
@@ -94,18 +96,30 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class MemoryArm:
-    """A routing memory in RAM, searched exactly."""
+    """A routing memory in RAM, searched exactly.
+
+    Attributes:
+        general: null entries stand for general text in it, as `build` puts them there.
+
+    """
 
     name: str
     setting: Setting
+    general: bool = False
 
     @contextmanager
     def fit(self, study: Study) -> Iterator[Fitted]:
         """As of Arm. The time is that of traces, values and calibration, also where the study had them already."""
         study.medians()
+        made = ["traces", "medians"]
+        if self.general:
+            study.null_keys()
+            made.append("null keys")
         started = time.perf_counter()
         memory = fitted_memory(study, self.setting)
-        elapsed_s = study.made_s("traces", "medians") + time.perf_counter() - started
+        if self.general:
+            memory = with_null_entries(study, memory)
+        elapsed_s = study.made_s(*made) + time.perf_counter() - started
         yield Timed(partial(study.score, policy=memory, what=self.name), elapsed_s, memory.nbytes)
 
 
@@ -119,6 +133,18 @@ def fitted_memory(study: Study, setting: Setting) -> LocalMemory:
     return LocalMemory(traces.keys, values, gammas_at(study.medians(), setting.lambda0), setting)
 
 
+def with_null_entries(study: Study, memory: LocalMemory) -> LocalMemory:
+    """The same, and entries without a change at router inputs of general text; gamma by the dev text and all keys."""
+    null = study.null_keys()
+    keys = [torch.cat(pair) for pair in zip(memory.keys, null, strict=True)]
+    values = [
+        torch.cat([v, v.new_zeros(len(n), v.shape[1])])
+        for v, n in zip(memory.values, null, strict=True)
+    ]
+    gammas = gammas_at(study.medians_to(keys), memory.setting.lambda0)
+    return LocalMemory(keys, values, gammas, memory.setting)
+
+
 def preset_setting(name: str) -> Setting:
     """How a memory of that preset is made and read."""
     preset = PRESETS[name]
@@ -129,4 +155,5 @@ def preset_setting(name: str) -> Setting:
 
 PAPER = MemoryArm("paper", preset_setting("paper"))
 PAPER_V2 = MemoryArm("paper-v2", preset_setting("paper-v2"))
-RECOMMENDED = MemoryArm("recommended", preset_setting("recommended"))
+RECOMMENDED = MemoryArm("recommended", preset_setting("recommended"), general=True)
+ALONE = MemoryArm("recommended-alone", preset_setting("recommended"))

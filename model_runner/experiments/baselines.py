@@ -21,6 +21,7 @@ from model_runner.experiments.arms import (
     Timed,
     fitted_memory,
     preset_setting,
+    with_null_entries,
 )
 from model_runner.experiments.c3po import VARIANTS, C3po
 from model_runner.experiments.choosing import SAFE, Baseline, Candidate, Method
@@ -76,9 +77,9 @@ class TunedMemory:
         """As of Method."""
         for lambda0, step in itertools.product(LAMBDAS, STEPS):
             setting = replace(preset_setting("recommended"), lambda0=lambda0, step_size=step)
-            memory = fitted_memory(study, setting)
+            memory = with_null_entries(study, fitted_memory(study, setting))
             score = partial(study.score, policy=memory, what=self.name)
-            made_s = study.made_s("traces", "medians", ("values", setting.recipe))
+            made_s = study.made_s("traces", "medians", "null keys", ("values", setting.recipe))
             chosen = {"lambda0": lambda0, "step": step}
             yield Candidate(chosen, score, peak_bytes=memory.nbytes, fit_s=made_s)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from model_runner.experiments.arms import PAPER, PAPER_V2, RECOMMENDED, Arm
+from model_runner.experiments.arms import ALONE, PAPER, PAPER_V2, RECOMMENDED, Arm
 from model_runner.experiments.baselines import baselines
-from model_runner.experiments.boosted import BOOSTED
+from model_runner.experiments.boosted import BOOSTED, BOOSTED_ALONE
 from model_runner.experiments.distilled import DISTILLED
 from model_runner.experiments.metric import METRIC
 from model_runner.experiments.registry import Experiment
@@ -17,7 +17,8 @@ from model_runner.experiments.study import Study
 
 def arms() -> dict[str, Arm]:
     """By name, in the order of the table."""
-    found: list[Arm] = [PAPER, PAPER_V2, RECOMMENDED, BOOSTED, DISTILLED, METRIC, *baselines()]
+    memories: list[Arm] = [PAPER, PAPER_V2, ALONE, RECOMMENDED, BOOSTED_ALONE, BOOSTED]
+    found: list[Arm] = [*memories, DISTILLED, METRIC, *baselines()]
     return {arm.name: arm for arm in found}
 
 

@@ -73,6 +73,7 @@ class StudyTexts:
 
     Attributes:
         reference: what memories are made of and baselines are trained on.
+        general_reference: what memories are told to keep silent about.
         dev, general_dev: settings are chosen on these.
         test, general_test: reported.
 
@@ -84,6 +85,7 @@ class StudyTexts:
     test: list[Window]
     general_dev: list[Window]
     general_test: list[Window]
+    general_reference: list[Window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,20 @@ class Study:
         return self.once(
             "traces", lambda: collect(self.loaded, self.texts.reference, self.progress)
         )
+
+    def null_keys(self) -> list[Tensor]:
+        """Router inputs [m, d] per layer of the reference split of general text: keys of null entries."""
+        return self.once("null keys", self._null_keys)
+
+    def _null_keys(self) -> list[Tensor]:
+        windows = self.texts.general_reference
+        found = collect_router_inputs(
+            self.loaded.model,
+            windows,
+            batch_size=self.sizes.batch_size,
+            most=sum(window.targets for window in windows),
+        )
+        return [found[layer].float().to(self.loaded.device) for layer in sorted(found)]
 
     def traces_with(self, gradient: GradientSettings) -> Traces:
         """Of the reference, with another gradient; not kept."""
@@ -180,6 +196,7 @@ def open_study(
         drawn(domain, "test", count=sizes.test),
         drawn(GENERAL, "dev", count=sizes.general_dev),
         drawn(GENERAL, "test", count=sizes.general_test),
+        drawn(GENERAL, "reference", count=sizes.reference),
     )
     return Study(loaded, texts, seed, progress, sizes, data)
 

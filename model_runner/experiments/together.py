@@ -127,7 +127,8 @@ def successors_of(traces: Traces) -> Tensor:
 
 def together_rows(study: Study, _part: str) -> Iterator[Row]:
     """The boosted memory, votes and both; how much votes count is chosen on dev, then reported on test."""
-    memory = memory_of(study, boosted(study, BOOSTED.rounds).kept, SETTING)
+    found = boosted(study, BOOSTED.rounds)
+    memory = memory_of(found.kept, found.gammas, SETTING)
     successors = successors_of(study.traces())
     grid = [Mixture(*each) for each in itertools.product(WEIGHTS, SHARPNESS, (False, True))]
     nothing = Mixture(0.0, 1.0, by_lambda=False)

@@ -43,5 +43,6 @@ def tiny_study(family: str = "olmoe") -> Study:
         test=windows_of("test", SIZES.test),
         general_dev=windows_of("general dev", SIZES.general_dev),
         general_test=windows_of("general test", SIZES.general_test),
+        general_reference=windows_of("general reference", SIZES.reference),
     )
     return Study(loaded, texts, 0, Progress(quiet=True), SIZES)
