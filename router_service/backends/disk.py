@@ -40,6 +40,8 @@ _NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EP
 _BLOCK_BYTES = 1 << 20
 _ZEROS = bytes(_BLOCK_BYTES)
 _GIB = 1 << 30
+# Behind each part of a file with holes: more than a deletion writes there.
+_AHEAD_BYTES = 64 << 10
 # Of a large file, between which work on it can be ended.
 _PART_BYTES = 64 << 20
 _OTHERS = 0o077
@@ -288,6 +290,29 @@ def allocated_bytes(path: Path) -> int:
         return 0
 
 
+def keep_room(directory: Path) -> None:
+    """Blocks for the next writes into the files with holes below a directory. Raises DiskFull.
+
+    The engine writes through mapped memory, where a hole that the disk has no block for ends the process by SIGBUS.
+    """
+    with storage_call(f"keep room for the next writes below {directory}"):
+        for path in directory.rglob("*"):
+            with suppress(FileNotFoundError):  # the engine makes files anew
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < status.st_size:
+                    _keep_room(path, status.st_size)
+
+
+def _keep_room(path: Path, size: int) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for hole in (0, *(stop for _, stop in _data_ranges(descriptor))):
+            if hole < size:
+                os.posix_fallocate(descriptor, hole, min(_AHEAD_BYTES, size - hole))
+    finally:
+        os.close(descriptor)
+
+
 class FreeSpace:
     """Refuses writes while the file system of a directory is nearly full."""
 
@@ -302,6 +327,11 @@ class FreeSpace:
             usage = shutil.disk_usage(self._directory)
         minimum = self._min_free_bytes
         return usage.free, max(_GIB, usage.total // 20) if minimum is None else minimum
+
+    def is_short(self) -> bool:
+        """Whether less is free than the minimum. Raises StorageError."""
+        free, minimum = self.measured()
+        return free < minimum
 
     def require(self, extra_bytes: int = 0) -> None:
         """Raises DiskFull unless the minimum stays free after `extra_bytes` more."""

@@ -134,6 +134,7 @@ class Load:
     Attributes:
         longest_s: that a call took.
         passes: what a call may be refused with.
+        said: the last refusal of each kind of call.
         kept: entries of layer 0 that no writer touches, so that whoever looks them up knows the answer.
 
     """
@@ -149,6 +150,7 @@ class Load:
         self._callers = [Caller(service, self.digest) for service in services]
         self.longest_s = 0.0
         self.passes = PASSES
+        self.said = dict[str, str]()
         self.expected = Expectation([{} for _ in range(LAYERS)])
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -196,7 +198,7 @@ class Load:
                 WAIT_S,
             )
         assert not self.wrong, self.wrong
-        assert came, f"{dict(self.done)} after {WAIT_S} s, expected {wanted}"
+        assert came, f"{dict(self.done)} after {WAIT_S} s, expected {wanted}; at last {self.said}"
 
     def _kinds(self, counts: dict[str, int]) -> Iterator[Any]:
         per_service = {
@@ -344,12 +346,14 @@ class Load:
             if status not in self.passes:
                 self.blame(f"{kind}: {status.name}: {error.details()}")
             kind = f"refused {kind}"
+            self.said[kind] = f"{status.name}: {error.details()}"
         with self._changed:
             ended_s = time.monotonic()
             self.longest_s = max(self.longest_s, ended_s - began_s)
             self.calls.append(Call(self.phase, asked, status.name, began_s, ended_s))
             self.done[kind] += 1
             self.done["ended writes"] += kind.endswith(("upserts", "deletes"))
+            self.done["ended deletes"] += kind.endswith("deletes")
             self._changed.notify_all()
         return not kind.startswith("refused")
 

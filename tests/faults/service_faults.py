@@ -97,11 +97,15 @@ def small_disk(directory: Path, size_mib: int) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        subprocess.run(["umount", directory], check=True)
+        # An engine process ends a moment after its service.
+        until(lambda: not subprocess.run(["umount", directory], check=False).returncode)
 
 
 def disk_full(round_: Round) -> None:
-    """Somebody else fills the disk: writes are refused, lookups and deletions go on, and writes when there is room."""
+    """Somebody else fills the disk: writes are refused, lookups go on, and writes when there is room.
+
+    Deletions go on while there is room for their log, and are refused otherwise.
+    """
     disk = round_.stack.enter_context(small_disk(round_.directory / "disk", 512))
     service = round_.serve(data=disk / "data")
     with round_.load(service) as load:
@@ -110,7 +114,7 @@ def disk_full(round_: Round) -> None:
             filler = disk / "filler"
             with suppress(OSError), filler.open("wb") as file:
                 file.write(bytes(shutil.disk_usage(disk).free - left_mib * MIB))
-            load.wait_for_more(**{"refused upserts": 3, "deletes": 1}, lookups=10)
+            load.wait_for_more(**{"refused upserts": 3, "ended deletes": 1}, lookups=10)
             filler.unlink()
             round_.recover(load)
 

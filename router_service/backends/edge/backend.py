@@ -57,6 +57,7 @@ from router_service.backends.disk import (
     DirectoryLock,
     FreeSpace,
     disk_bytes,
+    keep_room,
     private_directory,
     storage_call,
 )
@@ -252,6 +253,8 @@ class EdgeCollection(Collection, FileCollection, Maintained, Verifiable):
             self._served.before_write()
             present = np.unique(ids[self._served.now.table.holds(ids)])
             if len(present):
+                if self._free_space.is_short():
+                    keep_room(self._served.now.files.shard(self._served.now.pointer.generation))
                 with self._served.now.writing(present, None):
                     for start in range(0, len(present), _IDS_PER_DELETE):
                         self._delete_part(present[start : start + _IDS_PER_DELETE])

@@ -12,6 +12,7 @@ from router_service.backends.disk import (
     FreeSpace,
     copy_tree,
     disk_bytes,
+    keep_room,
     remove_durably,
     remove_tree,
     write_atomically,
@@ -60,6 +61,19 @@ def test_a_copy_has_the_same_bytes_and_the_same_holes(tmp_path: Path) -> None:
     assert sorted(names) == sorted(p.relative_to(target) for p in target.rglob("*") if p.is_file())
     assert all((source / name).read_bytes() == (target / name).read_bytes() for name in names)
     assert disk_bytes(target) <= max(disk_bytes(source), 1 << 20)
+
+
+def test_room_for_the_next_writes_is_behind_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "sparse"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.seek(5 << 20)
+        file.write(b"data" * 1000)
+        file.truncate(64 << 20)
+    before, blocks = path.read_bytes(), path.stat().st_blocks * 512
+    keep_room(tmp_path)
+    assert path.read_bytes() == before
+    assert blocks + (64 << 10) < path.stat().st_blocks * 512 < blocks + (1 << 20)
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -229,6 +231,23 @@ def test_a_nearly_full_disk_refuses_writes_and_nothing_else(
     collection.close()
     monkeypatch.undo()
     assert_holds(edge.open("layer", SPEC), 600)
+
+
+def test_without_room_for_its_log_a_deletion_is_refused_and_not_the_end(
+    collection: EdgeCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.arange(10, dtype=np.uint64)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 11, -1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DiskFull, match="keep room for the next writes"):
+            collection.delete(ids)
+    assert_holds(collection, 600)
+    assert collection.delete(ids) == 10
 
 
 def test_free_disk_is_asked_for_once_per_upsert(
