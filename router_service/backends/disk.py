@@ -69,6 +69,17 @@ def storage_call(action: str, *, opening: bool = False) -> Iterator[None]:
         raise _storage_error(error, action, opening) from error
 
 
+@contextmanager
+def exhaustion(action: str) -> Iterator[None]:
+    """Maps an OSError for want of space or descriptors to DiskFull or OutOfDescriptors; others pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*_FULL, *_NO_DESCRIPTORS):
+            raise _storage_error(error, action, opening=False) from error
+        raise
+
+
 def _storage_error(error: BaseException, action: str, opening: bool) -> StorageError:
     text = f"cannot {action}: {type(error).__name__}: {error}"
     if "WouldBlock" in text:

@@ -18,6 +18,7 @@ from knnmoe.v1 import errors_pb2 as reasons
 from typing_extensions import override
 
 from router_service import errors
+from router_service.backends.disk import exhaustion
 from router_service.errors import InvalidField, RoutingServiceError
 from router_service.rpc.authority import Authority
 from router_service.rpc.planes import Plane, Refusals, Turns
@@ -204,7 +205,8 @@ def errors_to_status(  # stubs lack context.code()
     """What a handler raises ends its call with a status, and is counted; what the service did not foresee is logged."""
     with calling(method, context):
         try:
-            yield
+            with exhaustion(f"answer {method}"):
+                yield
         except RoutingServiceError as error:
             log.debug("%s was refused: %s", method, error)
             refused.add(method, _reason_of(error))

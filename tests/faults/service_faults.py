@@ -126,7 +126,8 @@ def read_only(round_: Round) -> None:
     with round_.load(service, held_s=HANG_S) as load:
         service.kill()
         round_.injects()
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        read_only = ["mount", "-o", "remount,ro", disk]
+        until(lambda: not subprocess.run(read_only, check=False).returncode)
         round_.require_refused(service.data, "cannot open", "Read-only file system")
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         began_s = time.monotonic()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections import namedtuple
@@ -12,12 +13,13 @@ from router_service.backends.disk import (
     FreeSpace,
     copy_tree,
     disk_bytes,
+    exhaustion,
     keep_room,
     remove_durably,
     remove_tree,
     write_atomically,
 )
-from router_service.errors import DirectoryInUse, DiskFull, StorageError
+from router_service.errors import DirectoryInUse, DiskFull, OutOfDescriptors, StorageError
 
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30
@@ -74,6 +76,22 @@ def test_room_for_the_next_writes_is_behind_what_is_there(tmp_path: Path) -> Non
     keep_room(tmp_path)
     assert path.read_bytes() == before
     assert blocks + (64 << 10) < path.stat().st_blocks * 512 < blocks + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EMFILE, OutOfDescriptors),
+        (errno.ENFILE, OutOfDescriptors),
+        (errno.ENOSPC, DiskFull),
+        (errno.EACCES, PermissionError),
+    ],
+)
+def test_what_is_used_up_has_a_name_wherever_it_is_noticed(
+    number: int, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind), exhaustion("answer Snapshots"):
+        raise OSError(number, os.strerror(number))
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
