@@ -103,6 +103,20 @@ def build(
             callback=options.fraction,
         ),
     ] = None,
+    general: Annotated[
+        Path | None,
+        options.file_option(
+            "Text that the memory is not for, of any kind: near it the memory keeps silent, which halves what it "
+            "harms elsewhere. Logit deltas only. Default: general English text that ships with this package."
+        ),
+    ] = None,
+    general_windows: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="So many windows of --general at most, drawn evenly; 0: none. Default: as many as are remembered.",
+        ),
+    ] = None,
     gain: Annotated[
         bool,
         typer.Option("--gain/--no-gain", help="Measure what each entry saves (one more pass)."),
@@ -121,9 +135,14 @@ def build(
     Running it again with the same text skips what is there, boosting rounds too; for other settings delete the memory
     first or choose another name. Entries know their text: another file of the same name is added, and text of an `id`
     that the memory holds with other text is refused unless the new file takes the old one's place. While it is boosted
-    a memory serves as it is; its rounds are memories NAME.round-K, of which one takes its place. For example:
+    a memory serves as it is; its rounds are memories NAME.round-K, of which one takes its place.
+
+    General text is stored beside it, as many entries again that change nothing: a source of its own, `general:FILE`.
+    For example:
 
         model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
+
+        model-runner build --memory law --reference law.jsonl --general news.jsonl
 
         model-runner build --memory law --reference law.jsonl --preset boosted
 
@@ -133,7 +152,11 @@ def build(
 
     from model_runner.memory_builder.boosting import require_two_examples
     from model_runner.memory_builder.builder import MemoryBuilder, Target
-    from model_runner.memory_builder.entries import forget_other_texts, windows_as_known
+    from model_runner.memory_builder.entries import (
+        forget_other_texts,
+        general_text,
+        windows_as_known,
+    )
     from model_runner.memory_builder.recipes import PRESETS
     from model_runner.memory_builder.traces import GradientSettings
     from model_runner.models import window_length
@@ -141,7 +164,7 @@ def build(
 
     progress, chosen = Progress(quiet=quiet), PRESETS[preset]
     entries = Target(memory, chosen.recipe.altered(norm, step_size), measure_gain=gain)
-    most = _rounds_of(chosen, rounds)
+    most, of_general = _rounds_of(chosen, rounds), _general_of(chosen, general, general_windows)
     gradient = GradientSettings(steps, gradient_scope, straight_through, own_token)
     with AdminClient(target) as client:
         # A sidecar that is not there is noticed before the model is loaded, bad text before the long work.
@@ -156,6 +179,10 @@ def build(
             _require_two_examples(windows, every, reference)
         if most:
             require_two_examples(windows)
+        others: list[Window] = []
+        if of_general is not None:
+            few = len(windows) if general_windows is None else general_windows
+            others = drawn(general_text(of_general, loaded.tokenizer, length, progress), few)
         settings = chosen.settings(loaded.fingerprint.num_layers)
         client.find_or_create(memory, loaded.fingerprint.message(), settings)
         if not replace_source:
@@ -175,6 +202,12 @@ def build(
         if replace_source:
             gone = forget_other_texts(client, memory, every)
             progress.say(f"{gone} entries of other text of {every[0].ref.source} were deleted")
+        if others:
+            added = builder.add_null_entries(memory, others, progress)
+            progress.say(
+                f"{memory}: wrote {added.entries_per_layer} entries per layer of {others[0].ref.source}, near which it "
+                f"keeps silent; {added.windows_skipped} of {added.windows} windows were there already"
+            )
         index = partial(_index, client, progress) if optimize else _leave
         finished = _Finish(client, memory, progress, index)
         inputs = None if held_out is None else partial(_inputs, loaded, held_out, batch_size)
@@ -183,6 +216,21 @@ def build(
             finished.boost(
                 partial(builder.boost, memory, windows, most, progress, recipe=entries.recipe)
             )
+
+
+def _general_of(preset: Preset, text: Path | None, windows: int | None) -> Path | None:
+    """The general text that null entries are made of; None: there are none. Raises BadInput."""
+    from model_runner.memory_builder.recipes import Kind
+    from model_runner.small_moe import data_file
+
+    if preset.recipe.kind is not Kind.LOGIT_DELTA:
+        if text is None and not windows:
+            return None
+        raise BadInput(
+            f"--general: preset {preset.name} stores routings and no changes of them, of which none can be stored; "
+            "--preset recommended, or leave it out"
+        )
+    return None if windows == 0 else text or data_file("general", "reference")
 
 
 def _rounds_of(preset: Preset, given: int | None) -> int:

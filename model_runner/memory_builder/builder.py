@@ -100,6 +100,7 @@ class MemoryBuilder:
     ) -> None:
         self._model, self._client, self._tokenizer = model, client, tokenizer
         self._digest, self._layers = fingerprint.digest(), fingerprint.num_layers
+        self._experts = fingerprint.num_experts
         self._gradient = gradient or GradientSettings()
         self._batch_size, self._durability = batch_size, durability
         self._device = next(model.parameters()).device
@@ -113,8 +114,7 @@ class MemoryBuilder:
         Windows that an earlier build wrote are skipped, and those that repeat an earlier one count for nothing. Raises
         BadInput; ServiceUnavailable, ServiceRefused or ModelMismatch when the sidecar fails: what was written stays.
         """
-        if not windows:
-            raise BadInput("windows: got none, expected at least one")
+        self._require_windows(windows)
         for target in targets:
             if self._gradient.steps > 1 and target.recipe.kind is Kind.LOGIT_DELTA:
                 raise BadInput(
@@ -139,6 +139,43 @@ class MemoryBuilder:
         return BuildReport(
             len(windows), skipped, entries, time.monotonic() - started, self._upload_s
         )
+
+    def add_null_entries(
+        self, memory: str, windows: Sequence[Window], progress: Progress
+    ) -> BuildReport:
+        """Writes entries that change nothing, one per token with a loss and layer, of text that the memory is not for.
+
+        Near them it keeps silent: they take their share of a lookup's neighbours (docs/experiments.md). `memory` holds
+        logit deltas. Windows that are there are skipped. Raises as `build`.
+        """
+        self._require_windows(windows)
+        started, skipped, entries = time.monotonic(), 0, 0
+        self._upload_s, windows = 0.0, distinct(windows)
+        with self._client.upserter() as upserter:
+            groups = list(batched(windows, self._batch_size))
+            for group in progress.track(groups, "general text", unit="batches"):
+                if self.is_there(group, [memory]):
+                    skipped += len(group)
+                    continue
+                entries += self._send(upserter, self._null_entries(group), memory)
+            upserter.finish()
+        return BuildReport(
+            len(windows),
+            skipped,
+            entries // self._layers,
+            time.monotonic() - started,
+            self._upload_s,
+        )
+
+    def _null_entries(self, group: Sequence[Window]) -> list[LayerEntries]:
+        ids = entry_ids(group)
+        found = collect_router_inputs(self._model, group, batch_size=len(group), most=len(ids))
+        provenance = provenance_of(group, torch.zeros(len(ids)), self._tokenizer)
+        nothing = torch.zeros(len(ids), self._experts)
+        return [
+            LayerEntries(layer, ids, keys, nothing, provenance)
+            for layer, keys in sorted(found.items())
+        ]
 
     def boost(
         self,
@@ -179,6 +216,11 @@ class MemoryBuilder:
             least_fall=least_fall,
             finish=finish or (lambda name: None),
         )
+
+    @staticmethod
+    def _require_windows(windows: Sequence[Window]) -> None:
+        if not windows:
+            raise BadInput("windows: got none, expected at least one")
 
     def trace(self, group: Sequence[Window]) -> TracedWindows:
         """Traces at the model's own logits with the gradient there."""
@@ -231,8 +273,11 @@ class MemoryBuilder:
                 entries.rows(keep(traced, trace, entries).nonzero().flatten())
                 for trace, entries in zip(traced.traces, layers, strict=True)
             ]
+        return self._send(upserter, layers, target.memory)
+
+    def _send(self, upserter: Upserter, layers: Sequence[LayerEntries], memory: str) -> int:
         started = time.monotonic()
-        to = Destination(target.memory, self._digest, self._durability)
+        to = Destination(memory, self._digest, self._durability)
         for entries in layers:
             for request in upsert_requests(entries, to):
                 upserter.send(request)

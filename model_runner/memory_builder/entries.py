@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from torch import Tensor
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
 from model_runner.memory_builder.recipes import Values
+from model_runner.progress import Progress
 from model_runner.router_hooks import Logits
-from model_runner.texts import Window
+from model_runner.texts import Window, read_windows
 from model_runner.token_texts import SNIPPET_BYTES, Snippet, TokenTexts
 from model_runner.wire import encode_assignment, encode_floats
 
@@ -36,6 +38,8 @@ REQUEST_BYTES = 1024 * 1024
 _BYTES_BESIDE = 128 + SNIPPET_BYTES
 # Ids of one Delete request: half a megabyte.
 _IDS_PER_REQUEST = 1 << 16
+# Before the name of a file whose entries change nothing.
+GENERAL_SOURCE = "general:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,16 @@ def known_text(client: AdminClient, memory: str, windows: Sequence[Window]) -> K
         sum(map(len, others.values())),
         there.issuperset(entry_ids(known).tolist()),
     )
+
+
+def general_text(
+    path: Path, tokenizer: Any, length: int, progress: Progress | None = None
+) -> list[Window]:
+    """Windows of a file as those of a source of its own, so that a reference of that name is another one."""
+    return [
+        replace(window, ref=replace(window.ref, source=f"{GENERAL_SOURCE}{window.ref.source}"))
+        for window in read_windows(path, tokenizer, length, progress)
+    ]
 
 
 def windows_as_known(client: AdminClient, memory: str, windows: Sequence[Window]) -> list[Window]:

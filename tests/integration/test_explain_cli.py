@@ -38,7 +38,7 @@ def common(run: Run, edge_sidecar: Sidecar, name: str, model: Path, tmp_path: Pa
     text = write_text(tmp_path / FILE_NAME)
     found = ["--memory", name, "--model", model, "--target", edge_sidecar.target]
     found += ["--window", LENGTH, "--quiet"]
-    assert run("build", "--reference", text, *found).code == 0
+    assert run("build", "--reference", text, "--general-windows", 0, *found).code == 0
     return found
 
 
@@ -126,7 +126,9 @@ def test_without_snippets_nothing_of_the_text_is_kept(
 ) -> None:
     other = [each if each != name else f"{name}-bare" for each in common]
     text = tmp_path / FILE_NAME
-    assert run("build", "--reference", text, "--no-snippets", *other).code == 0
+    assert (
+        run("build", "--reference", text, "--general-windows", 0, "--no-snippets", *other).code == 0
+    )
     assert run("learn", held_out, "--no-snippets", *other).code == 0
     done = run("explain", "--text", held_out, "--json", "-", *other)
     found = json.loads(done.out)

@@ -93,6 +93,25 @@ def test_building_twice_writes_the_same_entries(
     assert everything(edge_sidecar, f"{name}-fresh") == before
 
 
+def test_entries_that_change_nothing(edge_sidecar: Sidecar, name: str) -> None:
+    """At their own router inputs a memory of nothing else is near, and routes as the model does."""
+    create(edge_sidecar, name, "recommended")
+    with AdminClient(edge_sidecar.target) as client:
+        builder = MemoryBuilder(
+            *(loaded_model().model, loaded_model().fingerprint, client), batch_size=BATCH_SIZE
+        )
+        report = builder.add_null_entries(name, windows_of(), QUIET)
+        assert (report.entries_per_layer, report.windows_skipped) == (ENTRIES, 0)
+        again = builder.add_null_entries(name, windows_of(), QUIET)
+        assert (again.entries_per_layer, again.windows_skipped) == (0, len(windows_of()))
+    values = [value for entries in everything(edge_sidecar, name) for _, value in entries.values()]
+    assert not np.any(values)
+    with client_of(edge_sidecar.target, name) as client:
+        policy = RetrievalPolicy(client)
+        assert scored(policy) == pytest.approx(scored(None), abs=ROUNDING)
+        assert all(use.lambda_mean > 0.5 for use in policy.use.values())
+
+
 @pytest.mark.parametrize("recipe", [{}, {"direction": Direction.RANDOM}, {"shuffled": True}])
 def test_a_build_that_was_cut_off_goes_on(
     edge_sidecar: Sidecar, name: str, recipe: dict[str, object]
