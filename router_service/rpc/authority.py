@@ -189,14 +189,14 @@ class Authority:
         tokens: Path | None,
         memory_of_operation: Callable[[str], str] = lambda _: "",
         anyone: str = "",
-        require_within: Callable[[WriteLimits, Any], None] = lambda *_: None,
     ) -> None:
-        """`anyone`: the name in the audit log where there are no tokens; `require_within`: see WriteGuard.require.
+        """`anyone`: the name in the audit log where there are no tokens.
 
         Raises InvalidField when the file cannot be used; what it is later on is said in the log, see Watched.
         """
         self._memory_of_operation = memory_of_operation
-        self.require_within = require_within
+        # Of calls that write entries, by their contexts: what bounds the message that came last.
+        self.writing: dict[Any, WriteLimits | None] = {}
         self._anyone = Grant(anyone, Role.ADMIN, None, b"")
         self._own = ""
         self._own_grants: tuple[Grant, ...] = ()
@@ -228,11 +228,15 @@ class Authority:
         for key, value in context.invocation_metadata() if self.asks else ():
             if key == _METADATA and value.startswith(_SCHEME):
                 token = value.removeprefix(_SCHEME)
-        return self.call(method, token, context.peer)
+        return Call(self, method, token, context.peer, context)
 
     def call(self, method: str, token: str | None, peer: Callable[[], str]) -> Call:
         """A call that has come with this token."""
         return Call(self, method, token, peer)
+
+    def limits_of(self, context: Any) -> WriteLimits | None:
+        """What bounds the message that a call which writes entries is at; None: nothing does."""
+        return self.writing[context]
 
     def grant(self, digest: bytes | None) -> Grant:
         """What the token of this digest allows now. Raises Unauthenticated."""
@@ -282,9 +286,15 @@ class Call(AbstractContextManager["Call"]):
     """
 
     def __init__(
-        self, authority: Authority, method: str, token: str | None, peer: Callable[[], str]
+        self,
+        authority: Authority,
+        method: str,
+        token: str | None,
+        peer: Callable[[], str],
+        context: Any = None,
     ) -> None:
         self._authority, self._method, self._peer = authority, method, peer
+        self._context = context
         self._role = ROLE_OF.get(method, Role.ADMIN)
         self._digest = None if token is None else _digest(token)
         self._grant: Grant | None = None
@@ -297,6 +307,7 @@ class Call(AbstractContextManager["Call"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._authority.writing.pop(self._context, None)
         refused = isinstance(error, Unauthenticated | PermissionDenied)
         if not self._free and (refused or self._role > Role.READ):
             self._audit(error)
@@ -314,8 +325,8 @@ class Call(AbstractContextManager["Call"]):
         ):
             about = " and ".join(map(shorten, self._memories)) or "all memories"
             raise self._denied(grant, f"a token for {about}")
-        if grant.limits is not None and self._role is Role.LEARN:
-            self._authority.require_within(grant.limits, request)
+        if self._role is Role.LEARN:
+            self._authority.writing[self._context] = grant.limits
         return request
 
     def goes_on(self) -> None:
