@@ -152,6 +152,7 @@ class RoutingServer:
         self._operations.close()
         self._replication.stop()
         self._drain()
+        self._authority.audit.close()
         if isinstance(self._backend, Hurried):
             self._backend.hurry()
         if not self._operations.join(OPERATIONS_END_S):
@@ -277,6 +278,7 @@ class RoutingServer:
     def _look_at_waiting(self) -> None:
         while not self._stopping.wait(LOOK_AT_WAITING_S):
             self._planes.end_overdue()
+            self._authority.audit.look()
 
     def _flush_often(self) -> None:
         while not self._stopping.wait(self.settings.flush_interval_s):
