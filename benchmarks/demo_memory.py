@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 import torch
 from knnmoe.client import AdminClient
 
-from model_runner.evaluation.nll import Scores, score
 from model_runner.memory_builder.builder import MemoryBuilder, Target, collect_router_inputs
 from model_runner.memory_builder.recipes import PRESETS, Preset
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import Scores, score
 from model_runner.sidecar import running_sidecar
 from model_runner.texts import Window
 from model_runner.wire import encode_by_layer

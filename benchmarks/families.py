@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from benchmarks import report
 from model_runner.architectures import Assignment, find_router_sites
 from model_runner.errors import RunnerError
-from model_runner.evaluation.nll import Scores, difference, score
+from model_runner.evaluation.nll import difference
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import MemoryBuilder, Target
 from model_runner.memory_builder.recipes import PRESETS, step_sizes
@@ -36,6 +36,7 @@ from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks, verify_hooks
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import Scores, score
 from model_runner.sidecar import running_sidecar
 from model_runner.texts import Window
 from tests.families import FAMILIES, FAMILIES_HERE, UNSERVED, missing, prompt, tiny_model

@@ -23,13 +23,14 @@ from knnmoe.client import AdminClient
 from rich.console import Console
 from rich.table import Table
 
-from model_runner.evaluation.nll import Scores, difference, score
+from model_runner.evaluation.nll import difference
 from model_runner.memory_builder.learner import KnownTokens, OnlineLearner
 from model_runner.memory_builder.recipes import PRESETS
 from model_runner.models import LoadedModel, load_model
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import Scores, score
 from model_runner.sidecar import running_sidecar
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import Window, read_windows

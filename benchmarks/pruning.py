@@ -24,10 +24,10 @@ from benchmarks.pruning_arms import POLICIES, SHARES, Arm, Pruner, arms
 from benchmarks.pruning_report import FULL, Trial, plot, rows_of, table_of
 from benchmarks.report import load_average, machine
 from model_runner.evaluation.demo import DemoSettings, Texts, draw_texts
-from model_runner.evaluation.nll import Scores
 from model_runner.memory_builder.recipes import PRESETS
 from model_runner.models import load_model
 from model_runner.progress import Progress
+from model_runner.scoring import Scores
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import Window, read_windows
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.pruning_arms import CURVE, RANDOM, Size
-from model_runner.evaluation.nll import Scores, difference
+from model_runner.evaluation.nll import difference
+from model_runner.scoring import Scores
 
 FULL = "full"
 Row = dict[str, Any]

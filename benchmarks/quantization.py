@@ -25,9 +25,10 @@ from rich.table import Table
 from benchmarks.demo_memory import Bench, running_bench
 from benchmarks.report import load_average, machine
 from model_runner.evaluation.demo import DemoSettings, Texts, draw_texts
-from model_runner.evaluation.nll import Scores, difference
+from model_runner.evaluation.nll import difference
 from model_runner.models import LoadedModel, load_model
 from model_runner.progress import Progress
+from model_runner.scoring import Scores
 from model_runner.small_moe import MODEL_DIR
 from model_runner.wire import encode_floats
 

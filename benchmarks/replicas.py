@@ -24,8 +24,9 @@ from benchmarks.exact import Reading
 from benchmarks.olmoe import NULL_WEIGHT, STEP_SIZE
 from benchmarks.timing import Lane
 from model_runner.architectures.families import Assignment
+from model_runner.lookup_lock import LookupLock
 from model_runner.replica.first_pass import CodedFirstPass
-from model_runner.replica.layer import LayerReplica, LookupLock
+from model_runner.replica.layer import LayerReplica
 from model_runner.replica.plans import Plan
 from model_runner.replica.retriever import ReplicaRetriever
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from model_runner.evaluation.demo import DemoSettings, draw_texts
-from model_runner.evaluation.nll import Scores, difference, score
+from model_runner.evaluation.nll import difference
 from model_runner.experiments.local import (
     LocalMemory,
     Setting,
@@ -31,6 +31,7 @@ from model_runner.experiments.local import (
 from model_runner.memory_builder.recipes import PAPER, PAPER_V2, RECOMMENDED, Norm, Recipe
 from model_runner.models import LoadedModel, load_model
 from model_runner.progress import Progress
+from model_runner.scoring import Scores, score
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import Window, read_windows
 

@@ -38,7 +38,7 @@ from model_runner.architectures.families import (
 )
 from model_runner.errors import BadInput, HookBypassed, HooksInUse, UnsupportedModel
 from model_runner.logit_tap import LogitTap, wrapped_forward
-from model_runner.replica.layer import LookupLock
+from model_runner.lookup_lock import LookupLock
 
 # Kept beside the models, not on them: a marker on a module would be copied with it.
 _hooked_routers: WeakSet[nn.Module] = WeakSet()

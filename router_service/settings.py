@@ -254,8 +254,8 @@ class ServiceSettings(BaseSettings):
     )
     audit_log: Path | None = Field(
         None,
-        description="File that gets a line of JSON for each call that changes something, and for each that is refused "
-        "to its caller, e.g. /var/log/knnmoe/audit.jsonl; the log when not given.",
+        description="File that gets a line of JSON for each call that changes something and for what is refused to its "
+        "caller (counted where it goes on and on), e.g. /var/log/knnmoe/audit.jsonl; the log when not given.",
     )
     socket_mode: Annotated[str, BeforeValidator(_octal)] = Field(
         "600",

@@ -11,7 +11,8 @@ from knnmoe.v1 import types_pb2 as pb
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
-from model_runner.replica.layer import LayerReplica, LookupLock
+from model_runner.lookup_lock import LookupLock
+from model_runner.replica.layer import LayerReplica
 from model_runner.replica.retriever import ReplicaRetriever
 from router_service.arrays import Assignment as ServiceAssignment
 from router_service.arrays import Entries, Provenance

@@ -22,7 +22,7 @@ from model_runner.progress import Progress
 if TYPE_CHECKING:
     from knnmoe.client import AdminClient
 
-    from model_runner.evaluation.nll import Scores
+    from model_runner.scoring import Scores
     from model_runner.texts import Window
 
 log = logging.getLogger(__name__)
@@ -83,12 +83,12 @@ def evaluate(
     from knnmoe.client import AdminClient
 
     from model_runner.evaluation import per_token as tables
-    from model_runner.evaluation.nll import score
     from model_runner.memory_builder.entries import known_text
     from model_runner.models import window_length
     from model_runner.retrieval import open_retriever
     from model_runner.router_client import OnError
     from model_runner.routing_policy import RetrievalPolicy
+    from model_runner.scoring import score
     from model_runner.texts import drawn, read_windows
 
     options.require_writable("--json", json_file)

@@ -112,7 +112,6 @@ def learn(
     """
     from knnmoe.client import AdminClient, require_same_model
 
-    from model_runner.evaluation.nll import score
     from model_runner.memory_builder.entries import forget_other_texts, windows_as_known
     from model_runner.memory_builder.learner import DURABILITIES, OnlineLearner
     from model_runner.memory_builder.recipes import PRESETS, recipe_of
@@ -120,6 +119,7 @@ def learn(
     from model_runner.retrieval import open_retriever
     from model_runner.router_client import OnError
     from model_runner.routing_policy import RetrievalPolicy
+    from model_runner.scoring import score
     from model_runner.texts import distinct, read_windows
 
     options.require_writable("--json", json_file)

@@ -139,9 +139,9 @@ class Lessons:
 
     def _loss(self, windows: Sequence[Window]) -> str:
         """Nats per token of the answer, with the memory as it is."""
-        from model_runner.evaluation.nll import score
         from model_runner.progress import Progress
         from model_runner.routing_policy import RetrievalPolicy
+        from model_runner.scoring import score
 
         # Of its own: what the session says at its end is of the texts.
         policy = (

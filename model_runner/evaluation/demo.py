@@ -21,7 +21,7 @@ import matplotlib as mpl
 from knnmoe.client import AdminClient
 from matplotlib.figure import Figure
 
-from model_runner.evaluation.nll import Scores, bootstrap_interval, difference, oracle_scores, score
+from model_runner.evaluation.nll import bootstrap_interval, difference, oracle_scores
 from model_runner.memory_builder.builder import (
     BuildReport,
     MemoryBuilder,
@@ -34,6 +34,7 @@ from model_runner.progress import Progress
 from model_runner.retrieval import Retrieval, Where, open_retriever
 from model_runner.router_client import OnError
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import Scores, score
 from model_runner.sidecar import running_sidecar
 from model_runner.small_moe import data_file
 from model_runner.texts import Window, read_windows

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from model_runner.architectures.families import Assignment
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import F32, by_window, losses
 from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterCall
 from model_runner.routing_policy import FellBack, RetrievalPolicy, Retrieved
+from model_runner.scoring import F32, by_window, losses
 from model_runner.text_files import Example
 from model_runner.texts import Batch, Window, cut_windows
 from model_runner.token_texts import TokenClass, TokenTexts

@@ -16,9 +16,10 @@ from knnmoe.v1.types_pb2 import MEMORY_KIND_LOGIT_DELTA, SIMILARITY_COSINE, Memo
 from torch import nn
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import Difference, Scores, difference, score
+from model_runner.evaluation.nll import Difference, difference
 from model_runner.progress import Progress
 from model_runner.replica.held import HeldMemory, policy_of
+from model_runner.scoring import Scores, score
 from model_runner.texts import Window
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import F32, Scores
+from model_runner.scoring import F32, Scores
 from model_runner.texts import Window
 from model_runner.token_texts import TokenClass, TokenTexts
 

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from model_runner.evaluation.nll import Scores
 from model_runner.experiments.local import LocalMemory, Setting, gammas_at, values_of
 from model_runner.experiments.study import Study
 from model_runner.memory_builder.recipes import PRESETS, RECOMMENDED_STEP_SIZE, Kind
+from model_runner.scoring import Scores
 from model_runner.texts import Window
 
 
@@ -49,7 +49,7 @@ class Fitted(Protocol):
         """The setting that was chosen on dev, and from which: for results. Empty where there was no choice."""
 
     def score(self, windows: Sequence[Window]) -> Scores:
-        """Of windows, longest first, as model_runner.evaluation.nll.score gives them."""
+        """Of windows, longest first, as model_runner.scoring.score gives them."""
 
 
 class Arm(Protocol):
@@ -66,7 +66,7 @@ class Arm(Protocol):
         """
 
 
-# Of windows, longest first, as model_runner.evaluation.nll.score gives them.
+# Of windows, longest first, as model_runner.scoring.score gives them.
 Scorer = Callable[[Sequence[Window]], Scores]
 
 

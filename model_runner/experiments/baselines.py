@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from model_runner.evaluation.demo import ORACLE_STEP_SIZE
-from model_runner.evaluation.nll import Scores, oracle_scores
+from model_runner.evaluation.nll import oracle_scores
 from model_runner.experiments.arms import (
     Arm,
     Fitted,
@@ -30,6 +30,7 @@ from model_runner.experiments.in_context import FewShot
 from model_runner.experiments.knn_lm import KnnLm
 from model_runner.experiments.study import Study
 from model_runner.memory_builder.recipes import PAPER, Direction
+from model_runner.scoring import Scores
 from model_runner.texts import Window
 
 ORACLE_STEPS = (3.0, 10.0, ORACLE_STEP_SIZE)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_runner.evaluation.nll import Scores
 from model_runner.evaluation.per_token import by_class, classes_of
 from model_runner.experiments.arms import fitted_memory, preset_setting
 from model_runner.experiments.registry import Experiment
@@ -17,6 +16,7 @@ from model_runner.experiments.results import Row, change
 from model_runner.experiments.study import Study
 from model_runner.experiments.sweeps import BOTH
 from model_runner.router_hooks import Policy, RouterHooks
+from model_runner.scoring import Scores
 from model_runner.texts import Window, batched, make_batch
 
 BUCKETS = ("low", "middle", "high")

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_runner.errors import UnsupportedModel
-from model_runner.evaluation.nll import Scores, collected
 from model_runner.experiments.choosing import Candidate, Setting
 from model_runner.experiments.local import squared_distances
 from model_runner.experiments.reading import Reading, read, read_batch
 from model_runner.experiments.study import Study
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
+from model_runner.scoring import Scores, collected
 from model_runner.texts import Batch, Window, make_batch, token_nll
 
 EMBEDDINGS = ("mean", "token")

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from model_runner.evaluation.nll import Scores
 from model_runner.experiments.main_table import arms
 from model_runner.experiments.registry import Experiment
 from model_runner.experiments.results import Row
 from model_runner.experiments.study import Study, draw
+from model_runner.scoring import Scores
 from model_runner.texts import Window
 
 CHOICES = 4

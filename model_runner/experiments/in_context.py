@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import F32, Scores
 from model_runner.experiments.choosing import Candidate, Setting
 from model_runner.experiments.reading import Reading, read
 from model_runner.experiments.study import Study
 from model_runner.models import longest_text
+from model_runner.scoring import F32, Scores
 from model_runner.texts import Window, batched
 
 # Of a window, each with a query of its own.

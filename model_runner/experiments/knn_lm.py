@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model_runner.evaluation.nll import Scores, collected
 from model_runner.experiments.choosing import Candidate, Setting
 from model_runner.experiments.local import squared_distances
 from model_runner.experiments.reading import Reading, read
 from model_runner.experiments.study import Study
+from model_runner.scoring import Scores, collected
 from model_runner.texts import Batch, Window
 
 # The input of the last feed-forward block, as in the paper; or what the language head sees.

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from model_runner.architectures import Assignment
+from model_runner.lookup_lock import LookupLock
 from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import Kind, Recipe, entry_values, step_sizes
@@ -31,7 +32,7 @@ from model_runner.memory_builder.traces import (
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.replica.bounded import BoundedScan
-from model_runner.replica.layer import LayerReplica, LookupLock
+from model_runner.replica.layer import LayerReplica
 from model_runner.router_hooks import Logits, RouterCall
 from model_runner.texts import Window, batched, make_batch, token_nll
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import Scores, bootstrap_interval, difference
+from model_runner.evaluation.nll import bootstrap_interval, difference
+from model_runner.scoring import Scores
 
 SCHEMA = 1
 # Significant digits of what is stored: f32 sums hold no more.

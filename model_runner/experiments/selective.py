@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from model_runner.architectures import Assignment
-from model_runner.evaluation.nll import losses, score
 from model_runner.experiments.arms import fitted_memory, preset_setting
 from model_runner.experiments.local import LocalMemory
 from model_runner.experiments.registry import Experiment
@@ -19,6 +18,7 @@ from model_runner.experiments.results import Row, change
 from model_runner.experiments.study import Study
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall
+from model_runner.scoring import losses, score
 from model_runner.texts import Window
 
 RATES = (0.25, 0.5, 0.75)

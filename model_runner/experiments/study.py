@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import Scores, score
 from model_runner.experiments.local import Traces, collect, distances_to
 from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.traces import GradientSettings
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
 from model_runner.router_hooks import Policy
+from model_runner.scoring import Scores, score
 from model_runner.small_moe import DATA_DIR
 from model_runner.texts import Window, read_windows
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from model_runner.evaluation.nll import Scores
 from model_runner.experiments.arms import fitted_memory, preset_setting
 from model_runner.experiments.local import (
     LocalMemory,
@@ -23,6 +22,7 @@ from model_runner.experiments.study import Study, draw
 from model_runner.memory_builder.recipes import Norm
 from model_runner.memory_builder.traces import GradientSettings
 from model_runner.router_hooks import Policy
+from model_runner.scoring import Scores
 
 # A nat of harm to general text weighs as much as ten of gain: what chose the presets (docs/experiments.md).
 HARM_WEIGHT = 10.0

@@ -16,7 +16,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from model_runner.architectures import Assignment
-from model_runner.evaluation.nll import Scores, by_window, losses
 from model_runner.experiments.boosted import BOOSTED, SETTING, boosted, memory_of
 from model_runner.experiments.local import LocalMemory, Traces
 from model_runner.experiments.registry import Experiment
@@ -24,6 +23,7 @@ from model_runner.experiments.results import Row, change
 from model_runner.experiments.study import Study
 from model_runner.experiments.sweeps import worth
 from model_runner.router_hooks import Logits, RouterCall
+from model_runner.scoring import Scores, by_window, losses
 from model_runner.texts import Batch, Window
 
 # Of the votes in the mixture; sharpness: power of the similarities that votes are weighed by.

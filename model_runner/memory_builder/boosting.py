@@ -17,13 +17,13 @@ from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor, nn
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import score
 from model_runner.memory_builder.recipes import RECOMMENDED, Recipe, step
 from model_runner.memory_builder.traces import GradientSettings, TracedWindows, traced_windows
 from model_runner.progress import Progress
 from model_runner.replica.held import HeldMemory, policy_of
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.texts import Window, batched, make_batch
 
 # Of a round's step that is added to the deltas.

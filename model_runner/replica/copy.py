@@ -16,6 +16,7 @@ from knnmoe.v1.routing_pb2 import MemoryDescription
 from knnmoe.v1.types_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_I8, Dtype, MemorySettings
 from torch import Tensor
 
+from model_runner.lookup_lock import LookupLock, drain_of
 from model_runner.replica.budget import (
     Budget,
     KeyDtype,
@@ -24,7 +25,7 @@ from model_runner.replica.budget import (
     capacity_for,
     replica_size,
 )
-from model_runner.replica.layer import I64, LayerReplica, LookupLock, drain_of
+from model_runner.replica.layer import I64, LayerReplica
 from model_runner.wire import decode_as_sent
 
 # How keys are kept, and how they are sent.

@@ -10,7 +10,8 @@ from knnmoe.client import ExampleRef
 from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor
 
-from model_runner.replica.layer import LayerReplica, LookupLock, drain_of
+from model_runner.lookup_lock import LookupLock, drain_of
+from model_runner.replica.layer import LayerReplica
 from model_runner.replica.retriever import Copy, ReplicaRetriever
 from model_runner.router_client import OnError
 from model_runner.routing_policy import RetrievalPolicy

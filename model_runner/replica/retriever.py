@@ -22,10 +22,11 @@ from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor
 
 from model_runner.architectures.families import Assignment
+from model_runner.lookup_lock import LookupLock
 from model_runner.replica import arithmetic, native
 from model_runner.replica.arithmetic import SMALLEST, LayerSettings
 from model_runner.replica.first_pass import attach, require_choice
-from model_runner.replica.layer import INFINITY, LayerReplica, LookupLock
+from model_runner.replica.layer import INFINITY, LayerReplica
 from model_runner.replica.search import nearest
 from model_runner.router_client import OnError
 from model_runner.router_hooks import Logits

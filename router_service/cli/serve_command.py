@@ -23,7 +23,7 @@ from router_service.cli.given_settings import Given
 from router_service.cli.options import ExampleCommand
 from router_service.cli.probes import Probes
 from router_service.errors import InvalidRequest, RoutingServiceError
-from router_service.rpc.authority import audit_to
+from router_service.rpc.audit import audit_to
 from router_service.rpc.server import RoutingServer
 from router_service.settings import ServiceSettings
 from router_service.telemetry.logs import configure as configure_logging

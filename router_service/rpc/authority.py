@@ -1,10 +1,9 @@
-"""Who may do what: tokens, the peers of a Unix socket, and a log of what changed something or was refused."""
+"""Who may do what: tokens, and the peers of a Unix socket."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import logging
 import math
 import os
@@ -12,13 +11,11 @@ import re
 import secrets
 import socket
 import struct
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,16 +25,15 @@ from knnmoe.watched import Watched
 from router_service.errors import (
     InvalidField,
     PermissionDenied,
-    RoutingServiceError,
     Unauthenticated,
     shorten,
 )
+from router_service.rpc.audit import AuditLog, Line, result_of
 from router_service.rpc.write_limits import WriteLimits
 
 Request = TypeVar("Request")
 
 log = logging.getLogger(__name__)
-audit_log = logging.getLogger("router_service.audit")
 
 _TOKENS = "--tokens"
 # How often the file of tokens is looked at, beside when an unknown one comes.
@@ -189,14 +185,15 @@ class Authority:
         tokens: Path | None,
         memory_of_operation: Callable[[str], str] = lambda _: "",
         anyone: str = "",
-        require_within: Callable[[WriteLimits, Any], None] = lambda *_: None,
     ) -> None:
-        """`anyone`: the name in the audit log where there are no tokens; `require_within`: see WriteGuard.require.
+        """`anyone`: the name in the audit log where there are no tokens.
 
         Raises InvalidField when the file cannot be used; what it is later on is said in the log, see Watched.
         """
         self._memory_of_operation = memory_of_operation
-        self.require_within = require_within
+        self.audit = AuditLog()
+        # Of calls that write entries, by their contexts: what bounds the message that came last.
+        self.writing: dict[Any, WriteLimits | None] = {}
         self._anyone = Grant(anyone, Role.ADMIN, None, b"")
         self._own = ""
         self._own_grants: tuple[Grant, ...] = ()
@@ -228,11 +225,15 @@ class Authority:
         for key, value in context.invocation_metadata() if self.asks else ():
             if key == _METADATA and value.startswith(_SCHEME):
                 token = value.removeprefix(_SCHEME)
-        return self.call(method, token, context.peer)
+        return Call(self, method, token, context.peer, context)
 
     def call(self, method: str, token: str | None, peer: Callable[[], str]) -> Call:
         """A call that has come with this token."""
         return Call(self, method, token, peer)
+
+    def limits_of(self, context: Any) -> WriteLimits | None:
+        """What bounds the message that a call which writes entries is at; None: nothing does."""
+        return self.writing[context]
 
     def grant(self, digest: bytes | None) -> Grant:
         """What the token of this digest allows now. Raises Unauthenticated."""
@@ -282,14 +283,22 @@ class Call(AbstractContextManager["Call"]):
     """
 
     def __init__(
-        self, authority: Authority, method: str, token: str | None, peer: Callable[[], str]
+        self,
+        authority: Authority,
+        method: str,
+        token: str | None,
+        peer: Callable[[], str],
+        context: Any = None,
     ) -> None:
         self._authority, self._method, self._peer = authority, method, peer
+        self._context = context
         self._role = ROLE_OF.get(method, Role.ADMIN)
         self._digest = None if token is None else _digest(token)
         self._grant: Grant | None = None
         self._memories: tuple[str, ...] = ()
         self._free = method.startswith(_HEALTH)
+        # A message was let through; and another was asked for, or an answer is there, so that it was dealt with.
+        self._passed, self._worked = False, False
 
     def __exit__(
         self,
@@ -297,14 +306,21 @@ class Call(AbstractContextManager["Call"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._authority.writing.pop(self._context, None)
+        if self._free:
+            return
         refused = isinstance(error, Unauthenticated | PermissionDenied)
-        if not self._free and (refused or self._role > Role.READ):
-            self._audit(error)
+        changes = self._role > Role.READ
+        if changes and (self._worked or (self._passed and not refused)):
+            self._authority.audit.changed(self._line(error))
+        elif changes or refused:
+            self._authority.audit.refused(self._line(error))
 
     def require(self, request: Request) -> Request:
         """The request, where the caller may make it. Raises Unauthenticated, PermissionDenied."""
         if self._free:
             return request
+        self._worked = self._passed
         self._grant = grant = self._authority.grant(self._digest)
         self._memories = self._authority.memories_of(self._method, request)
         if grant.role < self._role:
@@ -314,14 +330,21 @@ class Call(AbstractContextManager["Call"]):
         ):
             about = " and ".join(map(shorten, self._memories)) or "all memories"
             raise self._denied(grant, f"a token for {about}")
-        if grant.limits is not None and self._role is Role.LEARN:
-            self._authority.require_within(grant.limits, request)
+        if self._role is Role.LEARN:
+            self._authority.writing[self._context] = grant.limits
+        self._passed = True
         return request
 
     def goes_on(self) -> None:
         """Between the answers of a stream. Raises Unauthenticated when the token was withdrawn meanwhile."""
         if not self._free:
-            self._authority.grant(self._digest)
+            self._worked = self._passed
+            self._grant = self._authority.grant(self._digest)
+
+    def _line(self, error: BaseException | None) -> Line:
+        who = "" if self._grant is None else self._grant.name
+        call = self._method.removeprefix(_PACKAGE)
+        return Line(who, self._peer(), call, self._memories, result_of(error))
 
     def _denied(self, grant: Grant, needed: str) -> PermissionDenied:
         bound = "all memories" if grant.memories is None else ", ".join(sorted(grant.memories))
@@ -329,39 +352,6 @@ class Call(AbstractContextManager["Call"]):
         return PermissionDenied(
             f"{call} needs {needed}; token {grant.name!r} has the role {grant.role.name.lower()} for {shorten(bound)}"
         )
-
-    def _audit(self, error: BaseException | None) -> None:
-        grant, now = self._grant, time.gmtime()
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", now),
-            "who": "" if grant is None else grant.name,
-            "peer": self._peer(),
-            "call": self._method.removeprefix(_PACKAGE),
-            "memories": list(self._memories),
-            "result": _result_of(error),
-        }
-        audit_log.info("%s", json.dumps(line))
-
-
-def _result_of(error: BaseException | None) -> str:
-    if error is None:
-        return "ok"
-    if isinstance(error, GeneratorExit):
-        return "client_left"
-    return type(error).__name__ if isinstance(error, RoutingServiceError) else "failed"
-
-
-def audit_to(path: Path) -> None:
-    """The audit log goes to a file, a JSON document on each line; it may be rotated. Raises InvalidField."""
-    try:
-        handler = WatchedFileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise InvalidField(
-            "--audit-log", str(path), f"a file to write to ({error.strerror})"
-        ) from error
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    audit_log.handlers, audit_log.propagate = [handler], False
-    audit_log.setLevel(logging.INFO)
 
 
 def require_own_user(connection: socket.socket) -> None:

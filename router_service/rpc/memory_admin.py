@@ -30,6 +30,7 @@ from router_service.rpc.operations import encoded
 from router_service.rpc.planes import Planes
 from router_service.rpc.quantization import decode_compression, encode_indexed, filled_layers
 from router_service.rpc.replication import Copy
+from router_service.rpc.write_limits import WriteGuard
 
 DEFAULT_EXPORT_BATCH = 512
 DEFAULT_SAMPLE = 1000
@@ -55,9 +56,10 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
         operations: Operations,
         planes: Planes,
         copies: Callable[[], list[Copy]],
+        writes: WriteGuard,
     ) -> None:
         self._store, self._operations, self._planes = store, operations, planes
-        self._copies, self._started = copies, time.monotonic()
+        self._copies, self._writes, self._started = copies, writes, time.monotonic()
 
     def CreateMemory(  # noqa: N802
         self, request: pb.CreateMemoryRequest, context: grpc.ServicerContext
@@ -114,8 +116,17 @@ class MemoryAdminService(memory_admin_pb2_grpc.MemoryAdminServiceServicer):
     ) -> Iterator[pb.UpsertResponse]:
         """Writes and acknowledges one request after the other."""
         for request in request_iterator:
-            upserted = self._store.asked(request.memory, partial(_upsert, request))
+            upserted = self._store.asked(request.memory, partial(self._upsert, request, context))
             yield pb.UpsertResponse(request_id=request.request_id, upserted=upserted)
+
+    def _upsert(
+        self, request: pb.UpsertRequest, context: grpc.ServicerContext, memory: RoutingMemory
+    ) -> int:
+        entries = codec.decode_entries(request.entries, memory.record.settings.kind)
+        fsync = codec.decode_fsync(request.durability)
+        self._writes.require(context, memory, request.layer, entries)
+        memory.upsert(request.layer, request.model_digest, entries, fsync=fsync)
+        return len(entries)
 
     def Count(self, request: pb.CountRequest, context: grpc.ServicerContext) -> pb.CountResponse:  # noqa: N802
         """Exact counts."""
@@ -245,13 +256,6 @@ def _source_pages(found: Sources) -> Iterator[pb.SourcePage]:
         if start + _SOURCES_PER_PAGE >= len(rows):
             page.unlisted_entries = found.unlisted_entries
         yield page
-
-
-def _upsert(request: pb.UpsertRequest, memory: RoutingMemory) -> int:
-    entries = codec.decode_entries(request.entries, memory.record.settings.kind)
-    fsync = codec.decode_fsync(request.durability)
-    memory.upsert(request.layer, request.model_digest, entries, fsync=fsync)
-    return len(entries)
 
 
 def _counted(request: pb.CountRequest, memory: RoutingMemory) -> list[routing_pb2.LayerDescription]:

@@ -34,7 +34,6 @@ from router_service.backends.base import Engines, Hosting, Hurried
 from router_service.backends.disk import FreeSpace, storage_call
 from router_service.errors import BackendUnavailable, EngineStopped, InvalidField, StorageError
 from router_service.jobs.auto_optimizer import AutoOptimizer
-from router_service.memories.store import MemoryStore
 from router_service.operations import Operations
 from router_service.rpc.authority import Authority
 from router_service.rpc.direct import DirectServer
@@ -102,7 +101,7 @@ class RoutingServer:
         self._planes = Planes(settings.max_in_flight, settings.message_timeout_s)
         self._backend, self._store = make_store(settings)
         self._operations = Operations()
-        self._authority = _authority(settings, self._operations, self._store)
+        self._authority = _authority(settings, self._operations)
         self._encryption = _encryption(settings)
         self._snapshots = make_snapshot_store(settings, self._backend, self._store)
         self._health = _Health()
@@ -153,6 +152,7 @@ class RoutingServer:
         self._operations.close()
         self._replication.stop()
         self._drain()
+        self._authority.audit.close()
         if isinstance(self._backend, Hurried):
             self._backend.hurry()
         if not self._operations.join(OPERATIONS_END_S):
@@ -219,7 +219,8 @@ class RoutingServer:
         routing_pb2_grpc.add_RoutingServiceServicer_to_server(self._routing, server)
         add_replication(self._replication, server)
         admin = MemoryAdminService(
-            self._store, self._operations, self._planes, self._replication.copies
+            *(self._store, self._operations, self._planes, self._replication.copies),
+            WriteGuard(self._authority.limits_of),
         )
         memory_admin_pb2_grpc.add_MemoryAdminServiceServicer_to_server(admin, server)
         doctor = DoctorService(self._store, self.settings.min_free_bytes)
@@ -277,6 +278,7 @@ class RoutingServer:
     def _look_at_waiting(self) -> None:
         while not self._stopping.wait(LOOK_AT_WAITING_S):
             self._planes.end_overdue()
+            self._authority.audit.look()
 
     def _flush_often(self) -> None:
         while not self._stopping.wait(self.settings.flush_interval_s):
@@ -313,14 +315,13 @@ class RoutingServer:
         return self._backend.engines() if isinstance(self._backend, Hosting) else Engines(0, 0)
 
 
-def _authority(settings: ServiceSettings, operations: Operations, store: MemoryStore) -> Authority:
+def _authority(settings: ServiceSettings, operations: Operations) -> Authority:
     """Raises InvalidField."""
     own = settings.listen.startswith("unix:") and not settings.others_connect
     return Authority(
         settings.tokens,
         lambda operation: operations.get(operation).memory,
         anyone=f"uid {os.getuid()}" if own else "",
-        require_within=WriteGuard(store).require,
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from knnmoe.v1 import memory_admin_pb2 as pb
 
 from router_service import checks
 from router_service.arrays import Entries
@@ -16,8 +17,6 @@ from router_service.errors import PermissionDenied, shorten
 from router_service.memories.layer import LayerMemory
 from router_service.memories.memory import RoutingMemory
 from router_service.memories.settings import Kind
-from router_service.memories.store import MemoryStore
-from router_service.rpc import codec
 
 _PAGE_ENTRIES = 1024
 
@@ -52,21 +51,25 @@ class _Held:
 class WriteGuard:
     """Holds writes to the limits of their tokens."""
 
-    def __init__(self, store: MemoryStore) -> None:
-        self._store = store
+    def __init__(self, limits_of: Callable[[Any], WriteLimits | None]) -> None:
+        """`limits_of` a call's context: see Authority."""
+        self._limits_of = limits_of
         self._held: defaultdict[tuple[str, str, int], _Held] = defaultdict(_Held)
 
-    def require(self, limits: WriteLimits, request: pb.UpsertRequest) -> None:
-        """Raises PermissionDenied, which names the token and the entry, and what looking at the entries raises.
+    def require(self, context: Any, memory: RoutingMemory, layer: int, entries: Entries) -> None:
+        """Before a call writes entries. Raises PermissionDenied, which names the token and the entry.
 
         Calls of one token at the same moment may together go beyond `max_entries` by what they are writing just then.
         """
-        memory = self._store.get(request.memory)
-        kind = memory.record.settings.kind
-        entries = codec.decode_entries(request.entries, kind)
-        layer = memory.layer(request.layer)
-        checks.require_ids("entries.ids", entries.ids)
-        _require_step(limits, kind, entries)
+        limits = self._limits_of(context)
+        if limits is not None:
+            checks.require_ids("entries.ids", entries.ids)
+            self._require(limits, memory, memory.layer(layer), entries)
+
+    def _require(
+        self, limits: WriteLimits, memory: RoutingMemory, layer: LayerMemory, entries: Entries
+    ) -> None:
+        _require_step(limits, memory.record.settings.kind, entries)
         if limits.sources:
             new = _require_own(limits, layer, entries)
             self._require_room(limits, memory, layer, new)

@@ -34,6 +34,7 @@ from knnmoe.v1 import types_pb2 as types_pb
 from knnmoe.v1.memory_admin_pb2_grpc import MemoryAdminServiceStub
 
 from tests.faults.crash_model import DIMENSION, EXPERTS, Expectation, Fact, Layer, key_of, value_of
+from tests.faults.results import say
 from tests.sidecar import LOGIT_DELTA, Sidecar
 
 NAME, LAYERS = "crash", 2
@@ -421,16 +422,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         data = (arguments.keep or Path(made)) / "data"
         try:
-            result = run(arguments.kills, arguments.seed, arguments.entries, data, _say)
+            result = run(arguments.kills, arguments.seed, arguments.entries, data, say)
         except Violation as violation:
-            _say(f"broken: {violation} (seed {arguments.seed})")
+            say(f"broken: {violation} (seed {arguments.seed})")
             return 1
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.faults import results
+
 # Of the run, which the curves' first part is left out of: pools fill, allocators settle.
 WARM_UP = 0.2
 WINDOWS = 24
-_COLUMNS = 3
+_COLUMNS = ("curve", "median:", "highest:", "slope per minute:", "over the run:", "bound:", "")
+_PICTURES_BESIDE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +92,14 @@ def theil_sen(times: NDArray[np.float64], values: NDArray[np.float64]) -> float:
 def table(verdicts: Sequence[Verdict]) -> str:
     """In Markdown."""
     rows = [
-        "| curve | median | highest | slope per minute | over the run | bound | |",
-        "|---|---:|---:|---:|---:|---:|---|",
-    ]
-    rows += [
-        f"| {each.curve} | {each.level:,.1f} | {each.highest:,.1f} | {each.slope_per_minute:+,.3f} | "
-        f"{each.growth:+,.1f} | {each.bound:,.1f} | {'flat' if each.flat else '**grows**'} |"
+        (
+            *(each.curve, f"{each.level:,.1f}", f"{each.highest:,.1f}"),
+            *(f"{each.slope_per_minute:+,.3f}", f"{each.growth:+,.1f}", f"{each.bound:,.1f}"),
+            "flat" if each.flat else "**grows**",
+        )
         for each in verdicts
     ]
-    return "\n".join(rows) + "\n"
+    return results.table(_COLUMNS, rows) + "\n"
 
 
 def draw(
@@ -109,9 +111,9 @@ def draw(
     """Each curve, what it is judged by, and the line of its slope. matplotlib comes with the runner extra."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(verdicts) // _COLUMNS)
+    rows = -(-len(verdicts) // _PICTURES_BESIDE)
     figure = Figure(figsize=(10, 2.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, _COLUMNS, sharex=True, squeeze=False).flat
+    axes = figure.subplots(rows, _PICTURES_BESIDE, sharex=True, squeeze=False).flat
     for axis, each in zip(axes, verdicts, strict=False):
         values = np.asarray(curves[each.curve], np.float64)
         times, medians = windows(np.asarray(minutes), values)

@@ -13,7 +13,6 @@ and fuzz.md, and the messages of each violation; status 1 when there is one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import threading
@@ -38,6 +37,7 @@ from tests.faults.fuzz_client import GIVE_UP_S, HANG_S, LOOK_EVERY_S, Client, Cl
 from tests.faults.messages import (
     SNAPSHOT,
 )
+from tests.faults.results import counted, publish, say, table
 from tests.faults.soak import descendants, entries_in, resident_bytes
 from tests.integration.identities import Place
 from tests.sidecar import (
@@ -55,6 +55,10 @@ from tests.sidecar import (
 )
 
 THREADS, SAY_EVERY = 6, 30
+_COLUMNS = (
+    *("RPC", "messages:", "calls:", "answered:", "refused"),
+    *("slowest, ms:", "longest silence, ms:"),
+)
 # The memories that nobody touches.
 KEPT = {"kept-assignments": ASSIGNMENT, "kept-deltas": LOGIT_DELTA, "kept-logits": LOGITS}
 KEPT_ENTRIES = 60
@@ -177,8 +181,7 @@ def run(
         "highest_rss_mib": round(highest, 1),
         "violations": [*tally.violations, *problems],
     }
-    (out / "fuzz.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "fuzz.md").write_text(report(result))
+    publish(out, "fuzz", result, report(result))
     return result
 
 
@@ -255,18 +258,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], when: str) -> list
 
 def report(result: dict[str, Any]) -> str:
     """In Markdown."""
-    rows = [
-        "| RPC | messages | calls | answered | refused | slowest, ms |",
-        "|---|---:|---:|---:|---|---:|",
-    ]
-    for path, each in result["of"].items():
-        codes = dict(each["codes"])
-        answered = codes.pop("OK", 0)
-        refused = ", ".join(f"{name} {count:,}" for name, count in codes.items())
-        rows.append(
-            f"| {path.removeprefix('/knnmoe.v1.')[:60]} | {each['messages']:,} | {each['calls']:,} | {answered:,} | "
-            f"{refused} | {1000 * each['slowest_s']:,.0f} | {1000 * each['silent_s']:,.0f} |"
-        )
+    rows = [_row(path, each) for path, each in result["of"].items()]
     codes = Counter[str]()
     for each in result["of"].values():
         codes.update(each["codes"])
@@ -275,19 +267,28 @@ def report(result: dict[str, Any]) -> str:
         for name, before in result["held_before"].items()
     ]
     hangs = sum(each["hangs"] for each in result["of"].values())
-    forms = ", ".join(f"{name} {count:,}" for name, count in result["forms"].items())
     lines = [
         f"{result['messages']:,} messages in {result['calls']:,} calls, seed {result['seed']}, "
         f"{result['seconds']:,} s. INTERNAL or UNKNOWN: {codes['INTERNAL'] + codes['UNKNOWN']}; "
         f"silent over {HANG_S:g} s: {hangs}; violations of all kinds: {len(result['violations'])}.",
-        f"Forms: {forms}.",
+        f"Forms: {counted(result['forms'])}.",
         f"Before -> after: {'; '.join(held)}; RSS of the service meanwhile at most {result['highest_rss_mib']:,} MiB.",
         "",
-        *rows,
+        table(_COLUMNS, rows),
         "",
         *(f"- {each[:2000]}" for each in result["violations"][:50]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _row(path: str, each: dict[str, Any]) -> list[str]:
+    codes = dict(each["codes"])
+    answered, slowest_s, silent_s = codes.pop("OK", 0), each["slowest_s"], each["silent_s"]
+    return [
+        path.removeprefix("/knnmoe.v1.")[:60],
+        *(f"{each['messages']:,}", f"{each['calls']:,}", f"{answered:,}", counted(codes)),
+        *(f"{1000 * slowest_s:,.0f}", f"{1000 * silent_s:,.0f}"),
+    ]
 
 
 def main() -> int:
@@ -300,13 +301,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--out", type=Path, default=Path("fuzz-results"))
     arguments = parser.parse_args()
-    result = run(arguments.messages, arguments.seed, arguments.out, _say, arguments.threads)
+    result = run(arguments.messages, arguments.seed, arguments.out, say, arguments.threads)
     sys.stdout.write((arguments.out / "fuzz.md").read_text())
     return int(bool(result["violations"]))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import threading
@@ -35,10 +34,12 @@ from model_runner.routing_policy import Lookups
 from model_runner.small_moe import MODEL_DIR, data_file
 from model_runner.texts import Window, read_windows
 from tests.faults import generation_world as worlds
+from tests.faults import results
 from tests.faults.crowd import Crowd
 from tests.faults.generation_world import MEMORY, STALE_S, Happen, Life, Made, Token, World, Writer
 from tests.faults.replica_oracle import Expected
 from tests.faults.replica_oracle import Violation as Wrong
+from tests.faults.results import counted, publish, quantiles, say, spread
 
 # Why a lookup in the sidecar may fall back while something happens to it.
 REASONS = {
@@ -54,6 +55,11 @@ REMOTE, REPLICA, FRESH = "remote", "replica", f"replica, at most {STALE_S:g} s o
 # What has ended, and the service still works at.
 _SETTLED_S, _BACK_S = 10.0, 90.0
 _ROWS = 500
+_COLUMNS = (
+    *("fault", "over", "retrieval", "tokens:", "without the memory:", "lookups:", "answered:"),
+    *("fell back", "usual ms:", "added ms p50 / p99 / max:", "without the fault:"),
+    *("longest wait ms:", "back after s:", "wrong"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +138,7 @@ def _ms(seconds: float) -> float:
 
 
 def _added(tokens: Sequence[Token], usual_s: float) -> dict[str, float]:
-    added = np.array([token.took_s for token in tokens]) - usual_s
-    found = {"p50": np.quantile(added, 0.5), "p99": np.quantile(added, 0.99), "max": added.max()}
-    return {name: _ms(float(value)) for name, value in found.items()}
+    return quantiles([1000 * (token.took_s - usual_s) for token in tokens], 2)
 
 
 class Run:
@@ -445,30 +449,22 @@ def shipped(seed: int, windows: int, texts: int) -> tuple[LoadedModel, list[Wind
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| fault | over | retrieval | tokens | without the memory | lookups | answered | fell back | usual ms "
-        "| added ms p50 / p99 / max | without the fault | longest wait ms | back after s | wrong |",
-        "|---|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|---|",
-    ]
-    for row in rows:
-        added, usual = (
-            " / ".join(f"{row[name][q]:.1f}" for q in ("p50", "p99", "max"))
-            for name in ("added_ms", "added_without_ms")
-        )
-        reasons = ", ".join(f"{n} {reason}" for reason, n in row["fell_back"].items()) or "none"
-        cells = [
+    cells = [
+        (
             *(row["fault"], row["over"], row["retrieval"], row["tokens"], row["plain_tokens"]),
-            *(row["lookups"], row["answered"], reasons, f"{row['usual_ms']:.1f}", added, usual),
-            *(f"{row['longest_wait_ms']:.1f}", f"{row['recovered_s']:.2f}"),
-            "; ".join(row["wrong"]) or "nothing",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    crowds = [(row["over"], row["crowd"]) for row in rows if "crowd" in row]
-    return "\n".join([*lines, "", *(_sentence(*each) for each in crowds)]).rstrip() + "\n"
+            *(row["lookups"], row["answered"], counted(row["fell_back"])),
+            *(f"{row['usual_ms']:.1f}", spread(row["added_ms"], 1)),
+            *(spread(row["added_without_ms"], 1), f"{row['longest_wait_ms']:.1f}"),
+            *(f"{row['recovered_s']:.2f}", "; ".join(row["wrong"]) or "nothing"),
+        )
+        for row in rows
+    ]
+    crowds = [_sentence(row["over"], row["crowd"]) for row in rows if "crowd" in row]
+    return "\n".join([results.table(_COLUMNS, cells), "", *crowds]).rstrip() + "\n"
 
 
 def _sentence(over: str, crowd: dict[str, Any]) -> str:
-    became = ", ".join(f"{crowd[kind]} {kind}" for kind in sorted(_became(crowd)))
+    became = counted(dict(sorted(_became(crowd).items())))
     return (
         f"Overloaded, over {over}: the others sent {crowd['sent_per_s']:.0f} lookups a second, where "
         f"{crowd['could_serve_per_s']:.0f} could be served; of {crowd['sent']}: {became}.  "
@@ -515,23 +511,17 @@ def main() -> int:
             where = (Path(home), loaded, windows, over, faults is ON_SERVER, flags)
             with World(*where) as world:
                 run = Run(world, plan, prompts)
-                run.all(chosen, (REMOTE, REPLICA, FRESH), _say)
+                run.all(chosen, (REMOTE, REPLICA, FRESH), say)
         found["rows"] += [outcome.row() for outcome in run.outcomes]
         found["wrong"] += run.wrong
         found["lookups_compared"] += run.checked
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "generation.json").write_text(json.dumps(found, indent=1) + "\n")
     shown = table(found["rows"])
-    (options.out / "generation.md").write_text(shown)
+    publish(options.out, "generation", found, shown)
     sys.stdout.write(shown)
     wrong = found["wrong"] + [problem for row in found["rows"] for problem in row["wrong"]]
     for problem in wrong:
-        _say(f"broken: {problem} (seed {options.seed})")
+        say(f"broken: {problem} (seed {options.seed})")
     return 1 if wrong else 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -23,16 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tests.faults import results
 from tests.faults.cluster_load import Call, Load, options, wait_until_equal
 from tests.faults.namespaces import Network, inside, obstacle
+from tests.faults.results import counted, publish, quantiles, say, spread
 from tests.qdrant_standin import QdrantCluster
 from tests.sidecar import Sidecar
 
 NODES, SIDECAR, LOST = 3, 0, 3  # hosts: the sidecar, then nodes; which node is lost
 WRITES = ("upserts", "deletes")
 _BACK_S, _LOOK_S = 60.0, 0.02
+_COLUMNS = (
+    *("fault", "lookups:", "ms p50 / p99 / max:", "writes:", "ms p50 / p99 / max:", "refused"),
+    *("packets late / lost:", "not as acknowledged:", "wrong answers:"),
+    *("back after s:", "all equal after s:"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,34 +246,22 @@ def _row(name: str, calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def _times(calls: Sequence[Call]) -> dict[str, float]:
-    took_ms = 1000 * np.array([call.ended_s - call.began_s for call in calls])
-    found = {"p50": np.quantile(took_ms, 0.5), "p99": np.quantile(took_ms, 0.99)}
-    return {
-        name: round(float(value), 1) for name, value in (found | {"max": took_ms.max()}).items()
-    }
+    return quantiles([1000 * (call.ended_s - call.began_s) for call in calls], 1)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| fault | lookups | ms p50 / p99 / max | writes | ms p50 / p99 / max | refused "
-        "| packets late / lost | not as acknowledged | wrong answers | back after s | all equal after s |",
-        "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lookups, writes = (
-            " / ".join(f"{row[name][q]:.0f}" for q in ("p50", "p99", "max"))
-            for name in ("lookup_ms", "write_ms")
-        )
-        refused = ", ".join(f"{n} {what}" for what, n in row["refused"].items()) or "none"
-        cells = [
-            *(row["fault"], row["lookups"], lookups, row["writes"], writes, refused),
+    cells = [
+        (
+            *(row["fault"], row["lookups"], spread(row["lookup_ms"], 0)),
+            *(row["writes"], spread(row["write_ms"], 0), counted(row["refused"])),
             f"{row['packets_delayed']} / {row['packets_dropped']}",
             *(len(row["lost"]), len(row["wrong"])),
             *(f"{row['back_s']:.2f}", f"{row['equal_s']:.2f}"),
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        )
+        for row in rows
+    ]
+    return results.table(_COLUMNS, cells) + "\n"
 
 
 def main() -> int:
@@ -281,22 +274,17 @@ def main() -> int:
     parser.add_argument("--fault-s", type=float, default=Plan.fault_s, help="a fault's least time")
     options = parser.parse_args()
     if (why := obstacle()) is not None:
-        _say(f"skipped: {why}")
+        say(f"skipped: {why}")
         return 0
     with tempfile.TemporaryDirectory() as made:
-        rows = run(Plan(options.seed, fault_s=options.fault_s), FAULTS, Path(made), _say)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "network.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (options.out / "network.md").write_text(table(rows))
-    sys.stdout.write(table(rows))
+        rows = run(Plan(options.seed, fault_s=options.fault_s), FAULTS, Path(made), say)
+    shown = table(rows)
+    publish(options.out, "network", rows, shown)
+    sys.stdout.write(shown)
     broken = [problem for row in rows for problem in (*row["lost"], *row["wrong"])]
     for problem in broken:
-        _say(f"broken: {problem} (seed {options.seed})")
+        say(f"broken: {problem} (seed {options.seed})")
     return 1 if broken else 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 from model_runner.replica import native
 from tests.faults.replica_oracle import Violation
 from tests.faults.replica_world import LARGE, SCANNED, SMALL, Size, World
+from tests.faults.results import say
 
 LEAST_RECALL = 0.99
 SIZES = {"exact": SMALL, "pca": LARGE, "auto": SCANNED}
@@ -94,20 +95,16 @@ def main() -> int:
     arguments = parser.parse_args()
     size = SIZES[arguments.first_pass]
     if arguments.first_pass == "auto" and native.compiled() is None:
-        _say("nothing scans keys as bytes here: it was not compiled")
+        say("nothing scans keys as bytes here: it was not compiled")
         return 1
     torch.set_num_threads(1)
     try:
-        result = run(arguments.steps, arguments.seed, arguments.check_every, size, _say)
+        result = run(arguments.steps, arguments.seed, arguments.check_every, size, say)
     except Violation as violation:
-        _say(f"broken: {violation} (seed {arguments.seed})")
+        say(f"broken: {violation} (seed {arguments.seed})")
         return 1
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

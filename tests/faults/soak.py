@@ -13,7 +13,6 @@ call failed, the service logged a defect, or the replica has not what the servic
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 from knnmoe.client import AdminClient, ReplicationClient
 
 from tests.faults.curves import Bound, Verdict, draw, judge, table
+from tests.faults.results import counted, publish, say
 from tests.faults.soak_load import (
     EXPERTS,
     FULL,
@@ -261,10 +261,9 @@ def _is_defect(line: str) -> bool:
 
 def report(result: dict[str, Any], verdicts: list[Verdict]) -> str:
     """In Markdown."""
-    done = ", ".join(f"{name} {count:,}" for name, count in result["done"].items())
     grows = [each.curve for each in verdicts if not each.flat]
     lines = [
-        f"{result['minutes']:g} minutes, seed {result['seed']}. Done: {done}.",
+        f"{result['minutes']:g} minutes, seed {result['seed']}. Done: {counted(result['done'])}.",
         "",
         table(verdicts),
         f"Growing: {', '.join(grows) or 'none'}. Problems: {len(result['problems'])}.",
@@ -274,8 +273,7 @@ def report(result: dict[str, Any], verdicts: list[Verdict]) -> str:
 
 
 def _write(result: dict[str, Any], verdicts: list[Verdict], out: Path) -> None:
-    (out / "soak.json").write_text(json.dumps(result) + "\n")
-    (out / "soak.md").write_text(report(result, verdicts))
+    publish(out, "soak", result, report(result, verdicts), indent=None)
     draw(result["at_minute"], result["curves"], verdicts, out / "soak.png")
 
 
@@ -288,13 +286,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("soak-results"))
     arguments = parser.parse_args()
-    result = run(arguments.minutes, arguments.seed, arguments.out, _say)
+    result = run(arguments.minutes, arguments.seed, arguments.out, say)
     sys.stdout.write((arguments.out / "soak.md").read_text())
     return int(bool(result["problems"]) or not all(each["flat"] for each in result["verdicts"]))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ INTERNAL or UNKNOWN or hung.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import statistics
@@ -31,8 +30,10 @@ from tests.faults import (
     bad_inputs,
     damaged_files,
     model_faults,
+    results,
     service_faults,
 )
+from tests.faults.results import say
 from tests.faults.rounds import CannotRun, Found, Round
 
 Fault = Callable[[Round], None]
@@ -78,14 +79,14 @@ FAULTS: dict[str, Fault] = {
 _BEGIN, _END = "<!-- python -m tests.faults.suite: faults -->", "<!-- end -->"
 _COLUMNS = (
     "fault",
-    "injected",
-    "writes acknowledged",
-    "lookups compared",
-    "entries lost",
-    "wrong answers",
-    "defects",
-    "recovers in, median",
-    "longest",
+    "injected:",
+    "writes acknowledged:",
+    "lookups compared:",
+    "entries lost:",
+    "wrong answers:",
+    "defects:",
+    "recovers in, median:",
+    "longest:",
 )
 _MOST_LINES = 5
 
@@ -143,23 +144,24 @@ class Suite:
 
 def table(found: Mapping[str, Found], left_out: Mapping[str, str]) -> str:
     """In Markdown, a row for each fault."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", f"| --- |{' ---: |' * (len(_COLUMNS) - 1)}"]
-    for name, each in found.items():
-        if name in left_out:
-            lines.append(f"| {name} | not run: {left_out[name]} |{' |' * (len(_COLUMNS) - 2)}")
-            continue
-        times = sorted(each.recoveries_s)
-        cells = [
-            name,
-            f"{each.injected:,}",
-            f"{each.writes:,}",
-            f"{each.lookups:,}",
-            *(str(len(those)) for those in (each.lost, each.wrong, each.defects)),
-            _seconds(statistics.median(times)) if times else "",
-            _seconds(times[-1]) if times else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [name, f"not run: {left_out[name]}", *[""] * (len(_COLUMNS) - 2)]
+        if name in left_out
+        else _row(name, each)
+        for name, each in found.items()
+    ]
+    return results.table(_COLUMNS, rows)
+
+
+def _row(name: str, each: Found) -> list[str]:
+    times = sorted(each.recoveries_s)
+    return [
+        name,
+        *(f"{number:,}" for number in (each.injected, each.writes, each.lookups)),
+        *(str(len(those)) for those in (each.lost, each.wrong, each.defects)),
+        _seconds(statistics.median(times)) if times else "",
+        _seconds(times[-1]) if times else "",
+    ]
 
 
 def _seconds(value: float) -> str:
@@ -233,21 +235,19 @@ def main(words: Sequence[str] | None = None) -> int:
         ["python -m tests.faults.suite", *(sys.argv[1:] if words is None else words)]
     )
     began_s = time.monotonic()
-    suite = Suite(chosen(given.only), given.seed, lambda line: _say(began_s, line))
+    suite = Suite(
+        chosen(given.only),
+        given.seed,
+        lambda line: say(f"[{time.monotonic() - began_s:4.0f} s] {line}"),
+    )
     suite.run(3600 * given.hours if given.hours else 60 * given.minutes, given.rounds)
     seconds = time.monotonic() - began_s
     text = report(suite, command, seconds)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "faults.json").write_text(json.dumps(as_json(suite, command, seconds), indent=1))
-    (given.out / "faults.md").write_text(text)
+    results.publish(given.out, "faults", as_json(suite, command, seconds), text)
     if given.page is not None:
         put_into(given.page, text)
     sys.stdout.write(text)
     return int(suite.is_broken)
-
-
-def _say(began_s: float, line: str) -> None:
-    sys.stderr.write(f"[{time.monotonic() - began_s:4.0f} s] {line}\n")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,3 @@ class Place:
 
     def credentials(self, token: str | None = None, **fields: Any) -> Credentials:
         return Credentials(token_file=None if token is None else self.files[token], **fields)
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]

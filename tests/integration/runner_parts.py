@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_runner.architectures import Assignment
-from model_runner.evaluation.nll import score
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import BuildReport, MemoryBuilder, Target
 from model_runner.memory_builder.recipes import PRESETS
@@ -27,6 +26,7 @@ from model_runner.progress import Progress
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.text_files import Example
 from model_runner.texts import Window, cut_windows
 from tests.sidecar import DENSE_VALUES, Sidecar, exported

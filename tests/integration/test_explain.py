@@ -14,11 +14,11 @@ from knnmoe import tensors
 from model_runner.architectures import Assignment
 from model_runner.errors import BadInput, HooksInUse
 from model_runner.evaluation.explain import NO_CASE, Explanation, explain, prompt_windows
-from model_runner.evaluation.nll import score
 from model_runner.memory_builder.entries import entry_ids
 from model_runner.router_client import OnError, RouterClient
 from model_runner.router_hooks import RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.texts import Window
 from model_runner.token_texts import TokenTexts
 from tests.families import CORE_FAMILIES, prompt, shared_model

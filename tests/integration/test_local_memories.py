@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from knnmoe.client import AdminClient
 
-from model_runner.evaluation.nll import score
 from model_runner.experiments.arms import preset_setting
 from model_runner.experiments.local import LocalMemory, collect, values_of
 from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.wire import encode_by_layer
 from tests.integration.runner_parts import (
     BATCH_SIZE,

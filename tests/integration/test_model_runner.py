@@ -19,13 +19,14 @@ from knnmoe.v1.types_pb2 import SUPPORT_TOP_K, MemorySettings
 
 from model_runner.architectures import Assignment
 from model_runner.architectures.discovery import find_router_sites
-from model_runner.evaluation.nll import difference, score
+from model_runner.evaluation.nll import difference
 from model_runner.fingerprint import model_fingerprint
 from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.recipes import PRESETS
 from model_runner.router_client import CircuitBreaker, OnError, RouterClient
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.wire import encode_by_layer
 from router_service.memories.calibration import COPY_SHARE
 from tests.integration.runner_parts import (

@@ -13,7 +13,6 @@ from knnmoe.v1.routing_pb2 import MemoryDescription
 from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import score
 from model_runner.memory_builder.boosted_memories import MemoryChanged
 from model_runner.memory_builder.boosting import Boosted, Booster, Deltas, Outcome, verdict
 from model_runner.memory_builder.builder import MemoryBuilder
@@ -22,6 +21,7 @@ from model_runner.memory_builder.recipes import RECOMMENDED, step
 from model_runner.memory_builder.traces import GradientSettings, traced_windows
 from model_runner.progress import Progress
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.texts import Window, batched, make_batch
 from tests.integration.runner_parts import (
     BATCH_SIZE,

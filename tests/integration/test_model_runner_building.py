@@ -10,7 +10,7 @@ from knnmoe.client import AdminClient, KindMismatch
 from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import oracle_scores, score
+from model_runner.evaluation.nll import oracle_scores
 from model_runner.memory_builder.builder import (
     GradientSettings,
     MemoryBuilder,
@@ -19,6 +19,7 @@ from model_runner.memory_builder.builder import (
 )
 from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED, Direction, Kind, Recipe
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from tests.families import LONGEST_SUM
 from tests.integration.runner_parts import (
     BATCH_SIZE,

@@ -19,11 +19,11 @@ from knnmoe.client.direct import DirectStream
 from torch import Tensor
 
 from model_runner import router_client
-from model_runner.evaluation.nll import score
 from model_runner.progress import Progress
 from model_runner.router_client import CircuitBreaker, OnError, RouterClient
 from model_runner.router_hooks import RouterCall, RouterHooks
 from model_runner.routing_policy import Lookups, RetrievalPolicy
+from model_runner.scoring import score
 from tests.integration.runner_parts import (
     BATCH_SIZE,
     LAYERS,

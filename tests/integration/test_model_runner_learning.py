@@ -11,11 +11,11 @@ from knnmoe.v1.types_pb2 import MemorySettings
 
 from model_runner import router_client
 from model_runner.errors import BadInput, HooksInUse
-from model_runner.evaluation.nll import score
 from model_runner.memory_builder.learner import KnownTokens, Learnt, OnlineLearner
 from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED
 from model_runner.router_hooks import RouterHooks
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from model_runner.texts import Window
 from tests.integration.runner_parts import (
     BATCH_SIZE,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from knnmoe.client import ServiceUnavailable
 
-from model_runner.evaluation.nll import score
 from model_runner.router_client import CircuitBreaker, OnError, RouterClient
 from model_runner.routing_policy import RetrievalPolicy
+from model_runner.scoring import score
 from tests.integration.runner_parts import (
     LAYERS,
     QUIET,

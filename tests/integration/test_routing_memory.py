@@ -24,9 +24,9 @@ from model_runner import (
     model_fingerprint,
 )
 from model_runner.errors import BadInput, HooksInUse, UnsupportedModel
-from model_runner.evaluation.nll import score
 from model_runner.memory_builder.recipes import PRESETS
 from model_runner.progress import Progress
+from model_runner.scoring import score
 from model_runner.text_files import examples_of
 from model_runner.texts import cut_windows
 from tests.integration.runner_parts import (

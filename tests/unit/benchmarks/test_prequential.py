@@ -10,7 +10,7 @@ import pytest
 from knnmoe.client import ExampleRef
 
 from benchmarks.prequential import Stream, StreamSettings, draw_stream, results_of, third
-from model_runner.evaluation.nll import Scores
+from model_runner.scoring import Scores
 from tests.tiny_checkpoint import byte_tokenizer
 
 

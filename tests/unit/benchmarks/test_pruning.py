@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.pruning import Settings, texts_of
 from benchmarks.pruning_arms import CURVE, POLICIES, RANDOM, SHARES, Arm, Pruner, Size, arms
 from benchmarks.pruning_report import FULL, Row, Trial, gain_kept, plot, rows_of, table_of
-from model_runner.evaluation.nll import Scores
+from model_runner.scoring import Scores
 from router_service.memories.settings import Kind
 from router_service.retention.plan import validate
 from router_service.rpc.retention import decode_plan

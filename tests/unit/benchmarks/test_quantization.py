@@ -12,7 +12,7 @@ from knnmoe.v1 import quantization_pb2 as pb
 from rich.console import Console
 
 from benchmarks.quantization import COMPRESSIONS, _row, table_of
-from model_runner.evaluation.nll import Scores
+from model_runner.scoring import Scores
 from router_service.backends.base import Compression, Quantization
 
 

@@ -28,9 +28,10 @@ from model_runner.evaluation.harm_control import (
     least_harm,
     readings,
 )
-from model_runner.evaluation.nll import Difference, difference, score
+from model_runner.evaluation.nll import Difference, difference
 from model_runner.progress import Progress
 from model_runner.replica.held import HeldMemory, policy_of
+from model_runner.scoring import score
 from model_runner.texts import Window
 from tests.families import VOCABULARY, tiny_model
 

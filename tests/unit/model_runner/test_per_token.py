@@ -11,7 +11,6 @@ import pytest
 from knnmoe.client import ExampleRef
 
 from model_runner.errors import BadInput
-from model_runner.evaluation.nll import Scores
 from model_runner.evaluation.per_token import (
     DOCUMENT_COLUMNS,
     TOKEN_COLUMNS,
@@ -22,6 +21,7 @@ from model_runner.evaluation.per_token import (
     token_rows,
     write_table,
 )
+from model_runner.scoring import Scores
 from model_runner.text_files import Example
 from model_runner.texts import Window, cut_windows
 from model_runner.token_texts import TokenClass

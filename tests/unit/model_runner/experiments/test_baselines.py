@@ -15,7 +15,6 @@ from torch import nn
 
 from model_runner.architectures.discovery import find_router_sites
 from model_runner.errors import BadInput, UnsupportedLibrary, UnsupportedModel
-from model_runner.evaluation.nll import Scores
 from model_runner.experiments import c3po, fine_tuning, in_context, knn_lm
 from model_runner.experiments.arms import RECOMMENDED, Arm
 from model_runner.experiments.baselines import METHODS, baselines
@@ -25,6 +24,7 @@ from model_runner.experiments.reading import read, read_batch
 from model_runner.experiments.report import main_tables
 from model_runner.experiments.results import Result
 from model_runner.experiments.study import Study
+from model_runner.scoring import Scores
 from model_runner.texts import Window, make_batch
 from tests.unit.model_runner.experiments.studies import tiny_study, windows_of
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from model_runner.errors import BadInput
-from model_runner.replica.layer import INFINITY, KEY_DTYPES, LayerReplica, LookupLock
+from model_runner.lookup_lock import LookupLock
+from model_runner.replica.layer import INFINITY, KEY_DTYPES, LayerReplica
 from model_runner.replica.search import nearest
 
 D, W = 16, 4
@@ -182,28 +183,6 @@ def test_the_device_is_waited_for_before_and_after_what_changes() -> None:
     assert seen == [(norm, 1), (norm, 0)]
 
 
-def test_a_commit_waits_for_lookups_and_they_for_it() -> None:
-    lock, events = LookupLock(), list[str]()
-    inside, waiting = threading.Event(), threading.Event()
-
-    def committed() -> None:
-        inside.wait()
-        waiting.set()
-        with lock.committing():
-            events.append("commit")
-
-    with ThreadPoolExecutor(1) as pool:
-        with lock:
-            inside.set()
-            job = pool.submit(committed)
-            waiting.wait()
-            events.append("lookup")
-        job.result()
-        with lock:
-            events.append("lookup")
-    assert events == ["lookup", "commit", "lookup"]
-
-
 def test_lookups_see_all_of_a_commit_or_nothing() -> None:
     """Every commit replaces all entries: a lookup of all finds those of one value."""
     layer, ids = LayerReplica(D, W), u64(*range(20))
@@ -234,24 +213,3 @@ def test_lookups_see_all_of_a_commit_or_nothing() -> None:
         sys.setswitchinterval(before_s)
     assert {len(values) for values in seen} == {2}
     assert {count for count, *_ in seen} == {20}
-
-
-def test_a_thread_that_is_inside_enters_again_while_a_commit_waits() -> None:
-    lock, inside, done = LookupLock(), threading.Event(), threading.Event()
-
-    def commit() -> None:
-        inside.wait()
-        with lock.committing():
-            done.set()
-
-    thread = threading.Thread(target=commit)
-    thread.start()
-    with lock:
-        inside.set()
-        while not lock._committing:  # the commit has come, and waits
-            pass
-        with lock:
-            assert not done.is_set()
-        assert not done.is_set()
-    thread.join()
-    assert done.is_set()
