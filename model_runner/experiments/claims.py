@@ -110,6 +110,32 @@ def _harm_at_most(
     return read
 
 
+def _keeps_of(
+    alone: str, share: float
+) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        mine, without = (_one(rows, arm=name) for name in ("recommended", alone))
+        if mine is None or without is None:
+            return None
+        kept = mine["domain"]["delta"] / without["domain"]["delta"]
+        return kept, f"{kept:.1%}", kept >= share
+
+    return read
+
+
+def _halves(alone: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
+    """Where there is harm to halve."""
+
+    def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+        mine, without = (_one(rows, arm=name) for name in ("recommended", alone))
+        if mine is None or without is None or without["general"]["delta"] <= 0:
+            return None
+        left = mine["general"]["delta"] / without["general"]["delta"]
+        return left, f"{left:.0%} of it", left <= 0.5
+
+    return read
+
+
 def _gains(arm: str) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
     def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
         row = _one(rows, arm=arm)
@@ -253,6 +279,14 @@ CLAIMS = (
         _times_paper("recommended", 2),
     ),
     Claim("and harms by at most 0.008", "main", _harm_at_most("recommended", 0.008)),
+    Claim("at most 0.01", "main", _harm_at_most("recommended", 0.01)),
+    Claim(
+        "Without null entries it harms by at most 0.008",
+        "main",
+        _harm_at_most("recommended-alone", 0.008),
+    ),
+    Claim("Null entries keep 95 % of its gain", "main", _keeps_of("recommended-alone", 0.95)),
+    Claim("and halve its harm", "main", _halves("recommended-alone")),
     Claim("`boosted` gains at least three times as much", "main", _times_paper("boosted", 3)),
     Claim("and harms by at most 0.015", "main", _harm_at_most("boosted", 0.015)),
     Claim(
@@ -387,6 +421,18 @@ ANSWERS = (
                 },
             )
             for lambda0, null in ((0.1, 0.5), (0.3, 0.5), (0.5, 0.5), (0.3, 2.0), (0.3, 4.0))
+        ],
+    ),
+    Answer(
+        "Next check 2, as it was solved: general text in the memory, as a share of the reference (test)",
+        "null-entries",
+        [
+            ("none", {"values": "none", "split": "test"}),
+            *(
+                (f"{share:g}, {said}", {"values": values, "share": share, "split": "test"})
+                for values, said in (("null", "changing nothing"), ("learned", "learned"))
+                for share in (0.25, 0.5, 1.0)
+            ),
         ],
     ),
     Answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -231,6 +232,30 @@ def drift_rows(study: Study, _part: str) -> Iterator[Row]:
                 stream.learn(block)
 
 
+# Windows of general text in the memory, as shares of the reference's.
+_SHARES = (0.0, 0.25, 0.5, 1.0)
+
+
+def null_rows(study: Study, _part: str) -> Iterator[Row]:
+    """General text in the memory, as entries that change nothing, and as entries that have learned like the others."""
+    setting = preset_setting("recommended")
+    memory = fitted_memory(study, setting)
+    general = collect(study.loaded, study.texts.general_reference, study.progress)
+    learned = values_of(general, setting.recipe, study.traces().norms())
+    for share, values in itertools.product(_SHARES, ("null", "learned")):
+        rows = int((general.window_of < share * len(general.windows)).sum())
+        if not rows and values == "learned":
+            continue
+        keys = [torch.cat([k, g[:rows]]) for k, g in zip(memory.keys, general.keys, strict=True)]
+        added = [v[:rows] if values == "learned" else torch.zeros_like(v[:rows]) for v in learned]
+        deltas = [torch.cat(pair) for pair in zip(memory.values, added, strict=True)]
+        gammas = gammas_at(study.medians_to(keys), setting.lambda0)
+        names: Row = {"share": share, "values": values if rows else "none", "entries": rows}
+        for split in ("dev", "test"):
+            mixed = LocalMemory(keys, deltas, gammas, setting)
+            yield {**names, **changes(study, mixed, split, f"{share:g} of general text, {values}")}
+
+
 def phases(study: Study) -> Iterator[tuple[int, str, list[Window]]]:
     """The study's domain, up to three others, and its own again, in windows of the test split."""
     others = [name for name in domains(study.data) if name != study.texts.domain][:3]
@@ -253,6 +278,11 @@ EXPERIMENTS = (
         "composition",
         "Does it matter which windows a reference of a given size is made of?",
         composition_rows,
+    ),
+    Experiment(
+        "null-entries",
+        "How much general text has a memory to hold to keep silent near such text, and what does that cost?",
+        null_rows,
     ),
     Experiment(
         "drift",

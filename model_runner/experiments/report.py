@@ -419,6 +419,10 @@ SECTIONS: dict[str, tuple[str, Sequence[Section]]] = {
         "Gain against harm",
         [change_table("method", "lambda0", "null_weight", "split")],
     ),
+    "null-entries": (
+        "General text in the memory",
+        [change_table("share", "values", "entries", "split")],
+    ),
     "source": ("Where the gain comes from", [change_table("changed")]),
     "rounds": (
         "Boosting rounds",
