@@ -4,7 +4,8 @@
     import model_runner.harness.model
     lm_eval.simple_evaluate("knn-moe", {"pretrained": DIR, "memory": "law"}, tasks=["medqa_4options"])
 
-lm_eval 0.4 looks for no plug-ins: its own command does not know models of other packages, `model-runner lm-eval` does.
+lm_eval's own command finds it by the entry point `lm_eval.models`, in releases after 0.4.13, which looks for none;
+`model-runner lm-eval` is that command with this module imported.
 """
 
 from __future__ import annotations

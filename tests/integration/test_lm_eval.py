@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,20 @@ def test_a_memory_makes_what_it_knows_likelier(
     info = lm.get_model_info()
     assert info["memory_entries"] > 0 < info["memory_lambda_mean"] < 1
     assert info["memory_fallbacks"] == 0
+
+
+def test_a_harness_that_reads_entry_points_finds_it() -> None:
+    """lm_eval after 0.4.13 keeps them as placeholders, which its registry of that release resolves already."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import Registry, get_model
+
+    import model_runner.harness.model  # noqa: F401
+
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
+    [(name, where)] = project["entry-points"]["lm_eval.models"].items()
+    registry: Any = Registry("model", base_cls=LM)
+    registry.register(name, target=EntryPoint(name, where, "lm_eval.models"))
+    assert registry.get("knn-moe") is get_model("knn-moe")
 
 
 def test_what_changes_while_it_scores_ends_it(
