@@ -180,6 +180,8 @@ def test_what_is_refused_at_once(
         knn_moe(MODEL_DIR, ram_sidecar, empty)
     with pytest.raises(BadInput, match="retrieval: got 'here', expected"):
         knn_moe(checkpoint, ram_sidecar, empty, retrieval="here")
+    with pytest.raises(BadInput, match="max_staleness_s: got 'soon', expected seconds from 0 on"):
+        knn_moe(checkpoint, ram_sidecar, empty, max_staleness_s="soon")
     with pytest.raises(BadInput, match="use_cache: its answers"):
         CachingLM(knn_moe(checkpoint, ram_sidecar, empty), str(tmp_path / "answers.db"))
     CachingLM(knn_moe(checkpoint, ram_sidecar, None), str(tmp_path / "answers.db"))
