@@ -32,7 +32,8 @@ from model_runner.small_moe import MODEL_DIR
 
 log = logging.getLogger(__name__)
 
-# A busy sidecar gets its time, as with `model-runner evaluate`.
+# A busy sidecar gets its time, as with `model-runner evaluate`; a replica too, since whether the memory was changed is
+# asked after each kind of request.
 TIMEOUT_S = 60.0
 
 
@@ -66,7 +67,7 @@ class KnnMoeLM(HFLM):  # type: ignore[misc]
         replica_memory: str | int | None = None,
         replica_keys: Any = "f32",
         first_pass: str = "auto",
-        max_staleness_s: float | None = None,
+        max_staleness_s: float | None = TIMEOUT_S,
         timeout_s: float = TIMEOUT_S,
         device: str | None = None,
         **options: Any,
