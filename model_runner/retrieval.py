@@ -68,8 +68,11 @@ class Retrieval:
     max_staleness_s: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a place, or keys, that there are not, BadInput for another first pass."""
+        """Raises ValueError for a place, keys or an age that cannot be, BadInput for another first pass."""
         require_choice(self.first_pass)
+        oldest_s = self.max_staleness_s
+        if oldest_s is not None and not (isinstance(oldest_s, int | float) and oldest_s >= 0):
+            raise ValueError(f"max_staleness_s: got {oldest_s!r}, expected seconds from 0 on")
         object.__setattr__(self, "where", Where(self.where))
         if self.keys not in KEY_BYTES:
             raise ValueError(f"keys: got {self.keys!r}, expected one of {', '.join(KEY_BYTES)}")

@@ -158,10 +158,10 @@ def lm_eval(
 ) -> None:
     """Run lm-evaluation-harness with the model `knn-moe`, a frozen model and its memory.
 
-    It is the command lm_eval of that package, which has no plug-ins: here it also knows `--model knn-moe`. Model
-    arguments are those of `hf`, and memory, target, retrieval, replica_memory, replica_keys, first_pass,
-    max_staleness_s, timeout_s; without memory= it is `hf`. A lookup that fails, or a memory that is changed meanwhile,
-    ends the run: scores never mix. Needs `pip install 'knn-moe[runner,harness]'`. For example:
+    It is the command lm_eval of that package, which up to 0.4.13 has no plug-ins: here it also knows `--model
+    knn-moe`. Model arguments are those of `hf`, and memory, target, retrieval, replica_memory, replica_keys,
+    first_pass, max_staleness_s, timeout_s; without memory= it is `hf`. A lookup that fails, or a memory that is changed
+    meanwhile, ends the run: scores never mix. Needs `pip install 'knn-moe[runner,harness]'`. For example:
 
         model-runner lm-eval --model knn-moe --model_args pretrained=DIR,memory=law --tasks medqa_4options
     """

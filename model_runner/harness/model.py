@@ -4,7 +4,8 @@
     import model_runner.harness.model
     lm_eval.simple_evaluate("knn-moe", {"pretrained": DIR, "memory": "law"}, tasks=["medqa_4options"])
 
-lm_eval 0.4 looks for no plug-ins: its own command does not know models of other packages, `model-runner lm-eval` does.
+lm_eval's own command finds it by the entry point `lm_eval.models`, in releases after 0.4.13, which looks for none;
+`model-runner lm-eval` is that command with this module imported.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from model_runner.small_moe import MODEL_DIR
 
 log = logging.getLogger(__name__)
 
-# A busy sidecar gets its time, as with `model-runner evaluate`.
+# A busy sidecar gets its time, as with `model-runner evaluate`; a replica too, since whether the memory was changed is
+# asked after each kind of request.
 TIMEOUT_S = 60.0
 
 
@@ -65,7 +67,7 @@ class KnnMoeLM(HFLM):  # type: ignore[misc]
         replica_memory: str | int | None = None,
         replica_keys: Any = "f32",
         first_pass: str = "auto",
-        max_staleness_s: float | None = None,
+        max_staleness_s: float | None = TIMEOUT_S,
         timeout_s: float = TIMEOUT_S,
         device: str | None = None,
         **options: Any,

@@ -20,7 +20,9 @@ from model_runner.harness.sets import Item
 
 GRAM_WORDS = 8
 SIZES = (20, 1000)
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[^\W_]+")  # a blank to be filled in is punctuation
+# Soft hyphens, zero-width spaces and joiners, byte order marks: within words, and not to be seen.
+_INVISIBLE = dict.fromkeys((0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF))
 
 
 class Reason(StrEnum):
@@ -106,9 +108,10 @@ def make_reference(
     reference = Reference((), len(items), tuple(left_out), remaining, known.common)
     if len(candidates) < size:
         why = ", ".join(f"{n} {reason}" for reason, n in reference.reasons.most_common())
+        smaller = "a smaller --size, or " if len(candidates) >= SIZES[0] else ""
         raise BadInput(
-            f"size: got {size}, but of {len(items)} rows {len(candidates)} remain ({why or 'none left out'}); give a "
-            "smaller --size, or more --files"
+            f"size: got {size}, but of {len(items)} rows {len(candidates)} remain ({why or 'none left out'}); give "
+            f"{smaller}more --files"
         )
     _require_own_names(candidates)
     drawn = {id(item) for item in draw(candidates, size, seed, lambda item: item.subject)}
@@ -195,8 +198,9 @@ def _left_out(item: Item, subjects: Sequence[str], seen: set[tuple[object, ...]]
 
 
 def _normal(text: str) -> str:
-    """Its words, without case, accents' spelling and punctuation."""
-    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    """Its words, without case, accents' spelling, punctuation and what is invisible."""
+    visible = unicodedata.normalize("NFKC", text.translate(_INVISIBLE))
+    return " ".join(_WORD.findall(visible.casefold()))
 
 
 def _said(item: Item) -> tuple[object, ...]:

@@ -82,6 +82,8 @@ def read_items(name: str, path: Path, seed: int) -> list[Item]:
             items.append(chosen.item(row, seed))
         except BadInput as error:
             raise BadInput(f"{path}: row {number}: {error}") from error
+    if not items:
+        raise BadInput(f"{path}: holds no rows, expected those of a split of {name}")
     return items
 
 

@@ -306,8 +306,9 @@ class Follower:
                 f"is not complete: {self._received} of {self._expected} entries{why}",
                 "replica_incomplete",
             )
+        silence = "connected, and nothing comes: the sidecar or this process gets no processor time"
         return self._unavailable(
-            f"may be {self.staleness_s:.1f} s old, expected at most {self._max_staleness_s:g} s: {failure}",
+            f"may be {self.staleness_s:.1f} s old, expected at most {self._max_staleness_s:g} s: {failure or silence}",
             "replica_stale",
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,20 @@ def test_a_memory_makes_what_it_knows_likelier(
     assert info["memory_fallbacks"] == 0
 
 
+def test_a_harness_that_reads_entry_points_finds_it() -> None:
+    """lm_eval after 0.4.13 keeps them as placeholders, which its registry of that release resolves already."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import Registry, get_model
+
+    import model_runner.harness.model  # noqa: F401
+
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
+    [(name, where)] = project["entry-points"]["lm_eval.models"].items()
+    registry: Any = Registry("model", base_cls=LM)
+    registry.register(name, target=EntryPoint(name, where, "lm_eval.models"))
+    assert registry.get("knn-moe") is get_model("knn-moe")
+
+
 def test_what_changes_while_it_scores_ends_it(
     ram_sidecar: Sidecar, empty: str, checkpoint: Path
 ) -> None:
@@ -164,6 +180,8 @@ def test_what_is_refused_at_once(
         knn_moe(MODEL_DIR, ram_sidecar, empty)
     with pytest.raises(BadInput, match="retrieval: got 'here', expected"):
         knn_moe(checkpoint, ram_sidecar, empty, retrieval="here")
+    with pytest.raises(BadInput, match="max_staleness_s: got 'soon', expected seconds from 0 on"):
+        knn_moe(checkpoint, ram_sidecar, empty, max_staleness_s="soon")
     with pytest.raises(BadInput, match="use_cache: its answers"):
         CachingLM(knn_moe(checkpoint, ram_sidecar, empty), str(tmp_path / "answers.db"))
     CachingLM(knn_moe(checkpoint, ram_sidecar, None), str(tmp_path / "answers.db"))

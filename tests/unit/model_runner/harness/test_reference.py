@@ -40,6 +40,10 @@ def test_a_question_of_a_test_item_is_left_out_however_it_is_written() -> None:
     assert reasons(item("b", "which is it", choices="3 4"), tests=(short,)) == [
         ("b", Reason.TEST_ITEM, "short")
     ]
+    blank = item("blank", "The ___ of the\xad town\u200b is ____?")
+    assert reasons(item("c", "the _ of the town is"), tests=(blank,)) == [
+        ("c", Reason.TEST_ITEM, "blank")
+    ]
 
 
 def test_eight_words_in_a_row_are_enough_and_seven_are_not() -> None:
@@ -98,6 +102,8 @@ def test_what_cannot_be_made_is_said() -> None:
     items = [item(f"a{n}", subject="a") for n in range(20)]
     with pytest.raises(BadInput, match=r"size: got 21, but of 21 rows 20 remain \(1 the question"):
         make_reference([*items, TEST], [TEST], 21, 0)
+    with pytest.raises(BadInput, match=r"of 1 rows 0 remain \(1 the question of .*\); give more"):
+        make_reference([TEST], [TEST], 20, 0)
     with pytest.raises(BadInput, match="subject: got 'b', the files have 'a'"):
         make_reference(items, [TEST], 20, 0, subjects=["b"])
     with pytest.raises(BadInput, match="test files: hold no rows"):

@@ -149,3 +149,11 @@ def test_the_file_of_another_set_is_named(ending: str, tmp_path: Path) -> None:
         write(path, [question_sets.medmcqa(1)])
     with pytest.raises(BadInput, match=rf"train\.{ending}.*expected.*`Question`"):
         read_items("gpqa", path, 0)
+
+
+@pytest.mark.parametrize(("ending", "text"), [("jsonl", ""), ("csv", "question,opa,opb\n")])
+def test_a_file_without_rows_is_named(ending: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / f"test.{ending}"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=rf"test\.{ending}: holds no rows, expected those of"):
+        read_items("medmcqa", path, 0)

@@ -401,7 +401,7 @@ def test_a_bound_of_staleness() -> None:
         obstacle = one.follower.obstacle()
         assert isinstance(obstacle, ServiceUnavailable)
         assert obstacle.cause == "replica_stale"
-        assert "expected at most 0 s" in str(obstacle)
+        assert "expected at most 0 s: connected, and nothing comes" in str(obstacle)
         stream.say(AWAY)
 
 
