@@ -82,6 +82,7 @@ def measure(examples: int) -> Row:
             command = ["model-runner", "build", "--memory", "sizes", "--target", target, "--quiet"]
             command += ["--reference", str(data_file("shifted", "reference"))]
             command += ["--window", str(TOKENS_PER_EXAMPLE), "--max-windows", str(examples)]
+            command += ["--general-windows", "0"]
             started = time.monotonic()
             process = subprocess.Popen(command)
             _, status, used = os.wait4(process.pid, 0)
