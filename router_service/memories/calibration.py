@@ -52,8 +52,13 @@ class Queries:
 
     @staticmethod
     def of_own(sample: Entries, entries: int) -> Queries:
-        """Keys of the layer, which has so many entries, each without its own example; as many as MOST_NUMBERS allow."""
+        """Keys of the layer, which has so many entries, each without its own example; as many as MOST_NUMBERS allow.
+
+        Entries that change nothing stand for text that the memory is not for: they are not asked about.
+        """
         numbers = max(1, entries * sample.keys.shape[1])
+        if len(saying := np.flatnonzero(sample.values.any(axis=1))):
+            sample = sample.take(saying)
         some = sample.slice(0, max(_FEWEST_QUERIES, MOST_NUMBERS // numbers))
         return Queries(some.keys, [ExampleRef(p.source, p.example) for p in some.provenance])
 

@@ -129,6 +129,13 @@ def test_a_sample_is_not_the_beginning_of_a_layer(first: int) -> None:
     assert everything.ids.tolist() == ids.tolist()
 
 
+def test_entries_that_change_nothing_are_not_asked_about() -> None:
+    keys, values = random_keys(500), np.zeros((500, 1), np.float32)
+    values[::5] = 1
+    sample = Entries(np.arange(500, dtype=np.uint64), keys, values, [Provenance()] * 500)
+    assert np.array_equal(Queries.of_own(sample, 500).inputs, keys[::5])
+
+
 def test_few_are_asked_about_in_a_large_layer() -> None:
     keys = random_keys(500)
     sample = Entries(
