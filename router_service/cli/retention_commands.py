@@ -341,7 +341,8 @@ def prune(
     and the exit code is 1.
 
     To shrink a memory take --max-entries with --by strength for logit deltas, with --by gain for assignments and
-    logits: they kept most of the gain (docs/experiments.md).
+    logits: they kept most of the gain (docs/experiments.md). Entries of general text (sources general:FILE) change
+    nothing, so that strength, gain and disagreement drop them first: `model-runner build` puts them back.
 
     Example:
       router-admin prune bible --near-duplicates 0.98 --dry-run
