@@ -21,10 +21,17 @@ _PICTURES_BESIDE = 3
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The most that a curve may grow over a run, in its unit: the larger of a number and of a share of its level."""
+    """What a curve may do, in its unit.
 
-    least: float
+    Attributes:
+        least, share: it may grow over a run by the larger of a number and of a share of its level.
+        cap: what has a size that it fills slowly is held to that instead: no window's median may be above.
+
+    """
+
+    least: float = 0.0
     share: float = 0.0
+    cap: float | None = None
 
     def of(self, level: float) -> float:
         return max(self.least, self.share * level)
@@ -32,19 +39,26 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one curve. `growth`: the slope times the length of the whole run, in the curve's unit."""
+    """Of one curve, in its unit. `growth`: the slope times the run's length; `most`: the highest window's median."""
 
     curve: str
     level: float
     highest: float
     slope_per_minute: float
     growth: float
+    most: float
     bound: float
+    capped: bool
 
     @property
     def flat(self) -> bool:
         """It may fall."""
-        return self.growth < self.bound
+        return (self.most if self.capped else self.growth) < self.bound
+
+    @property
+    def limit(self) -> str:
+        """The bound, in words."""
+        return f"{'level ' if self.capped else ''}{self.bound:,.1f}"
 
 
 def judge(
@@ -63,8 +77,12 @@ def verdict(
     """Of samples [n] at so many minutes [n]."""
     times, medians = windows(minutes, values)
     slope, level = theil_sen(times, medians), float(np.median(medians))
+    capped = bound.cap is not None
     return Verdict(
-        name, level, float(values.max()), slope, slope * float(minutes[-1]), bound.of(level)
+        *(name, level, float(values.max()), slope, slope * float(minutes[-1])),
+        most=float(medians.max()),
+        bound=bound.of(level) if bound.cap is None else bound.cap,
+        capped=capped,
     )
 
 
@@ -94,8 +112,8 @@ def table(verdicts: Sequence[Verdict]) -> str:
     rows = [
         (
             *(each.curve, f"{each.level:,.1f}", f"{each.highest:,.1f}"),
-            *(f"{each.slope_per_minute:+,.3f}", f"{each.growth:+,.1f}", f"{each.bound:,.1f}"),
-            "flat" if each.flat else "**grows**",
+            *(f"{each.slope_per_minute:+,.3f}", f"{each.growth:+,.1f}", each.limit),
+            ("held" if each.capped else "flat") if each.flat else "**grows**",
         )
         for each in verdicts
     ]
@@ -121,7 +139,7 @@ def draw(
         axis.plot(times, medians, "o", markersize=2.5)
         middle = float(np.median(medians - each.slope_per_minute * times))
         axis.plot(times, middle + each.slope_per_minute * times, linewidth=1.2)
-        axis.set_title(f"{each.curve}: {each.growth:+.1f} (bound {each.bound:.0f})", fontsize=8)
+        axis.set_title(f"{each.curve}: {each.growth:+.1f} (bound {each.limit})", fontsize=8)
         axis.set_ylim(bottom=0, top=1.15 * max(1.0, float(values.max())))
         axis.tick_params(labelsize=7)
     for axis in list(figure.axes)[len(verdicts) :]:

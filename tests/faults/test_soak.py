@@ -42,6 +42,14 @@ def test_what_grows(name: str) -> None:
     assert not found.flat, found
 
 
+def test_what_is_held_to_a_size_may_fill_it() -> None:
+    filling = {"log": np.minimum(40 + 5 * MINUTES, 120)}
+    [held] = judge(MINUTES, filling, {"log": Bound(cap=128)})
+    [over] = judge(MINUTES, filling, {"log": Bound(cap=100)})
+    assert (held.flat, over.flat) == (True, False)
+    assert "| level 128.0 | held |" in table([held])
+
+
 def test_too_few_samples() -> None:
     with pytest.raises(ValueError, match="3 samples, expected enough"):
         judge([0, 1, 2], {"x": [1, 1, 1]}, {"x": Bound(1)})
