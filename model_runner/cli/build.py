@@ -182,7 +182,8 @@ def build(
         others: list[Window] = []
         if of_general is not None:
             few = len(windows) if general_windows is None else general_windows
-            others = drawn(general_text(of_general, loaded.tokenizer, length, progress), few)
+            found = general_text(of_general, loaded.tokenizer, length, progress)
+            others = drawn(_beside(every, found, of_general, progress), few)
         settings = chosen.settings(loaded.fingerprint.num_layers)
         client.find_or_create(memory, loaded.fingerprint.message(), settings)
         if not replace_source:
@@ -231,6 +232,22 @@ def _general_of(preset: Preset, text: Path | None, windows: int | None) -> Path 
             "--preset recommended, or leave it out"
         )
     return None if windows == 0 else text or data_file("general", "reference")
+
+
+def _beside(
+    reference: Sequence[Window], general: Sequence[Window], path: Path, progress: Progress
+) -> list[Window]:
+    """Windows of general text that are not in the reference, which would be silenced. Raises BadInput: all are."""
+    known = {window.token_ids for window in reference}
+    others = [window for window in general if window.token_ids not in known]
+    if not others:
+        raise BadInput(
+            f"--general {path}: all of it is in the reference; give text that the memory is not for, or "
+            "--general-windows 0"
+        )
+    if same := len(general) - len(others):
+        progress.say(f"{same} windows of {path.name} are in the reference, and are left out")
+    return others
 
 
 def _rounds_of(preset: Preset, given: int | None) -> int:

@@ -96,6 +96,19 @@ def test_general_text_is_a_source_of_its_own(
     assert "1 of 1 windows were there already" in few.err
 
 
+def test_general_text_is_not_the_reference(
+    run: Run, build_arguments: list[object], texts: Path, tmp_path: Path
+) -> None:
+    same = run(*build_arguments[:-2], "--general", texts / FILE_NAME)
+    assert same.code == 2
+    assert "all of it is in the reference" in same.err
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text((texts / FILE_NAME).read_text() + (texts / "held-out.jsonl").read_text())
+    some = run(*build_arguments[:-2], "--general", mixed, "--no-optimize")
+    assert some.code == 0
+    assert "24 windows of mixed.jsonl are in the reference, and are left out" in some.err
+
+
 def test_general_text_is_for_changes_of_routing(run: Run, build_arguments: list[object]) -> None:
     refused = run(*build_arguments[:-1], 3, "--preset", "paper")
     assert refused.code == 2
