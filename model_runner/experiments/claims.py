@@ -424,7 +424,7 @@ ANSWERS = (
         ],
     ),
     Answer(
-        "Next check 2, as it was solved: general text in the memory, as a share of the reference (test)",
+        "Next check 2, with general text in the memory, as a share of the reference (`recommended`, test)",
         "null-entries",
         [
             ("none", {"values": "none", "split": "test"}),

@@ -479,14 +479,15 @@ def _became(crowd: dict[str, Any]) -> dict[str, int]:
 
 def main() -> int:
     """Status 1: something was not as it must be."""
+    usual = Plan()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="of the texts")
     parser.add_argument("--out", type=Path, required=True, help="directory of what was found")
-    parser.add_argument("--tokens", type=int, default=Plan.tokens, help="in each phase")
+    parser.add_argument("--tokens", type=int, default=usual.tokens, help="in each phase")
     parser.add_argument("--windows", type=int, default=40, help="of 128 tokens, in the memory")
-    parser.add_argument("--fault-s", type=float, default=Plan.fault_s, help="a fault's least time")
+    parser.add_argument("--fault-s", type=float, default=usual.fault_s, help="a fault's least time")
     parser.add_argument(
         "--allowance-ms", type=float, default=100.0, help="a token's beyond its deadlines"
     )

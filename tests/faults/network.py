@@ -266,12 +266,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Status 1: something was not as it must be."""
+    usual = Plan()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is lost, and how late")
     parser.add_argument("--out", type=Path, required=True, help="directory of what was found")
-    parser.add_argument("--fault-s", type=float, default=Plan.fault_s, help="a fault's least time")
+    parser.add_argument("--fault-s", type=float, default=usual.fault_s, help="a fault's least time")
     options = parser.parse_args()
     if (why := obstacle()) is not None:
         say(f"skipped: {why}")
