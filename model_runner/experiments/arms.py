@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from model_runner.experiments.local import LocalMemory, Setting, gammas_at, values_of
 from model_runner.experiments.study import Study
@@ -134,15 +135,20 @@ def fitted_memory(study: Study, setting: Setting) -> LocalMemory:
 
 
 def with_null_entries(study: Study, memory: LocalMemory) -> LocalMemory:
-    """The same, and entries without a change at router inputs of general text; gamma by the dev text and all keys."""
-    null = study.null_keys()
-    keys = [torch.cat(pair) for pair in zip(memory.keys, null, strict=True)]
-    values = [
-        torch.cat([v, v.new_zeros(len(n), v.shape[1])])
-        for v, n in zip(memory.values, null, strict=True)
-    ]
-    gammas = gammas_at(study.medians_to(keys), memory.setting.lambda0)
-    return LocalMemory(keys, values, gammas, memory.setting)
+    """The same, and entries without a change at router inputs of general text."""
+    keys = study.null_keys()
+    nothing = [v.new_zeros(len(k), v.shape[1]) for k, v in zip(keys, memory.values, strict=True)]
+    return extended(study, memory, keys, nothing)
+
+
+def extended(
+    study: Study, memory: LocalMemory, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> LocalMemory:
+    """The same with more entries: keys [m, d] and values [m, N] per layer; gamma by the dev text and all keys."""
+    every = [torch.cat(pair) for pair in zip(memory.keys, keys, strict=True)]
+    gammas = gammas_at(study.medians_to(every), memory.setting.lambda0)
+    both = [torch.cat(pair) for pair in zip(memory.values, values, strict=True)]
+    return LocalMemory(every, both, gammas, memory.setting)
 
 
 def preset_setting(name: str) -> Setting:

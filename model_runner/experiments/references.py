@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_runner.evaluation.nll import difference
-from model_runner.experiments.arms import fitted_memory, preset_setting
+from model_runner.experiments.arms import extended, fitted_memory, preset_setting
 from model_runner.experiments.local import (
     LocalMemory,
     Setting,
@@ -246,13 +246,10 @@ def null_rows(study: Study, _part: str) -> Iterator[Row]:
         rows = int((general.window_of < share * len(general.windows)).sum())
         if not rows and values == "learned":
             continue
-        keys = [torch.cat([k, g[:rows]]) for k, g in zip(memory.keys, general.keys, strict=True)]
         added = [v[:rows] if values == "learned" else torch.zeros_like(v[:rows]) for v in learned]
-        deltas = [torch.cat(pair) for pair in zip(memory.values, added, strict=True)]
-        gammas = gammas_at(study.medians_to(keys), setting.lambda0)
+        mixed = extended(study, memory, [keys[:rows] for keys in general.keys], added)
         names: Row = {"share": share, "values": values if rows else "none", "entries": rows}
         for split in ("dev", "test"):
-            mixed = LocalMemory(keys, deltas, gammas, setting)
             yield {**names, **changes(study, mixed, split, f"{share:g} of general text, {values}")}
 
 

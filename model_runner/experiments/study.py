@@ -73,7 +73,7 @@ class StudyTexts:
 
     Attributes:
         reference: what memories are made of and baselines are trained on.
-        general_reference: what memories are told to keep silent about.
+        general_reference: what null entries are made of: near it memories keep silent.
         dev, general_dev: settings are chosen on these.
         test, general_test: reported.
 

@@ -19,7 +19,7 @@ _log = logging.getLogger("router_service.audit")
 
 # Of refusals of one kind, in so many seconds the first lines; the rest are counted.
 WINDOW_S, FIRST_LINES = 60.0, 5
-# Of callers that are not known so many kinds are told apart in that time: they cost an attacker no more than a port.
+# Kinds of unknown callers that are counted apart in that time: a new one costs an attacker no more than a port.
 KINDS = 64
 OTHERS = "others"
 # Of a name that a client gave.
