@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from model_runner.cli.build import build, calibrate
+from model_runner.cli.build import build
+from model_runner.cli.calibrate import calibrate
 from model_runner.cli.evaluate import demo, evaluate
 from model_runner.cli.experiment import experiment
 from model_runner.cli.explain import explain

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from model_runner.retrieval import OpenMemory
     from model_runner.texts import Window
 
-# For scores and --skip-known, which must not fall back: a busy sidecar gets its time.
-LOOKUP_TIMEOUT_S = 60.0
-
 
 def learn(
     file: Annotated[
@@ -139,7 +136,9 @@ def learn(
         opened: OpenMemory | None = None
         if evaluate or skip_known is not None:  # else nothing is looked up
             where = (target, memory, loaded.fingerprint, loaded.device, how, progress)
-            reading = open_retriever(*where, timeout_s=LOOKUP_TIMEOUT_S, on_error=OnError.RAISE)
+            reading = open_retriever(
+                *where, timeout_s=options.LOOKUP_TIMEOUT_S, on_error=OnError.RAISE
+            )
             opened = stack.enter_context(reading)
         recipe = (
             recipe_of(memory, description.settings) if preset is None else PRESETS[preset].recipe

@@ -24,6 +24,8 @@ OnError = Literal["fall_back", "raise"]
 FirstPass = Literal["auto", "exact", "pca"]
 ReplicaKeys = Literal["f32", "bf16", "f16", "int8"]
 Retrieval = Literal["auto", "replica", "remote"]
+# For lookups that must not fall back (scores, --skip-known, null entries): a busy sidecar gets its time.
+LOOKUP_TIMEOUT_S = 60.0
 
 Model = Annotated[
     str,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model_runner.experiments.local import LocalMemory, Setting, gammas_at, values_of
 from model_runner.experiments.study import Study
+from model_runner.memory_builder.null_entries import largest
 from model_runner.memory_builder.recipes import PRESETS, RECOMMENDED_STEP_SIZE, Kind
 from model_runner.scoring import Scores
 from model_runner.texts import Window
@@ -114,8 +115,8 @@ class MemoryArm:
         study.medians()
         made = ["traces", "medians"]
         if self.general:
-            study.null_keys()
-            made.append("null keys")
+            study.general_inputs()
+            made.append("general inputs")
         started = time.perf_counter()
         memory = fitted_memory(study, self.setting)
         if self.general:
@@ -134,9 +135,16 @@ def fitted_memory(study: Study, setting: Setting) -> LocalMemory:
     return LocalMemory(traces.keys, values, gammas_at(study.medians(), setting.lambda0), setting)
 
 
-def with_null_entries(study: Study, memory: LocalMemory) -> LocalMemory:
-    """The same, and entries without a change at router inputs of general text."""
-    keys = study.null_keys()
+def with_null_entries(study: Study, memory: LocalMemory, share: float = 1.0) -> LocalMemory:
+    """The same, and entries without a change where it would change the routing of general text most.
+
+    share: how many, of those that it has.
+    """
+    count = round(share * len(memory.keys[0]))
+    keys = [
+        inputs[largest(memory.change(layer, inputs), count)]
+        for layer, inputs in enumerate(study.general_inputs())
+    ]
     nothing = [v.new_zeros(len(k), v.shape[1]) for k, v in zip(keys, memory.values, strict=True)]
     return extended(study, memory, keys, nothing)
 
@@ -151,15 +159,18 @@ def extended(
     return LocalMemory(every, both, gammas, memory.setting)
 
 
-def preset_setting(name: str) -> Setting:
+def preset_setting(name: str, *, null_entries: bool = False) -> Setting:
     """How a memory of that preset is made and read."""
     preset = PRESETS[name]
     if preset.recipe.kind is Kind.LOGIT_DELTA:
-        return Setting(preset.recipe, 32, preset.lambda0, RECOMMENDED_STEP_SIZE)
+        eta = preset.step_size if null_entries else RECOMMENDED_STEP_SIZE
+        return Setting(preset.recipe, 32, preset.lambda0, eta)
     return Setting(preset.recipe, 1, preset.lambda0)
 
 
 PAPER = MemoryArm("paper", preset_setting("paper"))
 PAPER_V2 = MemoryArm("paper-v2", preset_setting("paper-v2"))
-RECOMMENDED = MemoryArm("recommended", preset_setting("recommended"), general=True)
+RECOMMENDED = MemoryArm(
+    "recommended", preset_setting("recommended", null_entries=True), general=True
+)
 ALONE = MemoryArm("recommended-alone", preset_setting("recommended"))

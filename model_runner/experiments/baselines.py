@@ -35,7 +35,7 @@ from model_runner.texts import Window
 
 ORACLE_STEPS = (3.0, 10.0, ORACLE_STEP_SIZE)
 LAMBDAS = (0.3, 0.5, 0.7)
-STEPS = (2.25, 3.0, 4.0)
+STEPS = (2.25, 3.5, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class TunedMemory:
             setting = replace(preset_setting("recommended"), lambda0=lambda0, step_size=step)
             memory = with_null_entries(study, fitted_memory(study, setting))
             score = partial(study.score, policy=memory, what=self.name)
-            made_s = study.made_s("traces", "medians", "null keys", ("values", setting.recipe))
+            made_s = study.made_s("traces", "medians", "general inputs", ("values", setting.recipe))
             chosen = {"lambda0": lambda0, "step": step}
             yield Candidate(chosen, score, peak_bytes=memory.nbytes, fit_s=made_s)
 

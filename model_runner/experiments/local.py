@@ -38,6 +38,7 @@ from model_runner.texts import Window, batched, make_batch, token_nll
 
 # Distances that are held at once: 16 MB, which the allocator gives again without new pages.
 _DISTANCES_AT_ONCE = 1 << 22
+_QUERIES_AT_ONCE = 1 << 12
 _TINY = 1e-30
 # Of keys that several memories are made of; by identity, for tensors compare by number.
 _scans: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -284,10 +285,9 @@ class LocalMemory:
         layer, setting = call.site.layer, self.setting
         total = similarity.sum(1, keepdim=True)
         if setting.recipe.kind is Kind.LOGIT_DELTA:
-            weight = total + setting.null_weight
-            self._lambdas[layer].append(float((total / weight.clamp_min(_TINY)).mean()))
-            average = torch.einsum("tk,tkn->tn", similarity, values) / weight.clamp_min(_TINY)
-            return Logits(call.router_logits + self._steps[layer] * average)
+            weight = (total + setting.null_weight).clamp_min(_TINY)
+            self._lambdas[layer].append(float((total / weight).mean()))
+            return Logits(call.router_logits + self._delta(layer, similarity, values))
         lambdas = similarity.mean(1, keepdim=True)
         self._lambdas[layer].append(float(lambdas.mean()))
         memory = torch.einsum("tk,tkn->tn", similarity / total.clamp_min(_TINY), values)
@@ -302,6 +302,20 @@ class LocalMemory:
         width = min(memory.shape[1], (setting.neighbours + 1) * call.site.top_k)
         heaviest = blended.topk(width, dim=1)
         return Assignment(heaviest.values, heaviest.indices)
+
+    def change(self, layer: int, queries: Tensor) -> Tensor:
+        """How far it would move the logits of router inputs [m, d]: Euclidean length [m]. Of logit deltas only."""
+        found = []
+        for part in torch.split(queries, _QUERIES_AT_ONCE):
+            similarity, nearest = self.neighbours(layer, part)
+            found.append(self._delta(layer, similarity, self.values[layer][nearest]).norm(dim=1))
+        return torch.cat(found)
+
+    def _delta(self, layer: int, similarity: Tensor, values: Tensor) -> Tensor:
+        """Of the logits [T, N]."""
+        weight = similarity.sum(1, keepdim=True) + self.setting.null_weight
+        average = torch.einsum("tk,tkn->tn", similarity, values) / weight.clamp_min(_TINY)
+        return self._steps[layer] * average
 
     def _without(self, call: RouterCall) -> Tensor | None:
         if self._excluded is None or call.batch_shape is None:

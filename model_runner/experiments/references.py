@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from model_runner.evaluation.nll import difference
-from model_runner.experiments.arms import extended, fitted_memory, preset_setting
+from model_runner.experiments.arms import (
+    extended,
+    fitted_memory,
+    preset_setting,
+    with_null_entries,
+)
 from model_runner.experiments.local import (
     LocalMemory,
     Setting,
@@ -232,25 +236,45 @@ def drift_rows(study: Study, _part: str) -> Iterator[Row]:
                 stream.learn(block)
 
 
-# Windows of general text in the memory, as shares of the reference's.
-_SHARES = (0.0, 0.25, 0.5, 1.0)
+# Entries of general text in the memory, as shares of the reference's, and steps with as many.
+_SHARES = (0.25, 0.5, 1.0)
+_ETAS = (2.25, 3.0, 3.5, 4.0)
 
 
 def null_rows(study: Study, _part: str) -> Iterator[Row]:
-    """General text in the memory, as entries that change nothing, and as entries that have learned like the others."""
-    setting = preset_setting("recommended")
+    """General text in the memory: entries that change nothing, drawn or chosen, and some that learn as others do.
+
+    Chosen: those where the memory without them would change the routing most. Steps of other lengths have these.
+    """
+    setting = preset_setting("recommended")  # of a memory without them
     memory = fitted_memory(study, setting)
-    general = collect(study.loaded, study.texts.general_reference, study.progress)
-    learned = values_of(general, setting.recipe, study.traces().norms())
-    for share, values in itertools.product(_SHARES, ("null", "learned")):
-        rows = int((general.window_of < share * len(general.windows)).sum())
-        if not rows and values == "learned":
-            continue
-        added = [v[:rows] if values == "learned" else torch.zeros_like(v[:rows]) for v in learned]
-        mixed = extended(study, memory, [keys[:rows] for keys in general.keys], added)
-        names: Row = {"share": share, "values": values if rows else "none", "entries": rows}
+    for name, mixed in _with_general_text(study, memory):
         for split in ("dev", "test"):
-            yield {**names, **changes(study, mixed, split, f"{share:g} of general text, {values}")}
+            yield {"eta": setting.step_size, **name, **changes(study, mixed, split, str(name))}
+    for eta in _ETAS:
+        if eta != setting.step_size:
+            chosen = with_null_entries(study, fitted_memory(study, replace(setting, step_size=eta)))
+            name = {"eta": eta, "share": 1.0, "values": "chosen", "entries": len(memory.keys[0])}
+            for split in ("dev", "test"):
+                yield {**name, **changes(study, chosen, split, f"eta {eta:g}")}
+
+
+def _with_general_text(study: Study, memory: LocalMemory) -> Iterator[tuple[Row, LocalMemory]]:
+    windows = study.texts.general_reference[: len(study.texts.reference)]
+    general = collect(study.loaded, windows, study.progress)
+    learned = values_of(general, memory.setting.recipe, study.traces().norms())
+    yield {"share": 0.0, "values": "none", "entries": 0}, memory
+    for share in _SHARES:
+        rows = int((general.window_of < share * len(general.windows)).sum())
+        keys = [keys[:rows] for keys in general.keys]
+        names: Row = {"share": share, "entries": rows}
+        nothing = [torch.zeros_like(values[:rows]) for values in learned]
+        yield {**names, "values": "drawn"}, extended(study, memory, keys, nothing)
+        yield (
+            {**names, "values": "learned"},
+            extended(study, memory, keys, [values[:rows] for values in learned]),
+        )
+        yield {**names, "values": "chosen"}, with_null_entries(study, memory, share)
 
 
 def phases(study: Study) -> Iterator[tuple[int, str, list[Window]]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from model_runner.errors import BadInput
 from model_runner.experiments.local import Traces, collect, distances_to
 from model_runner.memory_builder.builder import collect_router_inputs
+from model_runner.memory_builder.null_entries import LOOKED_AT
 from model_runner.memory_builder.traces import GradientSettings
 from model_runner.models import LoadedModel
 from model_runner.progress import Progress
@@ -73,7 +74,8 @@ class StudyTexts:
 
     Attributes:
         reference: what memories are made of and baselines are trained on.
-        general_reference: what null entries are made of: near it memories keep silent.
+        general_reference: what null entries are chosen from: near them memories keep silent. LOOKED_AT windows for each
+            of the reference, where there are so many.
         dev, general_dev: settings are chosen on these.
         test, general_test: reported.
 
@@ -130,11 +132,11 @@ class Study:
             "traces", lambda: collect(self.loaded, self.texts.reference, self.progress)
         )
 
-    def null_keys(self) -> list[Tensor]:
-        """Router inputs [m, d] per layer of the reference split of general text: keys of null entries."""
-        return self.once("null keys", self._null_keys)
+    def general_inputs(self) -> list[Tensor]:
+        """Router inputs [m, d] per layer of the reference split of general text: keys that null entries may have."""
+        return self.once("general inputs", self._general_inputs)
 
-    def _null_keys(self) -> list[Tensor]:
+    def _general_inputs(self) -> list[Tensor]:
         windows = self.texts.general_reference
         found = collect_router_inputs(
             self.loaded.model,
@@ -196,7 +198,7 @@ def open_study(
         drawn(domain, "test", count=sizes.test),
         drawn(GENERAL, "dev", count=sizes.general_dev),
         drawn(GENERAL, "test", count=sizes.general_test),
-        drawn(GENERAL, "reference", count=sizes.reference),
+        drawn(GENERAL, "reference", count=LOOKED_AT * sizes.reference),
     )
     return Study(loaded, texts, seed, progress, sizes, data)
 

@@ -35,6 +35,7 @@ from model_runner.memory_builder.entries import (
     provenance_of,
     upsert_requests,
 )
+from model_runner.memory_builder.null_entries import changes, largest
 from model_runner.memory_builder.objective import LayerTrace
 from model_runner.memory_builder.recipes import (
     RECOMMENDED,
@@ -50,7 +51,7 @@ from model_runner.memory_builder.traces import (
     traced_windows,
 )
 from model_runner.progress import Progress
-from model_runner.router_hooks import Logits, RouterCall, RouterHooks
+from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.texts import Batch, Window, batched, distinct, make_batch, token_nll
 
 # Windows whose gradients set each layer's median norm: up to 8,192 tokens, enough for a median, few beside a build.
@@ -141,39 +142,37 @@ class MemoryBuilder:
         )
 
     def add_null_entries(
-        self, memory: str, windows: Sequence[Window], progress: Progress
+        self, memory: str, windows: Sequence[Window], count: int, policy: Policy, progress: Progress
     ) -> BuildReport:
-        """Writes entries that change nothing, one per token with a loss and layer, of text that the memory is not for.
+        """Writes entries that change nothing, `count` per layer at most, of text that the memory is not for.
 
-        Near them it keeps silent: they take their share of a lookup's neighbours (docs/experiments.md). `memory` holds
-        logit deltas. Windows that are there are skipped. Raises as `build`.
+        They stand where it would change the routing of that text most (null_entries.py). `memory` holds logit deltas;
+        policy: of it as it is, and raises when a lookup fails. Raises as `build`.
         """
         self._require_windows(windows)
-        started, skipped, entries = time.monotonic(), 0, 0
+        started, entries, first = time.monotonic(), 0, 0
         self._upload_s, windows = 0.0, distinct(windows)
+        moved = changes(self._model, windows, policy, progress, batch_size=self._batch_size)
+        chosen = [largest(each, count) for each in moved]
         with self._client.upserter() as upserter:
             groups = list(batched(windows, self._batch_size))
-            for group in progress.track(groups, "general text", unit="batches"):
-                if self.is_there(group, [memory]):
-                    skipped += len(group)
-                    continue
-                entries += self._send(upserter, self._null_entries(group), memory)
+            for group in progress.track(groups, "null entries", unit="batches"):
+                tokens = slice(first, first := first + sum(window.targets for window in group))
+                rows = [each[tokens].nonzero().flatten() for each in chosen]
+                if any(len(each) for each in rows):
+                    entries += self._send(upserter, self._null_entries(group, rows), memory)
             upserter.finish()
-        return BuildReport(
-            len(windows),
-            skipped,
-            entries // self._layers,
-            time.monotonic() - started,
-            self._upload_s,
-        )
+        per_layer = entries // self._layers
+        return BuildReport(len(windows), 0, per_layer, time.monotonic() - started, self._upload_s)
 
-    def _null_entries(self, group: Sequence[Window]) -> list[LayerEntries]:
+    def _null_entries(self, group: Sequence[Window], rows: Sequence[Tensor]) -> list[LayerEntries]:
+        """Of the tokens [m] of each layer."""
         ids = entry_ids(group)
         found = collect_router_inputs(self._model, group, batch_size=len(group), most=len(ids))
         provenance = provenance_of(group, torch.zeros(len(ids)), self._tokenizer)
         nothing = torch.zeros(len(ids), self._experts)
         return [
-            LayerEntries(layer, ids, keys, nothing, provenance)
+            LayerEntries(layer, ids, keys, nothing, provenance).rows(rows[layer])
             for layer, keys in sorted(found.items())
         ]
 

@@ -96,6 +96,8 @@ RECOMMENDED = Recipe(Kind.LOGIT_DELTA, Norm.SOFT, step_size=1.0)
 # eta of logit-delta memories by depth: a large step in the first layer harms, later ones bear more than 1
 # (measured: docs/experiments.md).
 RECOMMENDED_STEP_SIZE = 2.25
+# With null entries, which keep harm down: the largest whose harm on dev stayed below 0.008 (docs/results.md).
+SILENCED_STEP_SIZE = 3.5
 _FIRST_LAYER, _EARLY_LAYERS, _LATE_LAYERS = 0.5, 1.0, 1.3
 
 _WIRE_KINDS = {
@@ -107,18 +109,28 @@ _WIRE_KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How values are made, how they are read, the similarity at the median distance, and boosting rounds at most."""
+    """How a memory is made and read.
+
+    Attributes:
+        recipe: of values.
+        lambda0: the similarity at the median distance.
+        rounds: of boosting at most.
+        step_size: eta of logit deltas in a memory that has null entries.
+
+    """
 
     name: str
     recipe: Recipe
     lambda0: float
     rounds: int = 0
+    step_size: float = RECOMMENDED_STEP_SIZE
 
-    def settings(self, num_layers: int) -> MemorySettings:
+    def settings(self, num_layers: int, *, null_entries: bool = False) -> MemorySettings:
         """Settings of a new memory for a model of `num_layers` MoE layers; gamma is calibrated later."""
         settings = MemorySettings(preset=self.name, kind=_WIRE_KINDS[self.recipe.kind])
         if self.recipe.kind is Kind.LOGIT_DELTA:
-            settings.step_size.extend(step_sizes(num_layers))
+            eta = self.step_size if null_entries else RECOMMENDED_STEP_SIZE
+            settings.step_size.extend(step_sizes(num_layers, eta))
         return settings
 
 
@@ -134,8 +146,8 @@ def step_sizes(num_layers: int, eta: float = RECOMMENDED_STEP_SIZE) -> list[floa
 PRESETS = {
     "paper": Preset("paper", PAPER, lambda0=0.9),
     "paper-v2": Preset("paper-v2", PAPER_V2, lambda0=0.9),
-    "recommended": Preset("recommended", RECOMMENDED, lambda0=0.3),
-    "boosted": Preset("boosted", RECOMMENDED, lambda0=0.3, rounds=6),
+    "recommended": Preset("recommended", RECOMMENDED, lambda0=0.3, step_size=SILENCED_STEP_SIZE),
+    "boosted": Preset("boosted", RECOMMENDED, lambda0=0.5, rounds=6),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from knnmoe.client import AdminClient, KindMismatch
 from knnmoe.v1.types_pb2 import MemorySettings
+from torch import Tensor
 
 from model_runner.errors import BadInput
 from model_runner.evaluation.nll import oracle_scores
@@ -17,9 +18,12 @@ from model_runner.memory_builder.builder import (
     Target,
     collect_router_inputs,
 )
+from model_runner.memory_builder.entries import entry_ids
+from model_runner.memory_builder.null_entries import changes
 from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED, Direction, Kind, Recipe
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.scoring import score
+from model_runner.texts import batched
 from tests.families import LONGEST_SUM
 from tests.integration.runner_parts import (
     BATCH_SIZE,
@@ -95,22 +99,32 @@ def test_building_twice_writes_the_same_entries(
 
 
 def test_entries_that_change_nothing(edge_sidecar: Sidecar, name: str) -> None:
-    """At their own router inputs a memory of nothing else is near, and routes as the model does."""
-    create(edge_sidecar, name, "recommended")
-    with AdminClient(edge_sidecar.target) as client:
-        builder = MemoryBuilder(
-            *(loaded_model().model, loaded_model().fingerprint, client), batch_size=BATCH_SIZE
-        )
-        report = builder.add_null_entries(name, windows_of(), QUIET)
-        assert (report.entries_per_layer, report.windows_skipped) == (ENTRIES, 0)
-        again = builder.add_null_entries(name, windows_of(), QUIET)
-        assert (again.entries_per_layer, again.windows_skipped) == (0, len(windows_of()))
-    values = [value for entries in everything(edge_sidecar, name) for _, value in entries.values()]
-    assert not np.any(values)
+    """They stand where the memory changes the routing of other text most, and there it changes less then."""
+    build(edge_sidecar.target, name, "recommended")
+    loaded, count = loaded_model(), 40
+    general = windows_of([sentence[::-1] for sentence in SENTENCES])
+
+    def moved(policy: RetrievalPolicy) -> list[Tensor]:
+        return changes(loaded.model, general, policy, QUIET, batch_size=BATCH_SIZE)
+
     with client_of(edge_sidecar.target, name) as client:
-        policy = RetrievalPolicy(client)
-        assert scored(policy) == pytest.approx(scored(None), abs=ROUNDING)
-        assert all(use.lambda_mean > 0.5 for use in policy.use.values())
+        before = moved(RetrievalPolicy(client))
+    with (
+        AdminClient(edge_sidecar.target) as admin,
+        client_of(edge_sidecar.target, name) as client,
+    ):
+        builder = MemoryBuilder(loaded.model, loaded.fingerprint, admin, batch_size=BATCH_SIZE)
+        report = builder.add_null_entries(name, general, count, RetrievalPolicy(client), QUIET)
+    assert report.entries_per_layer == count
+    ids = np.concatenate([entry_ids(group) for group in batched(general, BATCH_SIZE)])
+    with client_of(edge_sidecar.target, name) as client:
+        after = moved(RetrievalPolicy(client))
+    for layer, entries in enumerate(everything(edge_sidecar, name)):
+        there = set(
+            ids[before[layer].argsort(descending=True, stable=True)[:count].numpy()].tolist()
+        )
+        assert {entry for entry, (_, value) in entries.items() if not np.any(value)} == there
+        assert after[layer].sum() < before[layer].sum()
 
 
 @pytest.mark.parametrize("recipe", [{}, {"direction": Direction.RANDOM}, {"shuffled": True}])

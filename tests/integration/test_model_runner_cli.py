@@ -81,40 +81,6 @@ def build_arguments(edge_sidecar: Sidecar, texts: Path, model: Path, name: str) 
     ]
 
 
-def test_general_text_is_a_source_of_its_own(
-    run: Run, edge_sidecar: Sidecar, build_arguments: list[object], texts: Path, name: str
-) -> None:
-    with_all = [*build_arguments[:-2], "--general", texts / "held-out.jsonl"]
-    first = run(*with_all)
-    assert first.code == 0
-    assert "entries per layer of general:held-out.jsonl, near which it keeps silent" in first.err
-    origins = [origin for _, _, origin in stored(edge_sidecar, name, 0).values()]
-    assert {origin.source for origin in origins} == {FILE_NAME, "general:held-out.jsonl"}
-    again = run(*with_all)
-    assert again.err.count("wrote 0 entries per layer") == 2
-    few = run(*with_all, "--general-windows", 1)
-    assert "1 of 1 windows were there already" in few.err
-
-
-def test_general_text_is_not_the_reference(
-    run: Run, build_arguments: list[object], texts: Path, tmp_path: Path
-) -> None:
-    same = run(*build_arguments[:-2], "--general", texts / FILE_NAME)
-    assert same.code == 2
-    assert "all of it is in the reference" in same.err
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text((texts / FILE_NAME).read_text() + (texts / "held-out.jsonl").read_text())
-    some = run(*build_arguments[:-2], "--general", mixed, "--no-optimize")
-    assert some.code == 0
-    assert "24 windows of mixed.jsonl are in the reference, and are left out" in some.err
-
-
-def test_general_text_is_for_changes_of_routing(run: Run, build_arguments: list[object]) -> None:
-    refused = run(*build_arguments[:-1], 3, "--preset", "paper")
-    assert refused.code == 2
-    assert "--general: preset paper stores routings and no changes of them" in refused.err
-
-
 @PRESET
 def test_build_evaluate_generate(
     run: Run,

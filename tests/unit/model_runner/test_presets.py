@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import get_args
 
@@ -57,6 +58,13 @@ def test_settings_of_a_new_memory() -> None:
     assert list(recommended.step_size) == step_sizes(4)
     assert list(PRESETS["boosted"].settings(4).step_size) == step_sizes(4)
     assert [name for name, preset in PRESETS.items() if preset.rounds] == ["boosted"]
+
+
+def test_a_memory_that_is_silenced_elsewhere_takes_larger_steps() -> None:
+    alone, silenced = (PRESETS["recommended"].settings(4, null_entries=n) for n in (False, True))
+    assert list(silenced.step_size) == step_sizes(4, 3.5)
+    assert all(map(operator.lt, alone.step_size, silenced.step_size))
+    assert not PRESETS["paper"].settings(4, null_entries=True).step_size
 
 
 def test_the_second_reading_of_the_paper_differs_in_its_kind_alone() -> None:
