@@ -199,7 +199,10 @@ def prepared_streams(
 def main(arguments: list[str] | None = None) -> None:
     """Read the texts, train, and leave the checkpoint below `--out`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.resume and not (options.out / STATE_FILE).is_file():
+        parser.error(f"--resume: {options.out / STATE_FILE} is not there; leave it out to begin")
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory()

@@ -110,7 +110,7 @@ def build(
         int | None,
         typer.Option(
             min=0,
-            help="Look at so many windows of --general, drawn evenly; 0: none. Default: four tokens for each entry.",
+            help="Look at so many windows of --general, drawn evenly; 0: none. Default: eight tokens for each entry.",
         ),
     ] = None,
     gain: Annotated[

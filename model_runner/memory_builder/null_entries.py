@@ -22,7 +22,7 @@ from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.texts import Window, batched, make_batch
 
 # Tokens of other text that are looked at for each null entry.
-LOOKED_AT = 4
+LOOKED_AT = 8
 
 
 def changes(

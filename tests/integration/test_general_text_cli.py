@@ -93,22 +93,32 @@ def reference_entries(sidecar: Sidecar, name: str) -> int:
 
 
 def test_as_many_entries_of_it_as_of_the_reference(
-    with_news: Run, edge_sidecar: Sidecar, name: str
+    run: Run, with_news: Run, arguments: list[object], edge_sidecar: Sidecar, name: str
 ) -> None:
+    """Built again they stay; a build that was cut off chooses what it would have; without them steps are shorter."""
     first = with_news("--max-windows", 2)
     entries = reference_entries(edge_sidecar, name)
     assert f"{name}: wrote {entries} entries per layer of {GENERAL}, near which it" in first.err
-    chosen = null_entries(edge_sidecar, name)
+    chosen, whole = null_entries(edge_sidecar, name), everything(edge_sidecar, name)
     assert [len(of_layer) for of_layer in chosen] == [entries] * LAYERS
     assert chosen[0] != chosen[1]  # where the memory speaks differs by layer
 
-
-def test_built_again_it_stays_as_it_is(with_news: Run, edge_sidecar: Sidecar, name: str) -> None:
-    with_news("--max-windows", 2)
-    before = everything(edge_sidecar, name)
     again = with_news("--max-windows", 2)
-    assert f"entries per layer of {GENERAL} were there already" in again.err
-    assert everything(edge_sidecar, name) == before
+    assert f"{entries} entries per layer of {GENERAL} were there already" in again.err
+    assert everything(edge_sidecar, name) == whole
+
+    some = tensors.to_tensor(np.array(sorted(chosen[-1])[:3], np.uint64))
+    with AdminClient(edge_sidecar.target) as client:
+        cut = DeleteRequest(memory=name, layer=LAYERS - 1, ids=some)
+        assert client.unary(client.retention.Delete, cut).deleted == 3
+        with_news("--max-windows", 2)
+        assert everything(edge_sidecar, name) == whole
+
+        silenced = client.describe(name).settings.step_size[-1]
+        client.delete(name)
+        assert run(*arguments, "--max-windows", 2, "--general-windows", 0).code == 0
+        assert client.describe(name).settings.step_size[-1] < silenced
+    assert null_entries(edge_sidecar, name) == [set()] * LAYERS
 
 
 def test_chosen_anew_when_the_memory_has_grown(
@@ -120,36 +130,6 @@ def test_chosen_anew_when_the_memory_has_grown(
     after = null_entries(edge_sidecar, name)
     assert [len(of_layer) for of_layer in after] == [reference_entries(edge_sidecar, name)] * LAYERS
     assert len(after[0]) > len(before[0])
-
-
-def test_a_build_that_was_cut_off_chooses_what_it_would_have(
-    with_news: Run, edge_sidecar: Sidecar, name: str
-) -> None:
-    with_news("--max-windows", 2)
-    whole = everything(edge_sidecar, name)
-    last = sorted(null_entries(edge_sidecar, name)[-1])[:3]
-    with AdminClient(edge_sidecar.target) as client:
-        client.unary(
-            client.retention.Delete,
-            DeleteRequest(
-                memory=name, layer=LAYERS - 1, ids=tensors.to_tensor(np.array(last, np.uint64))
-            ),
-        )
-    with_news("--max-windows", 2)
-    assert everything(edge_sidecar, name) == whole
-
-
-def test_a_larger_step_where_it_is_silenced(
-    run: Run, with_news: Run, arguments: list[object], edge_sidecar: Sidecar, name: str
-) -> None:
-    with_news("--max-windows", 2)
-    with AdminClient(edge_sidecar.target) as client:
-        silenced = client.describe(name).settings.step_size[-1]
-        client.delete(name)
-        alone = run(*arguments, "--max-windows", 2, "--general-windows", 0)
-        assert alone.code == 0
-        assert client.describe(name).settings.step_size[-1] < silenced
-    assert null_entries(edge_sidecar, name) == [set()] * LAYERS
 
 
 def test_few_windows_of_it(with_news: Run, edge_sidecar: Sidecar, name: str) -> None:

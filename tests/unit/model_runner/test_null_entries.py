@@ -8,7 +8,12 @@ from knnmoe.client import ExampleRef
 
 from model_runner.architectures import Assignment
 from model_runner.errors import BadInput
-from model_runner.memory_builder.null_entries import changes, largest, windows_to_look_at
+from model_runner.memory_builder.null_entries import (
+    LOOKED_AT,
+    changes,
+    largest,
+    windows_to_look_at,
+)
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall
 from model_runner.texts import Window
@@ -89,9 +94,9 @@ def test_the_largest(count: int, chosen: list[int]) -> None:
     assert largest(moved, count).nonzero().flatten().tolist() == chosen
 
 
-def test_four_tokens_are_looked_at_for_each_entry() -> None:
+def test_several_tokens_are_looked_at_for_each_entry() -> None:
     windows = windows_of(*[11] * 20)  # of ten tokens with a loss
-    assert windows_to_look_at(25, windows) == 10
-    assert windows_to_look_at(26, windows) == 11
+    assert windows_to_look_at(10, windows) == LOOKED_AT
+    assert windows_to_look_at(11, windows) == LOOKED_AT + 1
     assert windows_to_look_at(1, windows) == 1
     assert windows_to_look_at(1000, windows) == 20
