@@ -32,7 +32,7 @@ from model_runner.memory_builder.boosting import LEAST_FALL, Boosted, Booster, D
 from model_runner.memory_builder.recipes import PRESETS, step_sizes
 
 # s0 of the preset (router_service/memories/settings.py).
-NULL_WEIGHT = 3.0
+NULL_WEIGHT = 4.0
 SETTING = replace(preset_setting("boosted"), null_weight=NULL_WEIGHT)
 
 
@@ -131,7 +131,7 @@ BOOSTED_ALONE = BoostedArm("boosted-alone", general=False)
 # Of null entries in rounds: no example of the reference.
 _NOBODY = ExampleRef("", "")
 _NEVER_STOPS = float("-inf")
-_NULL_WEIGHTS = (1.0, 3.0, 6.0)
+_NULL_WEIGHTS = (2.0, 4.0, 8.0)
 
 
 def round_rows(study: Study, _part: str) -> Iterator[Row]:

@@ -164,7 +164,7 @@ def create(
         Preset | None,
         typer.Option(
             help="Settings to start from: recommended (logit deltas, K = 32; the default), boosted (the same with "
-            "null weight 3), paper (assignments, K = 1) or paper-v2 (logits, K = 1), e.g. --preset paper."
+            "null weight 4), paper (assignments, K = 1) or paper-v2 (logits, K = 1), e.g. --preset paper."
         ),
     ] = None,
     kind: Annotated[

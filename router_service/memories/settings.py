@@ -123,7 +123,7 @@ PRESETS: dict[str, MemorySettings] = {
     # One-pass logit deltas, 32 neighbours, a null neighbour of weight 0.5 (docs/experiments.md).
     "recommended": MemorySettings(),
     # The same deltas after boosting rounds, which make them longer: a heavier null neighbour holds them back.
-    "boosted": MemorySettings(preset="boosted", null_weight=3.0),
+    "boosted": MemorySettings(preset="boosted", null_weight=4.0),
 }
 
 
