@@ -5,6 +5,7 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +111,8 @@ def build(
         int | None,
         typer.Option(
             min=0,
-            help="Look at so many windows of --general, drawn evenly; 0: none. Default: eight tokens for each entry.",
+            help="Look at so many windows of --general, drawn evenly; 0: none. Default: eight tokens for each entry, "
+            "or all that there are.",
         ),
     ] = None,
     gain: Annotated[
@@ -134,7 +136,9 @@ def build(
     a memory serves as it is; its rounds are memories NAME.round-K, of which one takes its place.
 
     Beside them there are as many entries again that change nothing, of general text where the memory would change its
-    routing most: a source of its own, `general:FILE`, chosen anew when the memory has grown. For example:
+    routing most: a source of its own, `general:FILE`, a set for each such file. They are chosen anew when the memory
+    has grown, or with --general-windows; meanwhile it takes the shorter steps of a memory without them. Lookups made to
+    choose them count as uses of entries. For example:
 
         model-runner build --memory law --reference law.jsonl --calibrate-on held-out.jsonl
 
@@ -179,7 +183,7 @@ def build(
         if of_general is not None:
             found = general_text(of_general, loaded.tokenizer, length, progress)
             others = _beside(every, found, of_general, progress)
-        settings = chosen.settings(loaded.fingerprint.num_layers, null_entries=bool(others))
+        settings = chosen.settings(loaded.fingerprint.num_layers)
         client.find_or_create(memory, loaded.fingerprint.message(), settings)
         if not replace_source:
             windows = windows_as_known(client, memory, windows)
@@ -200,14 +204,16 @@ def build(
             gone = forget_other_texts(client, memory, every)
             progress.say(f"{gone} entries of other text of {every[0].ref.source} were deleted")
         index = partial(_index, client, progress) if optimize else _leave
-        at = lambda0 or chosen.lambda0
+        own = PRESETS.get(client.describe(memory).settings.preset, chosen)  # of when it was made
+        at = lambda0 or own.lambda0
         held_inputs = (
             None if held_out is None else router_inputs(loaded, held_out, batch_size, progress)
         )
         finished = _Finish(client, memory, progress, at, held_inputs, index)
         if others:
-            grew = bool(report.entries_per_layer or gone)
-            _silence(finished, builder, loaded, others, general_windows, grew=grew)
+            changed = bool(report.entries_per_layer or gone or general_windows is not None)
+            step = _Step(client, memory, own, loaded.fingerprint.num_layers, progress)
+            _silence(finished, step, builder, loaded, others, general_windows, anew=changed)
         finished.calibrate(boosts=bool(most))
         if most:
             finished.boost(
@@ -250,14 +256,18 @@ def _beside(
 
 def _silence(
     finished: _Finish,
+    step: _Step,
     builder: MemoryBuilder,
     loaded: LoadedModel,
     general: Sequence[Window],
     most_windows: int | None,
     *,
-    grew: bool,
+    anew: bool,
 ) -> None:
-    """Null entries, as many as the memory has others; where it grew, or a build was cut off, they are chosen anew."""
+    """Null entries, as many as the memory has others, and the step that goes with them.
+
+    anew: also where they are complete. Until they are, the memory has the step of one without.
+    """
     from model_runner.memory_builder import null_entries
     from model_runner.retrieval import open_retriever
     from model_runner.router_client import OnError
@@ -265,26 +275,68 @@ def _silence(
     from model_runner.texts import drawn
 
     client, memory, progress = finished.client, finished.memory, finished.progress
-    source = general[0].ref.source
-    there, count = null_entries.counts(client, memory, source)
-    few = null_entries.windows_to_look_at(count, general) if most_windows is None else most_windows
-    looked_at = drawn(general, few)
-    if not grew and there == min(count, sum(window.targets for window in looked_at)):
-        progress.say(f"{memory}: {there} entries per layer of {source} were there already")
-        return
-    if there:  # else they would be asked, too, where the memory speaks
-        null_entries.forget(client, memory, source)
-    finished.bandwidths()
-    where = (client.target, memory, loaded.fingerprint, loaded.device, None, progress)
-    with open_retriever(
-        *where, timeout_s=options.LOOKUP_TIMEOUT_S, on_error=OnError.RAISE
-    ) as opened:
-        policy = RetrievalPolicy(opened.retriever)
-        added = builder.add_null_entries(memory, looked_at, count, policy, progress)
-    progress.say(
-        f"{memory}: wrote {added.entries_per_layer} entries per layer of {source}, near which it keeps silent, in "
-        f"{added.elapsed_s:.0f} s"
-    )
+    source, num_layers = general[0].ref.source, loaded.fingerprint.num_layers
+    there = null_entries.present(client, memory, source)
+    few = null_entries.windows_to_look_at(there.others, general)
+    looked_at = drawn(general, few if most_windows is None else most_windows)
+    if not anew and there.is_complete(looked_at, num_layers):
+        progress.say(f"{memory}: {there.others} entries per layer of {source} were there already")
+    else:
+        step.shorten()
+        if there.entries:  # else they would be heard, too, where the memory speaks
+            null_entries.forget(client, memory, source)
+        finished.bandwidths()
+        where = (client.target, memory, loaded.fingerprint, loaded.device, None, progress)
+        with open_retriever(
+            *where, timeout_s=options.LOOKUP_TIMEOUT_S, on_error=OnError.RAISE
+        ) as opened:
+            moved = builder.changes(looked_at, RetrievalPolicy(opened.retriever), progress)
+        added = builder.add_null_entries(memory, looked_at, moved, there.others, progress)
+        progress.say(
+            f"{memory}: wrote {added} entries per layer of {source}, near which it keeps silent"
+        )
+    tokens = sum(window.targets for window in looked_at)
+    step.lengthen(tokens, null_entries.ENOUGH * there.others)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The step of a memory, where it is its preset's: one without null entries, and one with them."""
+
+    client: AdminClient
+    memory: str
+    preset: Preset
+    num_layers: int
+    progress: Progress
+
+    def shorten(self) -> None:
+        """To that without."""
+        self._change(was=True, becomes=False)
+
+    def lengthen(self, tokens: int, enough: int) -> None:
+        """To that with them, where enough text was looked at; says when it was not."""
+        if tokens >= enough:
+            self._change(was=False, becomes=True)
+        elif self._is(null_entries=False) and not self._is(null_entries=True):
+            self.progress.say(
+                f"{self.memory}: keeps the shorter step of a memory without general text, of which {tokens} tokens "
+                f"were looked at, expected {enough}; give more with --general"
+            )
+
+    def _change(self, *, was: bool, becomes: bool) -> None:
+        from knnmoe.v1.types_pb2 import MemorySettings
+
+        if self._is(null_entries=was) and not self._is(null_entries=becomes):
+            step = MemorySettings(step_size=self._of_preset(null_entries=becomes))
+            self.client.update_settings(self.memory, step)
+
+    def _is(self, *, null_entries: bool) -> bool:
+        stored = self.client.describe(self.memory).settings.step_size
+        preset = self._of_preset(null_entries=null_entries)
+        return len(stored) == len(preset) and all(map(math.isclose, stored, preset))
+
+    def _of_preset(self, *, null_entries: bool) -> Sequence[float]:
+        return self.preset.settings(self.num_layers, null_entries=null_entries).step_size
 
 
 def _rounds_of(preset: Preset, given: int | None) -> int:

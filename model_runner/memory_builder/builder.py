@@ -141,19 +141,27 @@ class MemoryBuilder:
             len(windows), skipped, entries, time.monotonic() - started, self._upload_s
         )
 
+    def changes(
+        self, windows: Sequence[Window], policy: Policy, progress: Progress
+    ) -> list[Tensor]:
+        """How far a memory would move the logits of text: see null_entries.changes."""
+        return changes(self._model, windows, policy, progress, batch_size=self._batch_size)
+
     def add_null_entries(
-        self, memory: str, windows: Sequence[Window], count: int, policy: Policy, progress: Progress
-    ) -> BuildReport:
+        self,
+        memory: str,
+        windows: Sequence[Window],
+        moved: Sequence[Tensor],
+        count: int,
+        progress: Progress,
+    ) -> int:
         """Writes entries that change nothing, `count` per layer at most, of text that the memory is not for.
 
-        They stand where it would change the routing of that text most (null_entries.py). `memory` holds logit deltas;
-        policy: of it as it is, and raises when a lookup fails. Raises as `build`.
+        They stand where it would change the routing of that text most. `memory` holds logit deltas; windows: distinct;
+        moved: `changes` of them with it. Returns how many there are per layer. Raises as `build`.
         """
         self._require_windows(windows)
-        started, entries, first = time.monotonic(), 0, 0
-        self._upload_s, windows = 0.0, distinct(windows)
-        moved = changes(self._model, windows, policy, progress, batch_size=self._batch_size)
-        chosen = [largest(each, count) for each in moved]
+        entries, first, chosen = 0, 0, [largest(each, count) for each in moved]
         with self._client.upserter() as upserter:
             groups = list(batched(windows, self._batch_size))
             for group in progress.track(groups, "null entries", unit="batches"):
@@ -162,8 +170,7 @@ class MemoryBuilder:
                 if any(len(each) for each in rows):
                     entries += self._send(upserter, self._null_entries(group, rows), memory)
             upserter.finish()
-        per_layer = entries // self._layers
-        return BuildReport(len(windows), 0, per_layer, time.monotonic() - started, self._upload_s)
+        return entries // self._layers
 
     def _null_entries(self, group: Sequence[Window], rows: Sequence[Tensor]) -> list[LayerEntries]:
         """Of the tokens [m] of each layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -281,23 +281,16 @@ def _entries_of(
     client: AdminClient, memory: str, layer: int, source: str
 ) -> Iterator[tuple[int, Provenance]]:
     """Id and provenance of each entry of a source."""
+    found = origins_of(client, memory, layer)
+    return ((number, origin) for number, origin in found if origin.source == source)
+
+
+def origins_of(client: AdminClient, memory: str, layer: int) -> Iterator[tuple[int, Provenance]]:
+    """Id and provenance of each entry of a layer."""
     request = pb.ExportRequest(memory=memory, layer=layer, without_keys=True)
     for reply in client.replies(client.admin.Export(request)):
         ids = tensors.to_array(reply.entries.ids).tolist()
-        for number, origin in zip(ids, reply.entries.provenance, strict=True):
-            if origin.source == source:
-                yield number, origin
-
-
-def sources_of(client: AdminClient, memory: str) -> Counter[str]:
-    """Entries of the last layer, the one that is written last, by source."""
-    layer = client.describe(memory).layers[-1]
-    found = Counter[str]()
-    if layer.entries:
-        request = pb.ExportRequest(memory=memory, layer=layer.layer, without_keys=True)
-        for reply in client.replies(client.admin.Export(request)):
-            found.update(origin.source for origin in reply.entries.provenance)
-    return found
+        yield from zip(ids, reply.entries.provenance, strict=True)
 
 
 def _are_of_earlier_version(stored: Mapping[int, Provenance], windows: Sequence[Window]) -> bool:

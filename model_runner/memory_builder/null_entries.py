@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from knnmoe.client import AdminClient
+from knnmoe.v1.memory_admin_pb2 import ListSourcesRequest
 from knnmoe.v1.retention_pb2 import DeleteRequest, EntryFilter
 from torch import Tensor, nn
 
 from model_runner.errors import BadInput
-from model_runner.memory_builder.entries import GENERAL_SOURCE, sources_of
+from model_runner.memory_builder.entries import GENERAL_SOURCE, entry_ids, origins_of
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.texts import Window, batched, make_batch
 
-# Tokens of other text that are looked at for each null entry.
-LOOKED_AT = 8
+# Tokens of other text that are looked at for each null entry, and how many are enough for a longer step.
+LOOKED_AT, ENOUGH = 8, 4
 
 
 def changes(
@@ -42,11 +44,11 @@ def changes(
     found: dict[int, list[Tensor]] = {}
 
     def note(keep: Tensor, call: RouterCall) -> None:
-        answer = policy(call)
+        answer, own = policy(call), call.router_logits.float()
         if answer is None:
-            change = torch.zeros(len(keep), device=keep.device)
-        elif isinstance(answer, Logits):
-            change = (answer.router_logits.float() - call.router_logits.float()).norm(dim=1)
+            change = own.new_zeros(len(own))
+        elif isinstance(answer, Logits):  # a sidecar's are on the CPU
+            change = (answer.router_logits.to(own) - own).norm(dim=1)
         else:
             raise BadInput("the memory holds routings, expected logit deltas")
         found.setdefault(call.site.layer, []).append(change[keep].cpu())
@@ -64,7 +66,7 @@ def changes(
 def largest(changes: Tensor, count: int) -> Tensor:
     """Which of some changes [n] are among the `count` largest, bool [n]; of equal ones the first."""
     order = changes.argsort(descending=True, stable=True)
-    return torch.zeros(len(changes), dtype=torch.bool).index_fill(0, order[:count], True)
+    return torch.zeros_like(changes, dtype=torch.bool).index_fill(0, order[:count], True)
 
 
 def windows_to_look_at(entries: int, windows: Sequence[Window]) -> int:
@@ -73,11 +75,41 @@ def windows_to_look_at(entries: int, windows: Sequence[Window]) -> int:
     return min(len(windows), math.ceil(LOOKED_AT * entries / tokens))
 
 
-def counts(client: AdminClient, memory: str, source: str) -> tuple[int, int]:
-    """Entries of the last layer, which is written last: those of a source, and those that are no null entries."""
-    origins = sources_of(client, memory)
-    others = sum(n for name, n in origins.items() if not name.startswith(GENERAL_SOURCE))
-    return origins[source], others
+@dataclass(frozen=True, slots=True)
+class Present:
+    """What a memory holds of a source of null entries.
+
+    Attributes:
+        entries: in all layers.
+        ids: in the last layer, which is written last.
+        others: entries of that layer that are no null entries.
+
+    """
+
+    entries: int
+    ids: frozenset[int]
+    others: int
+
+    def is_complete(self, looked_at: Sequence[Window], num_layers: int) -> bool:
+        """Whether these are all that there can be of these windows, and of no other text."""
+        wanted = min(self.others, sum(window.targets for window in looked_at))
+        mine = self.ids.issubset(entry_ids(looked_at).tolist())
+        return mine and self.entries == wanted * num_layers
+
+
+def present(client: AdminClient, memory: str, source: str) -> Present:
+    """Reads where the entries come from: about a second for 100,000."""
+    sources = ListSourcesRequest(memory=memory)
+    entries = sum(
+        each.entries
+        for reply in client.replies(client.admin.ListSources(sources), long=True)
+        for each in reply.page.sources
+        if each.source == source
+    )
+    origins = list(origins_of(client, memory, client.describe(memory).layers[-1].layer))
+    ids = frozenset(number for number, origin in origins if origin.source == source)
+    others = sum(not origin.source.startswith(GENERAL_SOURCE) for _, origin in origins)
+    return Present(entries, ids, others)
 
 
 def forget(client: AdminClient, memory: str, source: str) -> None:

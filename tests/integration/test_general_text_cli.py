@@ -10,6 +10,7 @@ from knnmoe import tensors
 from knnmoe.client import AdminClient
 from knnmoe.v1.retention_pb2 import DeleteRequest
 
+from model_runner.memory_builder.recipes import PRESETS
 from tests.integration.command_runs import Done, Run, in_process
 from tests.integration.runner_parts import (
     FILE_NAME,
@@ -121,8 +122,13 @@ def test_as_many_entries_of_it_as_of_the_reference(
     assert null_entries(edge_sidecar, name) == [set()] * LAYERS
 
 
-def test_chosen_anew_when_the_memory_has_grown(
-    with_news: Run, edge_sidecar: Sidecar, name: str
+def test_chosen_anew_when_the_memory_has_grown_or_the_text_is_another(
+    run: Run,
+    with_news: Run,
+    arguments: list[object],
+    edge_sidecar: Sidecar,
+    name: str,
+    tmp_path: Path,
 ) -> None:
     with_news("--max-windows", 2)
     before = null_entries(edge_sidecar, name)
@@ -131,14 +137,24 @@ def test_chosen_anew_when_the_memory_has_grown(
     assert [len(of_layer) for of_layer in after] == [reference_entries(edge_sidecar, name)] * LAYERS
     assert len(after[0]) > len(before[0])
 
+    later = write_text(tmp_path / "news.jsonl", [text.upper() for text in NEWS])
+    assert run(*arguments, "--general", later, "--max-windows", 4).code == 0
+    last = null_entries(edge_sidecar, name)
+    assert [len(of_layer) for of_layer in last] == [len(of_layer) for of_layer in after]
+    assert not last[0] & after[0]
+
 
 def test_few_windows_of_it(with_news: Run, edge_sidecar: Sidecar, name: str) -> None:
-    """All that is looked at is stored when it holds no more tokens than the reference."""
+    """All that is looked at is stored when it holds no more tokens than the reference; steps are no longer then."""
     done = with_news("--general-windows", 1)
     stored_there = null_entries(edge_sidecar, name)
     assert 0 < len(stored_there[0]) < reference_entries(edge_sidecar, name)
     assert len(set(map(len, stored_there))) == 1
     assert f"wrote {len(stored_there[0])} entries per layer of {GENERAL}" in done.err
+    assert "keeps the shorter step of a memory without general text" in done.err
+    with AdminClient(edge_sidecar.target) as client:
+        alone = PRESETS["recommended"].settings(LAYERS).step_size
+        assert client.describe(name).settings.step_size == alone
 
 
 def test_it_is_not_the_reference(

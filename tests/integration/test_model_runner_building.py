@@ -19,7 +19,6 @@ from model_runner.memory_builder.builder import (
     collect_router_inputs,
 )
 from model_runner.memory_builder.entries import entry_ids
-from model_runner.memory_builder.null_entries import changes
 from model_runner.memory_builder.recipes import PAPER, PRESETS, RECOMMENDED, Direction, Kind, Recipe
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.scoring import score
@@ -103,27 +102,21 @@ def test_entries_that_change_nothing(edge_sidecar: Sidecar, name: str) -> None:
     build(edge_sidecar.target, name, "recommended")
     loaded, count = loaded_model(), 40
     general = windows_of([sentence[::-1] for sentence in SENTENCES])
-
-    def moved(policy: RetrievalPolicy) -> list[Tensor]:
-        return changes(loaded.model, general, policy, QUIET, batch_size=BATCH_SIZE)
-
-    with client_of(edge_sidecar.target, name) as client:
-        before = moved(RetrievalPolicy(client))
-    with (
-        AdminClient(edge_sidecar.target) as admin,
-        client_of(edge_sidecar.target, name) as client,
-    ):
+    with AdminClient(edge_sidecar.target) as admin:
         builder = MemoryBuilder(loaded.model, loaded.fingerprint, admin, batch_size=BATCH_SIZE)
-        report = builder.add_null_entries(name, general, count, RetrievalPolicy(client), QUIET)
-    assert report.entries_per_layer == count
+
+        def moved() -> list[Tensor]:
+            with client_of(edge_sidecar.target, name) as client:
+                return builder.changes(general, RetrievalPolicy(client), QUIET)
+
+        before = moved()
+        assert builder.add_null_entries(name, general, before, count, QUIET) == count
+        after = moved()
     ids = np.concatenate([entry_ids(group) for group in batched(general, BATCH_SIZE)])
-    with client_of(edge_sidecar.target, name) as client:
-        after = moved(RetrievalPolicy(client))
     for layer, entries in enumerate(everything(edge_sidecar, name)):
-        there = set(
-            ids[before[layer].argsort(descending=True, stable=True)[:count].numpy()].tolist()
-        )
-        assert {entry for entry, (_, value) in entries.items() if not np.any(value)} == there
+        largest = before[layer].argsort(descending=True, stable=True)[:count]
+        there = {entry for entry, (_, value) in entries.items() if not np.any(value)}
+        assert there == set(ids[largest.numpy()].tolist())
         assert after[layer].sum() < before[layer].sum()
 
 
