@@ -5,10 +5,9 @@ Imports of torch and gRPC stand inside functions: --help does not wait for them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from model_runner.memory_builder.boosting import Outcome
     from model_runner.memory_builder.builder import MemoryBuilder
+    from model_runner.memory_builder.null_entries import PresetStep
     from model_runner.memory_builder.recipes import Preset
     from model_runner.models import LoadedModel
     from model_runner.texts import Window
@@ -157,6 +157,7 @@ def build(
         general_text,
         windows_as_known,
     )
+    from model_runner.memory_builder.null_entries import PresetStep
     from model_runner.memory_builder.recipes import PRESETS
     from model_runner.memory_builder.traces import GradientSettings
     from model_runner.models import window_length
@@ -206,13 +207,12 @@ def build(
         index = partial(_index, client, progress) if optimize else _leave
         own = PRESETS.get(client.describe(memory).settings.preset, chosen)  # of when it was made
         at = lambda0 or own.lambda0
-        held_inputs = (
-            None if held_out is None else router_inputs(loaded, held_out, batch_size, progress)
-        )
-        finished = _Finish(client, memory, progress, at, held_inputs, index)
+        of_text = partial(router_inputs, loaded, held_out or [], batch_size, progress)
+        inputs = None if held_out is None else cache(of_text)
+        finished = _Finish(client, memory, progress, at, inputs, index)
         if others:
             changed = bool(report.entries_per_layer or gone or general_windows is not None)
-            step = _Step(client, memory, own, loaded.fingerprint.num_layers, progress)
+            step = PresetStep(client, memory, own, loaded.fingerprint.num_layers)
             _silence(finished, step, builder, loaded, others, general_windows, anew=changed)
         finished.calibrate(boosts=bool(most))
         if most:
@@ -256,7 +256,7 @@ def _beside(
 
 def _silence(
     finished: _Finish,
-    step: _Step,
+    step: PresetStep,
     builder: MemoryBuilder,
     loaded: LoadedModel,
     general: Sequence[Window],
@@ -296,47 +296,14 @@ def _silence(
             f"{memory}: wrote {added} entries per layer of {source}, near which it keeps silent"
         )
     tokens = sum(window.targets for window in looked_at)
-    step.lengthen(tokens, null_entries.ENOUGH * there.others)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The step of a memory, where it is its preset's: one without null entries, and one with them."""
-
-    client: AdminClient
-    memory: str
-    preset: Preset
-    num_layers: int
-    progress: Progress
-
-    def shorten(self) -> None:
-        """To that without."""
-        self._change(was=True, becomes=False)
-
-    def lengthen(self, tokens: int, enough: int) -> None:
-        """To that with them, where enough text was looked at; says when it was not."""
-        if tokens >= enough:
-            self._change(was=False, becomes=True)
-        elif self._is(null_entries=False) and not self._is(null_entries=True):
-            self.progress.say(
-                f"{self.memory}: keeps the shorter step of a memory without general text, of which {tokens} tokens "
-                f"were looked at, expected {enough}; give more with --general"
-            )
-
-    def _change(self, *, was: bool, becomes: bool) -> None:
-        from knnmoe.v1.types_pb2 import MemorySettings
-
-        if self._is(null_entries=was) and not self._is(null_entries=becomes):
-            step = MemorySettings(step_size=self._of_preset(null_entries=becomes))
-            self.client.update_settings(self.memory, step)
-
-    def _is(self, *, null_entries: bool) -> bool:
-        stored = self.client.describe(self.memory).settings.step_size
-        preset = self._of_preset(null_entries=null_entries)
-        return len(stored) == len(preset) and all(map(math.isclose, stored, preset))
-
-    def _of_preset(self, *, null_entries: bool) -> Sequence[float]:
-        return self.preset.settings(self.num_layers, null_entries=null_entries).step_size
+    enough = null_entries.ENOUGH * there.others
+    if tokens >= enough:
+        step.lengthen()
+    elif step.is_short:
+        progress.say(
+            f"{memory}: keeps the shorter step of a memory without general text, of which {tokens} tokens were looked "
+            f"at, expected {enough}; give more with --general"
+        )
 
 
 def _rounds_of(preset: Preset, given: int | None) -> int:
@@ -359,7 +326,8 @@ class _Finish:
     """What becomes of a memory whose entries are written.
 
     Attributes:
-        lambda0, inputs: of calibration, as of calibrated.
+        lambda0: of calibration.
+        inputs: gives the router inputs of held-out text; None: there is none.
         index: gets a memory's name.
 
     """
@@ -368,7 +336,7 @@ class _Finish:
     memory: str
     progress: Progress
     lambda0: float
-    inputs: dict[int, Tensor] | None
+    inputs: Callable[[], dict[int, Tensor]] | None
     index: Callable[..., None]
 
     def calibrate(self, *, boosts: bool) -> None:
@@ -395,7 +363,8 @@ class _Finish:
         settings = self.client.describe(self.memory).settings
         if settings.similarity == SIMILARITY_COSINE or settings.rounds:
             return None
-        return calibrated(self.client, self.memory, self.lambda0, self.inputs, self.progress)
+        inputs = None if self.inputs is None else self.inputs()
+        return calibrated(self.client, self.memory, self.lambda0, inputs, self.progress)
 
     def boost(self, run: Callable[..., Outcome]) -> None:
         """Boosts it; what takes its place is indexed before."""

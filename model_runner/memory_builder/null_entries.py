@@ -15,10 +15,12 @@ import torch
 from knnmoe.client import AdminClient
 from knnmoe.v1.memory_admin_pb2 import ListSourcesRequest
 from knnmoe.v1.retention_pb2 import DeleteRequest, EntryFilter
+from knnmoe.v1.types_pb2 import MemorySettings
 from torch import Tensor, nn
 
 from model_runner.errors import BadInput
 from model_runner.memory_builder.entries import GENERAL_SOURCE, entry_ids, origins_of
+from model_runner.memory_builder.recipes import Preset
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, Policy, RouterCall, RouterHooks
 from model_runner.texts import Window, batched, make_batch
@@ -106,13 +108,51 @@ def present(client: AdminClient, memory: str, source: str) -> Present:
         for each in reply.page.sources
         if each.source == source
     )
-    origins = list(origins_of(client, memory, client.describe(memory).layers[-1].layer))
-    ids = frozenset(number for number, origin in origins if origin.source == source)
-    others = sum(not origin.source.startswith(GENERAL_SOURCE) for _, origin in origins)
-    return Present(entries, ids, others)
+    ids, others = set[int](), 0
+    for number, origin in origins_of(client, memory, client.describe(memory).layers[-1].layer):
+        others += not origin.source.startswith(GENERAL_SOURCE)
+        if origin.source == source:
+            ids.add(number)
+    return Present(entries, frozenset(ids), others)
 
 
 def forget(client: AdminClient, memory: str, source: str) -> None:
     """Deletes a source's entries."""
     request = DeleteRequest(memory=memory, filter=EntryFilter(source=source))
     client.unary(client.retention.Delete, request, long=True, repeat=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PresetStep:
+    """The step of a memory, where it is its preset's: a short one without null entries, a longer one with them."""
+
+    client: AdminClient
+    memory: str
+    preset: Preset
+    num_layers: int
+
+    def shorten(self) -> None:
+        """To that without."""
+        self._change(was=True, becomes=False)
+
+    def lengthen(self) -> None:
+        """To that with them."""
+        self._change(was=False, becomes=True)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is that without, and another one with them."""
+        return self._is(null_entries=False) and not self._is(null_entries=True)
+
+    def _change(self, *, was: bool, becomes: bool) -> None:
+        if self._is(null_entries=was) and not self._is(null_entries=becomes):
+            step = MemorySettings(step_size=self._of_preset(null_entries=becomes))
+            self.client.update_settings(self.memory, step)
+
+    def _is(self, *, null_entries: bool) -> bool:
+        stored = self.client.describe(self.memory).settings.step_size
+        preset = self._of_preset(null_entries=null_entries)
+        return len(stored) == len(preset) and all(map(math.isclose, stored, preset))
+
+    def _of_preset(self, *, null_entries: bool) -> Sequence[float]:
+        return self.preset.settings(self.num_layers, null_entries=null_entries).step_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from knnmoe.client import ExampleRef
 
 from model_runner.architectures import Assignment
 from model_runner.errors import BadInput
@@ -16,23 +15,10 @@ from model_runner.memory_builder.null_entries import (
 )
 from model_runner.progress import Progress
 from model_runner.router_hooks import Logits, RouterCall
-from model_runner.texts import Window
-from tests.families import VOCABULARY, shared_model
+from tests.families import shared_model
+from tests.unit.model_runner.random_windows import windows_of
 
 QUIET = Progress(quiet=True)
-
-
-def windows_of(*lengths: int) -> list[Window]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        Window(
-            ExampleRef("s", str(number)),
-            tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()),
-            tuple(range(1, length)),
-            0,
-        )
-        for number, length in enumerate(lengths)
-    ]
 
 
 def by_length(call: RouterCall) -> Logits:

@@ -15,23 +15,10 @@ from model_runner.progress import Progress
 from model_runner.router_hooks import RouterCall, verify_hooks
 from model_runner.routing_policy import RetrievalPolicy
 from model_runner.scoring import Scores, score
-from model_runner.texts import Window
-from tests.families import VOCABULARY, shared_model, tiny_model
+from tests.families import shared_model, tiny_model
+from tests.unit.model_runner.random_windows import windows_of
 
 QUIET = Progress(quiet=True)
-
-
-def windows_of(*lengths: int) -> list[Window]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        Window(
-            ExampleRef("s", str(number)),
-            tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()),
-            tuple(range(1, length)),
-            0,
-        )
-        for number, length in enumerate(lengths)
-    ]
 
 
 def test_perplexity_is_of_the_mean_over_tokens() -> None:
