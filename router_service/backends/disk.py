@@ -286,11 +286,13 @@ def _data_blocks(descriptor: int) -> Iterator[tuple[int, bytes]]:
 
 def disk_bytes(directory: Path) -> int:
     """Bytes that a directory takes on disk, holes not counted; files that vanish meanwhile count as 0."""
-    return sum(
-        allocated_bytes(Path(parent, name))
-        for parent, _, files in os.walk(directory)
-        for name in files
-    )
+    return sum(map(allocated_bytes, _files_below(directory)))
+
+
+def _files_below(directory: Path) -> Iterator[Path]:
+    """What there is of them; directories that vanish meanwhile have none."""
+    for parent, _, files in os.walk(directory):
+        yield from (Path(parent, name) for name in files)
 
 
 def allocated_bytes(path: Path) -> int:
@@ -307,7 +309,7 @@ def keep_room(directory: Path) -> None:
     The engine writes through mapped memory, where a hole that the disk has no block for ends the process by SIGBUS.
     """
     with storage_call(f"keep room for the next writes below {directory}"):
-        for path in directory.rglob("*"):
+        for path in _files_below(directory):
             with suppress(FileNotFoundError):  # the engine makes files anew
                 status = path.stat()
                 if stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < status.st_size:

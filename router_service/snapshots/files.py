@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -200,10 +200,16 @@ def unwatched(path: str) -> None:
     """The OnFile of callers who do not watch."""
 
 
-def files_of(directory: Path) -> Iterator[str]:
-    """Paths below a directory, in order, of everything that is not a directory."""
+def files_of(directory: Path, below: Collection[str] | None = None) -> Iterator[str]:
+    """Paths below a directory, in order, of everything that is not a directory.
+
+    `below`: only these files and directories of it; others are not looked at, and may go away meanwhile.
+    """
     with storage_call(f"list {directory}"):
         for parent, directories, names in os.walk(directory, onerror=_raise):
+            if below is not None and Path(parent) == directory:
+                directories[:] = [name for name in directories if name in below]
+                names = [name for name in names if name in below]
             directories.sort()
             links = [name for name in directories if Path(parent, name).is_symlink()]
             for name in sorted(names + links):

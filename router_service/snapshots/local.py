@@ -186,9 +186,8 @@ def _copy(
 
 
 def _copy_layer(files: FrozenFiles, target: Path, on_file: OnFile) -> None:
-    paths = files_of(files.directory)
-    wanted = (path for path in paths if path.split("/")[0] in files.names)
-    copy_files(files.directory, wanted, target, on_file)
+    # What an index replaced is being removed beside them.
+    copy_files(files.directory, files_of(files.directory, files.names), target, on_file)
 
 
 def _swap_in(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import threading
@@ -90,6 +91,30 @@ def test_a_snapshot_says_what_it_holds(snapshot: SnapshotInfo, snapshot_store: P
     assert local.find(snapshot_store, "bible", "monday") == snapshot.path
     assert snapshot.record is not None
     assert snapshot.record.fingerprint == MODEL
+
+
+def test_what_an_index_replaced_may_vanish_meanwhile(
+    store: MemoryStore,
+    memory: RoutingMemory,
+    snapshot_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An index removes the generation before it after the pause that a copy and it exclude each other in."""
+    assert store.directory is not None
+    before = next((store.directory / "bible").glob("layer-000/gen-*"))
+    replaced = before.with_name("gen-000099")
+    shutil.copytree(before, replaced)
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path) != replaced and Path(path).is_relative_to(replaced):
+            shutil.rmtree(replaced, ignore_errors=True)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    made = local.create(store, "bible", snapshot_store, min_free_bytes=0)
+    assert not list(made.path.rglob(replaced.name))
+    assert local.verify(made.path) == made
 
 
 def test_names_are_unique_and_say_when(
