@@ -24,7 +24,7 @@ def missed(found: list[Row]) -> list[Row]:
         row
         for row in found
         if row.recall < LEAST.get(row.state, usual)
-        or (row.nearest_wrong and row.state not in LEAST)
+        or (row.nearest_wrong > 1 - usual and row.state not in LEAST)
     ]
 
 
