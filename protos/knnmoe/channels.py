@@ -1,4 +1,4 @@
-"""What both ends of a channel agree on: sizes of messages, and whose errors are whose."""
+"""What both ends of a channel agree on: sizes of messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from knnmoe.credentials import Credentials
 
 # 2,048 tokens of hidden size 4,096 in f32 take 32 MiB.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-ERROR_DOMAIN = "knnmoe.dev"
 
 
 def message_size_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:

@@ -164,7 +164,7 @@ def is_local(target: str) -> bool:
 
 def bad_credentials(message: str) -> Exception:
     """Imported when there is one: the health probe needs none of what comes with it."""
-    from knnmoe.client.errors import BadCredentials
+    from knnmoe.errors import BadCredentials
 
     return BadCredentials(message)
 

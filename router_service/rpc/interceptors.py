@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from knnmoe.channels import ERROR_DOMAIN
+from knnmoe.errors import ERROR_DOMAIN
 from knnmoe.v1 import errors_pb2 as reasons
 from typing_extensions import override
 

@@ -3,7 +3,11 @@
 from knnmoe.client.admin import AdminClient, Upserter, require_same_model
 from knnmoe.client.calls import NO_PAUSES_S, PAUSES_S
 from knnmoe.client.completion import memory_names
-from knnmoe.client.errors import (
+from knnmoe.client.kinds import blends_logits
+from knnmoe.client.replication import ReplicaStream, ReplicationClient
+from knnmoe.client.routing import ExampleRef, RoutingClient
+from knnmoe.credentials import Credentials
+from knnmoe.errors import (
     BadCredentials,
     ClientClosed,
     ConnectionMismatch,
@@ -16,10 +20,6 @@ from knnmoe.client.errors import (
     ServiceUnavailable,
     service_error,
 )
-from knnmoe.client.kinds import blends_logits
-from knnmoe.client.replication import ReplicaStream, ReplicationClient
-from knnmoe.client.routing import ExampleRef, RoutingClient
-from knnmoe.credentials import Credentials
 
 __all__ = [
     "NO_PAUSES_S",

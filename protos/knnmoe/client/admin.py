@@ -14,14 +14,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.client.calls import DuplexStream, Retries, replies, unary
-from knnmoe.client.errors import (
+from knnmoe.credentials import Credentials
+from knnmoe.errors import (
     KindMismatch,
     MemoryNotFound,
     ModelMismatch,
     ServiceRefused,
     ServiceUnavailable,
 )
-from knnmoe.credentials import Credentials
 from knnmoe.v1 import (
     doctor_pb2_grpc,
     memory_admin_pb2_grpc,

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from knnmoe.client.errors import (
+from knnmoe.errors import (
     ClientClosed,
     ConnectionMismatch,
     ServiceError,

@@ -7,8 +7,8 @@ from pathlib import Path
 import grpc
 
 from knnmoe.channels import open_channel
-from knnmoe.client.errors import BadCredentials
 from knnmoe.credentials import Credentials
+from knnmoe.errors import BadCredentials
 from knnmoe.v1 import memory_admin_pb2, memory_admin_pb2_grpc
 
 

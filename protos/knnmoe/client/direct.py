@@ -18,7 +18,7 @@ import grpc
 from google.rpc import status_pb2
 
 from knnmoe.client.calls import no_answer
-from knnmoe.client.errors import ServiceError, ServiceUnavailable, service_error
+from knnmoe.errors import ServiceError, ServiceUnavailable, service_error
 from knnmoe.v1 import routing_pb2 as pb
 
 SUFFIX = ".route"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from knnmoe.client.errors import KindMismatch
+from knnmoe.errors import KindMismatch
 from knnmoe.v1.errors_pb2 import ERROR_REASON_KIND_MISMATCH, ErrorReason
 from knnmoe.v1.types_pb2 import (
     MEMORY_KIND_ASSIGNMENT,

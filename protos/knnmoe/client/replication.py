@@ -12,8 +12,8 @@ from typing_extensions import override
 from knnmoe import tensors
 from knnmoe.channels import MAX_MESSAGE_BYTES, open_channel
 from knnmoe.client.calls import PAUSES_S, Retries, next_reply, unary
-from knnmoe.client.errors import ClientClosed, ServiceUnavailable
 from knnmoe.credentials import Credentials
+from knnmoe.errors import ClientClosed, ServiceUnavailable
 from knnmoe.v1 import replication_pb2 as pb
 from knnmoe.v1 import types_pb2
 from knnmoe.v1.replication_pb2_grpc import ReplicationServiceStub

@@ -16,13 +16,13 @@ from knnmoe import tensors
 from knnmoe.channels import open_channel
 from knnmoe.client.calls import PAUSES_S, DuplexStream, Retries, Stream, StreamPool, unary
 from knnmoe.client.direct import DirectStream
-from knnmoe.client.errors import (
+from knnmoe.credentials import Credentials
+from knnmoe.errors import (
     ClientClosed,
     MemoryNotFound,
     ServiceRefused,
     ServiceUnavailable,
 )
-from knnmoe.credentials import Credentials
 from knnmoe.tracing import span, traceparent
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1 import types_pb2

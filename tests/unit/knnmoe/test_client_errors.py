@@ -14,7 +14,6 @@ import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
-from knnmoe.channels import ERROR_DOMAIN
 from knnmoe.client import (
     AdminClient,
     KindMismatch,
@@ -25,7 +24,7 @@ from knnmoe.client import (
     ServiceUnavailable,
     service_error,
 )
-from knnmoe.client.errors import BY_CODE, BY_REASON
+from knnmoe.errors import BY_CODE, BY_REASON, ERROR_DOMAIN
 from knnmoe.v1 import memory_admin_pb2 as pb
 from knnmoe.v1.errors_pb2 import ErrorReason
 from knnmoe.v1.types_pb2 import MemorySettings, ModelFingerprint

@@ -16,7 +16,6 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from knnmoe import tensors
-from knnmoe.channels import ERROR_DOMAIN
 from knnmoe.client import (
     NO_PAUSES_S,
     ClientClosed,
@@ -26,6 +25,7 @@ from knnmoe.client import (
     ServiceUnavailable,
     calls,
 )
+from knnmoe.errors import ERROR_DOMAIN
 from knnmoe.v1 import routing_pb2 as pb
 from knnmoe.v1.routing_pb2_grpc import (
     RoutingServiceServicer,

@@ -23,8 +23,10 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from typing_extensions import override
 
-from knnmoe.channels import ERROR_DOMAIN
 from knnmoe.v1 import errors_pb2 as reasons
+
+# In what a status carries, both ends agree on it: whose reason it is.
+ERROR_DOMAIN = "knnmoe.dev"
 
 
 class ServiceError(Exception):
