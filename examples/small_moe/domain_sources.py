@@ -1,11 +1,13 @@
 """Domains that are no part of the training text, from Debian packages and one wheel, with their layout."""
 
+import gzip
 import re
 import struct
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from examples.small_moe import cleaning
@@ -15,6 +17,7 @@ from examples.small_moe.sources import Document
 
 EXCERPT_CHARS = 8000
 _MINIMUM_CHARS = 800
+_QUOTATIONS = 20  # of one file, in a document
 _PAGE_COLUMNS = "80"
 _R_STRINGS, _R_HEADER = 16, b"UTF-8"
 
@@ -81,12 +84,34 @@ def read_novels(cache: Path) -> Iterator[Document]:
             yield Document(f"austen/{title}/{number}", chapter)
 
 
-def read_french(cache: Path) -> Iterator[Document]:
-    """Read the Debian Administrator's Handbook in French, a document per page."""
-    root = unpacked("debian-handbook", cache) / "usr/share/doc/debian-handbook/html/fr-FR"
+def read_handbook(language: str, cache: Path) -> Iterator[Document]:
+    """Read the Debian Administrator's Handbook in a language, e.g. fr-FR, a document per page."""
+    root = unpacked("debian-handbook", cache) / "usr/share/doc/debian-handbook/html" / language
     for path in sorted(root.glob("*.html")):
         page = path.read_text(encoding="utf-8", errors="replace")
-        yield Document(f"handbook-fr/{path.stem}", cleaning.html_text(page, layout=True))
+        text = cleaning.html_text(page, layout=True)
+        yield Document(f"handbook-{language[:2]}/{path.stem}", text)
+
+
+def read_quotations(cache: Path) -> Iterator[Document]:
+    """Read the quotations and jokes of fortune(6), a document per twenty of one file."""
+    root = unpacked("fortunes", cache) / "usr/share/games/fortunes"
+    for path in sorted(root.glob("*.dat")):
+        text = path.with_suffix("").read_text(encoding="utf-8", errors="replace")
+        quotations = [each for part in re.split(r"(?m)^%$", text) if (each := part.strip("\n"))]
+        for start in range(0, len(quotations), _QUOTATIONS):
+            some = quotations[start : start + _QUOTATIONS]
+            yield Document(f"fortunes/{path.stem}/{start}", "\n\n".join(some))
+
+
+def read_kernel_documentation(cache: Path) -> Iterator[Document]:
+    """Read the documentation of Linux in its source form, translations left out."""
+    root = unpacked("linux-doc-6.1", cache) / "usr/share/doc/linux-doc-6.1/Documentation"
+    for path in sorted(root.glob("**/*.rst.gz")):
+        name = path.relative_to(root).as_posix().removesuffix(".rst.gz")
+        if not path.is_symlink() and not name.startswith("translations/"):
+            text = gzip.decompress(path.read_bytes()).decode(errors="replace")
+            yield Document(f"linux/{name}", text)
 
 
 DOMAINS = (
@@ -94,7 +119,16 @@ DOMAINS = (
     Domain("manual", "manpages, git-man", "GPL-2+, BSD, verbatim", "page", read_manual_pages),
     Domain("source", "libpython3.11-stdlib", "PSF-2.0", "module", read_source_code),
     Domain("novels", "r-cran-janeaustenr", "public domain", "chapter", read_novels),
-    Domain("french", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page", read_french),
+    Domain(
+        *("french", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
+        partial(read_handbook, "fr-FR"),
+    ),
+    Domain(
+        *("german", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
+        partial(read_handbook, "de-DE"),
+    ),
+    Domain("quotations", "fortunes", "BSD", "twenty of a file", read_quotations),
+    Domain("kernel", "linux-doc-6.1", "GPL-2", "page", read_kernel_documentation),
 )
 """All but the Bible, whose splits are those of the shipped model."""
 

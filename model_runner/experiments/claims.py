@@ -78,18 +78,18 @@ def _apart(one: Row, other: Row) -> tuple[float, float]:
     return one["domain"]["delta"] - other["domain"]["delta"], both
 
 
-def _times_paper(
-    arm: str, times: float
+def _times(
+    arm: str, others: Sequence[str], times: float
 ) -> Callable[[Sequence[Row]], tuple[float, str, bool] | None]:
-    """Gain of an arm over that of the better reading of the paper; where that gains nothing, any gain holds."""
+    """Gain of an arm over that of the best of others; where that gains nothing, any gain holds."""
 
     def read(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
         mine = _one(rows, arm=arm)
-        papers = [p for p in (_one(rows, arm=name) for name in PAPERS) if p]
-        if mine is None or not papers:
+        there = [row for row in (_one(rows, arm=name) for name in others) if row]
+        if mine is None or not there:
             return None
         gain = -mine["domain"]["delta"]
-        best = max(-p["domain"]["delta"] for p in papers)
+        best = max(-row["domain"]["delta"] for row in there)
         if best <= 0:
             return float("inf"), f"{gain:+.3f} against {best:+.3f}", gain > 0
         return gain / best, f"{gain / best:.1f}x", gain / best >= times
@@ -228,6 +228,15 @@ def _keeps(keys: str, share: float) -> Callable[[Sequence[Row]], tuple[float, st
     return read
 
 
+def _votes_add(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
+    """What votes add to the memory on test, settings of both chosen on dev."""
+    memory, both = (_one(rows, method=name, chosen=True) for name in ("memory", "both"))
+    if memory is None or both is None:
+        return None
+    apart, error = _apart(both, memory)
+    return apart, f"{apart:+.3f} ± {error:.3f}", apart < -2 * error
+
+
 def _grows(rows: Sequence[Row]) -> tuple[float, str, bool] | None:
     """From the paper's 500 to 1,000 examples on: what doubling the largest half adds."""
     mine = [r for r in rows if r.get("method") == "recommended"]
@@ -265,7 +274,7 @@ CLAIMS = (
     Claim(
         "`recommended` gains at least twice what the better reading does",
         "main",
-        _times_paper("recommended", 2),
+        _times("recommended", PAPERS, 2),
     ),
     Claim("and harms by at most 0.008", "main", _harm_at_most("recommended", 0.008)),
     Claim("at most 0.01", "main", _harm_at_most("recommended", 0.01)),
@@ -280,8 +289,25 @@ CLAIMS = (
         _against_alone("domain", lambda share: share > 1),
     ),
     Claim("and harms half as much", "main", _against_alone("general", lambda share: share <= 0.5)),
-    Claim("`boosted` gains at least three times as much", "main", _times_paper("boosted", 3)),
+    Claim("`boosted` gains at least three times as much", "main", _times("boosted", PAPERS, 3)),
     Claim("and harms by at most 0.015", "main", _harm_at_most("boosted", 0.015)),
+    Claim(
+        "Networks distilled from the deltas gain at least as much as `recommended`",
+        "main",
+        _times("distilled", ("recommended",), 1),
+    ),
+    Claim("and harm by at most 0.01", "main", _harm_at_most("distilled", 0.01)),
+    Claim(
+        "A learned metric gains more than router inputs as they are (both without null entries)",
+        "main",
+        _times("learned-metric", ("recommended-alone",), 1),
+    ),
+    Claim("and harms by at most 0.01", "main", _harm_at_most("learned-metric", 0.01)),
+    Claim(
+        "Votes of the neighbours that `boosted` finds for the last layer add to its gain",
+        "together",
+        _votes_add,
+    ),
     Claim(
         "`recommended` chooses more right continuations (p < 0.05)",
         "choice",

