@@ -35,7 +35,7 @@ from model_runner.texts import Window
 
 ORACLE_STEPS = (3.0, 10.0, ORACLE_STEP_SIZE)
 LAMBDAS = (0.3, 0.5, 0.7)
-STEPS = (2.25, 3.5, 5.0)
+STEPS = (2.25, 3.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)

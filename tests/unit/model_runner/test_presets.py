@@ -62,7 +62,7 @@ def test_settings_of_a_new_memory() -> None:
 
 def test_a_memory_that_is_silenced_elsewhere_takes_larger_steps() -> None:
     alone, silenced = (PRESETS["recommended"].settings(4, null_entries=n) for n in (False, True))
-    assert list(silenced.step_size) == step_sizes(4, 3.5)
+    assert list(silenced.step_size) == step_sizes(4, 3.0)
     assert all(map(operator.lt, alone.step_size, silenced.step_size))
     assert not PRESETS["paper"].settings(4, null_entries=True).step_size
 
