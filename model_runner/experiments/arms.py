@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -174,3 +174,5 @@ RECOMMENDED = MemoryArm(
     "recommended", preset_setting("recommended", null_entries=True), general=True
 )
 ALONE = MemoryArm("recommended-alone", preset_setting("recommended"))
+# A longer step than the preset's: more gain, and harm.
+LONGER = MemoryArm("recommended-3.5", replace(RECOMMENDED.setting, step_size=3.5), general=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from model_runner.experiments.arms import ALONE, PAPER, PAPER_V2, RECOMMENDED, Arm
+from model_runner.experiments.arms import ALONE, LONGER, PAPER, PAPER_V2, RECOMMENDED, Arm
 from model_runner.experiments.baselines import baselines
 from model_runner.experiments.boosted import BOOSTED, BOOSTED_ALONE
 from model_runner.experiments.distilled import DISTILLED
@@ -17,7 +17,7 @@ from model_runner.experiments.study import Study
 
 def arms() -> dict[str, Arm]:
     """By name, in the order of the table."""
-    memories: list[Arm] = [PAPER, PAPER_V2, ALONE, RECOMMENDED, BOOSTED_ALONE, BOOSTED]
+    memories: list[Arm] = [PAPER, PAPER_V2, ALONE, RECOMMENDED, LONGER, BOOSTED_ALONE, BOOSTED]
     found: list[Arm] = [*memories, DISTILLED, METRIC, *baselines()]
     return {arm.name: arm for arm in found}
 

@@ -38,7 +38,8 @@ answers."""
 
 # In the order of the main table, whatever arms the program has that writes it.
 _ARMS = (
-    *("zero-shot", "paper", "paper-v2", "recommended", "boosted", "distilled", "learned-metric"),
+    *("zero-shot", "paper", "paper-v2", "recommended", "recommended-3.5", "boosted"),
+    *("boosted-alone", "recommended-alone", "distilled", "learned-metric"),
     *("recommended-tuned", "recommended-tuned-safe", "c3po", "c3po-tuned", "c3po-tuned-safe"),
     *("few-shot", "few-shot-safe", "router-ft", "router-ft-safe", "last-router-ft"),
     *("last-router-ft-safe", "lora", "lora-safe", "full-ft", "full-ft-safe", "knn-lm"),
