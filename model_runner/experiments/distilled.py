@@ -1,7 +1,7 @@
 """A memory distilled into a small network per layer: router input in, logit delta out, and no lookup.
 
 The networks are fitted to deltas by least squares. What they learn is the mean delta at a router input, which is what a
-memory's average of neighbours estimates; general dev text, at which the delta is to be zero, keeps them from speaking
+memory's average of neighbours estimates; general text, at which the delta is to be zero, keeps them from speaking
 where the reference has nothing to say. Rounds as in boosting: with the networks on, the next step is added to what they
 say, and they are fitted again.
 """
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from model_runner.experiments.arms import Fitted, Timed
 from model_runner.experiments.study import Study
 from model_runner.experiments.sweeps import changes, worth
-from model_runner.memory_builder.builder import collect_router_inputs
 from model_runner.memory_builder.recipes import RECOMMENDED, RECOMMENDED_STEP_SIZE, step, step_sizes
 from model_runner.memory_builder.traces import GradientSettings, traced_windows
 from model_runner.router_hooks import Logits, RouterCall, RouterHooks
 from model_runner.texts import Window, batched, make_batch
 
 # Of what the networks say: the one whose worth on dev is best is taken.
-SCALES = (0.5, 1.0, 1.5)
+SCALES = (0.5, 1.0, 1.5, 2.0)
+# Tokens of general text for each of the reference: with as many the harm was twice as large on dev, with four times as
+# many the gain was three quarters (docs/experiments.md).
+GENERAL_TOKENS = 2
 
 
 class Network(nn.Module):
@@ -126,20 +128,22 @@ class DistilledArm:
     @contextmanager
     def fit(self, study: Study) -> Iterator[Fitted]:
         """As of Arm. The scale of what the networks say is chosen on dev, as settings of memories are."""
+        study.traces()
+        study.general_inputs()
         started = time.perf_counter()
         networks = self._networks(study)
         policies = [NetworkPolicy(networks, _steps(networks, scale)) for scale in SCALES]
         best = max(policies, key=lambda policy: worth(changes(study, policy, "dev", self.name)))
-        fit_s = time.perf_counter() - started
+        fit_s = study.made_s("traces", "general inputs") + time.perf_counter() - started
         numbers = sum(p.numel() for network in best.networks for p in network.parameters())
         # Weights, gradients and two moments of the optimizer.
         scorer = partial(study.score, policy=best, what=self.name)
         yield Timed(scorer, fit_s, 16 * numbers, numbers)
 
     def _networks(self, study: Study) -> list[Network]:
-        loaded, traces = study.loaded, study.traces()
+        traces = study.traces()
         norms, layers = traces.norms(), range(len(traces.keys))
-        nowhere = collect_router_inputs(loaded.model, study.texts.general_dev, most=8000)
+        nowhere = _drawn(study.general_inputs(), GENERAL_TOKENS * len(traces.keys[0]), study.seed)
         targets = [
             step(traces.gradients(layer), RECOMMENDED, norms[layer], torch.Generator())
             for layer in layers
@@ -166,7 +170,7 @@ class DistilledArm:
         zeros = targets.new_zeros(len(nowhere), targets.shape[1])
         fitted_to = torch.arange(len(nowhere)) % 10 == 0
         return self.how.network(
-            torch.cat([keys, nowhere.float()]),
+            torch.cat([keys, nowhere]),
             torch.cat([targets, zeros]),
             torch.cat([held_out, fitted_to]),
             seed,
@@ -175,6 +179,12 @@ class DistilledArm:
 
 def _steps(networks: Sequence[Network], scale: float) -> list[float]:
     return [scale * step for step in step_sizes(len(networks), RECOMMENDED_STEP_SIZE)]
+
+
+def _drawn(inputs: Sequence[Tensor], count: int, seed: int) -> list[Tensor]:
+    """The same `count` tokens of each layer's inputs [m, d], all where there are fewer."""
+    order = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))
+    return [each[order[:count].to(each.device)] for each in inputs]
 
 
 def _held_out(windows: Sequence[Window], seed: int) -> Tensor:
