@@ -126,17 +126,12 @@ DOMAINS = (
     Domain("manual", "manpages, git-man", "GPL-2+, BSD, verbatim", "page", read_manual_pages),
     Domain("source", "libpython3.11-stdlib", "PSF-2.0", "module", read_source_code),
     Domain("novels", "r-cran-janeaustenr", "public domain", "chapter", read_novels),
-    Domain(
-        *("french", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
-        partial(read_handbook, "fr-FR"),
-    ),
-    Domain(
-        *("german", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
-        partial(read_handbook, "de-DE"),
-    ),
-    Domain(
-        *("spanish", "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
-        partial(read_handbook, "es-ES"),
+    *(
+        Domain(
+            *(name, "debian-handbook", "GPL-2+ or CC-BY-SA-3.0", "page"),
+            partial(read_handbook, language),
+        )
+        for name, language in (("french", "fr-FR"), ("german", "de-DE"), ("spanish", "es-ES"))
     ),
     Domain("quotations", "fortunes", "BSD", "twenty of a file", read_quotations),
     Domain("kernel", "linux-doc-6.1", "GPL-2", "page", read_kernel_documentation),

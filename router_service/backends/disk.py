@@ -289,10 +289,17 @@ def disk_bytes(directory: Path) -> int:
     return sum(map(allocated_bytes, _files_below(directory)))
 
 
-def _files_below(directory: Path) -> Iterator[Path]:
-    """What there is of them; directories that vanish meanwhile have none."""
-    for parent, _, files in os.walk(directory):
+def _files_below(
+    directory: Path, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[Path]:
+    """What there is of them. on_error: is told of directories that cannot be listed; None: they have no files."""
+    for parent, _, files in os.walk(directory, onerror=on_error):
         yield from (Path(parent, name) for name in files)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def allocated_bytes(path: Path) -> int:
@@ -309,7 +316,7 @@ def keep_room(directory: Path) -> None:
     The engine writes through mapped memory, where a hole that the disk has no block for ends the process by SIGBUS.
     """
     with storage_call(f"keep room for the next writes below {directory}"):
-        for path in _files_below(directory):
+        for path in _files_below(directory, _unless_gone):
             with suppress(FileNotFoundError):  # the engine makes files anew
                 status = path.stat()
                 if stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < status.st_size:
